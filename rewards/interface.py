@@ -1,0 +1,54 @@
+"""The reward plug-in interface.
+
+A reward is a plain function or a coroutine, named by import path or file
+(`rewards.path=my_rewards.py:score`):
+
+    def score(completion, *, prompt, metadata, sandbox) -> float | dict[str, float]
+
+A dict's entry "reward" is the scalar used for training (the sum of the entries if there is none);
+"correct" (0 or 1), where present, is what evaluation counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One parsed tool call and, where it was executed, its result text."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    result: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the policy produced, as the reward function sees it.
+
+    text         final answer: content of the last assistant turn, thinking and tool blocks removed
+    thinking     its reasoning text ("" in chat mode)
+    token_ids    sampled token ids of the whole episode, in order
+    tool_calls   every tool call of the episode, in order
+    finish       FinishReason value ("stop", "length", "turns", "malformed")
+    """
+
+    text: str
+    thinking: str
+    token_ids: tuple[int, ...]
+    tool_calls: tuple[ToolCall, ...]
+    finish: str
+
+
+class RewardFunction(Protocol):
+    """May also be `async`. `sandbox` is None unless the domain needs one."""
+
+    def __call__(
+        self, completion: Completion, *, prompt: str, metadata: Mapping[str, Any], sandbox: Any
+    ) -> float | dict[str, float]: ...
+
+
+Verifier = RewardFunction

@@ -1,0 +1,95 @@
+"""The seam between an episode and whatever decodes tokens: token ids in, token ids out.
+
+`NativeEngine` (native_engine.py) is the reference; `FakeRolloutEngine` (fake_engine.py) is shipped
+for tests; vLLM and others come behind the same four verbs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is sampled. V4 recommends temperature 1 and no truncation.
+
+    temperature 0 means greedy. `seed` makes the request's tokens a function of (seed, position,
+    weights) alone, whatever it is batched with.
+    """
+
+    temperature: float = 1.0
+    max_tokens: int = 256
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation turn.
+
+    prompt_ids   tokens to append before sampling starts
+    parent       uid of a held request whose stream this one continues (tool results), or None
+    group        requests with equal prompts and equal group share one prefill
+    hold         keep the decode state after the turn, so that a later request may continue it;
+                 a held stream is dropped by `release`
+    """
+
+    uid: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    parent: str | None = None
+    group: str | None = None
+    hold: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A finished turn. finish is "stop" (a stop id, included as the last token) or "length"."""
+
+    uid: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    weight_version: tuple[int, ...]
+    finish: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """Counters a driver shows and checks. Times in seconds, sizes in tokens."""
+
+    weight_version: int
+    digest: str
+    num_waiting: int
+    num_running: int
+    num_held: int
+    prefill_tokens: int
+    sampled_tokens: int
+    prefill_s: float
+    decode_s: float
+
+
+class RolloutEngine(Protocol):
+    """Submit, step, publish, state (and release for held streams)."""
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests. EngineError on a duplicate uid, an empty prompt or a prompt over the limit."""
+        ...
+
+    def step(self) -> list[Completed]:
+        """Advance every running request by one token (admitting waiting ones first); what finished."""
+        ...
+
+    def release(self, uids: Sequence[str]) -> None:
+        """Drop held streams."""
+        ...
+
+    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
+        """Replace the weights between two steps. WeightsRefused unless `digest` is theirs."""
+        ...
+
+    def state(self) -> EngineState: ...

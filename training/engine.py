@@ -1,0 +1,42 @@
+"""The seam between a training stage and whatever holds parameters, gradients and optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class TrainEngine(Protocol):
+    """One model, one optimiser.
+
+    Loss denominators are global counts handed in by the caller, so the number of micro-batches
+    (or ranks) never changes a gradient.
+    """
+
+    model: nn.Module
+
+    def forward_backward(
+        self,
+        loss_fn: Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, float]]],
+        batch: Any,
+        denominators: Mapping[str, float],
+    ) -> dict[str, float]:
+        """Accumulate gradients of `loss_fn(model, micro_batch)` over the batch's micro-batches.
+
+        `loss_fn` returns (sum-form loss already divided by its denominators, sums to report).
+        EngineError on a non-finite loss, before any parameter changes.
+        """
+        ...
+
+    def step(self, lr_scale: float = 1.0) -> dict[str, float]:
+        """Clip, update, clear. Returns {"grad_norm": …, "lr": …}. EngineError if not finite."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Optimiser and random state into `folder` (the checkpoint's `state/`), safetensors only."""
+        ...
+
+    def load(self, folder: Path) -> None: ...
