@@ -1,0 +1,59 @@
+"""Official tensor names for this package's modules, both ways (specification 11.1).
+
+Two things differ from the released layout: routed experts are stacked here and one tensor an
+expert there, and hyper-connections are modules here (`hc_attn.fn`) and flat names there
+(`hc_attn_fn`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from consilience.conf.errors import CheckpointError
+from consilience.model.transformer import Transformer
+
+_EXPERTS = re.compile(r"^(.*\.ffn\.experts)\.(w[123])$")
+
+
+def official_name(name: str) -> str:
+    """Parameter name of `Transformer` -> released tensor name (stacked experts keep their stack)."""
+    return re.sub(r"(hc_attn|hc_ffn|hc_head)\.(fn|base|scale)$", r"\1_\2", name)
+
+
+def to_official(model: Transformer) -> dict[str, Tensor]:
+    """All tensors of the model under official names, detached, sharing memory."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        match = _EXPERTS.match(name)
+        if match:
+            prefix, part = match.groups()
+            for index, expert in enumerate(tensor):
+                tensors[f"{prefix}.{index}.{part}.weight"] = expert
+        else:
+            tensors[official_name(name)] = tensor
+    return tensors
+
+
+@torch.no_grad()
+def load_official(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
+    """Copy official tensors into the model; nothing changes unless all fit.
+
+    CheckpointError names the first missing or unexpected tensor, or one of another shape.
+    """
+    expected = to_official(model)
+    missing = sorted(expected.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - expected.keys())
+    if missing or unexpected:
+        what = f"misses {missing[0]}" if missing else f"has an unexpected {unexpected[0]}"
+        raise CheckpointError(f"checkpoint {what} ({len(missing)} missing, {len(unexpected)} unexpected)")
+    for name, target in expected.items():
+        if tensors[name].shape != target.shape:
+            raise CheckpointError(
+                f"{name}: found shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}"
+            )
+    for name, target in expected.items():
+        target.copy_(tensors[name])

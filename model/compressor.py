@@ -1,0 +1,91 @@
+"""Token compression of CSA and HCA (report 2.3.1-2.3.2; specification sections 5.1, 6, 7, 8).
+
+B rows, T tokens, E entries closing in this forward, S pooled slots, C entry width, M entry columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from consilience.model.config import CSA_RATIO, ModelConfig
+from consilience.model.layout import Layout, Windows
+from consilience.model.norm import RMSNorm
+from consilience.model.rope import rotate, rotations
+from consilience.model.state import CompressorState
+
+
+class Compressor(nn.Module):
+    """Pools every window of m tokens into one entry, by a softmax per channel over the window's slots.
+
+    CSA (m = 4) projects two series: the first half of the channels serves the *next* window's
+    entry, the second half the token's own, so each entry pools 2m slots. HCA pools m. Everything up
+    to the pooled value is fp32.
+    """
+
+    def __init__(self, config: ModelConfig, width: int, ratio: int, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.width = width
+        self.is_overlapping = ratio == CSA_RATIO
+        series = 2 * width if self.is_overlapping else width
+        self.wkv = nn.Linear(config.hidden_size, series, bias=False, dtype=dtype)
+        self.wgate = nn.Linear(config.hidden_size, series, bias=False, dtype=dtype)
+        self.ape = nn.Parameter(torch.zeros(ratio, series, dtype=torch.float32))
+        self.norm = RMSNorm(width, config.rms_norm_eps, dtype)
+
+    def forward(self, hidden: Tensor, layout: Layout, state: CompressorState | None) -> Tensor:
+        """hidden [B, T, D] -> entries [B, M, C]: all visible columns, those of the state included."""
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        x = hidden.to(wide)
+        values = nn.functional.linear(x, self.wkv.weight.to(wide))
+        gates = nn.functional.linear(x, self.wgate.weight.to(wide)) + self.ape[layout.position % self.ratio]
+        windows = layout.windows[self.ratio]
+        if state is None:
+            entries = self._pool(values, gates, windows, layout, hidden.dtype)
+            flat = windows.row * windows.num_columns + windows.column
+            shape = (hidden.shape[0], windows.num_columns, self.width)
+            return entries.new_zeros(shape).view(-1, self.width).index_copy(0, flat, entries).view(shape)
+        if windows.row.numel():
+            joined_values = torch.cat((state.values, values), dim=1)
+            joined_gates = torch.cat((state.gates, gates), dim=1)
+            entries = self._pool(joined_values, joined_gates, windows, layout, hidden.dtype)
+            state.entries[windows.row, windows.column] = entries
+        self._remember(state, values, gates, layout)
+        return state.entries[:, : windows.num_columns]
+
+    def _pool(
+        self, values: Tensor, gates: Tensor, windows: Windows, layout: Layout, dtype: torch.dtype
+    ) -> Tensor:
+        """Raw projections [B, ring + T, series] -> finished entries [E, C] in `dtype`."""
+        flat_values, flat_gates = values.flatten(0, 1), gates.flatten(0, 1)
+        if self.is_overlapping:
+            older, newer = windows.source[:, : self.ratio], windows.source[:, self.ratio :]
+            half = self.width
+            slots = [flat_values[:, :half][older], flat_values[:, half:][newer]]
+            logits = [flat_gates[:, :half][older], flat_gates[:, half:][newer]]
+            pooled_values, pooled_gates = torch.cat(slots, dim=1), torch.cat(logits, dim=1)
+            pooled_gates = pooled_gates.masked_fill(~windows.is_present[:, :, None], float("-inf"))
+        else:
+            pooled_values, pooled_gates = flat_values[windows.source], flat_gates[windows.source]
+        entries = (torch.softmax(pooled_gates, dim=1) * pooled_values).sum(1).to(dtype)
+        turn = rotations(windows.position, layout.frequencies[True])
+        return rotate(self.norm(entries), turn)
+
+    def _remember(self, state: CompressorState, values: Tensor, gates: Tensor, layout: Layout) -> None:
+        """Write the newest raw projections into the ring."""
+        ring = state.values.shape[1]
+        position = layout.position
+        if position.shape[1] == 1 and layout.lengths is None:
+            rows = torch.arange(position.shape[0], device=position.device)
+            slot = position[:, 0] % ring
+            state.values[rows, slot] = values[:, 0]
+            state.gates[rows, slot] = gates[:, 0]
+            return
+        length = layout.is_valid.sum(1, keepdim=True)
+        steps = torch.arange(position.shape[1], device=position.device)
+        keep = layout.is_valid & (steps >= length - ring)
+        row, token = keep.nonzero(as_tuple=True)
+        slot = position[row, token] % ring
+        state.values[row, slot] = values[row, token]
+        state.gates[row, slot] = gates[row, token]

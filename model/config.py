@@ -1,0 +1,260 @@
+"""Configuration of the V4 architecture, with the released field names, and the presets.
+
+Source: `config.json` of the released checkpoints; report section 4.2.1 for the layer schedules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from consilience.conf.errors import ConfigError
+
+SLIDING = 0
+CSA_RATIO = 4
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One V4 model. Field names are those of the released `config.json`.
+
+    compress_ratios has one entry a layer: 0 sliding window only, 4 CSA (overlapping windows and
+    the lightning indexer), any other ratio HCA (report 2.3). Released files carry one more entry
+    for the MTP block, which is kept in `mtp_compress_ratios`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    head_dim: int
+    qk_rope_head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    sliding_window: int
+    compress_ratios: tuple[int, ...]
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    num_hash_layers: int
+    n_shared_experts: int = 1
+    num_key_value_heads: int = 1
+    routed_scaling_factor: float = 1.5
+    swiglu_limit: float = 10.0
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    compress_rope_theta: float = 160000.0
+    rope_factor: float = 16.0
+    rope_original_length: int = 65536
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    max_position_embeddings: int = 1048576
+    num_nextn_predict_layers: int = 0
+    mtp_compress_ratios: tuple[int, ...] = ()
+    bos_token_id: int = 0
+    eos_token_id: int = 1
+    initializer_range: float = 0.02
+    torch_dtype: str = "bfloat16"
+    expert_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        checks = {
+            f"compress_ratios has {len(self.compress_ratios)} entries for {self.num_hidden_layers} layers": len(
+                self.compress_ratios
+            )
+            == self.num_hidden_layers,
+            f"num_attention_heads {self.num_attention_heads} is no multiple of o_groups {self.o_groups}": self.num_attention_heads
+            % self.o_groups
+            == 0,
+            f"qk_rope_head_dim {self.qk_rope_head_dim} must be even and at most head_dim {self.head_dim}": self.qk_rope_head_dim
+            % 2
+            == 0
+            and 0 < self.qk_rope_head_dim <= self.head_dim,
+            f"index_head_dim {self.index_head_dim} is smaller than qk_rope_head_dim {self.qk_rope_head_dim}": self.index_head_dim
+            >= self.qk_rope_head_dim,
+            f"num_experts_per_tok {self.num_experts_per_tok} exceeds n_routed_experts {self.n_routed_experts}": self.num_experts_per_tok
+            <= self.n_routed_experts,
+            f"num_key_value_heads is {self.num_key_value_heads}; V4 shares one": self.num_key_value_heads == 1,
+            "compress_ratios must be 0 or at least 2": all(r == 0 or r >= 2 for r in self.compress_ratios),
+        }
+        for message, is_ok in checks.items():
+            if not is_ok:
+                raise ConfigError(f"model: {message}")
+
+    @property
+    def ratios(self) -> tuple[int, ...]:
+        """Distinct non-zero compression ratios, ascending."""
+        return tuple(sorted({r for r in self.compress_ratios if r != SLIDING}))
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """The released `config.json` layout (rope_scaling as a table, MTP's ratio appended)."""
+        row = asdict(self)
+        scaling = {
+            "type": "yarn",
+            "factor": row.pop("rope_factor"),
+            "original_max_position_embeddings": row.pop("rope_original_length"),
+            "beta_fast": row.pop("rope_beta_fast"),
+            "beta_slow": row.pop("rope_beta_slow"),
+        }
+        row["compress_ratios"] = [*self.compress_ratios, *row.pop("mtp_compress_ratios")]
+        if self.expert_dtype is None:
+            row.pop("expert_dtype")
+        return {
+            "architectures": ["DeepseekV4ForCausalLM"],
+            "model_type": "deepseek_v4",
+            **row,
+            "rope_scaling": scaling,
+            "hidden_act": "silu",
+            "scoring_func": "sqrtsoftplus",
+            "topk_method": "noaux_tc",
+            "norm_topk_prob": True,
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+        }
+
+    @classmethod
+    def from_json_dict(cls, row: Mapping[str, Any]) -> ModelConfig:
+        """Inverse of `to_json_dict`; ConfigError names a missing field."""
+        names = {f.name for f in fields(cls)}
+        values = {k: v for k, v in row.items() if k in names}
+        scaling = row.get("rope_scaling") or {}
+        keys = {
+            "rope_factor": "factor",
+            "rope_original_length": "original_max_position_embeddings",
+            "rope_beta_fast": "beta_fast",
+            "rope_beta_slow": "beta_slow",
+        }
+        values |= {ours: scaling[theirs] for ours, theirs in keys.items() if theirs in scaling}
+        try:
+            num_layers = values["num_hidden_layers"]
+            ratios = tuple(values["compress_ratios"])
+            values["compress_ratios"] = ratios[:num_layers]
+            values["mtp_compress_ratios"] = ratios[num_layers:]
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"model config.json: missing or wrong field ({error})") from error
+
+
+def _alternate(first: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """`first` (layers 0 and 1), then CSA on even layers and HCA (128) on odd ones."""
+    return first + tuple(CSA_RATIO if layer % 2 == 0 else 128 for layer in range(len(first), num_layers))
+
+
+FLASH = ModelConfig(
+    vocab_size=129280,
+    hidden_size=4096,
+    num_hidden_layers=43,
+    num_attention_heads=64,
+    head_dim=512,
+    qk_rope_head_dim=64,
+    q_lora_rank=1024,
+    o_groups=8,
+    o_lora_rank=1024,
+    sliding_window=128,
+    compress_ratios=_alternate((0, 0), 43),
+    index_n_heads=64,
+    index_head_dim=128,
+    index_topk=512,
+    n_routed_experts=256,
+    num_experts_per_tok=6,
+    moe_intermediate_size=2048,
+    num_hash_layers=3,
+    num_nextn_predict_layers=1,
+    mtp_compress_ratios=(0,),
+)
+
+PRO = replace(
+    FLASH,
+    hidden_size=7168,
+    num_hidden_layers=61,
+    num_attention_heads=128,
+    q_lora_rank=1536,
+    o_groups=16,
+    compress_ratios=_alternate((128, 128), 61),
+    index_topk=1024,
+    n_routed_experts=384,
+    moe_intermediate_size=3072,
+    routed_scaling_factor=2.5,
+)
+
+SMALL = replace(
+    FLASH,
+    vocab_size=32768,
+    hidden_size=1024,
+    num_hidden_layers=8,
+    num_attention_heads=16,
+    head_dim=128,
+    qk_rope_head_dim=64,
+    q_lora_rank=512,
+    o_groups=4,
+    o_lora_rank=512,
+    sliding_window=128,
+    compress_ratios=_alternate((0, 0), 8),
+    index_n_heads=16,
+    index_head_dim=128,
+    index_topk=256,
+    n_routed_experts=32,
+    num_experts_per_tok=4,
+    moe_intermediate_size=512,
+    num_hash_layers=2,
+    num_nextn_predict_layers=0,
+    mtp_compress_ratios=(),
+    max_position_embeddings=65536,
+)
+
+MINI = replace(
+    SMALL,
+    vocab_size=8192,
+    hidden_size=384,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    head_dim=64,
+    qk_rope_head_dim=32,
+    q_lora_rank=192,
+    o_groups=2,
+    o_lora_rank=192,
+    sliding_window=64,
+    compress_ratios=_alternate((0, 0), 6),
+    index_n_heads=8,
+    index_head_dim=64,
+    index_topk=64,
+    n_routed_experts=16,
+    num_experts_per_tok=2,
+    moe_intermediate_size=192,
+    max_position_embeddings=16384,
+    torch_dtype="float32",
+)
+
+TINY = replace(
+    MINI,
+    vocab_size=640,
+    hidden_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    head_dim=32,
+    qk_rope_head_dim=16,
+    q_lora_rank=48,
+    o_groups=2,
+    o_lora_rank=32,
+    sliding_window=32,
+    compress_ratios=(0, 4, 128, 4),
+    index_n_heads=2,
+    index_head_dim=16,
+    index_topk=32,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=48,
+    num_hash_layers=1,
+    max_position_embeddings=2048,
+)
+
+PRESETS: dict[str, ModelConfig] = {"tiny": TINY, "mini": MINI, "small": SMALL, "flash": FLASH, "pro": PRO}

@@ -1,0 +1,181 @@
+"""DeepSeekMoE as V4 uses it (report 2.1; specification 9).
+
+R tokens (flattened), D model width, E experts, K experts a token, I expert width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from consilience.model.config import ModelConfig
+from consilience.model.trace import Trace
+
+
+class Gate(nn.Module):
+    """Router: scores s = sqrt(softplus(W h)) in fp32.
+
+    Learned layers take the top K of s + bias (bias moves by rule, not by gradient, and only
+    selects). Hash layers look the experts up by token id. Both weight by s, normalised over the
+    chosen ones, times the scaling factor.
+    """
+
+    def __init__(self, config: ModelConfig, *, is_hash: bool, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.topk = config.num_experts_per_tok
+        self.scaling = config.routed_scaling_factor
+        self.is_hash = is_hash
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, dtype=dtype))
+        if is_hash:
+            self.register_buffer(
+                "tid2eid", torch.zeros(config.vocab_size, self.topk, dtype=torch.int64), persistent=True
+            )
+        else:
+            self.bias = nn.Parameter(
+                torch.zeros(config.n_routed_experts, dtype=torch.float32), requires_grad=False
+            )
+
+    def forward(self, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [R, D], token_ids [R] -> weights [R, K] fp32, experts [R, K] int64, scores [R, E]."""
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logits = functional.linear(hidden.to(wide), self.weight.to(wide))
+        scores = functional.softplus(logits).sqrt()
+        if self.is_hash:
+            experts = self.tid2eid[token_ids]
+        else:
+            experts = (scores.detach() + self.bias).topk(self.topk, dim=-1).indices
+        chosen = scores.gather(1, experts)
+        weights = chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * self.scaling
+        return weights, experts, scores
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Rows sorted by expert times each expert's own matrix.
+
+    rows [N, in], weight [E, out, in], counts [E] rows of each expert -> [N, out]. One grouped GEMM
+    where torch has one for the type (fp32 and bf16 on CPU, bf16 on Hopper), else one GEMM an expert.
+    """
+    is_aligned = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
+    has_grouped = rows.dtype == torch.bfloat16 or (rows.dtype == torch.float32 and rows.device.type == "cpu")
+    if is_aligned and has_grouped and rows.shape[0]:
+        ends = counts.cumsum(0).to(torch.int32)
+        return functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+    pieces = rows.split(counts.tolist())
+    return torch.cat([functional.linear(piece, weight[e]) for e, piece in enumerate(pieces)])
+
+
+class _Gated(torch.autograd.Function):
+    """silu(min(gate, limit)) · clamp(up, ±limit), zero gradient strictly beyond a limit."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.limit = limit
+        return functional.silu(gate.clamp(max=limit)).mul_(up.clamp(-limit, limit))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        limit = ctx.limit
+        clamped = gate.clamp(max=limit)
+        sigmoid = torch.sigmoid(clamped)
+        silu = clamped * sigmoid
+        d_up = (grad * silu).masked_fill_(up.abs() > limit, 0)
+        # silu' = sigmoid + silu (1 - sigmoid)
+        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
+        d_gate = slope.mul_(grad).mul_(up.clamp(-limit, limit)).masked_fill_(gate > limit, 0)
+        return d_gate, d_up, None
+
+
+def gated(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """silu(min(gate, limit)) · clamp(up, ±limit): the gate is clamped from above only."""
+    return _Gated.apply(gate, up, limit)  # type: ignore[return-value]
+
+
+class Experts(nn.Module):
+    """Routed experts, stacked: w1 (gate), w3 (up) [E, I, D]; w2 (down) [E, D, I]."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        e, i, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.limit = config.swiglu_limit
+        self.w1 = nn.Parameter(torch.empty(e, i, d, dtype=dtype))
+        self.w2 = nn.Parameter(torch.empty(e, d, i, dtype=dtype))
+        self.w3 = nn.Parameter(torch.empty(e, i, d, dtype=dtype))
+
+    def forward(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [R, D], weights, experts [R, K] -> output [R, D], tokens per expert [E].
+
+        Pairs are sorted by expert, tokens in order within each, so results do not depend on timing.
+        """
+        num_tokens, topk = experts.shape
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=self.w1.shape[0])
+        rows = hidden.index_select(0, order // topk)
+        active = gated(
+            grouped_linear(rows, self.w1, counts), grouped_linear(rows, self.w3, counts), self.limit
+        )
+        active = active * weights.flatten().index_select(0, order)[:, None].to(active.dtype)
+        down = grouped_linear(active, self.w2, counts)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(order.numel(), device=order.device)
+        return down.index_select(0, inverse).view(num_tokens, topk, -1).sum(1), counts
+
+
+class SharedExperts(nn.Module):
+    """The expert every token passes through: same form, same clamp, no gate."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        d, i = config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
+        self.limit = config.swiglu_limit
+        self.w1 = nn.Linear(d, i, bias=False, dtype=dtype)
+        self.w2 = nn.Linear(i, d, bias=False, dtype=dtype)
+        self.w3 = nn.Linear(d, i, bias=False, dtype=dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[R, D] -> [R, D]."""
+        return self.w2(gated(self.w1(hidden), self.w3(hidden), self.limit))
+
+
+class MoE(nn.Module):
+    """Routed experts plus the shared expert; the first `num_hash_layers` layers route by token id."""
+
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.gate = Gate(config, is_hash=layer < config.num_hash_layers, dtype=dtype)
+        self.experts = Experts(config, dtype)
+        self.shared_experts = SharedExperts(config, dtype)
+
+    def forward(
+        self, hidden: Tensor, token_ids: Tensor, is_valid: Tensor, trace: Trace | None, rows: int
+    ) -> Tensor:
+        """hidden [R, D], token_ids, is_valid [R]; `rows` = sequences, for the balance loss -> [R, D]."""
+        weights, experts, scores = self.gate(hidden, token_ids)
+        output, _ = self.experts(hidden, weights, experts)
+        if trace is not None:
+            num_experts = scores.shape[1]
+            load = torch.bincount(experts[is_valid].flatten(), minlength=num_experts)
+            trace.add_load(self.layer, load, is_hash=self.gate.is_hash)
+            if trace.wants_losses and not self.gate.is_hash:
+                trace.balance_loss.append(balance_loss(scores, experts, is_valid, rows))
+        return output + self.shared_experts(hidden)
+
+
+def balance_loss(scores: Tensor, experts: Tensor, is_valid: Tensor, rows: int) -> Tensor:
+    """Sequence-wise balance loss Σ_e f_e P_e, averaged over rows (V3 report, equations 17-20).
+
+    scores [R, E], experts [R, K], is_valid [R], R = rows · T. f_e = E / (K T) · count_e over the
+    sequence, P_e = mean over its tokens of s_e / Σ_j s_j.
+    """
+    num_experts, topk = scores.shape[1], experts.shape[1]
+    valid = is_valid.view(rows, -1)
+    length = valid.sum(1).clamp(min=1)
+    share = (scores / scores.sum(-1, keepdim=True)).view(rows, -1, num_experts)
+    mean_share = (share * valid[:, :, None]).sum(1) / length[:, None]
+    hits = functional.one_hot(experts, num_experts).sum(1).view(rows, -1, num_experts)
+    frequency = (hits * valid[:, :, None]).sum(1) * (num_experts / topk) / length[:, None]
+    return (frequency * mean_share).sum(1).mean()

@@ -1,0 +1,42 @@
+"""What the parts of the model did in one forward: counters for reports and auxiliary losses.
+
+A forward given a `Trace` fills it in; without one nothing is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Trace:
+    """Counts over the valid tokens of one or more forwards (accumulated).
+
+    expert_load          layer -> [E] tokens sent to each expert
+    is_hash              layer -> whether its router is the hash table
+    hca_attended         visible HCA entries, summed over queries
+    csa_visible          visible CSA entries, summed over queries
+    csa_dropped          of those, entries the indexer's top-k left out
+    stream_spread        mean over tokens of the distance between residual streams at the last
+                         layer, relative to their norm (0 would mean identical streams)
+    wants_losses         compute the auxiliary losses below (with gradients)
+    balance_loss         sequence-wise balance loss of each learned router (report 2.1)
+    indexer_loss         KL(main attention ‖ index scores) of each CSA layer (V3.2 report, 2.1)
+    """
+
+    expert_load: dict[int, Tensor] = field(default_factory=dict)
+    is_hash: dict[int, bool] = field(default_factory=dict)
+    hca_attended: int = 0
+    csa_visible: int = 0
+    csa_dropped: int = 0
+    stream_spread: float = 0.0
+    wants_losses: bool = False
+    balance_loss: list[Tensor] = field(default_factory=list)
+    indexer_loss: list[Tensor] = field(default_factory=list)
+
+    def add_load(self, layer: int, load: Tensor, *, is_hash: bool) -> None:
+        """Accumulate one layer's tokens per expert [E]."""
+        self.expert_load[layer] = load + self.expert_load[layer] if layer in self.expert_load else load
+        self.is_hash[layer] = is_hash

@@ -1,0 +1,146 @@
+"""The V4 model: embedding, blocks, head collapse, prediction head (report 2; specification 2).
+
+B rows, T tokens, V vocabulary, D model width, N streams, R = B·T flattened tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from consilience.conf.errors import EngineError
+from consilience.model.attention import Attention
+from consilience.model.config import ModelConfig
+from consilience.model.hyper_connections import HeadCollapse, HyperConnection
+from consilience.model.layout import Layout, chunk_layout, packed_layout
+from consilience.model.moe import MoE
+from consilience.model.norm import RMSNorm
+from consilience.model.rope import inverse_frequencies
+from consilience.model.state import DecodeState, LayerState
+from consilience.model.trace import Trace
+
+
+class Block(nn.Module):
+    """X = mHC(X, attention), then X = mHC(X, MoE). The mHC update is the only residual path."""
+
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.attn = Attention(config, config.compress_ratios[layer], dtype)
+        self.ffn = MoE(config, layer, dtype)
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.hc_attn = HyperConnection(config)
+        self.hc_ffn = HyperConnection(config)
+
+    def forward(self, streams: Tensor, token_ids: Tensor, layout: Layout, state: LayerState | None) -> Tensor:
+        """streams [R, N, D], token_ids [R] -> [R, N, D]."""
+        num_rows, num_tokens = layout.position.shape
+        x, post, comb = self.hc_attn.read(streams)
+        output = self.attn(self.attn_norm(x).view(num_rows, num_tokens, -1), layout, state)
+        streams = self.hc_attn.write(streams, output.flatten(0, 1), post, comb)
+        x, post, comb = self.hc_ffn.read(streams)
+        output = self.ffn(self.ffn_norm(x), token_ids, layout.is_valid.flatten(), layout.trace, num_rows)
+        return self.hc_ffn.write(streams, output, post, comb)
+
+
+class Transformer(nn.Module):
+    """The complete model without MTP.
+
+    `dtype` is the type of the weights that V4 keeps in bf16; hyper-connections, sinks, position
+    biases and router biases are fp32 whatever it is.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(Block(config, layer, dtype) for layer in range(config.num_hidden_layers))
+        self.hc_head = HeadCollapse(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+
+    def hidden(
+        self,
+        token_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        state: DecodeState | None = None,
+        lengths: Tensor | None = None,
+        trace: Trace | None = None,
+    ) -> Tensor:
+        """Last-layer hidden states after head collapse and final norm: [B, T, D].
+
+        token_ids [B, T]. Without a state: packed rows, `segment_ids` [B, T] (-1 = padding; default
+        one sample a row) and `position_ids` [B, T] restarting at 0 in each segment. With a state:
+        the chunk continues it, row b by lengths[b] tokens (default T), right-padded; the state
+        advances in place. EngineError if the state is too short.
+        """
+        num_rows, num_tokens = token_ids.shape
+        window = self.config.sliding_window
+        padding = -num_tokens % window if num_tokens > window else 0
+        if padding:
+            token_ids = nn.functional.pad(token_ids, (0, padding))
+            if state is not None and lengths is None:
+                lengths = torch.full((num_rows,), num_tokens, device=token_ids.device)
+        layout = self._layout(token_ids, segment_ids, position_ids, padding, state, lengths, trace)
+        flat_ids = token_ids.flatten()
+        streams = self.embed(flat_ids)[:, None].expand(-1, self.config.hc_mult, -1)
+        for index, block in enumerate(self.layers):
+            streams = block(streams, flat_ids, layout, state.layers[index] if state else None)
+        if state is not None:
+            state.position += num_tokens if lengths is None else lengths
+        if trace is not None:
+            trace.stream_spread = _spread(streams.detach(), layout.is_valid.flatten())
+        return self.norm(self.hc_head(streams)).view(num_rows, -1, self.config.hidden_size)[:, :num_tokens]
+
+    def forward(self, token_ids: Tensor, segment_ids: Tensor | None = None, **kwargs) -> Tensor:
+        """Logits [B, T, V]; arguments as `hidden`."""
+        return self.head(self.hidden(token_ids, segment_ids, **kwargs))
+
+    def _layout(
+        self,
+        token_ids: Tensor,
+        segment_ids: Tensor | None,
+        position_ids: Tensor | None,
+        padding: int,
+        state: DecodeState | None,
+        lengths: Tensor | None,
+        trace: Trace | None,
+    ) -> Layout:
+        device = token_ids.device
+        frequencies = {c: inverse_frequencies(self.config, is_compressed=c, device=device) for c in (False, True)}
+        num_tokens = token_ids.shape[1] - padding
+        if state is not None:
+            grown = state.position + (num_tokens if lengths is None else lengths)
+            if int(grown.max()) > state.max_length:
+                raise EngineError(
+                    f"decode state holds {state.max_length} tokens, a row would reach {int(grown.max())}; "
+                    "raise rollout.max_length"
+                )
+            return chunk_layout(self.config, frequencies, state, token_ids.shape[1], lengths, trace)
+        if segment_ids is None:
+            segment_ids = torch.zeros_like(token_ids[:, :num_tokens])
+        if position_ids is None:
+            position_ids = _positions(segment_ids)
+        if padding:
+            segment_ids = nn.functional.pad(segment_ids, (0, padding), value=-1)
+            position_ids = nn.functional.pad(position_ids, (0, padding))
+        return packed_layout(self.config, frequencies, segment_ids, position_ids, trace)
+
+
+def _positions(segment_ids: Tensor) -> Tensor:
+    """Positions restarting at 0 where the segment changes: [B, T]."""
+    steps = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    is_first = torch.ones_like(segment_ids, dtype=torch.bool)
+    is_first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return steps - torch.where(is_first, steps, 0).cummax(1).values
+
+
+def _spread(streams: Tensor, is_valid: Tensor) -> float:
+    """Mean distance of the streams from their mean, relative to the streams' norm."""
+    chosen = streams[is_valid].float()
+    if not chosen.numel():
+        return 0.0
+    distance = (chosen - chosen.mean(1, keepdim=True)).norm(dim=-1)
+    return float((distance / chosen.norm(dim=-1).clamp(min=1e-20)).mean())
