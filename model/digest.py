@@ -16,7 +16,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     raw = flat.view(torch.uint8).numpy()
     if sys.byteorder == "big":
         raw = raw.reshape(-1, flat.element_size())[:, ::-1].copy().reshape(-1)
-    return memoryview(raw)
+    return raw.data
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

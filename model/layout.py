@@ -18,7 +18,7 @@ from consilience.model.config import CSA_RATIO, ModelConfig
 
 if TYPE_CHECKING:
     from consilience.model.state import DecodeState
-    from consilience.model.trace import Trace
+    from consilience.model.forward_trace import Trace
 
 MASKED = float("-inf")
 

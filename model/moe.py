@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from consilience.model.config import ModelConfig
-from consilience.model.trace import Trace
+from consilience.model.forward_trace import Trace
 
 
 class Gate(nn.Module):

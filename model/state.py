@@ -48,8 +48,8 @@ class LayerState:
 class DecodeState:
     """Decode state of S sequences; `position` [S] counts the tokens each has consumed.
 
-    Rows are independent: `view` narrows to a contiguous range without copying, `copy_row` forks a
-    stream, `swap_rows` reorders, `clear_rows` forgets.
+    Rows are independent: `view` narrows to a contiguous range without copying, `copy_from` forks
+    streams. A slot is emptied by setting its position to 0: no mask reaches what stays behind.
     """
 
     def __init__(self, position: Tensor, layers: list[LayerState], max_length: int) -> None:
@@ -110,22 +110,11 @@ class DecodeState:
         ]
         return DecodeState(self.position[start:stop], layers, self.max_length)
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Fork: `target` becomes the same sequence as `source`."""
-        for tensor in self.tensors():
-            tensor[target] = tensor[source]
+    def copy_from(self, other: DecodeState, source: list[int], target: list[int]) -> None:
+        """Slot target[i] of this state becomes the sequence in slot source[i] of `other` (a fork).
 
-    def copy_rows(self, source: list[int], target: list[int]) -> None:
-        """`copy_row` for many disjoint pairs at once."""
+        The two lists must not overlap when `other` is this state.
+        """
         if source:
-            for tensor in self.tensors():
-                tensor[target] = tensor[source]
-
-    def swap_rows(self, first: int, second: int) -> None:
-        if first != second:
-            for tensor in self.tensors():
-                tensor[[first, second]] = tensor[[second, first]]
-
-    def clear_rows(self, start: int, stop: int) -> None:
-        """Forget slots start..stop-1. Stale values stay but no mask reaches them."""
-        self.position[start:stop] = 0
+            for mine, theirs in zip(self.tensors(), other.tensors()):
+                mine[target] = theirs[source]

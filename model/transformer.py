@@ -17,7 +17,7 @@ from consilience.model.moe import MoE
 from consilience.model.norm import RMSNorm
 from consilience.model.rope import inverse_frequencies
 from consilience.model.state import DecodeState, LayerState
-from consilience.model.trace import Trace
+from consilience.model.forward_trace import Trace
 
 
 class Block(nn.Module):

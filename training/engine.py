@@ -26,13 +26,22 @@ class TrainEngine(Protocol):
     ) -> dict[str, float]:
         """Accumulate gradients of `loss_fn(model, micro_batch)` over the batch's micro-batches.
 
-        `loss_fn` returns (sum-form loss already divided by its denominators, sums to report).
-        EngineError on a non-finite loss, before any parameter changes.
+        batch is a list or tuple of micro-batches (anything else is one micro-batch). `loss_fn`
+        returns (sum-form loss already divided by its denominators, sums to report). Returned are
+        "loss" (summed over the micro-batches) and every reported sum; a sum named like a
+        denominator is divided by it. EngineError on a non-finite loss or a denominator that is not
+        a positive number, before any parameter changes.
         """
         ...
 
-    def step(self, lr_scale: float = 1.0) -> dict[str, float]:
-        """Clip, update, clear. Returns {"grad_norm": …, "lr": …}. EngineError if not finite."""
+    def step(
+        self, lr_scale: float = 1.0, expert_load: Mapping[int, Tensor] | None = None
+    ) -> dict[str, float]:
+        """Clip, update, clear. Returns {"grad_norm": …, "lr": …}. EngineError if not finite.
+
+        expert_load  layer -> [E] tokens each expert received in this step (`Trace.expert_load`);
+                     moves the router biases by rule. None leaves them.
+        """
         ...
 
     def save(self, folder: Path) -> None:

@@ -1,0 +1,82 @@
+# The whole developer interface. `make demo` and `make test` set everything up on first use.
+#
+#   make demo               the pipeline, end to end, then the report      (PROFILE=ci: shortened)
+#   make test               the tests of five minutes                      (ROOM=grpo: one folder)
+#   make test-all           the slow ones too
+#   make check              ruff (lint, format) and pyright
+#   make bench, bench-gpu   every measurement in bench/
+#   make docs               what README and docs/ name exists
+#   make clean              remove the virtual environment and caches; run folders stay
+#
+# Needs git, make, Python 3.11 or 3.12 with venv, and a C compiler. Works with GNU make 3.81.
+
+SHELL := /bin/bash
+TORCH ?= torch==2.13.0
+PROFILE ?= demo
+ARGS ?=
+ROOM ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOG := $(VENV)/setup.log
+FIND_PYTHON := for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { command -v $$p; break; }; done
+PYTHON ?= $(shell $(FIND_PYTHON))
+
+# The stamp's name is the content it stands for: a clone's time stamps say nothing.
+KEY := $(shell (cat pyproject.toml Makefile; echo '$(TORCH)') | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.ready-$(KEY)
+
+# Without byte code every process compiles torch and ray anew, and each Ray worker starts late.
+unexport PYTHONDONTWRITEBYTECODE
+
+# $(call step,what is done,command): one line, its seconds; on failure the end of the log.
+step = printf '  %s … ' "$(1)"; began=$$SECONDS; \
+	if $(2) >>$(LOG) 2>&1; then echo "$$((SECONDS - began)) s"; \
+	else echo "failed, see $(LOG):"; tail -n 12 $(LOG); exit 1; fi
+
+.PHONY: setup demo demo-ci test test-all check format bench bench-gpu docs clean
+
+setup: $(STAMP)
+
+$(STAMP):
+	@[ -n "$(PYTHON)" ] || { echo "No Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	@mkdir -p $(VENV) && : >$(LOG)
+	@echo "Set-up (once; log in $(LOG))"
+	@$(call step,virtual environment,$(PYTHON) -m venv $(VENV))
+	@$(call step,installer,$(BIN)/python -m pip install --disable-pip-version-check -U pip)
+	@$(call step,packages (one to three minutes),$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]' $(TORCH))
+	@rm -f $(VENV)/.ready-* && touch $@
+
+demo: setup
+	@$(BIN)/consilience run run=$(PROFILE) $(ARGS)
+
+demo-ci:
+	@$(MAKE) --no-print-directory demo PROFILE=ci
+
+test: setup
+	@$(BIN)/python -m pytest -m 'not slow' $(if $(ROOM),tests/$(ROOM)) $(ARGS)
+
+test-all: setup
+	@$(BIN)/python -m pytest $(if $(ROOM),tests/$(ROOM)) $(ARGS)
+
+check: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: setup
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: setup
+	@for file in bench/*.py; do case $$file in *_gpu.py|*\**) ;; *) echo "== $$file"; PYTHONPATH=. $(BIN)/python $$file || exit 1;; esac; done
+
+bench-gpu: setup
+	@for file in bench/*_gpu.py; do case $$file in *\**) ;; *) echo "== $$file"; PYTHONPATH=. $(BIN)/python $$file || exit 1;; esac; done
+
+docs: setup
+	@$(BIN)/python -m pytest tests/test_docs.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache consilience.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,149 @@
+"""Held-out measurement: one sample at T = 1 and a greedy answer to every test problem, for every model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consilience.cli.graph import StageContext
+from consilience.cli.jobs import rollout_jobs
+from consilience.cli.ray_session import domains_of, rollout_pool
+from consilience.conf.errors import RunError
+from consilience.conf.schema import Config
+from consilience.model.checkpoint import to_official
+from consilience.model.forward_trace import Trace
+from consilience.rollout.records import RolloutRecord
+from consilience.tasks.domain import Domain
+from consilience.training.checkpoint import load_checkpoint
+from consilience.training.durable_files import write_text_atomically
+from consilience.training.forward import hidden_at_loss
+from consilience.training.packing import pack
+from consilience.training.stage_clock import StageClock
+
+GRADES = "grades.json"
+
+
+def run_evaluate(context: StageContext) -> Mapping[str, Any]:
+    """Grade every model on every domain. Models already graded by an interrupted run are kept."""
+    cfg = context.cfg
+    models = models_of(context)
+    domains = domains_of(cfg)
+    folder = context.folder.create().path
+    done = _read(folder)
+    clock = StageClock()
+    temperatures = [cfg.evaluate.temperature, *([0.0] if cfg.evaluate.greedy else [])]
+    context.progress.start(context.name, len(models) * len(domains) * len(temperatures), "test")
+    acting: dict[str, float] = {}
+    isolation: dict[str, int] = {}
+    for name, checkpoint in models.items():
+        if name in done and not (name == "student" and not acting):
+            context.progress.advance(len(domains) * len(temperatures))
+            continue
+        model, meta = load_checkpoint(checkpoint)
+        pool = rollout_pool(cfg, model.config, checkpoint / "tokenizer.json", domains)  # type: ignore[arg-type]
+        pool.publish(to_official(model), meta.digest, 0)  # type: ignore[arg-type]
+        rows = []
+        for temperature in temperatures:
+            records = pool.generate(_jobs(cfg, domains, name, temperature))
+            clock.add_tokens("sampled", sum(r.num_sampled for r in records))
+            rows += _grade_rows(name, temperature, records, domains)
+            for record in records:
+                isolation[record.isolation] = isolation.get(record.isolation, 0) + 1
+            correct = {
+                row["domain"]: _mean(row["grades"]) for row in rows if row["temperature"] == temperature
+            }
+            context.progress.advance(len(domains), model=name, **correct)
+            if temperature == cfg.evaluate.temperature and name == list(models)[-1]:
+                acting = parts_that_acted(model, records)
+        done[name] = rows
+        write_text_atomically(folder / GRADES, json.dumps([row for each in done.values() for row in each]))
+    context.progress.finish()
+    return {
+        "grades_file": str((folder / GRADES).relative_to(context.run.path)),
+        "sampled_tokens": clock.state()["tokens"].get("sampled", 0),
+        "checks": [{"name": n, "value": v, "relation": ">", "bound": 0.0} for n, v in acting.items()],
+        "sandbox": isolation,
+        "scores": {
+            f"{row['model']} {row['domain']} T={row['temperature']:g}": _mean(row["grades"])
+            for each in done.values()
+            for row in each
+        },
+    }
+
+
+def models_of(context: StageContext) -> dict[str, Path]:
+    """Model name -> checkpoint folder: `evaluate.checkpoint`, or every model of the run."""
+    cfg = context.cfg
+    if cfg.evaluate.checkpoint:
+        return {"checkpoint": Path(cfg.evaluate.checkpoint)}
+    named = {
+        ("student" if stage == "distill" else stage): context.run.path / result["checkpoint"]
+        for stage, result in context.inputs.items()
+        if "checkpoint" in result
+    }
+    if not named:
+        raise RunError("the run has no model to evaluate; train one first or name evaluate.checkpoint=FOLDER")
+    return named
+
+
+def _jobs(cfg: Config, domains: Mapping[str, Domain], model: str, temperature: float) -> list:
+    jobs = []
+    for name, domain in domains.items():
+        jobs += rollout_jobs(
+            domain,
+            domain.problems("test", cfg.evaluate.num_problems),
+            prefix=f"evaluate/{model}/{temperature:g}/{name}",
+            samples=1,
+            temperature=temperature,
+            run_seed=cfg.run.seed,
+        )
+    return jobs
+
+
+def _grade_rows(
+    model: str, temperature: float, records: list[RolloutRecord], domains: Mapping[str, Domain]
+) -> list[dict[str, Any]]:
+    """Per domain, problem id -> correct (0 to 1); a grading that failed is absent."""
+    rows = []
+    for name in domains:
+        grades = {
+            str(r.metadata["problem"]): float(r.reward_parts.get("correct", r.reward))
+            for r in records
+            if r.domain == name and r.reward is not None
+        }
+        rows.append({"model": model, "domain": name, "temperature": temperature, "grades": grades})
+    return rows
+
+
+@torch.no_grad()
+def parts_that_acted(model: Any, records: list[RolloutRecord], num: int = 24) -> dict[str, float]:
+    """Counters of one traced forward over the longest episodes: what V4's parts did on real rollouts."""
+    longest = sorted(records, key=lambda r: -len(r.prompt_ids) - len(r.token_ids))[:num]
+    trace = Trace()
+    ids = [r.prompt_ids + r.token_ids for r in longest]
+    hidden_at_loss(model, pack(ids, quantum=32, max_row_tokens=max(map(len, ids))), trace)
+    loads = [load for layer, load in trace.expert_load.items() if trace.is_hash[layer]]
+    return {
+        "HCA entries attended": float(trace.hca_attended),
+        "CSA entries dropped by the indexer's top-k": float(trace.csa_dropped),
+        "distance between mHC streams": trace.stream_spread,
+        "least load of a hash-routed expert": float(min(int(load.min()) for load in loads)) if loads else 0.0,
+        "longest episode minus 255 tokens": float(len(ids[0]) - 255),
+    }
+
+
+def _read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    path = folder / GRADES
+    done: dict[str, list[dict[str, Any]]] = {}
+    if path.exists():
+        for row in json.loads(path.read_text("utf-8")):
+            done.setdefault(row["model"], []).append(row)
+    return done
+
+
+def _mean(grades: Mapping[str, float]) -> float:
+    return sum(grades.values()) / len(grades) if grades else float("nan")

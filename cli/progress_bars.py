@@ -1,0 +1,106 @@
+"""The live panel: every stage with its time, and the bar of the one that runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from consilience.cli.progress_display import MARKS, Bar, duration
+
+STYLES = {
+    "running": "bold cyan",
+    "done": "green",
+    "skipped": "dim",
+    "failed": "bold red",
+    "interrupted": "yellow",
+}
+
+
+class ProgressBars:
+    """Draws at most four times a second from its own thread; the stage only counts.
+
+    `console` may be handed in by a test; it need not be a terminal.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console or Console(file=stream)
+        self._clock = clock
+        self._states: dict[str, tuple[str, float]] = {}  # stage -> (state, wall_s or when it began)
+        self._bar: Bar | None = None
+        self._began = clock()
+        self._live = Live(
+            get_renderable=self.panel, console=self._console, refresh_per_second=4, transient=False
+        )
+
+    def plan(self, stages: Sequence[str]) -> None:
+        self._states = dict.fromkeys(stages, ("waiting", 0.0))
+        self._live.start()
+
+    def enter(self, stage: str) -> None:
+        self._states = {**self._states, stage: ("running", self._clock())}
+
+    def leave(self, stage: str, state: str, wall_s: float) -> None:
+        self._states = {**self._states, stage: (state, wall_s)}
+        self._bar = None
+
+    def note(self, text: str) -> None:
+        self._console.print(Text(text))
+
+    def start(self, stage: str, total: int | None, unit: str) -> None:
+        self._bar = Bar(stage, total, unit, self._clock())
+
+    def advance(self, n: int = 1, **info: Any) -> None:
+        if self._bar is not None:
+            self._bar.count(n, info)
+
+    def finish(self) -> None:
+        self._bar = None
+
+    def close(self) -> None:
+        self._bar = None
+        if self._live.is_started:
+            self._live.stop()
+
+    def panel(self) -> RenderableType:
+        """What stands on the screen now."""
+        now, states, bar = self._clock(), self._states, self._bar
+        table = Table.grid(padding=(0, 2))
+        for stage, (state, since) in states.items():
+            spent = now - since if state == "running" else since
+            note = {"skipped": "finished before", "interrupted": "interrupted", "failed": "failed"}.get(
+                state, ""
+            )
+            style = STYLES.get(state, "dim")
+            shown = "" if state == "waiting" else duration(spent)
+            table.add_row(Text(f"{MARKS[state]} {stage}", style), Text(shown, "dim"), Text(note, style))
+        ended = sum(state in ("done", "skipped") for state, _ in states.values())
+        total = Text(f"{ended} of {len(states)} stages, {duration(now - self._began)}", "bold")
+        return Group(table, *self._bar_rows(bar, now), total)
+
+    def _bar_rows(self, bar: Bar | None, now: float) -> list[RenderableType]:
+        if bar is None:
+            return []
+        left = bar.left_s(now)
+        row = Table.grid(padding=(0, 2))
+        remains = "" if left is None else f"{duration(left)} left"
+        row.add_row(
+            Text(bar.stage, "bold cyan"),
+            ProgressBar(total=None if bar.total is None else max(1, bar.total), completed=bar.done, width=32),
+            Text(bar.count_text()),
+            Text(remains, "dim"),
+        )
+        facts = bar.facts(now)
+        return [row, Text("  " + facts, "dim", overflow="ellipsis", no_wrap=True)] if facts else [row]

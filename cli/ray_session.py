@@ -1,0 +1,97 @@
+"""What the stages of one process share: the Ray cluster and the rollout workers, started when first needed."""
+
+from __future__ import annotations
+
+import atexit
+from pathlib import Path
+from typing import Any
+
+from consilience.conf.schema import Config
+from consilience.model.config import ModelConfig
+from consilience.rollout.ray_cluster import RayCluster, start_ray, stop_ray
+from consilience.rollout.ray_workers import RolloutPool
+from consilience.sandboxes.protocol import Isolation, Limits, SandboxSpec
+from consilience.tasks.domain import Domain
+from consilience.tasks.registry import load_domain
+
+_open: dict[str, Any] = {}
+
+
+def sandbox_spec(cfg: Config) -> SandboxSpec:
+    """The configured sandbox as the drivers take it."""
+    given = cfg.sandbox
+    limits = Limits(**{name: getattr(given.limits, name) for name in Limits.__dataclass_fields__})
+    return SandboxSpec(
+        driver=given.driver,
+        min_isolation=Isolation[given.min_isolation.upper()],
+        limits=limits,
+        image=given.image,
+        allow_insecure=given.allow_insecure,
+    )
+
+
+def domains_of(cfg: Config) -> dict[str, Domain]:
+    """Every configured domain, loaded; `rewards.path` replaces each one's own reward."""
+    loaded: dict[str, Domain] = {}
+    for name, settings in cfg.task.domains.items():
+        domain = load_domain(settings.to_settings(name, cfg.task.seed))
+        if cfg.rewards.path is not None:
+            domain.reward = cfg.rewards.path
+        loaded[name] = domain
+    return loaded
+
+
+def rollout_pool(cfg: Config, model: ModelConfig, tokenizer: Path, domains: dict[str, Domain]) -> RolloutPool:
+    """The workers of this process, for this model and tokenizer; built once and kept until `close`."""
+    kwargs = {
+        "model": model.to_json_dict(),
+        "tokenizer_path": str(tokenizer.resolve()),
+        "max_rows": cfg.rollout.max_batch,
+        "max_length": cfg.rollout.max_length,
+        "sandbox": sandbox_spec(cfg),
+        "warm": cfg.sandbox.warm,
+        "uses_per_box": cfg.sandbox.uses_per_box,
+        "rewards": tuple(sorted({(d.reward, d.needs_sandbox) for d in domains.values() if d.reward})),
+        "reward_timeout_s": cfg.rewards.timeout_s,
+        "reward_processes": cfg.rewards.num_processes,
+        "needs_boxes": any(d.max_turns > 1 for d in domains.values()),
+    }
+    wanted = (cfg.rollout.num_workers, cfg.rollout.threads_per_worker, kwargs)
+    if _open.get("wanted") != wanted:
+        close_pool()
+        _cluster(cfg)
+        factory = "consilience.cli.worker_factory:build_worker"
+        _open["pool"] = RolloutPool(
+            cfg.rollout.num_workers, factory, kwargs, num_threads=cfg.rollout.threads_per_worker
+        )
+        _open["wanted"] = wanted
+    return _open["pool"]
+
+
+def close_pool() -> None:
+    """End the workers and their boxes; the cluster stays."""
+    pool: RolloutPool | None = _open.pop("pool", None)
+    _open.pop("wanted", None)
+    if pool is not None:
+        pool.close()
+
+
+def close_session() -> None:
+    """End workers and the cluster this process started. Safe to call twice."""
+    close_pool()
+    cluster: RayCluster | None = _open.pop("cluster", None)
+    if cluster is not None:
+        stop_ray(cluster)
+
+
+def _cluster(cfg: Config) -> None:
+    if "cluster" in _open:
+        return
+    # Workers decode while the trainer waits, so they may take every core.
+    cores = max(cfg.cluster.num_cpus or 0, cfg.rollout.num_workers * cfg.rollout.threads_per_worker)
+    _open["cluster"] = start_ray(
+        cores,
+        object_store_bytes=cfg.cluster.object_store_bytes,
+        dashboard_port=cfg.cluster.dashboard_port if cfg.cluster.dashboard else None,
+    )
+    atexit.register(close_session)

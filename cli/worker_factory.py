@@ -1,0 +1,61 @@
+"""Builds a rollout worker inside its own process: engine, boxes, graders. Named by `ray_workers.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from consilience.rollout.worker import RolloutWorker
+
+
+def build_worker(
+    model: Mapping[str, Any],
+    tokenizer_path: str,
+    max_rows: int,
+    max_length: int,
+    sandbox: Any,
+    warm: int,
+    uses_per_box: int,
+    rewards: tuple[tuple[str, bool], ...],
+    reward_timeout_s: float,
+    reward_processes: int,
+    needs_boxes: bool,
+) -> RolloutWorker:
+    """A RolloutWorker over the native engine with random weights; real ones arrive by `publish`.
+
+    model      config.json fields
+    sandbox    SandboxSpec of agent boxes and of the judge's box
+    rewards    (reward path, needs sandbox) pairs to load before the first episode
+    Raises what a part that can never work raises: RewardError, SandboxUnavailable.
+    """
+    import torch
+
+    from consilience.model.config import ModelConfig
+    from consilience.model.initialize import initialize
+    from consilience.model.transformer import Transformer
+    from consilience.rewards.grader import RewardGrader
+    from consilience.rollout.native_engine import NativeEngine
+    from consilience.rollout.tokenizer import Tokenizer
+    from consilience.sandboxes.blocking import BlockingPool
+
+    torch.set_grad_enabled(False)
+    policy = initialize(Transformer(ModelConfig.from_json_dict(model)), seed=0)
+    engine = NativeEngine(policy, max_rows=max_rows, max_length=max_length)
+    grader = RewardGrader(timeout_s=reward_timeout_s, num_processes=reward_processes, sandbox=sandbox)
+    boxes = BlockingPool(sandbox, max(warm, 1), uses_per_box) if needs_boxes else None
+    try:
+        grader.start(rewards)
+    except BaseException:
+        grader.close()
+        if boxes is not None:
+            boxes.close()
+        raise
+
+    def close() -> None:
+        grader.close()
+        if boxes is not None:
+            boxes.close()
+
+    return RolloutWorker(
+        engine, Tokenizer.load(tokenizer_path), boxes, grader, max_context=max_length, on_close=close
+    )

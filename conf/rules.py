@@ -1,0 +1,207 @@
+"""What must hold between settings, checked once after each setting was read on its own.
+
+Standard library only. Every rule raises ConfigError and says which key to change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from consilience.conf.errors import ConfigError
+from consilience.conf.fields import nearest, read_record
+from consilience.conf.schema import Config, DomainConfig, SftConfig
+
+PER_DOMAIN_GROUPS = ("sft", "grpo", "rollout", "optimizer")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def check_rules(cfg: Config) -> Config:
+    """`cfg` itself. ConfigError on the first rule it breaks."""
+    _check_domains(cfg)
+    _check_specialists(cfg)
+    _check_teachers(cfg)
+    _check_sizes(cfg)
+    _check_model(cfg)
+    _check_sandbox(cfg)
+    _check_files(cfg)
+    if not NAME.fullmatch(cfg.run.name):
+        raise ConfigError(
+            f"run.name is '{cfg.run.name}', but it names a folder: letters, digits, '_', '.', '-', at most 64"
+        )
+    return cfg
+
+
+def check_domain(cfg: Config, name: str, key: str) -> None:
+    """ConfigError unless `name` is a configured domain."""
+    if name not in cfg.task.domains:
+        raise ConfigError(f"{key} names unknown domain '{name}'; {nearest(name, cfg.task.domains)}")
+
+
+def _check_domains(cfg: Config) -> None:
+    if not cfg.task.domains:
+        raise ConfigError("task.domains is empty, but at least one domain is needed; take task=three")
+    for name, domain in cfg.task.domains.items():
+        key = f"task.domains.{name}"
+        if not NAME.fullmatch(name):
+            raise ConfigError(f"{key}: a domain's name is letters, digits, '_', '.', '-', at most 64")
+        _check_domain_source(key, domain)
+        if domain.max_tokens is not None and domain.max_tokens >= cfg.rollout.max_length:
+            raise ConfigError(
+                f"{key}.max_tokens is {domain.max_tokens}, but rollout.max_length is "
+                f"{cfg.rollout.max_length} with the prompt; raise rollout.max_length or lower max_tokens"
+            )
+
+
+def _check_domain_source(key: str, domain: DomainConfig) -> None:
+    if domain.kind == "file":
+        if domain.path is None:
+            raise ConfigError(f"{key}.kind is 'file' without a file; set {key}.path=PROBLEMS.jsonl")
+        if not Path(domain.path).is_file():
+            raise ConfigError(f"{key}.path is '{domain.path}', but no such file exists")
+    elif domain.path is not None:
+        raise ConfigError(f"{key}.path is for kind=file, but kind is '{domain.kind}'; set {key}.kind=file")
+
+
+def _check_specialists(cfg: Config) -> None:
+    if cfg.specialist.domain is not None:
+        check_domain(cfg, cfg.specialist.domain, "specialist.domain")
+    if cfg.generate.domain is not None:
+        check_domain(cfg, cfg.generate.domain, "generate.domain")
+    for name, groups in cfg.specialist.settings.items():
+        check_domain(cfg, name, "specialist.settings")
+        for group, values in groups.items():
+            key = f"specialist.settings.{name}.{group}"
+            if group not in PER_DOMAIN_GROUPS:
+                raise ConfigError(
+                    f"{key}: only some groups vary by domain; {nearest(group, PER_DOMAIN_GROUPS)}"
+                )
+            read_record(type(getattr(cfg, group)), values, key)
+
+
+def for_domain(cfg: Config, domain: str) -> Config:
+    """`cfg` as the specialist of `domain` sees it: its own settings applied. ConfigError if unknown."""
+    check_domain(cfg, domain, "specialist.domain")
+    changed = {}
+    for group, values in cfg.specialist.settings.get(domain, {}).items():
+        current = getattr(cfg, group)
+        own = read_record(type(current), values, f"specialist.settings.{domain}.{group}")
+        names = [f.name for f in dataclasses.fields(current) if f.name.rstrip("_") in values]
+        changed[group] = dataclasses.replace(current, **{name: getattr(own, name) for name in names})
+    specialist = dataclasses.replace(cfg.specialist, domain=domain)
+    return dataclasses.replace(cfg, specialist=specialist, **changed)
+
+
+def _check_teachers(cfg: Config) -> None:
+    owner: dict[str, str] = {}
+    for name, teacher in cfg.teachers.registry.items():
+        key = f"teachers.registry.{name}"
+        if not NAME.fullmatch(name):
+            raise ConfigError(f"{key}: a teacher's name is letters, digits, '_', '.', '-', at most 64")
+        if not teacher.domains:
+            raise ConfigError(f"{key}.domains is empty; name the domains it owns: {key}.domains=[math]")
+        for domain in teacher.domains:
+            check_domain(cfg, domain, f"{key}.domains")
+            if domain in owner:
+                raise ConfigError(
+                    f"domain '{domain}' has two teachers, '{owner[domain]}' and '{name}'; keep one"
+                )
+            owner[domain] = name
+        if teacher.checkpoint is None and len(teacher.domains) > 1:
+            raise ConfigError(
+                f"{key} owns {len(teacher.domains)} domains and has no checkpoint; set {key}.checkpoint"
+            )
+    missing = sorted(set(cfg.task.domains) - set(owner)) if owner else []
+    if missing:
+        raise ConfigError(
+            f"domain '{missing[0]}' has no teacher; add it to one of teachers.registry.*.domains"
+        )
+
+
+def _check_sizes(cfg: Config) -> None:
+    for domain in (None, *cfg.task.domains):
+        own, key = (
+            (cfg, "") if domain is None else (for_domain(cfg, domain), f"specialist.settings.{domain}.")
+        )
+        for name in ("base", "sft"):
+            _check_rows(getattr(own, name), key + name)
+        if own.grpo.mini_batches > own.grpo.prompts_per_step:
+            _too_many_parts(key + "grpo", own.grpo.mini_batches, own.grpo.prompts_per_step)
+    if cfg.distill.mini_batches > cfg.distill.prompts_per_step:
+        _too_many_parts("distill", cfg.distill.mini_batches, cfg.distill.prompts_per_step)
+    if cfg.evaluate.num_problems > cfg.task.num_test:
+        raise ConfigError(
+            f"evaluate.num_problems is {cfg.evaluate.num_problems}, but task.num_test offers "
+            f"{cfg.task.num_test}; raise task.num_test"
+        )
+
+
+def _check_rows(sft: SftConfig, key: str) -> None:
+    if sft.row_tokens > sft.tokens_per_step:
+        raise ConfigError(
+            f"{key}.row_tokens is {sft.row_tokens}, more than a step's {sft.tokens_per_step} tokens"
+        )
+
+
+def _too_many_parts(key: str, parts: int, prompts: int) -> None:
+    raise ConfigError(f"{key}.mini_batches is {parts}, but a step has {prompts} prompts; lower it")
+
+
+def _check_model(cfg: Config) -> None:
+    model = cfg.model
+    ratios, layers = model.compress_ratios, model.num_hidden_layers
+    if ratios is not None and layers is not None and len(ratios) != layers:
+        raise ConfigError(
+            f"model.compress_ratios has {len(ratios)} entries for {layers} layers; give one a layer"
+        )
+    pairs = (("qk_rope_head_dim", "head_dim"), ("num_experts_per_tok", "n_routed_experts"))
+    for small, large in pairs:
+        few, many = getattr(model, small), getattr(model, large)
+        if few is not None and many is not None and few > many:
+            raise ConfigError(f"model.{small} is {few}, more than model.{large} = {many}")
+
+
+def _check_sandbox(cfg: Config) -> None:
+    weak = cfg.sandbox.min_isolation in ("none", "rlimit")
+    if (weak or cfg.sandbox.driver == "insecure_subprocess") and not cfg.sandbox.allow_insecure:
+        raise ConfigError(
+            "sandbox.driver=insecure_subprocess and min_isolation below bwrap_user run model code almost "
+            "unprotected; set sandbox.allow_insecure=true if you trust it"
+        )
+    if cfg.sandbox.driver == "insecure_subprocess" and not weak:
+        raise ConfigError(
+            f"sandbox.driver=insecure_subprocess cannot reach "
+            f"sandbox.min_isolation={cfg.sandbox.min_isolation}; set sandbox.min_isolation=rlimit"
+        )
+
+
+def _check_files(cfg: Config) -> None:
+    rewards = {f"task.domains.{n}.reward": d.reward for n, d in cfg.task.domains.items()}
+    for key, path in {"rewards.path": cfg.rewards.path, **rewards}.items():
+        if path is not None:
+            _check_reward(key, path)
+    for key, folder in _checkpoints(cfg):
+        if folder is not None and not (Path(folder) / "config.json").is_file():
+            raise ConfigError(
+                f"{key} is '{folder}', but no checkpoint lies there (no config.json); "
+                "give a folder under runs/<name>/stages/<stage>/checkpoints/"
+            )
+
+
+def _check_reward(key: str, path: str) -> None:
+    source, colon, function = path.rpartition(":")
+    if not colon or not source or not function.isidentifier():
+        raise ConfigError(f"{key} is '{path}', but FILE.py:FUNCTION or package.module:FUNCTION is needed")
+    if source.endswith(".py") and not Path(source).is_file():
+        raise ConfigError(f"{key} is '{path}', but there is no file '{source}' in {Path.cwd()}")
+
+
+def _checkpoints(cfg: Config) -> Iterable[tuple[str, str | None]]:
+    for group in ("base", "sft", "grpo", "distill"):
+        yield f"{group}.init", getattr(cfg, group).init
+    yield "evaluate.checkpoint", cfg.evaluate.checkpoint
+    yield "generate.checkpoint", cfg.generate.checkpoint
+    for name, teacher in cfg.teachers.registry.items():
+        yield f"teachers.registry.{name}.checkpoint", teacher.checkpoint

@@ -1,0 +1,365 @@
+"""Every setting there is: what it means, its unit, its range, its default.
+
+One frozen dataclass a group; the groups are the folders of conf/. The defaults are those of the
+report where it states one. `consilience help GROUP` prints this file's content. Importing it needs
+the standard library only, so a wrong key is refused before torch or ray are loaded.
+"""
+
+# ruff: noqa: RUF009 (`setting` makes a dataclass field)
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from consilience.conf.fields import setting
+
+ISOLATION = (
+    "none", "rlimit", "bwrap_user", "bwrap_root", "container", "container_userns", "gvisor", "vm",
+)  # fmt: skip
+
+
+EFFORTS = ("chat", "think", "low", "high", "max")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A preset and what differs from it; names are those of the released `config.json`."""
+
+    preset: str = setting("tiny", "sizes to start from", choices=("tiny", "mini", "small", "flash", "pro"))
+    vocab_size: int | None = setting(None, "rows of embedding and head; null: the tokenizer's", low=2)
+    hidden_size: int | None = setting(None, "model width D", low=8)
+    num_hidden_layers: int | None = setting(None, "layers L, without the MTP block", low=1)
+    num_attention_heads: int | None = setting(None, "query heads H", low=1)
+    head_dim: int | None = setting(None, "width of a head C", low=4)
+    qk_rope_head_dim: int | None = setting(None, "rotated channels of a head", low=2)
+    q_lora_rank: int | None = setting(None, "rank of the query projection", low=1)
+    o_groups: int | None = setting(None, "groups of the output projection", low=1)
+    o_lora_rank: int | None = setting(None, "rank of a group's output projection", low=1)
+    sliding_window: int | None = setting(None, "tokens each layer sees uncompressed", unit="tokens", low=1)
+    compress_ratios: tuple[int, ...] | None = setting(
+        None, "tokens per compressed entry of each layer; 0 is a sliding-window layer", low=0
+    )
+    index_n_heads: int | None = setting(None, "indexer query heads", low=1)
+    index_head_dim: int | None = setting(None, "width of an indexer head", low=2)
+    index_topk: int | None = setting(None, "compressed entries kept per query", low=1)
+    n_routed_experts: int | None = setting(None, "routed experts E", low=1)
+    num_experts_per_tok: int | None = setting(None, "experts a token visits K", low=1)
+    n_shared_experts: int | None = setting(None, "experts every token visits", low=0)
+    moe_intermediate_size: int | None = setting(None, "width inside an expert", low=1)
+    num_hash_layers: int | None = setting(None, "first layers routed by a hash of the token", low=0)
+    hc_mult: int | None = setting(None, "hyper-connection streams N", low=1)
+    max_position_embeddings: int | None = setting(None, "longest stream", unit="tokens", low=1)
+
+    def overrides(self) -> dict[str, Any]:
+        """What differs from the preset: official field name -> value."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "preset"}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class DomainConfig:
+    """One domain: where its problems come from, what an episode may do, who judges it."""
+
+    kind: str = setting(
+        "file", "source of the problems", choices=("math", "mathematics", "code", "agent", "file")
+    )
+    path: str | None = setting(None, "JSONL or parquet file; needed by kind=file only")
+    effort: str | None = setting(None, "whether and how long the model thinks first", choices=EFFORTS)
+    reward: str | None = setting(None, "module:function or file.py:function; null: the kind's own")
+    max_turns: int | None = setting(
+        None, "assistant turns of an episode; 1: no tools", unit="turns", low=1, high=1000
+    )
+    max_tokens: int | None = setting(None, "tokens an episode may sample", unit="tokens", low=1)
+    needs_sandbox: bool | None = setting(None, "the reward function runs code in a box; null: the kind's own")
+    parameters: dict[str, Any] = setting({}, "settings of the kind's own generator or reader")
+
+    def to_settings(self, name: str, seed: int) -> dict[str, Any]:
+        """What `tasks.registry.load_domain` reads; settings left null are the kind's own."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            "name": name,
+            "seed": seed,
+            **{key: value for key, value in given.items() if value is not None},
+        }
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """The domains, the sizes of their splits, the tokenizer trained on their text."""
+
+    domains: dict[str, DomainConfig] = setting({}, "name -> domain; `task.domains.NAME.KEY=VALUE`")
+    num_train: int = setting(20_000, "training problems a domain offers", unit="problems", low=1)
+    num_validation: int = setting(256, "validation problems a domain offers", unit="problems", low=1)
+    num_test: int = setting(512, "held-out problems a domain offers", unit="problems", low=1)
+    seed: int = setting(1, "seed of the problems; splits never overlap", low=0)
+    vocab_size: int = setting(640, "size of the tokenizer, special tokens included", unit="tokens", low=300)
+
+
+@dataclass(frozen=True)
+class SpecialistConfig:
+    """Which specialist a verb is about, and what single specialists do differently."""
+
+    domain: str | None = setting(None, "domain of the specialist; null: every domain in turn")
+    settings: dict[str, dict[str, dict[str, Any]]] = setting(
+        {}, "domain -> group -> key: values for that domain only (groups sft grpo rollout optimizer)"
+    )
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised training on worked solutions; also the shape of group `base`."""
+
+    steps: int = setting(200, "optimiser steps", unit="steps", low=1)
+    tokens_per_step: int = setting(4096, "tokens of a step, padding included", unit="tokens", low=16)
+    row_tokens: int = setting(512, "length of a packed row", unit="tokens", low=16)
+    lr: float = setting(1e-3, "peak learning rate", above=0, high=10)
+    warmup: int = setting(10, "steps of linear warm-up", unit="steps", low=0)
+    decay: float = setting(0.1, "learning rate at the last step, as a share of the peak", low=0, high=1)
+    num_examples: int = setting(4000, "worked solutions per domain", unit="problems", low=1)
+    noise: float = setting(0.0, "share of solutions whose final answer is another problem's", low=0, high=1)
+    prompt_weight: float = setting(
+        0.0, "loss weight of tokens the model would not sample (prompts, tool results)", low=0, high=1
+    )
+    indexer_weight: float = setting(0.0, "weight of the indexer's own loss", low=0, high=100)
+    balance_weight: float = setting(0.0, "weight of the sequence-wise balance loss", low=0, high=100)
+    init: str | None = setting(None, "checkpoint folder to start from; null: the stage before it")
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """Group relative policy optimisation as the report's section on specialists states it."""
+
+    steps: int = setting(50, "rollout phases", unit="steps", low=1)
+    prompts_per_step: int = setting(16, "prompts of a rollout phase P", unit="prompts", low=1)
+    group_size: int = setting(16, "samples per prompt G", unit="samples", low=2)
+    mini_batches: int = setting(2, "optimiser steps per rollout phase", unit="steps", low=1)
+    clip_epsilon: float = setting(0.2, "half-width of the ratio's clip", above=0, high=1)
+    kl_beta: float = setting(1e-3, "weight of the KL to the SFT reference", low=0, high=10)
+    mask_delta: float = setting(
+        0.5,
+        "a sequence with negative advantage and a mean log-ratio below minus this is masked",
+        unit="nats",
+        above=0,
+    )
+    drop_no_signal: bool = setting(True, "drop groups whose rewards are all equal, and count them")
+    temperature: float = setting(1.0, "sampling temperature", above=0, high=10)
+    lr: float = setting(3e-4, "peak learning rate", above=0, high=10)
+    warmup: int = setting(2, "steps of linear warm-up", unit="steps", low=0)
+    row_tokens: int = setting(512, "length of a packed row", unit="tokens", low=16)
+    init: str | None = setting(None, "checkpoint folder to start from; null: the domain's SFT stage")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """The workers that sample."""
+
+    num_workers: int = setting(
+        2, "Ray actors, each with its own engine", unit="processes", low=1, high=4096, speed_only=True
+    )
+    max_batch: int = setting(128, "streams a worker decodes at once", unit="streams", low=1, speed_only=True)
+    threads_per_worker: int = setting(1, "CPU threads of a worker", unit="threads", low=1, speed_only=True)
+    max_length: int = setting(1024, "longest stream, prompt included", unit="tokens", low=16)
+    timeout_s: float = setting(600.0, "longest a worker may say nothing", unit="s", above=0, speed_only=True)
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """On-policy distillation: the student samples, the owner teacher scores, exact reverse KL."""
+
+    steps: int = setting(50, "rollout phases", unit="steps", low=1)
+    prompts_per_step: int = setting(96, "prompts of a rollout phase, all domains", unit="prompts", low=1)
+    samples_per_prompt: int = setting(1, "trajectories per prompt", unit="samples", low=1)
+    mini_batches: int = setting(2, "optimiser steps per rollout phase", unit="steps", low=1)
+    chunk_tokens: int = setting(
+        1024, "tokens whose logits exist at once", unit="tokens", low=1, speed_only=True
+    )
+    temperature: float = setting(1.0, "sampling temperature of the student", above=0, high=10)
+    lr: float = setting(1e-3, "peak learning rate", above=0, high=10)
+    warmup: int = setting(2, "steps of linear warm-up", unit="steps", low=0)
+    decay: float = setting(0.1, "learning rate at the last step, as a share of the peak", low=0, high=1)
+    normalisation: str = setting(
+        "tokens",
+        "denominator: loss tokens of the mini-batch, or of each teacher",
+        choices=("tokens", "teacher"),
+    )
+    row_tokens: int = setting(512, "length of a packed row", unit="tokens", low=16)
+    init: str | None = setting(None, "checkpoint folder of the student's start; null: the base stage")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """One teacher of the registry."""
+
+    checkpoint: str | None = setting(None, "checkpoint folder; null: the run's GRPO stage of its domain")
+    domains: tuple[str, ...] = setting((), "domains it owns; each domain has exactly one owner")
+    weight: float = setting(1.0, "weight of its KL in the loss", above=0, high=1000)
+
+
+@dataclass(frozen=True)
+class TeachersConfig:
+    """Who teaches what. Empty: the run's own specialists, one a domain, weight 1."""
+
+    registry: dict[str, TeacherConfig] = setting({}, "name -> teacher; `teachers.registry.NAME.KEY=VALUE`")
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    """The reward function and the process it runs in."""
+
+    path: str | None = setting(
+        None, "module:function or file.py:function for every domain; null: each domain's own"
+    )
+    timeout_s: float = setting(10.0, "wall limit of one score", unit="s", above=0, high=86_400)
+    num_processes: int = setting(1, "killable reward processes", unit="processes", low=1, speed_only=True)
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    """Caps of one sandbox."""
+
+    memory_bytes: int = setting(256 << 20, "memory", unit="bytes", low=16 << 20)
+    processes: int = setting(64, "processes and threads", unit="processes", low=1)
+    file_bytes: int = setting(16 << 20, "largest file", unit="bytes", low=1024)
+    workspace_bytes: int = setting(64 << 20, "whole workspace", unit="bytes", low=4096)
+    cpu_s: float = setting(10.0, "processor time of a command", unit="s", above=0)
+    wall_s: float = setting(10.0, "wall time of a command", unit="s", above=0)
+    output_bytes: int = setting(64 << 10, "kept of each output stream", unit="bytes", low=256)
+
+
+@dataclass(frozen=True)
+class SandboxConfig:
+    """Where code of the model runs. Fails closed: nothing weaker than `min_isolation` starts."""
+
+    driver: str = setting(
+        "auto", "auto: the strongest present", choices=("auto", "docker", "bwrap", "insecure_subprocess")
+    )
+    min_isolation: str = setting("bwrap_user", "weakest level accepted", choices=ISOLATION)
+    limits: LimitsConfig = setting(LimitsConfig, "caps of a box")
+    warm: int = setting(2, "boxes kept ready", unit="boxes", low=0, high=1024, speed_only=True)
+    uses_per_box: int = setting(
+        16, "leases before a box is thrown away", unit="leases", low=1, speed_only=True
+    )
+    allow_insecure: bool = setting(False, "accept the insecure_subprocess driver (trusted code only)")
+    image: str | None = setting(None, "container image of the docker driver; null: the driver's own")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Muon for matrices and AdamW for the rest, by V4's parameter split; or AdamW alone."""
+
+    kind: str = setting("muon", "muon: with AdamW for what Muon leaves", choices=("muon", "adamw"))
+    muon_momentum: float = setting(0.95, "momentum of Muon", low=0, high=0.9999)
+    update_rms: float = setting(0.18, "root mean square a Muon update is scaled to", above=0, high=10)
+    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's two decay rates", low=0, high=0.99999)
+    eps: float = setting(1e-20, "AdamW's epsilon", above=0, high=1)
+    weight_decay: float = setting(0.1, "decoupled weight decay", low=0, high=10)
+    grad_clip: float = setting(1.0, "largest gradient norm", above=0)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What holds parameters, gradients and optimiser."""
+
+    kind: str = setting("torch", "train engine", choices=("torch",))
+    device: str = setting(
+        "auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"), speed_only=True
+    )
+    dtype: str = setting(
+        "float32", "activation dtype; parameters stay float32", choices=("float32", "bfloat16")
+    )
+    threads: int = setting(
+        0, "CPU threads of the trainer; 0: all cores", unit="threads", low=0, speed_only=True
+    )
+    micro_batch_rows: int = setting(8, "packed rows of one forward pass", unit="rows", low=1, speed_only=True)
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Ray: a cluster to join, or the small one a run starts for itself."""
+
+    address: str | None = setting(None, "host:port or 'auto'; null: start Ray on this machine for the run")
+    num_cpus: int | None = setting(None, "cores Ray may use; null: all", unit="cores", low=1, speed_only=True)
+    object_store_bytes: int = setting(
+        200 << 20, "shared memory of the object store", unit="bytes", low=80 << 20
+    )
+    dashboard: bool = setting(False, "serve Ray's web page")
+    dashboard_port: int = setting(8265, "its port on 127.0.0.1", low=1, high=65_535)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Held-out measurement: one sample a problem, paired bootstrap intervals."""
+
+    num_problems: int = setting(512, "test problems per domain", unit="problems", low=1)
+    temperature: float = setting(1.0, "sampling temperature", above=0, high=10)
+    greedy: bool = setting(True, "measure greedy decoding beside it")
+    num_resamples: int = setting(10_000, "bootstrap resamples", low=100, high=10_000_000)
+    checkpoint: str | None = setting(
+        None, "evaluate this checkpoint folder alone; null: every model of the run"
+    )
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What `generate` and `chat` sample from."""
+
+    checkpoint: str | None = setting(None, "checkpoint folder; null: the run's newest model")
+    prompt: str | None = setting(None, "what to answer; null: problems of the domain's test split")
+    domain: str | None = setting(None, "domain whose test problems are answered; null: the first")
+    num: int = setting(4, "answers", low=1)
+    temperature: float = setting(1.0, "sampling temperature; 0 is greedy", low=0, high=10)
+    max_tokens: int = setting(256, "tokens of an answer", unit="tokens", low=1)
+    effort: str = setting("chat", "whether the model thinks first", choices=EFFORTS)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written down and shown."""
+
+    wandb: str = setting("offline", "offline needs no account", choices=("offline", "online", "disabled"))
+    project: str = setting("consilience", "wandb project")
+    table_rows: int = setting(32, "rollouts in the table of a logged step", unit="rows", low=0)
+    every: int = setting(1, "steps between two lines of metrics", unit="steps", low=1)
+    progress: str = setting(
+        "auto", "auto: bars on a terminal, lines elsewhere", choices=("auto", "bars", "lines", "off")
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run folder and what a second `run` does with it."""
+
+    name: str = setting("default", "name of the run")
+    folder: str = setting("runs", "where run folders lie")
+    seed: int = setting(1, "seed of everything random", low=0, high=2**31 - 1)
+    profile: str = setting("default", "the values a profile of this group set (recorded in the report)")
+    resume: bool = setting(True, "go on where the run folder stands; false: refuse a folder that exists")
+    from_: str | None = setting(
+        None, "redo from this stage on, whatever is finished (base, sft/math, distill, …)"
+    )
+    margins: bool = setting(True, "fail the run when a check misses its bound; false: structure only")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of it; one attribute a group."""
+
+    model: ModelConfig = setting(ModelConfig, "the architecture")
+    task: TaskConfig = setting(TaskConfig, "domains and splits")
+    specialist: SpecialistConfig = setting(SpecialistConfig, "which specialist")
+    base: SftConfig = setting(SftConfig, "training from random weights")
+    sft: SftConfig = setting(SftConfig, "specialist supervised fine-tuning")
+    grpo: GrpoConfig = setting(GrpoConfig, "specialist reinforcement learning")
+    rollout: RolloutConfig = setting(RolloutConfig, "workers that sample")
+    distill: DistillConfig = setting(DistillConfig, "many teachers into one student")
+    teachers: TeachersConfig = setting(TeachersConfig, "who teaches what")
+    rewards: RewardsConfig = setting(RewardsConfig, "who judges")
+    sandbox: SandboxConfig = setting(SandboxConfig, "where code runs")
+    optimizer: OptimizerConfig = setting(OptimizerConfig, "Muon and AdamW")
+    engine: EngineConfig = setting(EngineConfig, "what trains")
+    cluster: ClusterConfig = setting(ClusterConfig, "Ray")
+    evaluate: EvaluateConfig = setting(EvaluateConfig, "held-out measurement")
+    generate: GenerateConfig = setting(GenerateConfig, "what generate and chat sample from")
+    log: LogConfig = setting(LogConfig, "what is written down")
+    run: RunConfig = setting(RunConfig, "the run folder")

@@ -1,0 +1,56 @@
+"""Which samples form a mini-batch, and in which order a mini-batch runs (post-training notes 7.2, 7.1).
+
+Membership is drawn first, by a global shuffle, so that every mini-batch mixes teachers. Only then is each
+mini-batch sorted by teacher, stably: a prediction head is loaded once for each teacher in it, and since
+sorting permutes inside the mini-batch the accumulated gradient stays the same up to summation order.
+
+Plain arrays in, plain records out; nothing here knows about tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring samples of one mini-batch with the same teacher.
+
+    Example: members 4 7 5 with teachers math code math → Segment("code", (7,)), Segment("math", (4, 5)).
+    """
+
+    teacher: str
+    samples: tuple[int, ...]
+
+
+def draw_minibatches(num_samples: int, num_minibatches: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Membership: all samples shuffled and cut into `num_minibatches` parts whose sizes differ by at most 1.
+
+    Returns int64 index arrays that cover range(num_samples) exactly once; parts that would be empty are
+    left out. ValueError if num_minibatches < 1.
+    """
+    if num_minibatches < 1:
+        raise ValueError(f"num_minibatches is {num_minibatches}; it must be at least 1")
+    order = rng.permutation(num_samples)
+    return [part for part in np.array_split(order, num_minibatches) if part.size]
+
+
+def sort_by_teacher(members: Sequence[int] | np.ndarray, teachers: Sequence[str]) -> np.ndarray:
+    """`members` ordered by the name of their teacher, otherwise as they were (stable).
+
+    `teachers` [S] names the owner of every sample, indexed by the entries of `members`.
+    """
+    chosen = np.asarray(members, dtype=np.int64)
+    names = np.array([teachers[i] for i in chosen], dtype=object)
+    return chosen[np.argsort(names, kind="stable")]
+
+
+def segments_by_teacher(members: Sequence[int] | np.ndarray, teachers: Sequence[str]) -> list[Segment]:
+    """The sorted mini-batch cut at each change of teacher: one segment, one head load, for each teacher."""
+    ordered: list[int] = sort_by_teacher(members, teachers).tolist()
+    runs = groupby(ordered, key=lambda i: teachers[i])
+    return [Segment(teacher, tuple(samples)) for teacher, samples in runs]

@@ -1,0 +1,260 @@
+"""On-policy distillation: many teachers, one student, exact reverse KL (post-training notes 6 and 7).
+
+Each phase: the student samples; every trajectory is scored by its owner teacher, one teacher in memory at
+a time, which leaves last-layer hidden states at the loss positions; mini-batches are drawn, each sorted
+by teacher; the trainer rebuilds logits through that teacher's head and minimises the KL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from consilience.distill.loss import denominators, distill_loss
+from consilience.distill.minibatch import draw_minibatches, segments_by_teacher
+from consilience.model.checkpoint import to_official
+from consilience.model.digest import weights_digest
+from consilience.model.forward_trace import Trace
+from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.records import RolloutRecord
+from consilience.rollout.store import RolloutStore
+from consilience.teachers.heads import HeadCache
+from consilience.teachers.hidden_store import HiddenStore
+from consilience.teachers.registry import TeacherRegistry
+from consilience.teachers.scheduler import ScoreReport, ScoreRequest, TeacherScheduler
+from consilience.training.engine import TrainEngine
+from consilience.training.forward import hidden_at_loss, sample_order
+from consilience.training.metrics import MetricsSink, RolloutRow
+from consilience.training.packing import PackedRows, pack, split_micro_batches
+from consilience.training.progress import Progress
+from consilience.training.schedule import warmup_constant_cosine
+from consilience.training.stage_checkpoints import StageCheckpoints
+from consilience.training.stage_clock import StageClock
+
+
+class Sampler(Protocol):
+    """What the loop needs of the rollout workers (`rollout/ray_workers.py`)."""
+
+    def generate(self, jobs: Sequence[RolloutJob], on_progress: Any = None) -> list[RolloutRecord]: ...
+
+    def publish(self, weights: Any, digest: str, version: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """steps = rollout phases; mini_batches = optimiser steps a phase; see conf/schema.py for the rest."""
+
+    steps: int
+    mini_batches: int = 2
+    chunk_tokens: int = 256
+    normalisation: str = "tokens"
+    row_tokens: int = 512
+    micro_tokens: int = 8192
+    warmup: int = 2
+    decay_steps: int = 0
+    final_scale: float = 0.1
+    table_rows: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TeacherSide:
+    """Everything that concerns teachers: who they are, who scores, where states and heads are kept."""
+
+    registry: TeacherRegistry
+    scheduler: TeacherScheduler
+    store: HiddenStore
+    heads: HeadCache
+
+
+def train_distill(
+    engine: TrainEngine,
+    sampler: Sampler,
+    jobs_of: Callable[[int], list[RolloutJob]],
+    teachers: TeacherSide,
+    settings: DistillSettings,
+    *,
+    store: RolloutStore,
+    decode: Callable[[Sequence[int]], str],
+    checkpoints: StageCheckpoints,
+    log: MetricsSink,
+    clock: StageClock,
+    progress: Progress,
+    start: int = 0,
+    earlier: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Run the phases from `start`; `earlier` are the per-phase rows a resumed run already has.
+
+    Phases already sampled are read from `store`, states already scored from the hidden store, so a
+    killed run repeats neither. Returns kl and head_loads rows for the report, and counters.
+    """
+    rows = list(earlier)
+    version = publish(sampler, engine.model, start)
+    for step in range(start, settings.steps):
+        phase = f"{step:06d}"
+        with clock.phase("rollout"):
+            records = list(store.read(phase)) if phase in store.phases() else None
+            if records is None:
+                records = sampler.generate(jobs_of(step))
+                store.append(phase, records)
+        clock.add_tokens("sampled", sum(r.num_sampled for r in records))
+        records = [r for r in records if r.num_sampled and r.teacher is not None]
+        with clock.phase("score"):
+            scored = teachers.scheduler.score([score_request(r) for r in records])
+        with clock.phase("train"):
+            report = train_phase(engine, records, scored, teachers, settings, step)
+        clock.add_tokens("train", int(report["train_tokens"]))
+        with clock.phase("publish"):
+            version = publish(sampler, engine.model, version + 1)
+        rows.append({"step": step + 1, "kl": report["kl"], "head_loads": report["head_loads"]})
+        log.scalars(step + 1, report | {"teacher_loads": len(scored.loads), "reused": scored.num_reused})
+        log.rollouts(step + 1, _table(records, report["kl_by_sample"], decode, settings.table_rows))
+        progress.advance(1, **{f"kl {name}": value for name, value in report["kl"].items()})
+        checkpoints.save_if_due(step + 1, {"clock": clock.state(), "rows": rows})
+    tokens = clock.state()["tokens"]
+    return {
+        "train_tokens": tokens.get("train", 0),
+        "sampled_tokens": tokens.get("sampled", 0),
+        "kl": [
+            {"teacher": name, "step": row["step"], "mean": value}
+            for row in rows
+            for name, value in row["kl"].items()
+        ],
+        "head_loads": [loads for row in rows for loads in row["head_loads"]],
+    }
+
+
+def score_request(record: RolloutRecord) -> ScoreRequest:
+    """Positions whose next token the student sampled: the state at t predicts token t + 1."""
+    first = len(record.prompt_ids)
+    positions = tuple(first + i - 1 for i, sampled in enumerate(record.loss_mask) if sampled)
+    return ScoreRequest(record.uid, record.teacher or "", record.prompt_ids + record.token_ids, positions)
+
+
+def train_phase(
+    engine: TrainEngine,
+    records: Sequence[RolloutRecord],
+    scored: ScoreReport,
+    teachers: TeacherSide,
+    settings: DistillSettings,
+    step: int,
+) -> dict[str, Any]:
+    """All optimiser steps of one phase."""
+    rng = np.random.default_rng((settings.seed, step))
+    owners = [r.teacher or "" for r in records]
+    total: dict[str, Any] = {"train_tokens": 0, "head_loads": [], "kl_by_sample": {}}
+    sums: dict[str, dict[str, float]] = {}
+    for members in draw_minibatches(len(records), settings.mini_batches, rng):
+        teachers.heads.begin()
+        counts: dict[str, int] = {}
+        for i in members:
+            counts[owners[i]] = counts.get(owners[i], 0) + records[i].num_sampled
+        divisors = denominators(counts, settings.normalisation)
+        trace = Trace()
+        for segment in segments_by_teacher(members, owners):
+            chosen = [records[i] for i in segment.samples]
+            part = _segment(engine, chosen, scored, teachers, settings, divisors[segment.teacher], trace)
+            total["train_tokens"] += part.pop("train_tokens")
+            total["kl_by_sample"] |= part.pop("kl_by_sample")
+            mine = sums.setdefault(segment.teacher, {})
+            for name, value in part.items():
+                mine[name] = max(mine.get(name, 0.0), value) if name.startswith("max_") else mine.get(name, 0.0) + value
+        loads = teachers.heads.finish()
+        total["head_loads"].append({"distinct": loads.distinct, "loads": loads.loads})
+        scale = warmup_constant_cosine(
+            step,
+            num_steps=settings.steps,
+            warmup_steps=min(settings.warmup, settings.steps),
+            decay_steps=min(settings.decay_steps, max(settings.steps - settings.warmup, 0)),
+            final_scale=settings.final_scale,
+        )
+        total |= engine.step(scale, trace.expert_load)
+        teachers.store.free_taken()
+    total["kl"] = {name: part["kl"] / part["tokens"] for name, part in sums.items()}
+    total["top1_agreement"] = {name: p["top1_agreement"] / p["tokens"] for name, p in sums.items()}
+    total["student_entropy"] = {name: p["student_entropy"] / p["tokens"] for name, p in sums.items()}
+    return total
+
+
+def _segment(
+    engine: TrainEngine,
+    records: Sequence[RolloutRecord],
+    scored: ScoreReport,
+    teachers: TeacherSide,
+    settings: DistillSettings,
+    denominator: float,
+    trace: Trace,
+) -> dict[str, Any]:
+    """Gradients of the samples of one teacher in a mini-batch."""
+    record = teachers.registry.get(records[0].teacher or "")
+    head = teachers.heads.take(record)
+    states = [teachers.store.take(scored.keys[r.uid]) for r in records]
+    packed = pack_records(records, settings.row_tokens)
+    kl_by_sample: dict[str, float] = {}
+
+    def loss_fn(model: Any, micro: PackedRows):
+        at = hidden_at_loss(model, micro, trace)
+        order = sample_order(at)
+        target = torch.cat([states[s] for s in order]).to(at.hidden.device)
+        out = distill_loss(
+            at.hidden,
+            model.head.weight,
+            target,
+            head,
+            teacher_weight=record.weight,
+            num_loss_tokens=denominator,
+            chunk_tokens=settings.chunk_tokens,
+        )
+        start = 0
+        for s in order:
+            stop = start + states[s].shape[0]
+            kl_by_sample[records[s].uid] = float(out.tokens.kl[start:stop].mean())
+            start = stop
+        return out.loss, out.sums
+
+    report = engine.forward_backward(loss_fn, split_micro_batches(packed, settings.micro_tokens), {})
+    report.pop("loss", None)
+    return report | {"train_tokens": packed.num_tokens, "kl_by_sample": kl_by_sample}
+
+
+def pack_records(records: Sequence[RolloutRecord], row_tokens: int) -> PackedRows:
+    """Prompt and episode of each record as one sample, with a loss on the sampled tokens."""
+    lengths = [len(r.prompt_ids) + len(r.token_ids) for r in records]
+    return pack(
+        [r.prompt_ids + r.token_ids for r in records],
+        [[0.0] * len(r.prompt_ids) + list(r.loss_mask) for r in records],
+        quantum=32,
+        max_row_tokens=max(row_tokens, *lengths) if lengths else row_tokens,
+    )
+
+
+def publish(sampler: Sampler, model: nn.Module, version: int) -> int:
+    """Give the workers the student's weights; returns the version."""
+    weights: dict[str, Tensor] = to_official(model)  # type: ignore[arg-type]
+    sampler.publish(weights, weights_digest(weights), version)
+    return version
+
+
+def _table(
+    records: Sequence[RolloutRecord],
+    kl: dict[str, float],
+    decode: Callable[[Sequence[int]], str],
+    num: int,
+) -> list[RolloutRow]:
+    return [
+        RolloutRow(
+            uid=r.uid,
+            prompt=decode(r.prompt_ids),
+            completion=decode(r.token_ids),
+            reward=r.reward,
+            reward_parts=r.reward_parts,
+            teacher=r.teacher,
+            kl=kl.get(r.uid),
+        )
+        for r in records[:num]
+    ]

@@ -1,0 +1,130 @@
+"""The GRPO objective as DeepSeek-V3.2 states it, on packed tokens (post-training notes 2.3).
+
+    r_t  = π_θ(o_t) / π_old(o_t)                       π_old: the sampler's own probability
+    s_t  = min(r_t A, clip(r_t, 1 − ε, 1 + ε) A)
+    KL_t = r_t (ρ_t − log ρ_t − 1),  ρ_t = π_ref / π_θ   (K3 times the ratio: value and gradient unbiased)
+    M_i  = 0 if A_i < 0 and mean_t log(π_old / π_θ) > δ, else 1
+    loss = −1/S Σ_i 1/|o_i| Σ_t (s_t M_i − β KL_t)
+
+M acts on the surrogate only. It and 1/|o_i| need whole sequences, so a sample is never split across
+micro-batches; with S, the kept samples of the mini-batch, handed in from outside, the number of
+micro-batches changes no gradient.
+
+Shapes: n sampled tokens of all samples, flat; S kept samples of the mini-batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from consilience.conf.errors import EngineError
+
+CLIP_EPS = 0.2
+KL_BETA = 1e-3
+MASK_DELTA = 0.1
+
+
+class GrpoLoss(NamedTuple):
+    """loss: scalar with gradient; sums: what `shares` turns into metrics after summing micro-batches."""
+
+    loss: Tensor
+    sums: dict[str, float]
+
+
+def grpo_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    ref_logprob: Tensor,
+    advantage: Tensor,
+    sample_index: Tensor,
+    num_samples: float,
+    *,
+    clip_eps: float = CLIP_EPS,
+    kl_beta: float = KL_BETA,
+    mask_delta: float = MASK_DELTA,
+) -> GrpoLoss:
+    """Loss of one micro-batch of whole samples, already divided by the mini-batch's `num_samples`.
+
+    logprob [n] log π_θ of the sampled tokens, carries the gradient; old_logprob [n] the sampler's;
+    ref_logprob [n] the SFT reference's; advantage [n] A_i of the token's sample; sample_index [n] int ≥ 0,
+    equal for the tokens of one sample, gaps allowed; num_samples S > 0. Tokens that were not sampled are
+    not passed in. n = 0 gives loss 0.
+
+    `sums`: tokens, samples, clipped (tokens whose clip binds), abs_log_ratio Σ|log r|, kl Σ KL_t,
+    masked_tokens, masked_samples, and max_abs_log_ratio, the one that combines by maximum.
+
+    EngineError if old or reference log-probs are not finite: a token without a sampler's log-prob must
+    leave the mask before this point, never be filled in. ValueError on shapes or an S that make no sense.
+    """
+    inputs = (logprob, old_logprob, ref_logprob, advantage, sample_index)
+    _check(*inputs, num_samples=num_samples)
+    old, ref, A = (x.detach().to(logprob.dtype) for x in (old_logprob, ref_logprob, advantage))
+    sample = torch.unique(sample_index, return_inverse=True)[1]
+    length = torch.bincount(sample).to(logprob.dtype)
+
+    log_ratio = logprob - old
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    surrogate = torch.minimum(ratio * A, clipped * A)
+    log_rho = ref - logprob
+    kl = ratio * (torch.expm1(log_rho) - log_rho)
+
+    drift = torch.zeros_like(length).index_add_(0, sample, -log_ratio.detach()) / length
+    is_masked = (A < 0) & (drift > mask_delta)[sample]
+    per_token = kl_beta * kl - torch.where(is_masked, 0.0, surrogate)
+    loss = (per_token / length[sample]).sum() / num_samples
+
+    with torch.no_grad():
+        is_clipped = torch.where(A >= 0, ratio > 1 + clip_eps, ratio < 1 - clip_eps) & (A != 0)
+        size = log_ratio.abs()
+        sums = {
+            "tokens": float(logprob.numel()),
+            "samples": float(length.numel()),
+            "clipped": float(is_clipped.sum()),
+            "abs_log_ratio": float(size.sum()),
+            "kl": float(kl.sum()),
+            "masked_tokens": float(is_masked.sum()),
+            "masked_samples": float(sample[is_masked].unique().numel()),
+            "max_abs_log_ratio": float(size.max()) if size.numel() else 0.0,
+        }
+    return GrpoLoss(loss, sums)
+
+
+def shares(sums: dict[str, float]) -> dict[str, float]:
+    """Summed `sums` as the figures to report: shares and means over tokens (masked share over samples)."""
+    tokens, samples = max(sums["tokens"], 1.0), max(sums["samples"], 1.0)
+    return {
+        "clip_share": sums["clipped"] / tokens,
+        "mean_abs_log_ratio": sums["abs_log_ratio"] / tokens,
+        "max_abs_log_ratio": sums["max_abs_log_ratio"],
+        "mean_kl": sums["kl"] / tokens,
+        "masked_share": sums["masked_samples"] / samples,
+    }
+
+
+def combine(left: dict[str, float], right: dict[str, float]) -> dict[str, float]:
+    """Sums of two micro-batches as one; `max_…` keys by maximum, all others added."""
+    keys = left.keys() | right.keys()
+    pairs = {key: (left.get(key, 0.0), right.get(key, 0.0)) for key in keys}
+    return {key: max(pair) if key.startswith("max_") else sum(pair) for key, pair in pairs.items()}
+
+
+def _check(
+    logprob: Tensor, old: Tensor, ref: Tensor, advantage: Tensor, sample_index: Tensor, *, num_samples: float
+) -> None:
+    shapes = [list(x.shape) for x in (logprob, old, ref, advantage, sample_index)]
+    if logprob.dim() != 1 or any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"shapes {shapes}; all five must be [n], one entry for each sampled token")
+    if not num_samples > 0:
+        raise ValueError(f"num_samples is {num_samples}; skip the step when no sample is kept")
+    for name, values in (("sampler", old), ("reference", ref), ("advantage", advantage)):
+        num_bad = int((~torch.isfinite(values)).sum())
+        if num_bad:
+            what = "advantages" if name == "advantage" else f"{name} log-probs"
+            raise EngineError(
+                f"{num_bad} of {values.numel()} {what} are not finite; every token of the loss needs one: "
+                "drop the token from mask and denominator before the loss"
+            )

@@ -1,0 +1,143 @@
+"""The killable process in which a reward function lives: `python -m consilience.rewards.child FD`.
+
+First message in: {"path", "sandbox"}; then {"items": [...]}, as often as there is work. Out:
+    ["busy"]                       something slow but expected happens (import, opening a box)
+    ["ready"]                      calls may be timed from here
+    ["refused", error name, text]  the function cannot be loaded; the process ends
+    ["boxless", text]              a spent box cannot be replaced; the process ends
+    ["score", reward, parts, kind, detail, isolation, box ids]  one an item, in order
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from consilience.conf.errors import ConsilienceError, SandboxLost, SandboxUnavailable
+from consilience.rewards.frames import FrameSocket
+from consilience.rewards.interface import Completion, RewardFunction, ToolCall
+from consilience.rewards.judge_box import JudgeBox, spec_from_dict
+from consilience.rewards.load import load_reward
+from consilience.rewards.verdict import failed, infra, verdict_of
+from consilience.rollout.grading import Graded
+
+MAX_REQUEST_BYTES = 1 << 30
+
+
+def main() -> None:
+    """Serve until the other end closes. stdout and stderr are not the protocol's: prints are harmless."""
+    frames = FrameSocket(socket.socket(fileno=int(sys.argv[1])), max_bytes=MAX_REQUEST_BYTES)
+    os.set_inheritable(frames.end.fileno(), False)
+    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+    try:
+        settings = frames.receive()
+        frames.send(["busy"])
+        try:
+            function = load_reward(settings["path"])
+            box = JudgeBox.open(spec_from_dict(settings["sandbox"])) if settings["sandbox"] else None
+        except ConsilienceError as error:
+            frames.send(["refused", type(error).__name__, str(error)])
+            return
+        frames.send(["ready"])
+        with asyncio.Runner() as runner:
+            while True:
+                for item in frames.receive()["items"]:
+                    _serve(frames, runner, function, item, box)
+    except (EOFError, OSError):
+        return
+
+
+def _serve(
+    frames: FrameSocket,
+    runner: asyncio.Runner,
+    function: RewardFunction,
+    item: Mapping[str, Any],
+    box: JudgeBox | None,
+) -> None:
+    verdict, is_box_lost = _score(runner, function, item, box)
+    label, ids = (box.label, [box.id]) if box is not None else ("none", [])
+    outcome = verdict.outcome
+    frames.send(["score", verdict.reward, verdict.parts, outcome.kind.value, outcome.detail, label, ids])
+    if box is not None and (is_box_lost or box.is_soiled):
+        frames.send(["busy"])
+        try:
+            box.renew(is_lost=is_box_lost)
+        except ConsilienceError as error:
+            frames.send(["boxless", str(error)])
+            raise EOFError from error
+        frames.send(["ready"])
+
+
+def _score(
+    runner: asyncio.Runner, function: RewardFunction, item: Mapping[str, Any], box: JudgeBox | None
+) -> tuple[Graded, bool]:
+    """The verdict on one item, and whether the box died under it."""
+    try:
+        if box is not None:
+            box.begin()
+        value = function(
+            completion_from_dict(item["completion"]),
+            prompt=item["prompt"],
+            metadata=item["metadata"],
+            sandbox=box,
+        )
+        if inspect.isawaitable(value):
+            value = runner.run(_await(value))
+        return verdict_of(value), False
+    except (SandboxLost, SandboxUnavailable) as error:
+        return infra(f"{type(error).__name__}: {error}"), True
+    except BaseException as error:
+        return failed(f"the reward function raised {type(error).__name__}: {error}{_line(error)}"), False
+
+
+async def _await(value: Any) -> Any:
+    return await value
+
+
+def _line(error: BaseException) -> str:
+    """` (file.py, line 12)`: where the exception was raised."""
+    traceback = error.__traceback__
+    if traceback is None:
+        return ""
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return f" ({os.path.basename(traceback.tb_frame.f_code.co_filename)}, line {traceback.tb_lineno})"
+
+
+def completion_to_dict(completion: Completion) -> dict[str, Any]:
+    """JSON-plain form; `completion_from_dict` is its inverse."""
+    return {
+        "text": completion.text,
+        "thinking": completion.thinking,
+        "token_ids": list(completion.token_ids),
+        "tool_calls": [[call.name, dict(call.arguments), call.result] for call in completion.tool_calls],
+        "finish": completion.finish,
+    }
+
+
+def completion_from_dict(row: Mapping[str, Any]) -> Completion:
+    return Completion(
+        text=row["text"],
+        thinking=row["thinking"],
+        token_ids=tuple(row["token_ids"]),
+        tool_calls=tuple(ToolCall(*call) for call in row["tool_calls"]),
+        finish=row["finish"],
+    )
+
+
+def _die_with_parent(parent: int) -> None:
+    """A hung reward function must not outlive a killed trainer."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

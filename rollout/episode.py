@@ -1,0 +1,257 @@
+"""One episode as a pure state machine: which request comes next, what a turn or a tool result changes.
+
+    READY ──next_request──► DECODING ──on_completed──► TOOLS ──on_tool_results──► READY
+                                  └──────────────────► DONE ◄── abort (from any state)
+
+No engine, no sandbox, no clock: the worker moves tokens and texts in and out. The stream only ever
+grows, and text is made from ids for parsing only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any
+
+from consilience.conf.errors import EngineError, ProtocolError
+from consilience.rollout.encoding import ParsedTurn, ToolCall, parse_turn, render_tool_results
+from consilience.rollout.engine import Completed, Request, SamplingParams
+from consilience.rollout.grading import ExecutedCall, Graded, GradeItem
+from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.protocol import END_THINK
+from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord
+from consilience.rollout.tokenizer import Tokenizer
+from consilience.sandboxes.protocol import Isolation
+
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that turns of neighbouring seeds do not meet
+_MAX_SEED = 1 << 63
+
+
+class State(StrEnum):
+    READY = "ready"
+    DECODING = "decoding"
+    TOOLS = "tools"
+    DONE = "done"
+
+
+class Episode:
+    """The life of one job.
+
+    prompt_ids   ids of the job's prompt (samples of a group share them)
+    max_context  longest stream the engine can hold, in tokens; None = no limit known
+
+    `state`, `pending_calls` (to run while TOOLS), `held` (uids to release once DONE), `finish` and
+    `outcome_if_ungraded` say where it stands.
+    """
+
+    def __init__(
+        self,
+        job: RolloutJob,
+        prompt_ids: tuple[int, ...],
+        tokenizer: Tokenizer,
+        *,
+        max_context: int | None = None,
+    ) -> None:
+        self.job, self.prompt_ids = job, prompt_ids
+        self.thinking = job.effort != "chat"
+        self.state = State.READY
+        self.finish: FinishReason | None = None
+        self.failure = ""
+        self.held: list[str] = []
+        self.pending_calls: tuple[ToolCall, ...] = ()
+        self._tokenizer, self._max_context = tokenizer, max_context
+        self._stop_ids = (tokenizer.eos_id, *(i for i in job.sampling.stop_ids if i != tokenizer.eos_id))
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._loss_mask: list[int] = []
+        self._versions: list[int] = []
+        self._num_sampled = self._num_turns = 0
+        self._append: tuple[int, ...] = prompt_ids  # what the next request adds before sampling
+        self._calls: list[ExecutedCall] = []
+        self._last = ParsedTurn("", "")
+        self._box_ids: tuple[str, ...] = ()
+        self._levels: list[str] = []  # isolation of each box used
+
+    @property
+    def is_done(self) -> bool:
+        return self.state is State.DONE
+
+    def next_request(self) -> Request:
+        """The request of the next turn. EngineError unless READY."""
+        self._must_be(State.READY)
+        job, turn = self.job, self._num_turns
+        may_continue = bool(job.tools) and turn + 1 < job.max_turns
+        sampling = SamplingParams(
+            temperature=job.sampling.temperature,
+            max_tokens=min(job.sampling.max_tokens, job.max_tokens - self._num_sampled),
+            stop_ids=self._stop_ids,
+            seed=(job.sampling.seed + turn * _SEED_STRIDE) % _MAX_SEED,
+        )
+        request = Request(
+            uid=f"{job.uid}#{turn}",
+            prompt_ids=self._append,
+            sampling=sampling,
+            parent=self.held[-1] if turn else None,
+            group=None if turn else job.group,
+            hold=may_continue,
+        )
+        if may_continue:
+            self.held.append(request.uid)
+        self.state = State.DECODING
+        return request
+
+    def on_completed(self, done: Completed) -> None:
+        """Take a finished turn: the episode ends, or waits for `pending_calls`."""
+        self._must_be(State.DECODING)
+        self._token_ids += done.token_ids
+        self._logprobs += done.logprobs
+        self._versions += done.weight_version
+        self._loss_mask += [1] * len(done.token_ids)
+        self._num_sampled += len(done.token_ids)
+        self._num_turns += 1
+        text = self._tokenizer.decode(done.token_ids)
+        if done.finish != "stop":
+            self._last = _unfinished(text, self.thinking)
+            self._end(FinishReason.LENGTH)
+            return
+        try:
+            self._last = parse_turn(text, self.thinking)
+        except ProtocolError as error:
+            self._last = ParsedTurn("", "")
+            self.failure = str(error)
+            self._end(FinishReason.MALFORMED)
+            return
+        calls = self._last.tool_calls
+        if not calls:
+            self._end(FinishReason.STOP)
+        elif not self.job.tools or self._num_turns >= self.job.max_turns:
+            self._calls += [ExecutedCall(call.name, call.arguments) for call in calls]
+            self._end(FinishReason.TURNS)
+        elif self._num_sampled >= self.job.max_tokens:
+            self._calls += [ExecutedCall(call.name, call.arguments) for call in calls]
+            self._end(FinishReason.LENGTH)
+        else:
+            self.pending_calls = calls
+            self.state = State.TOOLS
+
+    def on_tool_results(self, results: Sequence[str]) -> None:
+        """Append the observation: one text per pending call, in call order."""
+        self._must_be(State.TOOLS)
+        if len(results) != len(self.pending_calls):
+            raise EngineError(f"{self.job.uid}: {len(self.pending_calls)} calls but {len(results)} results")
+        self._calls += [ExecutedCall(c.name, c.arguments, r) for c, r in zip(self.pending_calls, results)]
+        self.pending_calls = ()
+        ids = self._tokenizer.encode_parts(render_tool_results(results, self.thinking))
+        length = len(self.prompt_ids) + len(self._token_ids) + len(ids)
+        if self._max_context is not None and length >= self._max_context:
+            self._end(FinishReason.LENGTH)
+            return
+        self._token_ids += ids
+        self._logprobs += [math.nan] * len(ids)
+        self._versions += [-1] * len(ids)
+        self._loss_mask += [0] * len(ids)
+        self._append = tuple(ids)
+        self.state = State.READY
+
+    def abort(self, detail: str) -> None:
+        """End by infrastructure: the sample is masked, whatever it had sampled is kept."""
+        self.failure = detail
+        self.pending_calls = ()
+        self._end(FinishReason.ABORT)
+
+    def used_box(self, box_id: str, isolation: str) -> None:
+        """Note the box whose tools the episode used."""
+        if box_id not in self._box_ids:
+            self._box_ids = (*self._box_ids, box_id)
+            self._levels.append(isolation)
+
+    def grade_item(self, box: Any = None) -> GradeItem:
+        """What the grader sees. EngineError unless DONE."""
+        self._must_be(State.DONE)
+        job, finish = self.job, self.finish or FinishReason.ABORT
+        return GradeItem(
+            uid=job.uid,
+            domain=job.domain,
+            reward=job.reward,
+            prompt=self._tokenizer.decode(self.prompt_ids),
+            text=self._last.content,
+            thinking=self._last.reasoning,
+            token_ids=tuple(itertools.compress(self._token_ids, self._loss_mask)),
+            tool_calls=tuple(self._calls),
+            finish=finish.value,
+            metadata=job.metadata,
+            files=job.files,
+            needs_sandbox=job.needs_sandbox,
+            sandbox=box,
+        )
+
+    def record(self, graded: Graded) -> RolloutRecord:
+        """The finished episode with its verdict. EngineError unless DONE."""
+        self._must_be(State.DONE)
+        job = self.job
+        reward = graded.reward if graded.outcome.is_scored else None
+        judged = [graded.isolation] if graded.sandbox_ids or graded.isolation != "none" else []
+        return RolloutRecord(
+            uid=job.uid,
+            group=job.group,
+            domain=job.domain,
+            effort=job.effort,
+            teacher=job.teacher,
+            prompt_ids=self.prompt_ids,
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            loss_mask=tuple(self._loss_mask),
+            weight_version=tuple(self._versions),
+            finish=self.finish or FinishReason.ABORT,
+            outcome=graded.outcome,
+            reward=reward,
+            reward_parts=dict(graded.parts),
+            isolation=_weakest([*self._levels, *judged]),
+            sandbox_ids=(*self._box_ids, *(i for i in graded.sandbox_ids if i not in self._box_ids)),
+            metadata=self._facts(),
+        )
+
+    def aborted_record(self) -> RolloutRecord:
+        """The record of an episode that nobody grades."""
+        return self.record(Graded(None, {}, Outcome(OutcomeKind.INFRA, self.failure)))
+
+    def _facts(self) -> dict[str, Any]:
+        """Small facts: the job's scalar metadata, turns, calls, and why a turn was malformed."""
+        facts: dict[str, Any] = {
+            key: value
+            for key, value in self.job.metadata.items()
+            if value is None or isinstance(value, (bool, int)) or _is_small(value)
+        }
+        facts["turns"], facts["tool_calls"] = self._num_turns, len(self._calls)
+        if self.finish is FinishReason.MALFORMED:
+            facts["malformed"] = self.failure[:200]
+        return facts
+
+    def _end(self, finish: FinishReason) -> None:
+        self.finish = finish
+        self.state = State.DONE
+
+    def _must_be(self, state: State) -> None:
+        if self.state is not state:
+            raise EngineError(f"{self.job.uid}: episode is {self.state.value}, must be {state.value}")
+
+
+def _is_small(value: Any) -> bool:
+    return (isinstance(value, float) and math.isfinite(value)) or (
+        isinstance(value, str) and len(value) <= 200
+    )
+
+
+def _unfinished(text: str, thinking: bool) -> ParsedTurn:
+    """What a turn that was cut by the token budget had said so far."""
+    if not thinking:
+        return ParsedTurn("", text)
+    reasoning, _, content = text.partition(END_THINK)
+    return ParsedTurn(reasoning, content)
+
+
+def _weakest(labels: Sequence[str]) -> str:
+    """The weakest isolation among the boxes used; "none" where no box was."""
+    return min(labels, key=lambda label: Isolation[label.upper()], default="none")

@@ -1,0 +1,148 @@
+"""A rollout engine without a model: scripted replies, one token a step, the protocol's rules enforced.
+
+It refuses what a real engine must refuse (duplicate uids, empty or overlong prompts, a parent that is not
+held, weights whose digest is wrong), so that code tested against it is tested against the contract.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from consilience.conf.errors import EngineError
+from consilience.rollout.engine import Completed, EngineState, Request
+from consilience.rollout.publishing import verify
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Reply = Callable[[Request, tuple[int, ...]], Sequence[int]]
+
+
+@dataclass(slots=True)
+class _Stream:
+    request: Request
+    context: tuple[int, ...]  # everything before the first token this turn samples
+    reply: tuple[int, ...]
+    versions: list[int] = field(default_factory=list)
+
+
+class FakeRolloutEngine:
+    """Replies are a function of (request, context ids); log-prob of token t of a reply is −0.01 (t + 1).
+
+    reply           what to sample; cut at `max_tokens` (finish "length") or after the first stop id
+    max_running     requests decoded at once, the rest wait
+    max_context     longest context + reply, in tokens
+    die_after       number of steps after which the engine is dead; None = never
+    death           "error" raises EngineError from then on, "kill" sends SIGKILL to its own process
+    step_s          seconds one step sleeps
+    """
+
+    def __init__(
+        self,
+        reply: Reply,
+        *,
+        max_running: int = 64,
+        max_context: int = 4096,
+        die_after: int | None = None,
+        death: str = "error",
+        step_s: float = 0.0,
+    ) -> None:
+        self._reply, self._max_running, self._max_context = reply, max_running, max_context
+        self._die_after, self._death, self._step_s = die_after, death, step_s
+        self._waiting: deque[Request] = deque()
+        self._known: set[str] = set()  # waiting, running or held
+        self._running: dict[str, _Stream] = {}
+        self._held: dict[str, tuple[int, ...]] = {}
+        self._version, self._digest = 0, ""
+        self._num_steps = self._prefilled = self._sampled = 0
+        self.published: list[tuple[str, int]] = []
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if request.uid in self._known:
+                raise EngineError(f"request {request.uid} is already known; uids are unique")
+            if not request.prompt_ids:
+                raise EngineError(f"request {request.uid} has an empty prompt")
+            if request.parent is not None and request.parent not in self._held:
+                raise EngineError(f"request {request.uid} continues {request.parent}, which is not held")
+            length = len(request.prompt_ids) + len(self._held.get(request.parent or "", ()))
+            if length >= self._max_context:
+                raise EngineError(
+                    f"request {request.uid}: {length} tokens, the context holds {self._max_context}"
+                )
+            self._known.add(request.uid)
+            self._waiting.append(request)
+
+    def step(self) -> list[Completed]:
+        self._num_steps += 1
+        if self._die_after is not None and self._num_steps > self._die_after:
+            if self._death == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise EngineError(f"the engine died after {self._die_after} steps")
+        if self._step_s:
+            time.sleep(self._step_s)
+        while self._waiting and len(self._running) < self._max_running:
+            self._admit(self._waiting.popleft())
+        finished = []
+        for stream in list(self._running.values()):
+            stream.versions.append(self._version)
+            self._sampled += 1
+            if len(stream.versions) == len(stream.reply):
+                finished.append(self._finish(stream))
+        return finished
+
+    def _admit(self, request: Request) -> None:
+        before: tuple[int, ...] = ()
+        if request.parent is not None:
+            before = self._held.pop(request.parent)
+            self._known.discard(request.parent)
+        context = before + request.prompt_ids
+        self._prefilled += len(request.prompt_ids)
+        reply = tuple(self._reply(request, context))
+        stops = [i for i, token in enumerate(reply) if token in request.sampling.stop_ids]
+        reply = reply[: stops[0] + 1] if stops else reply
+        room = min(request.sampling.max_tokens, self._max_context - len(context))
+        if not reply:
+            raise EngineError(f"the script of request {request.uid} is empty; a turn has a token at least")
+        self._running[request.uid] = _Stream(request, context, reply[:room])
+
+    def _finish(self, stream: _Stream) -> Completed:
+        request = stream.request
+        del self._running[request.uid]
+        if request.hold:
+            self._held[request.uid] = stream.context + stream.reply
+        else:
+            self._known.discard(request.uid)
+        is_stop = stream.reply[-1] in request.sampling.stop_ids
+        logprobs = tuple(-0.01 * (t + 1) for t in range(len(stream.reply)))
+        versions = tuple(stream.versions)
+        return Completed(request.uid, stream.reply, logprobs, versions, "stop" if is_stop else "length")
+
+    def release(self, uids: Sequence[str]) -> None:
+        for uid in uids:
+            if self._held.pop(uid, None) is not None:
+                self._known.discard(uid)
+
+    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
+        verify(weights, digest)
+        self._digest, self._version = digest, version
+        self.published.append((digest, version))
+
+    def state(self) -> EngineState:
+        return EngineState(
+            weight_version=self._version,
+            digest=self._digest,
+            num_waiting=len(self._waiting),
+            num_running=len(self._running),
+            num_held=len(self._held),
+            prefill_tokens=self._prefilled,
+            sampled_tokens=self._sampled,
+            prefill_s=0.0,
+            decode_s=self._num_steps * self._step_s,
+        )

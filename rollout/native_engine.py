@@ -1,0 +1,306 @@
+"""The native decoding engine: batched sampling on V4's heterogeneous decode state.
+
+Running streams fill the front rows of one state, so a step works on a view without copying. Streams
+that wait for a tool are parked in a second state, whose last slot keeps the longest prefix that a
+batch of prompts shares.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consilience.conf.errors import EngineError
+from consilience.model.checkpoint import load_official
+from consilience.model.state import DecodeState
+from consilience.model.transformer import Transformer
+from consilience.rollout.engine import Completed, EngineState, Request
+from consilience.rollout.publishing import verify
+
+MIN_SHARED_PREFIX = 32  # tokens; below this a fork costs more than it saves
+
+
+@dataclass
+class _Stream:
+    """One running turn: its request, random numbers and what it has sampled."""
+
+    request: Request
+    uniforms: np.ndarray
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+
+class NativeEngine:
+    """RolloutEngine over a `Transformer`.
+
+    max_rows   sequences held at once, running and waiting for tools together
+    max_length tokens a sequence may reach
+    prefill_tokens  padded tokens of one prefill call
+    """
+
+    def __init__(
+        self, model: Transformer, *, max_rows: int, max_length: int, prefill_tokens: int = 8192, version: int = 0
+    ) -> None:
+        self.model = model.eval()
+        self.max_rows = max_rows
+        self.max_length = max_length
+        self.prefill_tokens = prefill_tokens
+        weight = model.head.weight
+        allocate = lambda rows: DecodeState.allocate(  # noqa: E731
+            model.config, rows, max_length, device=weight.device, dtype=weight.dtype
+        )
+        self._state, self._parked = allocate(max_rows), allocate(max_rows + 1)
+        self._prefix_slot = max_rows
+        self._prefix: tuple[int, ...] = ()
+        self._running: list[_Stream] = []
+        self._last = torch.zeros(max_rows, dtype=torch.long, device=weight.device)
+        self._held: dict[str, tuple[int, int]] = {}  # uid -> (slot, last token, not yet fed)
+        self._free_slots = list(range(max_rows))
+        self._waiting: deque[Request] = deque()
+        self._uids: set[str] = set()
+        self._version = version
+        self._digest = ""
+        self._counts = {"prefill_tokens": 0, "sampled_tokens": 0}
+        self._seconds = {"prefill_s": 0.0, "decode_s": 0.0}
+
+    # ---- the protocol -------------------------------------------------------------------------
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """See `RolloutEngine.submit`."""
+        for request in requests:
+            length = len(request.prompt_ids) + request.sampling.max_tokens
+            if request.uid in self._uids:
+                raise EngineError(f"request {request.uid} is already in the engine")
+            if not request.prompt_ids or request.sampling.max_tokens < 1:
+                raise EngineError(f"request {request.uid} has no prompt or asks for no tokens")
+            if request.parent is not None and request.parent not in self._held:
+                raise EngineError(f"request {request.uid} continues {request.parent}, which is not held")
+            if request.parent is None and length > self.max_length:
+                raise EngineError(
+                    f"request {request.uid} needs {length} tokens, the engine holds {self.max_length}; "
+                    "raise rollout.max_length or lower max_tokens"
+                )
+            self._uids.add(request.uid)
+            # Continuations first: they free held rows, which new prompts may be waiting for.
+            if request.parent is not None:
+                self._waiting.appendleft(request)
+            else:
+                self._waiting.append(request)
+
+    @torch.no_grad()
+    def step(self) -> list[Completed]:
+        """See `RolloutEngine.step`."""
+        started = time.perf_counter()
+        done = self._admit()
+        admitted = time.perf_counter()
+        self._seconds["prefill_s"] += admitted - started
+        if self._running and not done:
+            done = self._decode()
+            self._seconds["decode_s"] += time.perf_counter() - admitted
+        return done
+
+    def release(self, uids: Sequence[str]) -> None:
+        """See `RolloutEngine.release`."""
+        for uid in uids:
+            if uid in self._held:
+                self._free_slots.append(self._held.pop(uid)[0])
+                self._uids.discard(uid)
+
+    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
+        """See `RolloutEngine.publish`. Running streams go on with the new weights and the old state."""
+        verify(weights, digest)
+        load_official(self.model, weights)
+        self._version, self._digest, self._prefix = version, digest, ()
+
+    def state(self) -> EngineState:
+        return EngineState(
+            weight_version=self._version,
+            digest=self._digest,
+            num_waiting=len(self._waiting),
+            num_running=len(self._running),
+            num_held=len(self._held),
+            **self._counts,
+            **self._seconds,
+        )
+
+    # ---- admission ----------------------------------------------------------------------------
+
+    @property
+    def _num_free(self) -> int:
+        return self.max_rows - len(self._running) - len(self._held)
+
+    def _admit(self) -> list[Completed]:
+        """Prefill waiting requests into free rows; what finished with its very first token."""
+        done: list[Completed] = []
+        while self._waiting and (self._waiting[0].parent is not None or self._num_free > 0):
+            resumed = [r for r in self._waiting if r.parent is not None]
+            if resumed:
+                batch = self._take(resumed)
+                self._prefill_resumed(batch)
+            else:
+                batch = self._take(list(self._waiting)[: self._num_free])
+                self._prefill_new(batch)
+            done += self._retire()
+        return done
+
+    def _take(self, candidates: list[Request]) -> list[Request]:
+        """The longest run of candidates whose padded prompts fit one prefill call."""
+        chosen: list[Request] = []
+        longest, prompts = 0, set()
+        for request in candidates:
+            longest = max(longest, len(request.prompt_ids))
+            prompts.add((request.group, request.prompt_ids) if request.parent is None else request.uid)
+            if chosen and longest * len(prompts) > self.prefill_tokens:
+                break
+            chosen.append(request)
+        taken = {r.uid for r in chosen}
+        self._waiting = deque(r for r in self._waiting if r.uid not in taken)
+        return chosen
+
+    def _prefill_resumed(self, batch: list[Request]) -> None:
+        first = len(self._running)
+        parked = [self._held[r.parent] for r in batch]  # type: ignore[index]
+        slots = [slot for slot, _ in parked]
+        self._state.copy_from(self._parked, slots, list(range(first, first + len(batch))))
+        self.release([r.parent for r in batch])  # type: ignore[misc]
+        logits = self._extend(first, [(last, *r.prompt_ids) for r, (_, last) in zip(batch, parked)])
+        self._start(batch, logits)
+
+    def _prefill_new(self, batch: list[Request]) -> None:
+        """Prefill one row per distinct prompt, then fork it for the rest of its group."""
+        first = len(self._running)
+        leaders: dict[tuple, int] = {}
+        owner = []
+        for request in batch:
+            key = (request.group, request.prompt_ids) if request.group is not None else (request.uid,)
+            owner.append(leaders.setdefault(key, len(leaders)))
+        order = sorted(range(len(batch)), key=lambda i: (owner[i], i))
+        is_leader = [i for n, i in enumerate(order) if n == 0 or owner[i] != owner[order[n - 1]]]
+        followers = [i for i in order if i not in set(is_leader)]
+        prompts = [batch[i].prompt_ids for i in is_leader]
+        shared = self._shared_prefix(prompts)
+        self._state.position[first : first + len(prompts)] = 0
+        if shared:
+            rows = list(range(first, first + len(prompts)))
+            self._state.copy_from(self._parked, [self._prefix_slot] * len(prompts), rows)
+        logits = self._extend(first, [p[shared:] for p in prompts])
+        sources = [first + owner[i] for i in followers]
+        self._state.copy_from(self._state, sources, list(range(first + len(prompts), first + len(batch))))
+        everyone = [batch[i] for i in is_leader + followers]
+        rows = torch.tensor([*range(len(prompts)), *(owner[i] for i in followers)], device=logits.device)
+        self._start(everyone, logits[rows])
+
+    def _shared_prefix(self, prompts: list[tuple[int, ...]]) -> int:
+        """Length of the cached prefix all prompts share (at least one token is always left to extend)."""
+        low, high = min(prompts), max(prompts)
+        common = 0
+        while common < min(len(low), len(high)) - 1 and low[common] == high[common]:
+            common += 1
+        kept = len(self._prefix)
+        if kept and all(len(p) > kept and p[:kept] == self._prefix for p in prompts):
+            return kept
+        if common < MIN_SHARED_PREFIX or len(prompts) < 2:
+            return 0
+        self._prefix = low[:common]
+        view = self._parked.view(self._prefix_slot, self._prefix_slot + 1)
+        view.position.zero_()
+        self.model.hidden(torch.tensor([self._prefix], device=self._last.device), state=view)
+        self._counts["prefill_tokens"] += common
+        return common
+
+    def _extend(self, first: int, prompts: list[tuple[int, ...]]) -> Tensor:
+        """Feed `prompts` to rows first.., return logits [rows, V] at each row's last token."""
+        lengths = torch.tensor([len(p) for p in prompts], device=self._last.device)
+        longest = int(lengths.max())
+        ids = np.zeros((len(prompts), longest), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+        tokens = torch.from_numpy(ids).to(self._last.device)
+        view = self._state.view(first, first + len(prompts))
+        hidden = self.model.hidden(tokens, state=view, lengths=lengths)
+        self._counts["prefill_tokens"] += int(lengths.sum())
+        rows = torch.arange(len(prompts), device=hidden.device)
+        return self.model.head(hidden[rows, lengths - 1])
+
+    def _start(self, batch: list[Request], logits: Tensor) -> None:
+        for request in batch:
+            uniforms = np.random.Generator(np.random.Philox(key=request.sampling.seed))
+            self._running.append(_Stream(request, uniforms.random(request.sampling.max_tokens)))
+        self._sample(logits, len(self._running) - len(batch))
+
+    # ---- decoding -----------------------------------------------------------------------------
+
+    def _decode(self) -> list[Completed]:
+        count = len(self._running)
+        hidden = self.model.hidden(self._last[:count, None], state=self._state.view(0, count))
+        self._sample(self.model.head(hidden[:, 0]), 0)
+        return self._retire()
+
+    def _sample(self, logits: Tensor, first: int) -> None:
+        """Draw one token for running rows first.. from logits [rows, V]: inverse CDF on each row's own uniform."""
+        streams = self._running[first:]
+        temperature = np.array([s.request.sampling.temperature for s in streams], dtype=np.float32)
+        uniform = np.array([s.uniforms[len(s.tokens)] for s in streams])
+        scale = torch.from_numpy(np.where(temperature > 0, temperature, 1.0)).to(logits)
+        logprobs = torch.log_softmax(logits.float() / scale[:, None], dim=-1)
+        cumulative = logprobs.double().exp().cumsum(-1)
+        target = torch.from_numpy(uniform).to(cumulative)[:, None] * cumulative[:, -1:]
+        sampled = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        is_greedy = torch.from_numpy(temperature <= 0).to(logits.device)
+        chosen = torch.where(is_greedy, logits.argmax(-1), sampled)
+        self._last[first : first + len(streams)] = chosen
+        chosen_logprobs = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+        for stream, token, logprob in zip(streams, chosen.tolist(), chosen_logprobs):
+            stream.tokens.append(token)
+            stream.logprobs.append(logprob)
+            stream.versions.append(self._version)
+        self._counts["sampled_tokens"] += len(streams)
+
+    def _retire(self) -> list[Completed]:
+        """Take finished streams out of the running rows; hold or free them."""
+        done: list[Completed] = []
+        holes: list[int] = []
+        for row, stream in enumerate(self._running):
+            sampling = stream.request.sampling
+            is_stop = stream.tokens[-1] in sampling.stop_ids
+            if not is_stop and len(stream.tokens) < sampling.max_tokens:
+                continue
+            holes.append(row)
+            finish = "stop" if is_stop else "length"
+            done.append(
+                Completed(
+                    stream.request.uid,
+                    tuple(stream.tokens),
+                    tuple(stream.logprobs),
+                    tuple(stream.versions),
+                    finish,
+                )
+            )
+        if holes:
+            self._close_rows(holes)
+        return done
+
+    def _close_rows(self, holes: list[int]) -> None:
+        """Park or drop the streams in rows `holes` (ascending), then close the gaps from the back."""
+        held = [row for row in holes if self._running[row].request.hold]
+        slots = [self._free_slots.pop() for _ in held]
+        self._parked.copy_from(self._state, held, slots)
+        for row, slot in zip(held, slots):
+            stream = self._running[row]
+            self._held[stream.request.uid] = (slot, stream.tokens[-1])
+        self._uids -= {self._running[row].request.uid for row in holes if not self._running[row].request.hold}
+        remaining, gone = len(self._running) - len(holes), set(holes)
+        movers = [row for row in range(remaining, len(self._running)) if row not in gone]
+        targets = [row for row in holes if row < remaining]
+        self._state.copy_from(self._state, movers, targets)
+        self._last[targets] = self._last[movers]
+        for source, target in zip(movers, targets):
+            self._running[target] = self._running[source]
+        del self._running[remaining:]

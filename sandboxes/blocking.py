@@ -1,0 +1,150 @@
+"""Sandboxes for code that does not await: plain reward functions and the episode workers.
+
+One event loop in a thread of its own serves all blocking boxes of a process. Boxes belong to the
+process that opened them: after a fork the child must open its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from consilience.conf.errors import SandboxLost
+from consilience.sandboxes.pool import LeasedSandbox, Opener, SandboxPool
+from consilience.sandboxes.probe import open_sandbox
+from consilience.sandboxes.protocol import Enforced, ExecResult, Sandbox, SandboxSpec
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """An event loop in a daemon thread. Boxes die with the thread that started them, so it stays."""
+
+    def __init__(self) -> None:
+        self._process_id = os.getpid()
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="sandboxes", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_ours(self) -> bool:
+        return self._process_id == os.getpid()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Blocks until the coroutine is done. Never to be called from a coroutine of the loop itself."""
+        if not self.is_ours:
+            work.close()
+            raise SandboxLost("this sandbox belongs to the process that was forked; open one after the fork")
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise RuntimeError(
+                "a blocking sandbox was used on the loop that serves it; await the sandbox itself"
+            )
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+
+_shared: LoopThread | None = None
+_guard = threading.Lock()
+
+
+def loop_thread() -> LoopThread:
+    """The one of this process, started on first use."""
+    global _shared
+    with _guard:
+        if _shared is None or not _shared.is_ours:
+            _shared = LoopThread()
+        return _shared
+
+
+class BlockingSandbox:
+    """The verbs of `Sandbox`, blocking. `inner` is the awaitable box."""
+
+    def __init__(self, inner: Sandbox, thread: LoopThread | None = None) -> None:
+        self.inner = inner
+        self._thread = thread or loop_thread()
+
+    @property
+    def id(self) -> str:
+        return self.inner.id
+
+    @property
+    def enforced(self) -> Enforced:
+        return self.inner.enforced
+
+    def exec(
+        self,
+        argv: list[str],
+        *,
+        stdin: bytes = b"",
+        cwd: str | None = None,
+        env: dict[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> ExecResult:
+        return self._thread.run(self.inner.exec(argv, stdin=stdin, cwd=cwd, env=env, timeout_s=timeout_s))
+
+    def run_python(self, code: str, *, stdin: bytes = b"", timeout_s: float | None = None) -> ExecResult:
+        return self._thread.run(self.inner.run_python(code, stdin=stdin, timeout_s=timeout_s))
+
+    def read(self, path: str, *, max_bytes: int = 1 << 20) -> bytes:
+        return self._thread.run(self.inner.read(path, max_bytes=max_bytes))
+
+    def write(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
+        self._thread.run(self.inner.write(path, data, mode=mode))
+
+    def reset(self) -> None:
+        self._thread.run(self.inner.reset())
+
+    def destroy(self) -> None:
+        self._thread.run(self.inner.destroy())
+
+
+def open_blocking(spec: SandboxSpec, *, opener: Opener = open_sandbox) -> BlockingSandbox:
+    """`open_sandbox` for blocking code."""
+    thread = loop_thread()
+
+    async def opened() -> Sandbox:
+        return await opener(spec)
+
+    return BlockingSandbox(thread.run(opened()), thread)
+
+
+class BlockingPool:
+    """`SandboxPool` for blocking code; safe to use from many threads at once."""
+
+    def __init__(
+        self, spec: SandboxSpec, size: int, uses_per_box: int = 64, *, opener: Opener = open_sandbox
+    ) -> None:
+        """Begins to open the boxes in the background and returns."""
+        self._thread = loop_thread()
+        self._pool = SandboxPool(spec, size, uses_per_box, opener=opener)
+        self._thread.run(self._pool.start())
+
+    def lease(self) -> BlockingSandbox:
+        """Waits for a box that is ready. SandboxUnavailable when none can be opened."""
+        return BlockingSandbox(self._thread.run(self._pool.lease()), self._thread)
+
+    def release(self, sandbox: BlockingSandbox) -> None:
+        if not isinstance(sandbox.inner, LeasedSandbox):
+            raise ValueError(f"{sandbox.id} was not leased from a pool")
+        self._thread.run(self._pool.release(sandbox.inner))
+
+    def run_all(self, jobs: Sequence[Callable[[Sandbox], Awaitable[T]]]) -> list[T | BaseException]:
+        """See `SandboxPool.run_all`; the jobs are coroutine functions that take the (awaitable) box."""
+        return self._thread.run(self._pool.run_all(jobs))
+
+    def describe(self) -> dict[str, int]:
+        return self._pool.describe()
+
+    def close(self) -> None:
+        """Destroys every box; harmless when done twice or in a forked child."""
+        if self._thread.is_ours:
+            self._thread.run(self._pool.close())
+
+    def __enter__(self) -> BlockingPool:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

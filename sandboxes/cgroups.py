@@ -1,0 +1,195 @@
+"""Memory and process caps of one box by control groups, version 1 or 2, where this process may make them.
+
+Groups are named `consilience-<owner pid>-<owner start>-<box>`, so that the next start can tell whose
+owner is dead; a janitor process removes them as soon as their owner has ended, however it ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+PREFIX = "consilience-"
+
+
+@dataclass(frozen=True, slots=True)
+class Hierarchy:
+    """Where groups are made: `memory` and `pids` folders (the same one in version 2)."""
+
+    version: int
+    memory: Path
+    pids: Path
+
+
+class Group:
+    """One box's group. Counters are the kernel's own: {"oom": kills, "pids": refused forks}."""
+
+    def __init__(self, where: Hierarchy, name: str, *, memory_bytes: int, processes: int) -> None:
+        """Makes and limits the group; OSError (and nothing left) where that is refused."""
+        self._where = where
+        self._folders = list(dict.fromkeys((where.memory / name, where.pids / name)))
+        made: list[Path] = []
+        try:
+            for folder in self._folders:
+                folder.mkdir()
+                made.append(folder)
+            self._limit(memory_bytes, processes)
+        except OSError:
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
+
+    def _limit(self, memory_bytes: int, processes: int) -> None:
+        memory, pids = self._folders[0], self._folders[-1]
+        if self._where.version == 1:
+            _write(memory / "memory.limit_in_bytes", memory_bytes)
+            if (memory / "memory.memsw.limit_in_bytes").exists():
+                _write(memory / "memory.memsw.limit_in_bytes", memory_bytes)
+        else:
+            _write(memory / "memory.max", memory_bytes)
+            if (memory / "memory.swap.max").exists():
+                _write(memory / "memory.swap.max", 0)
+        _write(pids / "pids.max", processes + 1)  # the runner is one of them
+
+    def add(self, pid: int) -> None:
+        """Moves a process that has no children yet."""
+        for folder in self._folders:
+            _write(folder / "cgroup.procs", pid)
+
+    def counters(self) -> dict[str, int]:
+        memory, pids = self._folders[0], self._folders[-1]
+        events = "memory.oom_control" if self._where.version == 1 else "memory.events"
+        return {"oom": _field(memory / events, "oom_kill"), "pids": _field(pids / "pids.events", "max")}
+
+    def remove(self, *, patience_s: float = 1.0) -> bool:
+        """True once the group is gone; it can only go after its last process was reaped."""
+        deadline = time.monotonic() + patience_s
+        for folder in self._folders:
+            while folder.exists():
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+                    continue
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.002)
+        return True
+
+
+@cache
+def find_hierarchy(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> Hierarchy | str:
+    """Where this process may make groups with memory and pids limits, or why it cannot."""
+    try:
+        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError as error:
+        return f"no control groups ({error.strerror})"
+    paths = {name: path for _, names, path in lines for name in names.split(",")}
+    if "memory" in paths and "pids" in paths:
+        folders = [_own_folder(root / name, paths[name]) for name in ("memory", "pids")]
+        return _tried(Hierarchy(1, *folders))
+    unified = root if (root / "cgroup.controllers").exists() else root / "unified"
+    try:
+        offered = set((unified / "cgroup.controllers").read_text().split())
+        if not {"memory", "pids"} <= offered:
+            return "cgroup v2 without the memory and pids controllers"
+        base = unified / f"{PREFIX}boxes"
+        base.mkdir(exist_ok=True)
+        for folder in (unified, base):
+            enabled = set((folder / "cgroup.subtree_control").read_text().split())
+            if not {"memory", "pids"} <= enabled:
+                _write(folder / "cgroup.subtree_control", "+memory +pids")
+    except OSError as error:
+        return f"cgroup v2 refuses a group ({error.strerror})"
+    return _tried(Hierarchy(2, base, base))
+
+
+def owner_prefix() -> str:
+    """The group name prefix of this process."""
+    return f"{PREFIX}{os.getpid()}-{_start_time(os.getpid())}-"
+
+
+def sweep(where: Hierarchy) -> int:
+    """Removes groups whose owner is dead; how many."""
+    count = 0
+    for folder in {where.memory, where.pids}:
+        for group in folder.glob(PREFIX + "*-*-*"):
+            pid, start = group.name[len(PREFIX) :].split("-")[:2]
+            if pid.isdigit() and _start_time(int(pid)) != start:
+                with contextlib.suppress(OSError):
+                    group.rmdir()
+                    count += 1
+    return count
+
+
+_janitors: dict[int, subprocess.Popen[bytes]] = {}
+_JANITOR = """
+while read -r _; do :; done
+tries=0
+while [ $tries -lt 100 ]; do
+  left=0
+  for group in "$1/$3"* "$2/$3"*; do
+    [ -d "$group" ] && { rmdir "$group" 2>/dev/null || left=1; }
+  done
+  [ $left = 0 ] && exit 0
+  tries=$((tries + 1)); sleep 0.1
+done
+"""
+
+
+def start_janitor(where: Hierarchy) -> None:
+    """Once per process: a shell that waits for the end of this process, then removes its groups."""
+    if os.getpid() in _janitors:
+        return
+    sweep(where)
+    _janitors[os.getpid()] = subprocess.Popen(
+        ["/bin/sh", "-c", _JANITOR, "janitor", str(where.memory), str(where.pids), owner_prefix()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={"PATH": "/usr/bin:/bin"},
+        start_new_session=True,
+        cwd="/",
+    )
+
+
+def _own_folder(mount: Path, path: str) -> Path:
+    """This process's own group below a mount; the mount itself where a namespace hides the path."""
+    folder = mount / path.lstrip("/")
+    return folder if folder.is_dir() else mount
+
+
+def _tried(where: Hierarchy) -> Hierarchy | str:
+    try:
+        group = Group(
+            where, f"{owner_prefix()}trial-{os.urandom(4).hex()}", memory_bytes=1 << 26, processes=8
+        )
+    except OSError as error:
+        return f"cgroup v{where.version} refuses a group ({error.strerror})"
+    group.remove(patience_s=0.1)
+    return where
+
+
+def _start_time(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _field(path: Path, name: str) -> int:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
+
+
+def _write(path: Path, value: object) -> None:
+    path.write_text(f"{value}\n")

@@ -1,0 +1,292 @@
+"""Boxes by the Docker Engine: one container each, whose command is the runner and whose stdin is the channel.
+
+The attach stream is the only way in: no exec, no archive upload, no socket, nothing mounted from the
+host. When the owner dies the engine closes the container's stdin, the runner ends, and AutoRemove
+takes the container away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consilience.conf.errors import SandboxLost, SandboxUnavailable
+from consilience.sandboxes.box import MODEL_ENV, START_TIMEOUT_S, RunnerSandbox, new_box_id, new_uid, settings
+from consilience.sandboxes.channel import Channel
+from consilience.sandboxes.protocol import Enforced, Isolation, Limits, Sandbox, SandboxSpec
+from consilience.sandboxes.seccomp import docker_profile
+from consilience.sandboxes.verify import check_isolation, probe_program
+
+DEFAULT_IMAGE = "consilience-sandbox:1"
+BUILD_COMMAND = "python -m consilience.sandboxes.build_image"
+RUNNER = Path(__file__).with_name("runner.py")
+# reads the runner from the channel first, so that no file has to get into the container
+BOOTSTRAP = (
+    "import os\nleft, text = int(os.read(0, 8)), b''\n"
+    "while left: chunk = os.read(0, left); text += chunk; left -= len(chunk) or exit(1)\n"
+    "exec(compile(text, 'runner.py', 'exec'))"
+)
+COUNTER_FILES = (
+    ("oom", "/sys/fs/cgroup/memory/memory.oom_control", "oom_kill"),
+    ("pids", "/sys/fs/cgroup/pids/pids.events", "max"),
+    ("oom", "/sys/fs/cgroup/memory.events", "oom_kill"),
+    ("pids", "/sys/fs/cgroup/pids.events", "max"),
+)
+TMPFS = "rw,exec,nosuid,nodev,mode=1777,size={size},nr_inodes={inodes}"
+CREATE_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A Docker Engine that answers and has the image."""
+
+    url: str
+    version: str
+    image: str
+    image_id: str
+    has_userns: bool
+
+    @property
+    def level(self) -> Isolation:
+        return Isolation.CONTAINER_USERNS if self.has_userns else Isolation.CONTAINER
+
+    @property
+    def runtime(self) -> str:
+        return f"docker {self.version}, runc"
+
+
+def engine_socket() -> str:
+    """Path of the engine's unix socket ("" where DOCKER_HOST names something else)."""
+    url = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+    return url.removeprefix("unix://") if url.startswith("unix://") else ""
+
+
+def find_engine(image: str | None = None) -> Engine | str:
+    """The engine, asked over its socket in a few milliseconds, or why there is none to use."""
+    path, image = engine_socket(), image or DEFAULT_IMAGE
+    if not path:
+        return f"DOCKER_HOST={os.environ['DOCKER_HOST']} is no unix socket; only a local engine is used"
+    if not os.path.exists(path):
+        return f"no Docker Engine ({path} does not exist)"
+    try:
+        info = _get(path, "/info")
+        if info is None or info.get("OSType") != "linux":
+            return f"the engine at {path} does not run Linux containers"
+        found = _get(path, f"/images/{image}/json")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return f"the engine at {path} does not answer ({error})"
+    if found is None:
+        return f"the engine has no image {image}; build it with `{BUILD_COMMAND}` or set sandbox.image"
+    options = info.get("SecurityOptions") or []
+    if not any("name=seccomp" in option for option in options):
+        return "the engine has no seccomp support"
+    has_userns = any("name=userns" in option or "name=rootless" in option for option in options)
+    return Engine(f"unix://{path}", info["ServerVersion"], image, found["Id"], has_userns)
+
+
+def _get(path: str, target: str) -> dict[str, Any] | None:
+    """A JSON answer of the engine; None for 404."""
+    connection = http.client.HTTPConnection("localhost", timeout=10)
+    connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.sock.settimeout(10)
+    try:
+        connection.sock.connect(path)
+        connection.request("GET", target, headers={"Host": "localhost"})
+        response = connection.getresponse()
+        body = response.read()
+        if response.status == 404:
+            return None
+        if response.status != 200:
+            raise OSError(f"HTTP {response.status}")
+        return json.loads(body)
+    finally:
+        connection.close()
+
+
+def container_config(engine: Engine, limits: Limits, name: str) -> dict[str, Any]:
+    """What is asked of the engine: everything off that a small program does not need."""
+    inodes = max(1024, limits.workspace_bytes // 4096)
+    tmpfs = TMPFS.format(size=limits.workspace_bytes, inodes=inodes)
+    small = TMPFS.format(size=min(limits.workspace_bytes, 16 << 20), inodes=4096)
+    return {
+        "Image": engine.image_id,
+        "Entrypoint": [],
+        "Cmd": ["python3", "-s", "-S", "-c", BOOTSTRAP],
+        "Env": [f"{key}={value}" for key, value in MODEL_ENV.items()],
+        "User": "0:0",
+        "WorkingDir": "/workspace",
+        "Hostname": "box",
+        "NetworkDisabled": True,
+        "OpenStdin": True,
+        "StdinOnce": True,
+        "AttachStdin": True,
+        "AttachStdout": True,
+        "AttachStderr": True,
+        "Tty": False,
+        "Labels": {"consilience.box": name, "consilience.owner": f"{socket.gethostname()}:{os.getpid()}"},
+        "HostConfig": {
+            "AutoRemove": True,
+            "NetworkMode": "none",
+            "ReadonlyRootfs": True,
+            "CapDrop": ["ALL"],
+            "CapAdd": ["SETUID", "SETGID", "KILL"],
+            "SecurityOpt": ["no-new-privileges:true", f"seccomp={json.dumps(docker_profile())}"],
+            "Memory": limits.memory_bytes,
+            "MemorySwap": limits.memory_bytes,
+            "PidsLimit": limits.processes + 1,  # the runner is one of them
+            "ShmSize": min(limits.workspace_bytes, 16 << 20),
+            "Tmpfs": {"/workspace": tmpfs, "/tmp": small},
+            "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],
+            "IpcMode": "private",
+            "LogConfig": {"Type": "none"},
+            "Init": False,
+            "RestartPolicy": {"Name": "no"},
+        },
+    }
+
+
+class _DockerTransport:
+    """A container and its attach stream."""
+
+    def __init__(self, client: Any, container: Any) -> None:
+        self._client = client
+        self._container = container
+        self._stream: Any = None
+        self._reader: asyncio.Task[None] | None = None
+        self._errors = b""
+        self._is_killed = False
+
+    async def start(self, channel: Channel) -> None:
+        self._stream = self._container.attach(stdin=True, stdout=True, stderr=True)
+        await self._stream.__aenter__()
+        self._reader = asyncio.create_task(self._pump(channel))
+        await self._container.start()
+
+    async def _pump(self, channel: Channel) -> None:
+        try:
+            while (message := await self._stream.read_out()) is not None:
+                if message.stream == 1:
+                    channel.feed(message.data)
+                elif len(self._errors) < 2000:  # only the runner's own start can write here
+                    self._errors += message.data
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # whatever the client library raises for a broken stream
+            self._errors += repr(error).encode()
+        channel.feed_eof()
+
+    async def send(self, data: bytes) -> None:
+        try:
+            await self._stream.write_in(data)
+        except Exception as error:
+            raise BrokenPipeError(str(error)) from None
+
+    def describe_end(self) -> str:
+        return self._errors.decode(errors="replace").strip()[-600:]
+
+    async def kill(self) -> None:
+        if self._is_killed:
+            return
+        self._is_killed = True
+        if self._reader is not None:
+            self._reader.cancel()
+        with contextlib.suppress(Exception):  # gone already, or the engine is: either way not ours to keep
+            async with asyncio.timeout(20):
+                await self._container.delete(force=True)
+        with contextlib.suppress(Exception):
+            if self._stream is not None:
+                await self._stream.close()
+        await self._client.close()
+
+
+async def open_docker(spec: SandboxSpec) -> Sandbox:
+    """A box in a container of `spec.image` (it must have python3). SandboxUnavailable where that fails."""
+    try:
+        import aiodocker
+    except ImportError:
+        raise SandboxUnavailable("docker: the Python package aiodocker is not installed") from None
+    engine = await asyncio.to_thread(find_engine, spec.image)
+    if isinstance(engine, str):
+        raise SandboxUnavailable(f"docker: {engine}")
+    name, client = new_box_id(), aiodocker.Docker(url=engine.url)
+    transport: _DockerTransport | None = None
+    try:
+        async with asyncio.timeout(CREATE_TIMEOUT_S):
+            config = container_config(engine, spec.limits, name)
+            container = await client.containers.create(config, name=f"consilience-{name}")
+            transport = _DockerTransport(client, container)
+            channel = Channel(name, transport)
+            await transport.start(channel)
+        return await _configured(engine, name, channel, transport, spec.limits)
+    except BaseException as error:
+        await asyncio.shield(transport.kill() if transport else client.close())
+        if isinstance(error, (SandboxLost, TimeoutError, aiodocker.DockerError, OSError)):
+            reason = str(error) or f"no container within {CREATE_TIMEOUT_S:.0f} s"
+            raise SandboxUnavailable(f"docker: the box did not start: {reason}") from None
+        raise
+
+
+async def _configured(
+    engine: Engine, name: str, channel: Channel, transport: _DockerTransport, limits: Limits
+) -> RunnerSandbox:
+    runner = RUNNER.read_bytes()
+    await transport.send(b"%-8d" % len(runner) + runner)
+    uid = 1000 + new_uid() % 50000 if engine.has_userns else new_uid()  # remapped ranges hold 65536
+    request = settings(
+        limits,
+        uid=uid,
+        nice=0,
+        rlimit_memory=False,
+        rlimit_processes=True,
+        die_with_parent=False,
+        counters=COUNTER_FILES,
+        writable=["/workspace", "/tmp", "/dev/shm", "/dev/mqueue"],
+    )
+    reply, _ = await channel.call(request, timeout_s=START_TIMEOUT_S)
+    if reply["pid"] != 1:
+        raise SandboxUnavailable(f"docker: the runner is process {reply['pid']} of the container, not 1")
+    asked = Enforced(engine.level, "docker", engine.runtime, True, False, "none", "none")
+    probe = RunnerSandbox(name, channel, Limits(wall_s=START_TIMEOUT_S), asked)
+    told = await probe.run_python(probe_program(_host_paths()))
+    if not told.is_ok:
+        raise SandboxUnavailable(f"docker: the probe inside the box failed: {told.stderr.decode()[-300:]}")
+    report = check_isolation("docker", told.stdout)
+    counted = await probe.run_python(CAPS_PROBE)
+    caps = json.loads(counted.stdout)
+    if not 0 < caps["memory"] <= limits.memory_bytes or not 0 < caps["pids"] <= limits.processes + 1:
+        raise SandboxUnavailable(f"docker: the container's limits are {caps}, asked for were {limits}")
+    notes = (f"image {engine.image} {engine.image_id[:19]}",)
+    notes += () if reply["shielded"] else ("the runner is protected by its uid only",)
+    level = engine.level if report["is_mapped"] or not engine.has_userns else Isolation.CONTAINER
+    enforced = Enforced(level, "docker", engine.runtime, False, True, "cgroup", "cgroup", notes)
+    return RunnerSandbox(name, channel, limits, enforced)
+
+
+CAPS_PROBE = """
+import json
+def first(*paths):
+    for path in paths:
+        try:
+            return int(open(path).read())
+        except (OSError, ValueError):
+            pass
+    return 0
+print(json.dumps({
+    "memory": first("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory.max"),
+    "pids": first("/sys/fs/cgroup/pids/pids.max", "/sys/fs/cgroup/pids.max"),
+}))
+"""
+
+
+def _host_paths() -> list[str]:
+    """Places of this host that a container's own image cannot have."""
+    home, here = os.path.expanduser("~"), os.getcwd()
+    ordinary = {"/", "/root", "/home", "/tmp", "/workspace", "/usr", "/var", "/opt", "/srv"}
+    return [path for path in (home, here, engine_socket()) if path and path not in ordinary]

@@ -1,0 +1,78 @@
+"""Conversations to train on: problem and worked solution, in protocol message form.
+
+Encoding them to tokens and masking the loss is rollout's and the trainers' part.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from consilience.conf.errors import TaskError
+from consilience.tasks.domain import Domain, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One example. The first `num_prompt` messages are the problem, the rest its worked solution.
+
+    effort is the domain's ("chat", "think", …): whether assistant turns are encoded with reasoning.
+    """
+
+    domain: str
+    effort: str
+    messages: tuple[Mapping[str, Any], ...]
+    num_prompt: int
+
+
+def base_texts(domains: Sequence[Domain], num: int, seed: int, *, noise: float = 0.0) -> list[Conversation]:
+    """`num` conversations from the train splits of all domains, in equal parts and mixed order.
+
+    In a share `noise` of them the final content is that of another problem of the same domain, so
+    that a base trained on them knows the form and is often wrong. TaskError where a domain has no
+    worked solutions or too few problems.
+    """
+    if not domains or num < 0 or not 0 <= noise <= 1:
+        raise TaskError(
+            f"base texts: {len(domains)} domains, num {num}, noise {noise}; "
+            "at least one domain, num >= 0 and noise in [0, 1] are needed."
+        )
+    rng = random.Random(seed)
+    mixed: list[Conversation] = []
+    for i, domain in enumerate(domains):
+        share = num // len(domains) + (i < num % len(domains))
+        mixed += _noisy(sft_examples(domain, share), rng, noise)
+    rng.shuffle(mixed)
+    return mixed
+
+
+def sft_examples(domain: Domain, num: int, start: int = 0) -> list[Conversation]:
+    """`num` worked solutions of the train split from index `start`."""
+    return [conversation(domain, problem) for problem in domain.problems("train", num, start=start)]
+
+
+def conversation(domain: Domain, problem: Problem) -> Conversation:
+    """A problem and its demonstration. TaskError if it has none."""
+    if not problem.demo:
+        raise TaskError(
+            f"domain {domain.name}: problem {problem.id} has no worked solution; supervised training "
+            "needs one a problem (a file domain: parameters.columns.demo)."
+        )
+    return Conversation(domain.name, domain.effort, (*problem.messages, *problem.demo), len(problem.messages))
+
+
+def _noisy(examples: list[Conversation], rng: random.Random, noise: float) -> list[Conversation]:
+    """Swap the final content of round(noise · n) examples for one that differs from it."""
+    finals = [example.messages[-1].get("content", "") for example in examples]
+    chosen = rng.sample(range(len(examples)), round(noise * len(examples)))
+    for i in chosen:
+        others = [final for final in rng.choices(finals, k=32) if final != finals[i]]
+        if others:
+            last = {**examples[i].messages[-1], "content": others[0]}
+            example = examples[i]
+            examples[i] = Conversation(
+                example.domain, example.effort, (*example.messages[:-1], last), example.num_prompt
+            )
+    return examples

@@ -1,0 +1,140 @@
+"""Who may teach whom, decided from the checkpoint folders before anything is allocated.
+
+Logits of student and teacher are compared entry by entry, and the teacher reads the student's own token
+ids. So both need one vocabulary, one tokenizer, the same special tokens and heads with the same rows;
+widths may differ. A mismatch would train to something, silently (post-training notes 12, rows 2 and 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consilience.conf.errors import AdmissionError, CheckpointError
+from consilience.model.kernels.reverse_kl import reverse_kl
+from consilience.teachers.heads import head_shape, read_json
+from consilience.teachers.teacher import Teacher
+
+SELF_KL_BOUND = 1e-6
+"""Nats a token. Equal weights on equal ids differ by fp32 rounding alone, which is far below."""
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What two models must share to be compared token by token, read from a checkpoint folder.
+
+    vocab_size       of config.json
+    head_rows        rows of head.weight in the safetensors header
+    tokenizer        sha256 of tokenizer.json, but for padding and truncation (they change no id)
+    special_tokens   text -> id, of tokenizer.json's special added tokens
+    declared_tokens  `special_tokens` of consilience.json as written there, None if absent
+    bos, eos         token ids of config.json
+    """
+
+    vocab_size: int
+    head_rows: int
+    tokenizer: str
+    special_tokens: dict[str, int]
+    declared_tokens: Any
+    bos: int | None
+    eos: int | None
+
+
+def read_speech(folder: Path | str) -> Speech:
+    """Read only headers and JSON. CheckpointError: a file missing or unreadable, a head without rows."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    tokenizer = read_json(folder / "tokenizer.json")
+    card = read_json(folder / "consilience.json")
+    shape = head_shape(folder)
+    if len(shape) != 2:
+        raise CheckpointError(f"{folder}: head.weight has shape {list(shape)}, a head is [V, D]")
+    if not isinstance(config.get("vocab_size"), int):
+        raise CheckpointError(
+            f"{folder / 'config.json'} has vocab_size {config.get('vocab_size')!r}; it must be a number"
+        )
+    return Speech(
+        vocab_size=config["vocab_size"],
+        head_rows=shape[0],
+        tokenizer=digest_tokenizer(tokenizer),
+        special_tokens={
+            token["content"]: token["id"]
+            for token in tokenizer.get("added_tokens") or []
+            if token.get("special")
+        },
+        declared_tokens=card.get("special_tokens"),
+        bos=config.get("bos_token_id"),
+        eos=config.get("eos_token_id"),
+    )
+
+
+def digest_tokenizer(tokenizer: dict[str, Any]) -> str:
+    """sha256 of the canonical JSON of a tokenizer, without what changes no id (padding, truncation)."""
+    content = {key: value for key, value in tokenizer.items() if key not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def admit(student: Path | str, teacher: Path | str, name: str = "teacher") -> None:
+    """AdmissionError unless the teacher's checkpoint can teach the student's; lists every difference.
+
+    Also refuses a model whose own head does not have one row for each token of its vocabulary.
+    CheckpointError when a folder cannot be read.
+    """
+    ours, theirs = read_speech(student), read_speech(teacher)
+    faults = []
+    for who, speech in (("student", ours), (f"teacher '{name}'", theirs)):
+        if speech.head_rows != speech.vocab_size:
+            faults.append(
+                f"{who}: head.weight has {speech.head_rows} rows for a vocabulary of {speech.vocab_size}"
+            )
+    for field in fields(Speech):
+        mine, its = getattr(ours, field.name), getattr(theirs, field.name)
+        if mine != its:
+            faults.append(f"{field.name}: student {_differing(mine, its)}, teacher {_differing(its, mine)}")
+    if faults:
+        raise AdmissionError(
+            f"teacher '{name}' ({teacher}) cannot teach the student ({student}): {'; '.join(faults)}. "
+            "Both must come from one base: same tokenizer.json, same special tokens, same vocabulary"
+        )
+
+
+def self_kl(student: Teacher, teacher: Teacher, token_ids: Sequence[Sequence[int]]) -> float:
+    """Mean exact reverse KL in nats a token, over all positions, of two models that should be one.
+
+    `student` and `teacher` come from the same checkpoint through the two paths a run uses; what is left is
+    the error of the whole machinery. token_ids [S][T_s]; no tokens give 0.
+    """
+    positions = [range(len(ids)) for ids in token_ids]
+    h_s, h_t = (
+        torch.cat([h.float() for h in model.score(token_ids, positions)]) for model in (student, teacher)
+    )
+    with torch.no_grad():
+        out = reverse_kl(h_s, student.head(), h_t, teacher.head(), torch.ones(len(h_s), device=h_s.device))
+    return float(out.kl.double().mean()) if out.kl.numel() else 0.0
+
+
+def check_self_kl(value: float, bound: float = SELF_KL_BOUND) -> float:
+    """The value, or AdmissionError if a model distilled from itself would move."""
+    if not abs(value) <= bound:
+        raise AdmissionError(
+            f"a model's KL to itself is {value:.3g} nats a token, at most {bound:.3g} is allowed: student "
+            "and teacher path differ in weights, precision or positions; nothing was trained"
+        )
+    return value
+
+
+def _differing(mine: Any, other: Any) -> str:
+    """A value for the message; of two mappings or lists only what the other lacks, at most five entries."""
+    if isinstance(mine, dict) and isinstance(other, dict):
+        mine = {key: value for key, value in mine.items() if key not in other or other[key] != value}
+        rest = len(mine) - 5
+        shown = ", ".join(f"{key}={value}" for key, value in list(mine.items())[:5])
+        return f"{{{shown}{f', and {rest} more' if rest > 0 else ''}}}"
+    text = str(mine)
+    return text if len(text) <= 80 else text[:77] + "…"

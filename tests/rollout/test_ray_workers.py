@@ -1,0 +1,124 @@
+import os
+import signal
+import socket
+
+import pytest
+import torch
+
+from consilience.conf.errors import ConfigError, EngineError, WeightsRefused
+from consilience.model.digest import weights_digest
+from consilience.rollout.engine import SamplingParams
+from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.ray_workers import RolloutPool, ray_cluster, split_by_group, start_ray
+
+FACTORY = "consilience.rollout.fake_worker:build_fake_worker"
+SLOW = {"step_s": 0.005, "max_running": 16}
+
+
+def jobs(num, size=8, step=0):
+    """`num` jobs in groups of `size`."""
+    names = [(f"s/{step}/{i // size}", i) for i in range(num)]
+    return [
+        RolloutJob(
+            f"{group}/{i % size}",
+            group,
+            "math",
+            "chat",
+            ({"role": "user", "content": group},),
+            reward="x",
+            sampling=SamplingParams(seed=i),
+        )
+        for group, i in names
+    ]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with ray_cluster(3, object_store_bytes=100 << 20) as cluster:
+        yield cluster
+    assert cluster.temp_dir is not None and not cluster.temp_dir.exists()
+
+
+@pytest.fixture(scope="module")
+def pool(cluster):
+    with RolloutPool(2, FACTORY, SLOW) as pool:
+        yield pool
+
+
+def test_groups_stay_together_and_loads_are_even():
+    shares = split_by_group([*jobs(40), *jobs(8, 8, step=1)], 3)
+    groups = [{job.group for job in share} for share in shares]
+    assert sorted(len(share) for share in shares) == [16, 16, 16]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 6
+    assert all([j.uid for j in s] == sorted(j.uid for j in s) for s in shares)
+    assert split_by_group(jobs(8), 3)[1:] == [[], []]
+
+
+def test_two_processes_return_every_record_in_job_order_with_progress(pool):
+    seen = []
+    records = pool.generate(jobs(48), lambda *progress: seen.append(progress))
+    assert [r.uid for r in records] == [j.uid for j in jobs(48)]
+    assert len(set(pool.pids)) == 2 and os.getpid() not in pool.pids
+    assert seen[-1] == (48, 48, sum(r.num_sampled for r in records)) and len(seen) > 2
+    assert all(done == sorted(done) for done in [[done for done, _, _ in seen]])
+    assert pool.generate([]) == []
+
+
+def test_published_weights_reach_every_worker_and_wrong_ones_none(pool):
+    weights = {"w": torch.randn(64, 8), "b": torch.ones(3, dtype=torch.bfloat16)}
+    digest = weights_digest(weights)
+    pool.publish(weights, digest, 3)
+    weights["w"].view(torch.uint8)[5, 5] ^= 1
+    with pytest.raises(WeightsRefused):
+        pool.publish(weights, digest, 4)
+    assert [(s.digest, s.weight_version) for s in pool.states()] == [(digest, 3)] * 2
+
+
+def test_a_worker_killed_in_the_middle_loses_and_doubles_no_sample(pool):
+    weights = {"w": torch.ones(4)}
+    pool.publish(weights, weights_digest(weights), 9)
+    undisturbed = pool.generate(jobs(96))
+    victim, replaced = pool.pids[0], pool.num_replaced
+
+    def kill_once(done, total, tokens):
+        if 0 < done < total and pool.pids[0] == victim:
+            os.kill(victim, signal.SIGKILL)
+
+    records = pool.generate(jobs(96), kill_once)
+    assert pool.num_replaced == replaced + 1 and pool.pids[0] != victim
+    assert [r.uid for r in records] == [j.uid for j in jobs(96)]
+    assert [r.to_json() for r in records] == [r.to_json() for r in undisturbed]
+    assert {v for r in records for v in r.weight_version} == {9}
+    assert pool.states()[0].digest == weights_digest(weights)
+
+
+def test_workers_that_keep_dying_are_one_clear_error(cluster):
+    kwargs = {**SLOW, "die_after": 3}
+    with (
+        RolloutPool(1, FACTORY, kwargs, max_restarts=1) as pool,
+        pytest.raises(EngineError, match="died 2 times"),
+    ):
+        pool.generate(jobs(8))
+
+
+def test_a_factory_that_cannot_be_loaded_or_fails_is_one_clear_error(cluster):
+    with pytest.raises(ConfigError, match="no_such_room"):
+        RolloutPool(1, "consilience.no_such_room:build")
+    with pytest.raises(EngineError, match="unexpected keyword"):
+        RolloutPool(1, FACTORY, {"speed": 3})
+    with pytest.raises(ConfigError, match="at least 1"):
+        RolloutPool(0, FACTORY)
+
+
+def test_a_worker_that_finds_no_cores_is_one_clear_error_not_a_hang(cluster):
+    with pytest.raises(EngineError, match="the cluster has 3 cores"):
+        RolloutPool(1, FACTORY, num_threads=64, start_timeout_s=0.5)
+
+
+def test_a_port_in_use_is_refused_before_anything_starts():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(EngineError, match=f"port {port}"):
+            start_ray(1, dashboard_port=port)

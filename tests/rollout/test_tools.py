@@ -1,0 +1,80 @@
+import json
+
+import pytest
+
+from consilience.conf.errors import ConfigError, SandboxLost
+from consilience.rollout.boxes import FakeBoxes
+from consilience.rollout.encoding import encode_messages
+from consilience.rollout.parsing import ToolCall
+from consilience.rollout.tools import TOOLS, cut, declare_tools, run_tool, tool_schemas
+
+ALL = tuple(TOOLS)
+
+
+def box(run=lambda box, argv, stdin: (0, json.dumps([*argv, stdin.decode()]).encode())):
+    return FakeBoxes(1, run).lease()
+
+
+def test_write_then_read_then_list():
+    b = box(lambda box, argv, stdin: (0, "\n".join(box.files).encode()))
+    assert run_tool(b, ToolCall("write", {"path": "a.txt", "content": "é"}), ALL) == "wrote 2 bytes"
+    assert run_tool(b, ToolCall("read", {"path": "a.txt"}), ALL) == "é"
+    assert run_tool(b, ToolCall("list", {"path": "."}), ALL) == "a.txt"
+    assert "no file 'b.txt'" in run_tool(b, ToolCall("read", {"path": "b.txt"}), ALL)
+
+
+def test_commands_run_in_a_shell_and_code_in_python():
+    assert json.loads(run_tool(box(), ToolCall("shell", {"command": "ls | wc"}), ALL)) == [
+        "sh",
+        "-c",
+        "ls | wc",
+        "",
+    ]
+    assert json.loads(run_tool(box(), ToolCall("python", {"code": "print(1)"}), ALL))[2] == "print(1)"
+    failed = box(lambda box, argv, stdin: (3, b"oops\n"))
+    assert run_tool(failed, ToolCall("shell", {"command": "x"}), ALL) == "oops\n[exit code 3]"
+    silent = box(lambda box, argv, stdin: (1, b""))
+    assert run_tool(silent, ToolCall("shell", {"command": "false"}), ALL) == "[exit code 1]"
+
+
+@pytest.mark.parametrize(
+    "call, found",
+    [
+        (ToolCall("fly", {}), "unknown tool 'fly'"),
+        (ToolCall("write", {"path": "a", "content": "b"}), "unknown tool 'write'"),
+        (ToolCall("read", {}), "'path' of read is missing"),
+        (ToolCall("read", {"path": 3}), "not text but int"),
+        (ToolCall("read", {"path": "a", "mode": "r"}), "no argument 'mode'"),
+        (ToolCall("read", {"path": "a\0b"}), "characters that are not text"),
+        (ToolCall("read", {"path": "\udc80"}), "characters that are not text"),
+    ],
+)
+def test_a_mistake_of_the_model_is_a_text_it_sees(call, found):
+    answer = run_tool(box(), call, ("read", "list"))
+    assert answer.startswith("error: ") and found in answer
+
+
+def test_output_is_cut_in_the_middle():
+    assert cut("a" * 50 + "b" * 50, 10) == "aaaaa\n[90 characters cut]\nbbbbb"
+    assert cut("short", 10) == "short" and cut("abc", 1).endswith("c")
+    long = box(lambda box, argv, stdin: (0, b"x" * 9000))
+    assert len(run_tool(long, ToolCall("shell", {"command": "yes"}), ALL, max_chars=100)) < 140
+
+
+def test_a_lost_box_is_not_an_answer():
+    b = box()
+    b.is_lost = True
+    with pytest.raises(SandboxLost):
+        run_tool(b, ToolCall("read", {"path": "a"}), ALL)
+
+
+def test_schemas_go_onto_the_system_message_once():
+    user = {"role": "user", "content": "U"}
+    declared = declare_tools([{"role": "system", "content": "S"}, user], ("read",))
+    assert declared[0]["content"] == "S" and declared[0]["tools"] == tool_schemas(["read"])
+    assert declare_tools(declared, ("shell",)) == declared
+    assert declare_tools([user], ("read",))[0]["role"] == "system"
+    assert declare_tools([user], ()) == [user]
+    assert '"required": ["path", "content"]' in encode_messages(declare_tools([user], ("write",)))
+    with pytest.raises(ConfigError, match="teleport"):
+        declare_tools([user], ("teleport",))

@@ -1,0 +1,72 @@
+"""One open box per driver present, for the whole run; every test starts from an emptied one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+from consilience.sandboxes import bwrap_driver, docker_driver
+from consilience.sandboxes.blocking import BlockingSandbox, open_blocking
+from consilience.sandboxes.protocol import Limits, Sandbox, SandboxSpec
+
+LIMITS = Limits(
+    memory_bytes=96 << 20, processes=24, workspace_bytes=8 << 20, file_bytes=4 << 20, output_bytes=4096
+)
+
+
+async def open_root(spec: SandboxSpec) -> Sandbox:
+    return await bwrap_driver.open_bwrap(spec, is_root_mode=True)
+
+
+async def open_user(spec: SandboxSpec) -> Sandbox:
+    return await bwrap_driver.open_bwrap(spec, is_root_mode=False)
+
+
+def _present() -> dict[str, Callable]:
+    found: dict[str, Callable] = {}
+    if not isinstance(docker_driver.find_engine(), str):
+        found["docker"] = docker_driver.open_docker
+    if os.geteuid() == 0 and not isinstance(bwrap_driver.find_bwrap(True), str):
+        found["bwrap_root"] = open_root
+    found["bwrap_user"] = open_user  # must work wherever the tests run
+    return found
+
+
+PRESENT = _present()
+
+
+@pytest.fixture(scope="session")
+def opened_boxes() -> Iterator[dict[str, BlockingSandbox]]:
+    boxes: dict[str, BlockingSandbox] = {}
+    yield boxes
+    for box in boxes.values():
+        box.destroy()
+
+
+@pytest.fixture(params=list(PRESENT))
+def driver(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def box(driver: str, opened_boxes: dict[str, BlockingSandbox]) -> BlockingSandbox:
+    """A box with small limits, empty."""
+    if driver not in opened_boxes:
+        opened_boxes[driver] = open_blocking(SandboxSpec(limits=LIMITS), opener=PRESENT[driver])
+    opened_boxes[driver].reset()
+    return opened_boxes[driver]
+
+
+@pytest.fixture
+def open_box(driver: str) -> Iterator[Callable[[Limits], BlockingSandbox]]:
+    """Opens further boxes of the driver under test; they end with the test."""
+    opened: list[BlockingSandbox] = []
+
+    def open_with(limits: Limits = LIMITS) -> BlockingSandbox:
+        opened.append(open_blocking(SandboxSpec(limits=limits), opener=PRESENT[driver]))
+        return opened[-1]
+
+    yield open_with
+    for one in opened:
+        one.destroy()

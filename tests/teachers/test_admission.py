@@ -1,0 +1,105 @@
+"""A teacher is admitted or refused from its folder alone, with both values in the message."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from consilience.conf.errors import AdmissionError, CheckpointError
+from consilience.teachers.admission import admit, check_self_kl, read_speech, self_kl
+from consilience.teachers.fake_teacher import FakeTeacher
+
+SPECIAL = [{"id": 0, "content": "<bos>", "special": True}, {"id": 1, "content": "<eos>", "special": True}]
+
+
+def write_checkpoint(
+    folder, *, vocab=12, rows=None, width=4, merges=("a b",), special=SPECIAL, eos=1, **tokenizer
+):
+    folder.mkdir(exist_ok=True)
+    card = {"digest": "d", "special_tokens": {t["content"]: t["id"] for t in special}}
+    files = {
+        "config.json": {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": eos},
+        "tokenizer.json": {"added_tokens": special, "model": {"merges": list(merges)}, **tokenizer},
+        "consilience.json": card,
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    save_file({"head.weight": torch.zeros(rows or vocab, width)}, folder / "model-00001-of-00001.safetensors")
+    return folder
+
+
+def test_a_teacher_of_another_width_with_the_same_speech_is_admitted(tmp_path):
+    student = write_checkpoint(tmp_path / "s")
+    teacher = write_checkpoint(tmp_path / "t", width=9, padding={"length": 5}, truncation=None)
+    admit(student, teacher)
+    assert read_speech(student).special_tokens == {"<bos>": 0, "<eos>": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "both_values"),
+    [
+        ({"vocab": 13}, ["vocab_size: student 12, teacher 13", "head_rows: student 12, teacher 13"]),
+        ({"merges": ("b a",)}, ["tokenizer: student ", ", teacher "]),
+        (
+            {"special": [SPECIAL[0], SPECIAL[1] | {"content": "<end>"}]},
+            ["special_tokens: student {<eos>=1}, teacher {<end>=1}"],
+        ),
+        ({"special": [SPECIAL[0], SPECIAL[1] | {"id": 7}]}, ["student {<eos>=1}, teacher {<eos>=7}"]),
+        ({"eos": 2}, ["eos: student 1, teacher 2"]),
+        ({"rows": 11}, ["teacher 'x': head.weight has 11 rows for a vocabulary of 12"]),
+    ],
+)
+def test_a_teacher_that_speaks_differently_is_refused_with_both_values(tmp_path, change, both_values):
+    student = write_checkpoint(tmp_path / "s")
+    teacher = write_checkpoint(tmp_path / "t", **change)
+    with pytest.raises(AdmissionError) as error:
+        admit(student, teacher, "x")
+    assert all(part in str(error.value) for part in both_values)
+    assert "same tokenizer.json" in str(error.value)
+
+
+def test_special_tokens_declared_by_the_card_alone_count_too(tmp_path):
+    student, teacher = write_checkpoint(tmp_path / "s"), write_checkpoint(tmp_path / "t")
+    card = json.loads((teacher / "consilience.json").read_text()) | {"special_tokens": {"<bos>": 5}}
+    (teacher / "consilience.json").write_text(json.dumps(card))
+    with pytest.raises(AdmissionError, match="declared_tokens"):
+        admit(student, teacher)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "consilience.json"])
+@pytest.mark.parametrize("content", [None, "{", "[1]"])
+def test_a_file_that_is_missing_or_broken_is_a_checkpoint_error_that_names_it(tmp_path, name, content):
+    student, teacher = write_checkpoint(tmp_path / "s"), write_checkpoint(tmp_path / "t")
+    (teacher / name).unlink()
+    if content is not None:
+        (teacher / name).write_text(content)
+    with pytest.raises(CheckpointError, match=name):
+        admit(student, teacher)
+
+
+def test_a_folder_without_weights_is_a_checkpoint_error(tmp_path):
+    student = write_checkpoint(tmp_path / "s")
+    teacher = tmp_path / "t"
+    shutil.copytree(student, teacher, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(CheckpointError, match=r"0 model.*safetensors files"):
+        admit(student, teacher)
+
+
+def test_a_vocabulary_size_that_is_no_number_is_a_checkpoint_error(tmp_path):
+    student = write_checkpoint(tmp_path / "s")
+    (student / "config.json").write_text('{"vocab_size": "many"}')
+    with pytest.raises(CheckpointError, match="vocab_size 'many'"):
+        read_speech(student)
+
+
+def test_a_model_has_no_kl_to_itself_and_another_model_has():
+    ids = [[3, 1, 4, 1, 5], [9, 2, 6]]
+    same = self_kl(FakeTeacher("a", seed=1), FakeTeacher("b", seed=1), ids)
+    assert abs(check_self_kl(same)) <= 1e-6
+    other = self_kl(FakeTeacher("a", seed=1), FakeTeacher("b", seed=2), ids)
+    with pytest.raises(AdmissionError, match=r"at most 1e-06 is allowed"):
+        check_self_kl(other)
+    with pytest.raises(AdmissionError, match="nan"):
+        check_self_kl(float("nan"))

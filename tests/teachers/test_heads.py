@@ -1,0 +1,99 @@
+"""Heads come from checkpoint folders, one at a time, and their loads are counted."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from consilience.conf.errors import CheckpointError
+from consilience.model.digest import weights_digest
+from consilience.teachers.heads import HeadCache, HeadLoads, head_digest, head_shape, read_digests, read_head
+from consilience.teachers.registry import TeacherRecord
+
+
+def record(name, folder="."):
+    return TeacherRecord(name, folder, (name,))
+
+
+def write_sharded(folder, head):
+    save_file({"embed.weight": torch.zeros(2, 2)}, folder / "model-00001-of-00002.safetensors")
+    save_file({"head.weight": head}, folder / "model-00002-of-00002.safetensors")
+    index = {"weight_map": {"head.weight": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_loads_equal_distinct_teachers_when_a_minibatch_is_sorted_and_more_when_not():
+    heads = HeadCache(read=lambda r: torch.full((2, 2), float(len(r.name))))
+    for name in ("a", "a", "bb", "ccc", "ccc"):
+        assert heads.take(record(name))[0, 0] == len(name)
+    assert heads.finish() == HeadLoads(distinct=3, loads=3)
+    for name in ("a", "bb", "a"):
+        heads.take(record(name))
+    assert heads.finish() == HeadLoads(distinct=2, loads=3)
+    assert heads.finish() == HeadLoads(distinct=0, loads=0)
+
+
+def test_the_next_minibatch_loads_its_first_head_itself():
+    heads = HeadCache(read=lambda r: torch.zeros(1, 1))
+    heads.take(record("a"))
+    heads.finish()
+    heads.begin()
+    heads.take(record("a"))
+    assert heads.finish() == HeadLoads(distinct=1, loads=1)
+
+
+def test_no_second_head_is_read_before_the_first_is_released():
+    import weakref
+
+    alive = []
+
+    def read(r):
+        assert all(ref() is None for ref in alive)
+        head = torch.zeros(3, 3)
+        alive.append(weakref.ref(head))
+        return head
+
+    heads = HeadCache(read=read)
+    for name in "abcab":
+        heads.take(record(name))
+    assert len(alive) == 5
+
+
+def test_a_head_is_read_from_the_shard_the_index_names_or_from_the_only_file(tmp_path):
+    head = torch.randn(7, 3)
+    write_sharded(tmp_path, head)
+    assert torch.equal(read_head(tmp_path), head) and head_shape(tmp_path) == (7, 3)
+    single = tmp_path / "single"
+    single.mkdir()
+    save_file({"head.weight": head.bfloat16()}, single / "model.safetensors")
+    assert read_head(single).dtype == torch.bfloat16
+    assert HeadCache(dtype=torch.float32).take(record("x", single)).dtype == torch.float32
+
+
+def test_digests_are_read_without_loading_the_teacher(tmp_path):
+    head = torch.randn(7, 3)
+    write_sharded(tmp_path, head)
+    (tmp_path / "consilience.json").write_text('{"digest": "abc"}')
+    found = read_digests(record("x", tmp_path))
+    assert found.weights == "abc" and found.head == head_digest(head) == weights_digest({"head.weight": head})
+    (tmp_path / "consilience.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="names no digest"):
+        read_digests(record("x", tmp_path))
+
+
+def test_folders_without_a_readable_head_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"0 model\*\.safetensors files"):
+        read_head(tmp_path)
+    write_sharded(tmp_path, torch.zeros(2, 2))
+    file = tmp_path / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:40])
+    for read in (read_head, head_shape):
+        with pytest.raises(CheckpointError, match=r"cannot read head\.weight"):
+            read(tmp_path)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        read_head(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match=r"lists no head\.weight"):
+        read_head(tmp_path)

@@ -1,0 +1,178 @@
+"""Hidden states survive a kill, are checked when read, used once and freed with their files."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from consilience.conf.errors import EngineError
+from consilience.teachers.hidden_store import HiddenStore, hidden_key
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def files(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_states_come_back_bit_for_bit_in_their_type(tmp_path, dtype):
+    store = HiddenStore(tmp_path)
+    states = torch.randn(5, 3).to(dtype)
+    store.reserve(["k", "empty"])
+    store.put({"k": states, "empty": states[:0]})
+    assert torch.equal(store.take("k"), states) and store.take("empty").shape == (0, 3)
+    assert store.size_bytes == states.nbytes and len(store) == 2
+
+
+def test_every_reservation_allows_one_take_and_the_file_goes_with_the_last_entry(tmp_path):
+    store = HiddenStore(tmp_path)
+    store.put({"a": torch.ones(2, 4), "b": torch.zeros(3, 4)})
+    store.reserve(["a", "a", "b"])
+    held = store.take("a")
+    assert store.free_taken() == 0
+    store.take("a")
+    with pytest.raises(EngineError, match="already used up"):
+        store.take("a")
+    assert store.free_taken() == 2 * 4 * 4 and "a" not in store and "b" in store
+    assert len(files(tmp_path)) == 1
+    store.take("b")
+    store.free_taken()
+    assert files(tmp_path) == [] and store.size_bytes == 0
+    assert torch.equal(held, torch.ones(2, 4))  # a tensor that is still held outlives its file
+
+
+def test_taking_what_was_never_scored_is_an_error(tmp_path):
+    store = HiddenStore(tmp_path)
+    store.reserve(["a"])
+    with pytest.raises(EngineError, match="not stored; score the sample"):
+        store.take("a")
+
+
+def test_a_stored_key_is_not_written_again(tmp_path):
+    store = HiddenStore(tmp_path)
+    store.put({"a": torch.ones(1, 2)})
+    store.put({"a": torch.zeros(1, 2)})
+    store.reserve(["a"])
+    assert store.take("a").tolist() == [[1, 1]] and len(files(tmp_path)) == 1
+
+
+def test_tensors_that_share_memory_are_stored_apart(tmp_path):
+    batch = torch.arange(12.0).view(6, 2)
+    store = HiddenStore(tmp_path)
+    store.put({"a": batch[:2], "b": batch[2:], "c": batch[1:3]})
+    store.reserve("abc")
+    assert [store.take(k).sum().item() for k in "abc"] == [6, 60, 14]
+
+
+CHILD = """
+import sys, torch
+from consilience.teachers.hidden_store import HiddenStore
+store = HiddenStore(sys.argv[1])
+store.put({"a": torch.full((3, 2), 5.0), "b": torch.zeros(1, 2)})
+print("stored", flush=True)
+open(store.folder / "half.partial", "wb").write(b"half a file")
+import os, signal
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_was_stored_before_a_kill_is_there_afterwards_and_half_files_are_gone(tmp_path):
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert child.returncode == -signal.SIGKILL and child.stdout == "stored\n", child.stderr
+    store = HiddenStore(tmp_path)
+    assert "a" in store and "b" in store and len(files(tmp_path)) == 1
+    store.reserve(["a"])
+    assert store.take("a").tolist() == [[5, 5]] * 3
+    store.free_taken()  # nobody of this run asked for b
+    assert files(tmp_path) == []
+
+
+def test_a_flipped_bit_is_found_and_the_file_makes_room_for_a_new_score(tmp_path):
+    store = HiddenStore(tmp_path)
+    store.put({"a": torch.ones(4, 4)})
+    store.reserve(["a"])
+    path = next(tmp_path.iterdir())
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(EngineError, match=r"checksum .* scored anew"):
+        store.take("a")
+    assert "a" not in store and files(tmp_path) == []
+    store.put({"a": torch.ones(4, 4)})
+    assert torch.equal(store.take("a"), torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 60])
+def test_a_file_cut_short_is_an_error_while_running_and_forgotten_on_restart(tmp_path, keep):
+    store = HiddenStore(tmp_path)
+    store.put({"a": torch.ones(4, 4)})
+    store.reserve(["a"])
+    path = next(tmp_path.iterdir())
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "a" not in HiddenStore(tmp_path)
+    with pytest.raises(EngineError, match="scored anew"):
+        store.take("a")
+
+
+def test_a_disk_that_refuses_leaves_nothing_half_written_and_keeps_the_rest(tmp_path):
+    """A file-size limit stands for the full disk: the write fails half-way."""
+    script = (
+        "import resource, signal, sys, torch\n"
+        "from consilience.conf.errors import EngineError\n"
+        "from consilience.teachers.hidden_store import HiddenStore\n"
+        "store = HiddenStore(sys.argv[1])\n"
+        "store.put({'small': torch.ones(2, 2)})\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try:\n"
+        "    store.put({'large': torch.ones(1000, 1000)})\n"
+        "except EngineError as error:\n"
+        "    print(error, 'large' in store, 'small' in store)\n"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert child.stdout.startswith("cannot write 4000000 bytes of hidden states"), child.stderr
+    assert child.stdout.endswith("False True\n") and len(files(tmp_path)) == 1
+
+
+def test_a_key_names_everything_the_states_depend_on():
+    given = ("teacher", "head", [1, 2, 3], [0, 1], torch.float32)
+    others = [
+        ("Teacher", "head", [1, 2, 3], [0, 1], torch.float32),
+        ("teacher", "Head", [1, 2, 3], [0, 1], torch.float32),
+        ("teacher", "head", [1, 2, 4], [0, 1], torch.float32),
+        ("teacher", "head", [1, 2, 3], [0, 2], torch.float32),
+        ("teacher", "head", [1, 2], [3, 0, 1], torch.float32),
+        ("teacher", "head", [1, 2, 3], [0, 1], torch.bfloat16),
+    ]
+    assert hidden_key(*given) == hidden_key("teacher", "head", (1, 2, 3), range(2), torch.float32)
+    assert len({hidden_key(*key) for key in [given, *others]}) == 7
+
+
+def test_reading_a_large_entry_by_memory_map_does_not_load_its_neighbours(tmp_path):
+    """The file has 64 MB; taking an entry of 1 MB must not bring the rest into this process."""
+    store = HiddenStore(tmp_path)
+    store.put({"big": torch.ones(63, 2**18), "small": torch.ones(1, 2**18)})
+    script = (
+        "import os, sys, psutil\n"
+        "from consilience.teachers.hidden_store import HiddenStore\n"
+        "store = HiddenStore(sys.argv[1])\n"
+        "store.reserve(['small'])\n"
+        "before = psutil.Process().memory_info().rss\n"
+        "store.take('small')\n"
+        "print(psutil.Process().memory_info().rss - before)\n"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    assert int(child.stdout) < 32 * 2**20
+    assert os.listdir(tmp_path)

@@ -1,0 +1,223 @@
+"""One teacher at a time, every sample once, nothing scored twice, memory flat in the number of teachers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from consilience.conf.errors import AdmissionError, ConfigError, EngineError
+from consilience.teachers.fake_teacher import FakeTeacher
+from consilience.teachers.heads import TeacherDigests
+from consilience.teachers.hidden_store import HiddenStore
+from consilience.teachers.registry import TeacherRecord, TeacherRegistry
+from consilience.teachers.scheduler import ScoreRequest, TeacherScheduler
+
+ROOT = Path(__file__).resolve().parents[2]
+SEEDS = {"math": 1, "code": 2, "agent": 3}
+
+
+def build(name):
+    return FakeTeacher(name, seed=SEEDS[name])
+
+
+def digests(record):
+    teacher = build(record.name)
+    return TeacherDigests(teacher.digest, teacher.head_digest)
+
+
+@pytest.fixture
+def registry(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    return TeacherRegistry([TeacherRecord(name, tmp_path, (name,)) for name in SEEDS])
+
+
+@pytest.fixture
+def store(tmp_path):
+    return HiddenStore(tmp_path / "store")
+
+
+def request(uid, teacher, length, first=0):
+    ids = tuple((first + i) % 32 for i in range(length))
+    return ScoreRequest(uid, teacher, ids, tuple(range(1, length)))
+
+
+REQUESTS = [
+    request("a", "math", 4),
+    request("b", "agent", 5),
+    request("c", "code", 3),
+    request("d", "math", 6),
+    request("e", "code", 20),
+]
+
+
+def test_teachers_are_loaded_once_each_largest_queue_first_and_states_are_theirs(registry, store):
+    found = TeacherScheduler(registry, lambda r: build(r.name), store, digests=digests).score(REQUESTS)
+    assert found.loads == ("code", "math", "agent")  # 23, 10 and 5 tokens
+    assert (found.num_scored, found.num_reused, found.num_tokens) == (5, 0, 38)
+    for r in REQUESTS:
+        expected = build(r.teacher).score([r.token_ids], [r.positions])[0]
+        assert torch.equal(store.take(found.keys[r.uid]), expected)
+
+
+def test_never_two_teachers_in_memory(registry, store):
+    import weakref
+
+    seen = []
+
+    def loader(record):
+        assert all(ref() is None for ref in seen)
+        teacher = build(record.name)
+        seen.append(weakref.ref(teacher))
+        return teacher
+
+    TeacherScheduler(registry, loader, store, digests=digests).score(REQUESTS)
+    assert len(seen) == 3 and all(ref() is None for ref in seen)
+
+
+def test_a_loader_that_keeps_its_teachers_is_found_out(registry, store):
+    kept = []
+
+    def loader(record):
+        kept.append(build(record.name))
+        return kept[-1]
+
+    with pytest.raises(EngineError, match="'code' is still in memory"):
+        TeacherScheduler(registry, loader, store, digests=digests).score(REQUESTS)
+    assert len(kept) == 1
+
+
+def test_a_restart_between_score_and_use_scores_nothing_again(registry, store):
+    TeacherScheduler(registry, lambda r: build(r.name), store, digests=digests).score(REQUESTS)
+
+    def no_loader(record):
+        raise AssertionError(f"{record.name} loaded again")
+
+    reopened = HiddenStore(store.folder)
+    found = TeacherScheduler(registry, no_loader, reopened, digests=digests).score(REQUESTS)
+    assert found.loads == () and found.num_scored == 0 and found.num_reused == 5
+    assert all(reopened.take(found.keys[r.uid]).shape == (len(r.positions), 8) for r in REQUESTS)
+
+
+def test_a_crash_in_the_second_teacher_keeps_what_the_first_stored(registry, store):
+    def loader(record):
+        if record.name == "math":
+            raise OSError("disk gone")
+        return build(record.name)
+
+    with pytest.raises(OSError, match="disk gone"):
+        TeacherScheduler(registry, loader, store, digests=digests).score(REQUESTS)
+    found = TeacherScheduler(
+        registry, lambda r: build(r.name), HiddenStore(store.folder), digests=digests
+    ).score(REQUESTS)
+    assert found.loads == ("math", "agent") and found.num_reused == 2
+
+
+def test_two_samples_with_the_same_tokens_are_scored_once_and_taken_twice(registry, store):
+    pair = [request("x", "math", 4), request("y", "math", 4)]
+    found = TeacherScheduler(registry, lambda r: build(r.name), store, digests=digests).score(pair)
+    assert (found.num_scored, found.num_reused) == (1, 1) and found.keys["x"] == found.keys["y"]
+    assert torch.equal(store.take(found.keys["x"]), store.take(found.keys["y"]))
+    store.free_taken()
+    assert len(store) == 0
+
+
+@pytest.mark.parametrize(("batch_tokens", "num_files"), [(1, 5), (10, 4), (1000, 3)])
+def test_batches_respect_the_token_budget_and_give_the_same_states(registry, store, batch_tokens, num_files):
+    scheduler = TeacherScheduler(
+        registry, lambda r: build(r.name), store, digests=digests, batch_tokens=batch_tokens
+    )
+    found = scheduler.score(REQUESTS)
+    assert len(list(store.folder.iterdir())) == num_files
+    for r in REQUESTS:
+        assert torch.equal(
+            store.take(found.keys[r.uid]), build(r.teacher).score([r.token_ids], [r.positions])[0]
+        )
+
+
+def test_no_requests_load_nothing(registry, store):
+    found = TeacherScheduler(registry, lambda r: build(r.name), store, digests=digests).score([])
+    assert found.loads == () and found.keys == {}
+
+
+def test_wrong_requests_are_refused_before_anything_is_loaded(registry, store):
+    def no_loader(record):
+        raise AssertionError("loaded")
+
+    scheduler = TeacherScheduler(registry, no_loader, store, digests=digests)
+    with pytest.raises(ConfigError, match="unknown teacher 'mat'; did you mean 'math'"):
+        scheduler.score([*REQUESTS, request("z", "mat", 3)])
+    with pytest.raises(ValueError, match="two requests have the uid 'a'"):
+        scheduler.score([REQUESTS[0], REQUESTS[0]])
+    for position in (3, -1):
+        with pytest.raises(ValueError, match="z: positions outside its 3 tokens"):
+            scheduler.score([ScoreRequest("z", "math", (1, 2, 3), (position,))])
+
+
+def test_a_teacher_with_other_weights_than_its_checkpoint_states_is_refused(registry, store):
+    scheduler = TeacherScheduler(registry, lambda r: FakeTeacher(r.name, seed=9), store, digests=digests)
+    with pytest.raises(AdmissionError, match="changed during the run"):
+        scheduler.score(REQUESTS)
+    assert len(store) == 0
+
+
+class Broken(FakeTeacher):
+    """Returns what `change` makes of its first state."""
+
+    def __init__(self, name, change):
+        super().__init__(name, seed=SEEDS[name])
+        self.change = change
+
+    def score(self, token_ids, positions):
+        first, *rest = super().score(token_ids, positions)
+        changed = self.change(first)
+        return rest if changed is None else [changed, *rest]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[:-1], "was expected"),
+        (lambda x: x.double(), r"torch\.float64; .* torch\.float32 was expected"),
+        (lambda x: x * float("nan"), "not finite"),
+        (lambda x: None, "returned 0 tensors for 1 samples"),
+    ],
+)
+def test_states_that_cannot_be_right_are_refused(registry, store, change, message):
+    scheduler = TeacherScheduler(registry, lambda r: Broken(r.name, change), store, digests=digests)
+    with pytest.raises(EngineError, match=message):
+        scheduler.score([request("a", "math", 4)])
+    assert len(store) == 0
+
+
+MEMORY = """
+import resource, sys, tempfile, pathlib
+from consilience.teachers.fake_teacher import FakeTeacher
+from consilience.teachers.heads import TeacherDigests
+from consilience.teachers.hidden_store import HiddenStore
+from consilience.teachers.registry import TeacherRecord, TeacherRegistry
+from consilience.teachers.scheduler import ScoreRequest, TeacherScheduler
+folder = pathlib.Path(sys.argv[1])
+def digests(record):
+    teacher = FakeTeacher(record.name, seed=ord(record.name))
+    return TeacherDigests(teacher.digest, teacher.head_digest)
+def load(record):
+    return FakeTeacher(record.name, seed=ord(record.name), ballast_bytes=64 * 2**20)
+for names in ("a", "abc"):
+    registry = TeacherRegistry(TeacherRecord(n, folder, (n,)) for n in names)
+    scheduler = TeacherScheduler(registry, load, HiddenStore(folder / names), digests=digests)
+    report = scheduler.score([ScoreRequest(n, n, (1, 2, 3), (0, 1)) for n in names])
+    assert len(report.loads) == len(names)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+def test_resident_memory_is_flat_from_one_to_three_teachers(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, three = (int(line) for line in done.stdout.split())
+    # A teacher weighs 64 MiB; a second one kept would show as such.
+    assert three - one < 16 * 2**20

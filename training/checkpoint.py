@@ -1,0 +1,327 @@
+"""The checkpoint folder: official tensor names, safetensors only, complete or absent.
+
+    config.json                    released field names
+    model-00001-of-0000N.safetensors, model.safetensors.index.json
+    tokenizer.json                 where the model has one
+    consilience.json               CheckpointMeta and the sha256 of every file but the weights
+    state/                         optimiser and random state, where training goes on
+
+Everything is written into a sibling folder, flushed to the disk and renamed. Whatever stops that
+(a full disk, Ctrl-C, a kill), the checkpoint that was there before stays as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from consilience.conf.errors import CheckpointError, ConsilienceError
+from consilience.training.durable_files import (
+    folder_beside,
+    fsync_file,
+    fsync_folder,
+    is_disk_full,
+    replace_folder,
+    restore_folder,
+)
+from consilience.training.engine import TrainEngine
+from consilience.training.tensor_files import (
+    INDEX,
+    check_tensors,
+    index_text,
+    read_shards,
+    shards,
+    write_tensors,
+)
+
+SCHEMA = 1
+META, CONFIG, TOKENIZER, STATE = "consilience.json", "config.json", "tokenizer.json", "state"
+_STEP = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointMeta:
+    """What a checkpoint is and where it comes from (`consilience.json`).
+
+    stage, seed, step   stage that wrote it, run seed, updates done in that stage
+    special_tokens      name -> token id
+    domain              domain of a specialist, None for a base or a student
+    parent              digest of the weights training started from, None for random weights
+    digest              of these weights (`model/digest.py`); filled in by `save_checkpoint`
+    cursor              JSON-plain place in the data, for the stage that resumes
+    files               file -> sha256, all but the weights; filled in by `save_checkpoint`
+    """
+
+    stage: str
+    seed: int
+    step: int
+    special_tokens: dict[str, int] = field(default_factory=dict)
+    domain: str | None = None
+    parent: str | None = None
+    digest: str = ""
+    cursor: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class ModelFormat:
+    """How a model becomes config and tensors and back; `v4_format` is the one in use."""
+
+    config_dict: Callable[[nn.Module], dict[str, Any]]
+    build: Callable[[Mapping[str, Any], torch.dtype], nn.Module]
+    to_official: Callable[[nn.Module], dict[str, Tensor]]
+    load_official: Callable[[nn.Module, Mapping[str, Tensor]], None]
+    digest: Callable[[Mapping[str, Tensor]], str]
+
+
+def v4_format() -> ModelFormat:
+    """The V4 `Transformer` (imported here, so that reading a checkpoint's meta stays light)."""
+    from consilience.model.checkpoint import load_official, to_official
+    from consilience.model.config import ModelConfig
+    from consilience.model.digest import weights_digest
+    from consilience.model.transformer import Transformer
+
+    return ModelFormat(
+        config_dict=lambda model: model.config.to_json_dict(),  # type: ignore[union-attr, operator]
+        build=lambda row, dtype: Transformer(ModelConfig.from_json_dict(row), dtype),
+        to_official=to_official,  # type: ignore[arg-type]
+        load_official=load_official,  # type: ignore[arg-type]
+        digest=weights_digest,
+    )
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Every way a checkpoint touches the disk, so that a test can let any of them fail."""
+
+    write_tensors: Callable[[Path, Mapping[str, Tensor]], None] = write_tensors
+    write_text: Callable[[Path, str], Any] = lambda path, text: path.write_text(text, "utf-8")
+    copy: Callable[[Path, Path], Any] = shutil.copyfile
+    sync: Callable[[Path], None] = fsync_file
+    publish: Callable[[Path, Path], None] = replace_folder
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    tokenizer_path: Path | None,
+    meta: CheckpointMeta,
+    engine: TrainEngine | None = None,
+    *,
+    max_shard_bytes: int = 4 << 30,
+    model_format: ModelFormat | None = None,
+    disk: Disk | None = None,
+) -> CheckpointMeta:
+    """Write the checkpoint and return its meta with digest and files filled in.
+
+    CheckpointError when the disk is full or cannot be written; an older checkpoint in `folder` is
+    then untouched and nothing else is left behind.
+    """
+    folder, disk, model_format = Path(folder), disk or Disk(), model_format or v4_format()
+    beside: Path | None = None
+    try:
+        restore_folder(folder)
+        beside = folder_beside(folder)
+        meta = _write(beside, model, tokenizer_path, meta, engine, max_shard_bytes, model_format, disk)
+        disk.publish(beside, folder)
+    except BaseException as error:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, ConsilienceError) or not isinstance(error, Exception):
+            raise
+        raise CheckpointError(_why(folder, error)) from error
+    return meta
+
+
+def _write(
+    beside: Path,
+    model: nn.Module,
+    tokenizer_path: Path | None,
+    meta: CheckpointMeta,
+    engine: TrainEngine | None,
+    max_shard_bytes: int,
+    model_format: ModelFormat,
+    disk: Disk,
+) -> CheckpointMeta:
+    """All files of the checkpoint into the folder `beside`, flushed; `consilience.json` last."""
+    tensors = model_format.to_official(model)
+    weight_map: dict[str, str] = {}
+    for file_name, shard in shards(tensors, max_shard_bytes):
+        disk.write_tensors(beside / file_name, shard)
+        weight_map |= dict.fromkeys(shard, file_name)
+    disk.write_text(beside / INDEX, index_text(weight_map, sum(t.nbytes for t in tensors.values())))
+    config = model_format.config_dict(model) | {"torch_dtype": _main_dtype(tensors)}
+    disk.write_text(beside / CONFIG, json.dumps(config, indent=1))
+    if tokenizer_path is not None:
+        disk.copy(Path(tokenizer_path), beside / TOKENIZER)
+    if engine is not None:
+        engine.save(beside / STATE)
+    shard_files = set(weight_map.values())
+    others = [p for p in sorted(beside.rglob("*")) if p.is_file() and p.name not in shard_files]
+    meta = replace(
+        meta,
+        digest=model_format.digest(tensors),
+        files={path.relative_to(beside).as_posix(): _sha256(path) for path in others},
+    )
+    disk.write_text(beside / META, json.dumps(asdict(meta), indent=1))
+    for path in beside.rglob("*"):
+        if path.is_file():
+            disk.sync(path)
+        else:
+            fsync_folder(path)
+    fsync_folder(beside)
+    return meta
+
+
+def load_checkpoint(
+    folder: Path, *, verify: bool = True, model_format: ModelFormat | None = None
+) -> tuple[nn.Module, CheckpointMeta]:
+    """The model of a checkpoint folder and its meta.
+
+    The weights keep the type they were written in; no random number is drawn. `verify` recomputes
+    the weights digest and the sha256 of the small files. CheckpointError names file and tensor.
+    """
+    folder, model_format = Path(folder), model_format or v4_format()
+    meta = read_meta(folder)
+    config = read_config(folder)
+    tensors, weight_map = read_shards(folder)
+    with torch.random.fork_rng(devices=[]):
+        model = model_format.build(config, getattr(torch, _main_dtype(tensors)))
+    check_tensors(folder, tensors, weight_map, model_format.to_official(model))
+    if verify:
+        found = model_format.digest(tensors)
+        if found != meta.digest:
+            raise CheckpointError(
+                f"{folder}: the weights have digest {found[:16]}…, {META} says "
+                f"{meta.digest[:16] or 'nothing'}…; the files were changed or damaged, "
+                "restore or remake the checkpoint"
+            )
+        _verify_files(folder, {n: d for n, d in meta.files.items() if not n.startswith(f"{STATE}/")})
+    model_format.load_official(model, tensors)
+    return model, meta
+
+
+def load_engine_state(folder: Path, engine: TrainEngine) -> None:
+    """Optimiser and random state of a checkpoint into an engine over the same model, verified."""
+    folder = Path(folder)
+    meta = read_meta(folder)
+    if not (folder / STATE).is_dir():
+        raise CheckpointError(
+            f"{folder} has no {STATE}/ folder, so training cannot resume from it; start a stage from its "
+            "weights instead, or resume from a checkpoint saved during training"
+        )
+    _verify_files(folder, {name: sha for name, sha in meta.files.items() if name.startswith(f"{STATE}/")})
+    engine.load(folder / STATE)
+
+
+def read_meta(folder: Path) -> CheckpointMeta:
+    """`consilience.json` alone. CheckpointError when the folder is missing or no checkpoint."""
+    folder = Path(folder)
+    restore_folder(folder)
+    if not folder.is_dir():
+        near = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
+        visible = [name for name in near if not name.startswith(".")]
+        raise CheckpointError(
+            f"no checkpoint at {folder}; there is {', '.join(visible) if visible else 'nothing'} in "
+            f"{folder.parent}. Run the stage that makes it or give another path"
+        )
+    row = _read_json(folder / META)
+    if row.get("schema") != SCHEMA:
+        raise CheckpointError(f"{folder / META}: schema {row.get('schema')}, this version reads {SCHEMA}")
+    try:
+        return CheckpointMeta(**{f.name: row[f.name] for f in fields(CheckpointMeta)})
+    except KeyError as error:
+        raise CheckpointError(f"{folder / META}: field {error} is missing; remake the checkpoint") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` alone."""
+    return _read_json(Path(folder) / CONFIG)
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` updates: step-000040."""
+    return Path(checkpoints) / f"step-{step:06d}"
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """The checkpoint with the most updates under a stage's `checkpoints/`, None when there is none."""
+    checkpoints = Path(checkpoints)
+    if not checkpoints.is_dir():
+        return None
+    for aside in checkpoints.glob(".step-*.replaced"):
+        restore_folder(checkpoints / aside.name.removeprefix(".").removesuffix(".replaced"))
+    found = [(int(m[1]), p) for p in checkpoints.iterdir() if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
+    return max(found)[1] if found else None
+
+
+def prune_checkpoints(checkpoints: Path, keep: int) -> None:
+    """Remove all but the `keep` (at least 1) latest step folders."""
+    found = sorted(p for p in Path(checkpoints).iterdir() if _STEP.fullmatch(p.name))
+    for folder in found[: -max(keep, 1)]:
+        doomed = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")  # a half-removed folder is debris
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def _verify_files(folder: Path, files: Mapping[str, str]) -> None:
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; the checkpoint is not complete, restore or remake it")
+        if _sha256(path) != expected:
+            raise CheckpointError(f"{path} was changed or damaged since it was saved; restore or remake it")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        row = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is missing; the folder is no checkpoint or not a complete one"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); restore or remake the checkpoint") from error
+    if not isinstance(row, dict):
+        raise CheckpointError(f"{path} holds no table of fields; restore or remake the checkpoint")
+    return row
+
+
+def _main_dtype(tensors: Mapping[str, Tensor]) -> str:
+    """Type of the embedding: the one config.json calls torch_dtype (others may stay fp32)."""
+    if "embed.weight" not in tensors:
+        raise CheckpointError(
+            f"{INDEX}: tensor embed.weight is missing; these are not the weights of a V4 model"
+        )
+    return str(tensors["embed.weight"].dtype).removeprefix("torch.")
+
+
+def _why(folder: Path, error: Exception) -> str:
+    if is_disk_full(error):
+        return (
+            f"no room to write the checkpoint {folder}; the one before it is untouched. Free disk space "
+            "(older step folders can go) and run again: it resumes from the last checkpoint"
+        )
+    return (
+        f"the checkpoint {folder} could not be written ({type(error).__name__}: {error}); "
+        "none was left half-written. Repair the folder or choose another, and run again"
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,147 @@
+"""Named tensors in safetensors files: shards with an index, and errors that name file and tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from consilience.conf.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file. Tensors are brought to the CPU, contiguous, sharing no memory."""
+    save_file(
+        {name: _own_memory(tensor) for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
+    )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file. CheckpointError when it is missing, truncated or not safetensors."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; the checkpoint is not complete, restore or remake it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors ({error}); it is truncated or damaged, "
+            "restore or remake it"
+        ) from error
+
+
+def shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(file name, its tensors) in the order given; a shard is over the limit only if one tensor is."""
+    groups: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and filled + tensor.nbytes > max_shard_bytes:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = tensor
+        filled += tensor.nbytes
+    for number, group in enumerate(groups, 1):
+        yield f"model-{number:05d}-of-{len(groups):05d}.safetensors", group
+
+
+def index_text(weight_map: Mapping[str, str], total_bytes: int) -> str:
+    """The index file: which shard holds which tensor."""
+    return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}, indent=1)
+
+
+def read_shards(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a sharded folder and the shard each came from.
+
+    CheckpointError names the file, and the tensor where one is missing, doubled or not in the index.
+    """
+    weight_map = _read_index(folder / INDEX)
+    tensors: dict[str, Tensor] = {}
+    for file_name in sorted(set(weight_map.values())):
+        found = read_tensors(folder / file_name)
+        promised = {name for name, file in weight_map.items() if file == file_name}
+        for name in sorted(promised ^ found.keys()):
+            problem = "is missing" if name in promised else f"is not listed for it in {INDEX}"
+            raise CheckpointError(
+                f"{folder / file_name}: tensor {name} {problem}; restore or remake the checkpoint"
+            )
+        tensors |= found
+    return tensors, weight_map
+
+
+def check_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], weight_map: Mapping[str, str], expected: Mapping[str, Tensor]
+) -> None:
+    """CheckpointError unless names, shapes and types are those of `expected`; says file and tensor."""
+    for name in sorted(expected.keys() - tensors.keys()):
+        raise CheckpointError(
+            f"{folder / INDEX}: tensor {name} is missing, config.json asks for it with shape "
+            f"{list(expected[name].shape)}; the weights belong to another model"
+        )
+    for name in sorted(tensors.keys() - expected.keys()):
+        raise CheckpointError(
+            f"{folder / weight_map[name]}: tensor {name} is unexpected, the model of config.json has none "
+            "of that name; the weights belong to another model"
+        )
+    for name, tensor in tensors.items():
+        wanted = expected[name]
+        if tensor.shape != wanted.shape:
+            raise CheckpointError(
+                f"{folder / weight_map[name]}: tensor {name} has shape {list(tensor.shape)}, the model of "
+                f"config.json needs {list(wanted.shape)}; the weights belong to another model"
+            )
+        if tensor.dtype != wanted.dtype:
+            raise CheckpointError(
+                f"{folder / weight_map[name]}: tensor {name} has type {_dtype(tensor)}, the model of "
+                f"config.json needs {_dtype(wanted)}; convert the weights first"
+            )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise ValueError("weight_map is not a table of file names")
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is missing; the folder is no checkpoint or not a complete one"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); restore or remake the checkpoint") from error
+    outside = [file for file in weight_map.values() if Path(file).name != file]
+    if outside:
+        raise CheckpointError(
+            f"{path}: shard {outside[0]} lies outside the checkpoint folder; it is not used"
+        )
+    return weight_map
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if (
+        tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and tensor.untyped_storage().nbytes() == tensor.nbytes
+    ):
+        return tensor
+    return tensor.to("cpu", copy=True).contiguous()
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def as_bytes_tensor(data: bytes) -> Tensor:
+    """Bytes as a uint8 tensor [n]: how small non-tensor state travels in a safetensors file."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    """Inverse of `as_bytes_tensor`."""
+    return tensor.to("cpu").numpy().tobytes()

@@ -1,0 +1,156 @@
+"""The reference TrainEngine: one process, plain PyTorch, V4's two optimisers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from consilience.conf.errors import CheckpointError, EngineError
+from consilience.training.optimizers import V4Optimizer, parameter_groups
+from consilience.training.random_state import random_state_tensors, restore_random_state
+from consilience.training.tensor_files import read_tensors, write_tensors
+
+OPTIMIZER_FILE, RANDOM_FILE = "optimizer.safetensors", "random.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSettings:
+    """V4's values (sections 12.1 and 12.2), learning rate apart.
+
+    lr             peak learning rate of Muon and AdamW alike
+    weight_decay   decoupled, on Muon's matrices and on embedding and head
+    beta1, beta2, eps   AdamW
+    momentum, update_rms   Muon's μ and γ
+    bias_speed     step of the router biases
+    grad_clip      largest global gradient norm; 0 switches clipping off
+    """
+
+    lr: float = 2.7e-4
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-20
+    momentum: float = 0.95
+    update_rms: float = 0.18
+    bias_speed: float = 1e-3
+    grad_clip: float = 1.0
+
+
+class TorchEngine:
+    """Holds the model, its gradients and its optimiser. `num_steps` counts finished updates."""
+
+    def __init__(
+        self, model: nn.Module, settings: OptimizerSettings | None = None, *, o_groups: int | None = None
+    ) -> None:
+        self.model = model
+        self.settings = settings or OptimizerSettings()
+        self.num_steps = 0
+        s = self.settings
+        self.optimizer = V4Optimizer(
+            parameter_groups(model, o_groups=o_groups),
+            lr=s.lr,
+            weight_decay=s.weight_decay,
+            betas=(s.beta1, s.beta2),
+            eps=s.eps,
+            momentum=s.momentum,
+            update_rms=s.update_rms,
+            bias_speed=s.bias_speed,
+        )
+
+    def forward_backward(
+        self,
+        loss_fn: Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, float]]],
+        batch: Any,
+        denominators: Mapping[str, float],
+    ) -> dict[str, float]:
+        """Accumulate gradients over micro-batches; see `TrainEngine`. An error clears them."""
+        for name, value in denominators.items():
+            if not (math.isfinite(value) and value > 0):
+                raise EngineError(
+                    f"step {self.num_steps}: denominator {name} is {value}; it must be a positive count, "
+                    "a mini-batch without loss tokens must not reach the engine"
+                )
+        micro_batches = batch if isinstance(batch, list | tuple) else [batch]
+        sums: dict[str, float] = {"loss": 0.0}
+        try:
+            for index, micro_batch in enumerate(micro_batches):
+                loss, reported = loss_fn(self.model, micro_batch)
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise EngineError(
+                        f"step {self.num_steps}: the loss of micro-batch {index} is {value}; no parameter "
+                        "was changed. Lower the learning rate or resume from the last checkpoint"
+                    )
+                if loss.requires_grad:
+                    loss.backward()
+                sums["loss"] += value
+                for name, part in reported.items():
+                    sums[name] = sums.get(name, 0.0) + float(part)
+        except BaseException:
+            self._clear()
+            raise
+        return {name: value / denominators.get(name, 1.0) for name, value in sums.items()}
+
+    def step(
+        self, lr_scale: float = 1.0, expert_load: Mapping[int, Tensor] | None = None
+    ) -> dict[str, float]:
+        """Clip, update, clear; see `TrainEngine`."""
+        grads = {n: p.grad for n, p in self.optimizer.parameters.items() if p.grad is not None}
+        if not grads:
+            raise EngineError(f"step {self.num_steps}: no gradient to apply; call forward_backward first")
+        norms = torch._foreach_norm(list(grads.values()))  # pyright: ignore[reportPrivateImportUsage]
+        grad_norm = float(torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms])))
+        if not math.isfinite(grad_norm):
+            worst = [name for name, norm in zip(grads, norms) if not math.isfinite(float(norm))]
+            self._clear()
+            raise EngineError(
+                f"step {self.num_steps}: the gradient of {worst[0] if worst else 'the model'} is not finite "
+                f"({len(worst)} of {len(grads)} tensors); no parameter was changed. Lower the learning rate "
+                "or resume from the last checkpoint"
+            )
+        clip = self.settings.grad_clip
+        if clip and grad_norm > clip:
+            torch._foreach_mul_(list(grads.values()), clip / grad_norm)  # pyright: ignore[reportPrivateImportUsage]
+        lr = self.optimizer.step(lr_scale, self._bias_loads(expert_load))
+        self._clear()
+        self.num_steps += 1
+        return {"grad_norm": grad_norm, "lr": lr}
+
+    def save(self, folder: Path) -> None:
+        """optimizer.safetensors and random.safetensors in `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        steps = {"num_steps": torch.tensor(self.num_steps, dtype=torch.int64)}
+        write_tensors(folder / OPTIMIZER_FILE, self.optimizer.state_tensors() | steps)
+        write_tensors(folder / RANDOM_FILE, random_state_tensors())
+
+    def load(self, folder: Path) -> None:
+        """Inverse of `save`. CheckpointError names file and tensor; the random state comes last."""
+        tensors = read_tensors(folder / OPTIMIZER_FILE)
+        random_tensors = read_tensors(folder / RANDOM_FILE)
+        if "num_steps" not in tensors:
+            raise CheckpointError(
+                f"{folder / OPTIMIZER_FILE}: tensor num_steps is missing; remake the checkpoint"
+            )
+        num_steps = int(tensors.pop("num_steps"))
+        try:
+            self.optimizer.load_state_tensors(tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder / OPTIMIZER_FILE}: {error}") from error
+        restore_random_state(random_tensors)
+        self.num_steps = num_steps
+        self._clear()
+
+    def _bias_loads(self, expert_load: Mapping[int, Tensor] | None) -> dict[str, Tensor]:
+        """Layer numbers to names of router biases; hash layers have none."""
+        named = {f"layers.{layer}.ffn.gate.bias": load for layer, load in (expert_load or {}).items()}
+        return {name: load for name, load in named.items() if name in self.optimizer.groups.rule}
+
+    def _clear(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
