@@ -21,7 +21,7 @@ from consilience.tasks.domain import Domain
 from consilience.training.checkpoint import load_checkpoint
 from consilience.training.durable_files import write_text_atomically
 from consilience.training.forward import hidden_at_loss
-from consilience.training.packing import pack
+from consilience.training.packing import pack, row_length
 from consilience.training.stage_clock import StageClock
 
 GRADES = "grades.json"
@@ -125,7 +125,7 @@ def parts_that_acted(model: Any, records: list[RolloutRecord], num: int = 24) ->
     longest = sorted(records, key=lambda r: -len(r.prompt_ids) - len(r.token_ids))[:num]
     trace = Trace()
     ids = [r.prompt_ids + r.token_ids for r in longest]
-    hidden_at_loss(model, pack(ids, quantum=32, max_row_tokens=max(map(len, ids))), trace)
+    hidden_at_loss(model, pack(ids, quantum=32, max_row_tokens=row_length(max(map(len, ids)))), trace)
     loads = [load for layer, load in trace.expert_load.items() if trace.is_hash[layer]]
     return {
         "HCA entries attended": float(trace.hca_attended),

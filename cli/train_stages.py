@@ -25,7 +25,7 @@ from consilience.rollout.prompts import conversation_ids
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
-from consilience.tasks.corpus import Conversation, base_texts, sft_examples
+from consilience.tasks.corpus import Conversation, base_texts, join_episodes, sft_examples
 from consilience.tasks.domain import Domain
 from consilience.teachers.admission import admit
 from consilience.teachers.heads import HeadCache
@@ -35,6 +35,7 @@ from consilience.teachers.registry import TeacherRecord, TeacherRegistry
 from consilience.teachers.scheduler import TeacherScheduler
 from consilience.training.checkpoint import CheckpointMeta, load_checkpoint, read_meta
 from consilience.training.metrics import FanOut, MetricsLog
+from consilience.training.packing import row_length
 from consilience.training.stage_checkpoints import StageCheckpoints
 from consilience.training.stage_clock import StageClock
 from consilience.training.torch_engine import OptimizerSettings, TorchEngine
@@ -58,9 +59,10 @@ def run_base(context: StageContext) -> Mapping[str, Any]:
         Tokenizer.train(sample, cfg.task.vocab_size).save(tokenizer_path)
     tokenizer = Tokenizer.load(tokenizer_path)
     model = initialize(Transformer(model_config(cfg, tokenizer)), cfg.run.seed)
-    groups = [
-        encode(tokenizer, [c for c in texts if c.domain == name], settings.prompt_weight) for name in domains
-    ]
+    groups = []
+    for name in domains:
+        joined = join_episodes([c for c in texts if c.domain == name], settings.episodes)
+        groups.append(encode(tokenizer, joined, settings.prompt_weight))
     return _supervised(context, settings, model, tokenizer_path, groups, parent=None)
 
 
@@ -71,7 +73,8 @@ def run_sft(context: StageContext) -> Mapping[str, Any]:
     model, meta = load_checkpoint(start)
     tokenizer = Tokenizer.load(start)
     domain = domains_of(cfg)[_domain(context)]
-    examples = encode(tokenizer, sft_examples(domain, settings.num_examples), settings.prompt_weight)
+    joined = join_episodes(sft_examples(domain, settings.num_examples), settings.episodes)
+    examples = encode(tokenizer, joined, settings.prompt_weight)
     return _supervised(context, settings, model, start / TOKENIZER, [examples], parent=meta.digest)
 
 
@@ -421,7 +424,7 @@ def _domain(context: StageContext) -> str:
 
 def _row_tokens(groups: Sequence[Sequence[Example]], row_tokens: int) -> int:
     longest = max((len(e.token_ids) for group in groups for e in group), default=1)
-    return max(row_tokens, longest)
+    return row_length(longest, row_tokens)
 
 
 def _micro_tokens(cfg: Config, row_tokens: int) -> int:

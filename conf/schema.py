@@ -117,6 +117,9 @@ class SftConfig:
     warmup: int = setting(10, "steps of linear warm-up", unit="steps", low=0)
     decay: float = setting(0.1, "learning rate at the last step, as a share of the peak", low=0, high=1)
     num_examples: int = setting(4000, "worked solutions per domain", unit="problems", low=1)
+    episodes: int = setting(
+        1, "episodes of a tool domain joined into one conversation", unit="episodes", low=1, high=64
+    )
     noise: float = setting(0.0, "share of solutions whose final answer is another problem's", low=0, high=1)
     prompt_weight: float = setting(
         0.0, "loss weight of tokens the model would not sample (prompts, tool results)", low=0, high=1

@@ -30,7 +30,7 @@ from consilience.teachers.scheduler import ScoreReport, ScoreRequest, TeacherSch
 from consilience.training.engine import TrainEngine
 from consilience.training.forward import hidden_at_loss, sample_order
 from consilience.training.metrics import MetricsSink, RolloutRow
-from consilience.training.packing import PackedRows, pack, split_micro_batches
+from consilience.training.packing import PackedRows, pack, row_length, split_micro_batches
 from consilience.training.progress import Progress
 from consilience.training.schedule import warmup_constant_cosine
 from consilience.training.stage_checkpoints import StageCheckpoints
@@ -229,7 +229,7 @@ def pack_records(records: Sequence[RolloutRecord], row_tokens: int) -> PackedRow
         [r.prompt_ids + r.token_ids for r in records],
         [[0.0] * len(r.prompt_ids) + list(r.loss_mask) for r in records],
         quantum=32,
-        max_row_tokens=max(row_tokens, *lengths) if lengths else row_tokens,
+        max_row_tokens=row_length(max(lengths, default=0), row_tokens),
     )
 
 

@@ -34,7 +34,10 @@ class Example:
 
 @dataclass(frozen=True)
 class SupervisedSettings:
-    """steps; tokens_per_step and micro_tokens in padded tokens; schedule; auxiliary loss weights."""
+    """steps; tokens_per_step and micro_tokens in padded tokens; schedule; auxiliary loss weights.
+
+    shares  relative share of each group (domain) in the tokens of a step; empty: equal shares
+    """
 
     steps: int
     tokens_per_step: int
@@ -45,6 +48,7 @@ class SupervisedSettings:
     final_scale: float = 0.1
     balance_weight: float = 0.0
     indexer_weight: float = 0.0
+    shares: tuple[float, ...] = ()
     seed: int = 0
 
 
@@ -59,16 +63,17 @@ def train_supervised(
     progress: Progress,
     start: int = 0,
 ) -> dict[str, Any]:
-    """Train for `settings.steps` updates; every step takes equal tokens of each group (domain).
+    """Train for `settings.steps` updates; every step takes each group's share of its tokens.
 
     Returns {"train_tokens", "final_nll"}. The examples of a step depend on (seed, step) alone, so a
     resumed run sees what the uninterrupted one saw.
     """
     streams = [_Stream(group, settings.seed + index) for index, group in enumerate(groups)]
-    share = settings.tokens_per_step / len(groups)
+    weights = settings.shares or (1.0,) * len(groups)
+    shares = [settings.tokens_per_step * weight / sum(weights) for weight in weights]
     nll = float("nan")
     for step in range(settings.steps):
-        chosen = [example for stream in streams for example in stream.take(share)]
+        chosen = [example for stream, share in zip(streams, shares) for example in stream.take(share)]
         if step < start:
             continue
         packed = pack(

@@ -26,7 +26,7 @@ from consilience.rollout.store import RolloutStore
 from consilience.training.engine import TrainEngine
 from consilience.training.forward import hidden_at_loss
 from consilience.training.metrics import MetricsSink, RolloutRow
-from consilience.training.packing import PackedRows, pack, split_micro_batches
+from consilience.training.packing import PackedRows, pack, row_length, split_micro_batches
 from consilience.training.progress import Progress
 from consilience.training.schedule import warmup_constant_cosine
 from consilience.training.stage_checkpoints import StageCheckpoints
@@ -190,7 +190,7 @@ def pack_records(
             "advantage": [[a] * (len(r.prompt_ids) + len(r.token_ids)) for a, r in zip(advantages, records)],
         },
         quantum=32,
-        max_row_tokens=max(row_tokens, max(len(r.prompt_ids) + len(r.token_ids) for r in records)),
+        max_row_tokens=row_length(max(len(r.prompt_ids) + len(r.token_ids) for r in records), row_tokens),
     )
 
 

@@ -42,7 +42,8 @@ def to_official(model: Transformer) -> dict[str, Tensor]:
 def load_official(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
     """Copy official tensors into the model; nothing changes unless all fit.
 
-    CheckpointError names the first missing or unexpected tensor, or one of another shape.
+    CheckpointError names the first missing or unexpected tensor, one of another shape, or a hash
+    table that points at an expert the model does not have.
     """
     expected = to_official(model)
     missing = sorted(expected.keys() - tensors.keys())
@@ -55,5 +56,10 @@ def load_official(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(
                 f"{name}: found shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}"
             )
+        if name.endswith("tid2eid") and target.numel():
+            last = model.config.n_routed_experts - 1
+            low, high = int(tensors[name].min()), int(tensors[name].max())
+            if low < 0 or high > last:
+                raise CheckpointError(f"{name}: expert ids run from {low} to {high}, allowed are 0 to {last}")
     for name, target in expected.items():
         target.copy_(tensors[name])

@@ -14,6 +14,10 @@ from consilience.conf.errors import ConfigError
 SLIDING = 0
 CSA_RATIO = 4
 
+_POSITIVE = """vocab_size hidden_size num_hidden_layers num_attention_heads head_dim qk_rope_head_dim
+    q_lora_rank o_groups o_lora_rank sliding_window index_n_heads index_head_dim index_topk n_routed_experts
+    num_experts_per_tok moe_intermediate_size n_shared_experts hc_mult hc_sinkhorn_iters""".split()
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -66,28 +70,41 @@ class ModelConfig:
     expert_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        checks = {
-            f"compress_ratios has {len(self.compress_ratios)} entries for {self.num_hidden_layers} layers": len(
-                self.compress_ratios
-            )
-            == self.num_hidden_layers,
-            f"num_attention_heads {self.num_attention_heads} is no multiple of o_groups {self.o_groups}": self.num_attention_heads
-            % self.o_groups
-            == 0,
-            f"qk_rope_head_dim {self.qk_rope_head_dim} must be even and at most head_dim {self.head_dim}": self.qk_rope_head_dim
-            % 2
-            == 0
-            and 0 < self.qk_rope_head_dim <= self.head_dim,
-            f"index_head_dim {self.index_head_dim} is smaller than qk_rope_head_dim {self.qk_rope_head_dim}": self.index_head_dim
-            >= self.qk_rope_head_dim,
-            f"num_experts_per_tok {self.num_experts_per_tok} exceeds n_routed_experts {self.n_routed_experts}": self.num_experts_per_tok
-            <= self.n_routed_experts,
-            f"num_key_value_heads is {self.num_key_value_heads}; V4 shares one": self.num_key_value_heads == 1,
-            "compress_ratios must be 0 or at least 2": all(r == 0 or r >= 2 for r in self.compress_ratios),
-        }
-        for message, is_ok in checks.items():
+        for name in _POSITIVE:
+            if not getattr(self, name) >= 1:
+                raise ConfigError(f"model: {name} is {getattr(self, name)}; it must be at least 1")
+        for message, is_ok in self._checks():
             if not is_ok:
                 raise ConfigError(f"model: {message}")
+
+    def _checks(self) -> list[tuple[str, bool]]:
+        """What must hold between fields, each with the message for when it does not."""
+        heads, rope = self.num_attention_heads, self.qk_rope_head_dim
+        topk, experts = self.num_experts_per_tok, self.n_routed_experts
+        num_ratios = len(self.compress_ratios)
+        return [
+            (
+                f"compress_ratios has {num_ratios} entries for {self.num_hidden_layers} layers",
+                num_ratios == self.num_hidden_layers,
+            ),
+            (
+                f"num_attention_heads {heads} is no multiple of o_groups {self.o_groups}",
+                heads % self.o_groups == 0,
+            ),
+            (
+                f"qk_rope_head_dim {rope} must be even and at most head_dim {self.head_dim}",
+                rope % 2 == 0 and rope <= self.head_dim,
+            ),
+            (f"head_dim {self.head_dim} must be even", self.head_dim % 2 == 0),
+            (f"index_head_dim {self.index_head_dim} must be even", self.index_head_dim % 2 == 0),
+            (
+                f"index_head_dim {self.index_head_dim} is smaller than qk_rope_head_dim {rope}",
+                self.index_head_dim >= rope,
+            ),
+            (f"num_experts_per_tok {topk} exceeds n_routed_experts {experts}", topk <= experts),
+            (f"num_key_value_heads is {self.num_key_value_heads}; V4 shares one", self.num_key_value_heads == 1),
+            ("compress_ratios must be 0 or at least 2", all(r == 0 or r >= 2 for r in self.compress_ratios)),
+        ]
 
     @property
     def ratios(self) -> tuple[int, ...]:
@@ -245,14 +262,14 @@ TINY = replace(
     q_lora_rank=48,
     o_groups=2,
     o_lora_rank=32,
-    sliding_window=32,
+    sliding_window=64,
     compress_ratios=(0, 4, 128, 4),
     index_n_heads=2,
     index_head_dim=16,
     index_topk=32,
     n_routed_experts=8,
     num_experts_per_tok=2,
-    moe_intermediate_size=48,
+    moe_intermediate_size=32,
     num_hash_layers=1,
     max_position_embeddings=2048,
 )

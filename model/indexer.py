@@ -66,7 +66,7 @@ def index_loss(probabilities: Tensor, scores: Tensor, is_selected: Tensor, is_va
     probabilities [B, T, H, M]: main attention on the compressed entries (window and sink in the
     denominator), detached here; summed over heads and L1-normalised over selected entries.
     """
-    target = probabilities.detach().float().sum(2).masked_fill(~is_selected, 0.0)
+    target = probabilities.detach().to(scores.dtype).sum(2).masked_fill(~is_selected, 0.0)
     total = target.sum(-1, keepdim=True)
     is_used = is_valid & (total[..., 0] > 0)
     target = target / total.clamp(min=1e-20)

@@ -172,7 +172,7 @@ def chunk_layout(
     else:
         is_valid = steps < lengths[:, None]
         end = int((start + lengths).max())
-    if num_tokens == 1:
+    if num_tokens == 1 and lengths is None:
         block = 1
         slot = torch.arange(window, device=device)
         key = position - (position - slot) % window

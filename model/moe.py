@@ -40,7 +40,8 @@ class Gate(nn.Module):
         """hidden [R, D], token_ids [R] -> weights [R, K] fp32, experts [R, K] int64, scores [R, E]."""
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logits = functional.linear(hidden.to(wide), self.weight.to(wide))
-        scores = functional.softplus(logits).sqrt()
+        # Below a logit of -87 softplus leaves fp32; the floor keeps the root's slope finite there.
+        scores = functional.softplus(logits).clamp(min=torch.finfo(wide).tiny).sqrt()
         if self.is_hash:
             experts = self.tid2eid[token_ids]
         else:

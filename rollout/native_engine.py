@@ -7,6 +7,7 @@ batch of prompts shares.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consilience.conf.errors import EngineError
+from consilience.conf.errors import CheckpointError, EngineError, WeightsRefused
 from consilience.model.checkpoint import load_official
 from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
@@ -28,7 +29,7 @@ MIN_SHARED_PREFIX = 32  # tokens; below this a fork costs more than it saves
 
 @dataclass
 class _Stream:
-    """One running turn: its request, random numbers and what it has sampled."""
+    """One running turn: its request, random numbers (one a token it may sample) and what it has sampled."""
 
     request: Request
     uniforms: np.ndarray
@@ -62,6 +63,7 @@ class NativeEngine:
         self._running: list[_Stream] = []
         self._last = torch.zeros(max_rows, dtype=torch.long, device=weight.device)
         self._held: dict[str, tuple[int, int]] = {}  # uid -> (slot, last token, not yet fed)
+        self._resuming: dict[str, tuple[int, int]] = {}  # uid of a waiting continuation -> the same
         self._free_slots = list(range(max_rows))
         self._waiting: deque[Request] = deque()
         self._uids: set[str] = set()
@@ -73,26 +75,59 @@ class NativeEngine:
     # ---- the protocol -------------------------------------------------------------------------
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """See `RolloutEngine.submit`."""
+        """See `RolloutEngine.submit`. All or none: after an error nothing was queued.
+
+        A fresh request must fit with all its `max_tokens`; a continuation samples as far as its
+        stream has room, at least one token, and then ends with "length".
+        """
+        uids: set[str] = set()
+        parents: set[str] = set()
         for request in requests:
-            length = len(request.prompt_ids) + request.sampling.max_tokens
-            if request.uid in self._uids:
-                raise EngineError(f"request {request.uid} is already in the engine")
-            if not request.prompt_ids or request.sampling.max_tokens < 1:
-                raise EngineError(f"request {request.uid} has no prompt or asks for no tokens")
-            if request.parent is not None and request.parent not in self._held:
-                raise EngineError(f"request {request.uid} continues {request.parent}, which is not held")
-            if request.parent is None and length > self.max_length:
-                raise EngineError(
-                    f"request {request.uid} needs {length} tokens, the engine holds {self.max_length}; "
-                    "raise rollout.max_length or lower max_tokens"
-                )
-            self._uids.add(request.uid)
+            self._check(request, uids, parents)
+            uids.add(request.uid)
+            if request.parent is not None:
+                parents.add(request.parent)
+        self._uids |= uids
+        for request in requests:
             # Continuations first: they free held rows, which new prompts may be waiting for.
             if request.parent is not None:
+                self._resuming[request.uid] = self._held.pop(request.parent)
+                self._uids.discard(request.parent)
                 self._waiting.appendleft(request)
             else:
                 self._waiting.append(request)
+
+    def _check(self, request: Request, uids: set[str], parents: set[str]) -> None:
+        """EngineError unless the request can run; `uids`, `parents` are those of the same submission."""
+        uid, prompt, sampling, parent = request.uid, request.prompt_ids, request.sampling, request.parent
+        if uid in self._uids or uid in uids:
+            raise EngineError(f"request {uid} is already in the engine; uids are unique")
+        if not prompt or sampling.max_tokens < 1:
+            raise EngineError(f"request {uid} has an empty prompt or asks for no tokens")
+        if not math.isfinite(sampling.temperature) or sampling.temperature < 0 or sampling.seed < 0:
+            raise EngineError(
+                f"request {uid}: temperature {sampling.temperature}, seed {sampling.seed}; a temperature is "
+                "0 (greedy) or a positive number, a seed 0 or more"
+            )
+        vocab = self.model.config.vocab_size
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise EngineError(
+                f"request {uid}: token ids run from {min(prompt)} to {max(prompt)}, the model has 0 to "
+                f"{vocab - 1}; use the tokenizer of its checkpoint"
+            )
+        if parent is not None and (parent not in self._held or parent in parents):
+            raise EngineError(f"request {uid} continues {parent}, which is not held")
+        before = 0 if parent is None else self._length_held(self._held[parent])
+        length = before + len(prompt) + (sampling.max_tokens if parent is None else 1)
+        if length > self.max_length:
+            raise EngineError(
+                f"request {uid} needs {length} tokens, the engine holds {self.max_length}; "
+                "raise rollout.max_length or lower max_tokens"
+            )
+
+    def _length_held(self, held: tuple[int, int]) -> int:
+        """Tokens of a held stream: those its state has consumed and the last one, not yet fed."""
+        return int(self._parked.position[held[0]]) + 1
 
     @torch.no_grad()
     def step(self) -> list[Completed]:
@@ -116,7 +151,10 @@ class NativeEngine:
     def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
         """See `RolloutEngine.publish`. Running streams go on with the new weights and the old state."""
         verify(weights, digest)
-        load_official(self.model, weights)
+        try:
+            load_official(self.model, weights)
+        except CheckpointError as error:
+            raise WeightsRefused(f"published weights do not fit the model, the old ones stay: {error}") from error
         self._version, self._digest, self._prefix = version, digest, ()
 
     def state(self) -> EngineState:
@@ -125,7 +163,7 @@ class NativeEngine:
             digest=self._digest,
             num_waiting=len(self._waiting),
             num_running=len(self._running),
-            num_held=len(self._held),
+            num_held=len(self._held) + len(self._resuming),
             **self._counts,
             **self._seconds,
         )
@@ -134,7 +172,7 @@ class NativeEngine:
 
     @property
     def _num_free(self) -> int:
-        return self.max_rows - len(self._running) - len(self._held)
+        return self.max_rows - len(self._running) - len(self._held) - len(self._resuming)
 
     def _admit(self) -> list[Completed]:
         """Prefill waiting requests into free rows; what finished with its very first token."""
@@ -166,12 +204,13 @@ class NativeEngine:
 
     def _prefill_resumed(self, batch: list[Request]) -> None:
         first = len(self._running)
-        parked = [self._held[r.parent] for r in batch]  # type: ignore[index]
+        parked = [self._resuming.pop(r.uid) for r in batch]
         slots = [slot for slot, _ in parked]
+        room = [self.max_length - self._length_held(p) - len(r.prompt_ids) for r, p in zip(batch, parked)]
         self._state.copy_from(self._parked, slots, list(range(first, first + len(batch))))
-        self.release([r.parent for r in batch])  # type: ignore[misc]
+        self._free_slots += slots
         logits = self._extend(first, [(last, *r.prompt_ids) for r, (_, last) in zip(batch, parked)])
-        self._start(batch, logits)
+        self._start(batch, logits, room)
 
     def _prefill_new(self, batch: list[Request]) -> None:
         """Prefill one row per distinct prompt, then fork it for the rest of its group."""
@@ -195,7 +234,7 @@ class NativeEngine:
         self._state.copy_from(self._state, sources, list(range(first + len(prompts), first + len(batch))))
         everyone = [batch[i] for i in is_leader + followers]
         rows = torch.tensor([*range(len(prompts)), *(owner[i] for i in followers)], device=logits.device)
-        self._start(everyone, logits[rows])
+        self._start(everyone, logits[rows], [r.sampling.max_tokens for r in everyone])
 
     def _shared_prefix(self, prompts: list[tuple[int, ...]]) -> int:
         """Length of the cached prefix all prompts share (at least one token is always left to extend)."""
@@ -208,10 +247,11 @@ class NativeEngine:
             return kept
         if common < MIN_SHARED_PREFIX or len(prompts) < 2:
             return 0
-        self._prefix = low[:common]
+        self._prefix = ()
         view = self._parked.view(self._prefix_slot, self._prefix_slot + 1)
         view.position.zero_()
-        self.model.hidden(torch.tensor([self._prefix], device=self._last.device), state=view)
+        self.model.hidden(torch.tensor([low[:common]], device=self._last.device), state=view)
+        self._prefix = low[:common]
         self._counts["prefill_tokens"] += common
         return common
 
@@ -229,10 +269,12 @@ class NativeEngine:
         rows = torch.arange(len(prompts), device=hidden.device)
         return self.model.head(hidden[rows, lengths - 1])
 
-    def _start(self, batch: list[Request], logits: Tensor) -> None:
-        for request in batch:
+    def _start(self, batch: list[Request], logits: Tensor, room: list[int]) -> None:
+        """Run `batch` from its first logits [rows, V]; `room` = tokens each row's stream can still take."""
+        for request, most in zip(batch, room):
             uniforms = np.random.Generator(np.random.Philox(key=request.sampling.seed))
-            self._running.append(_Stream(request, uniforms.random(request.sampling.max_tokens)))
+            num_tokens = min(request.sampling.max_tokens, most)
+            self._running.append(_Stream(request, uniforms.random(num_tokens)))
         self._sample(logits, len(self._running) - len(batch))
 
     # ---- decoding -----------------------------------------------------------------------------
@@ -257,6 +299,11 @@ class NativeEngine:
         chosen = torch.where(is_greedy, logits.argmax(-1), sampled)
         self._last[first : first + len(streams)] = chosen
         chosen_logprobs = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+        if not all(map(math.isfinite, chosen_logprobs)):
+            raise EngineError(
+                f"weights of version {self._version} give logits that are not finite; publish a checkpoint "
+                "from before the training step that broke them, and restart the engine"
+            )
         for stream, token, logprob in zip(streams, chosen.tolist(), chosen_logprobs):
             stream.tokens.append(token)
             stream.logprobs.append(logprob)
@@ -270,7 +317,7 @@ class NativeEngine:
         for row, stream in enumerate(self._running):
             sampling = stream.request.sampling
             is_stop = stream.tokens[-1] in sampling.stop_ids
-            if not is_stop and len(stream.tokens) < sampling.max_tokens:
+            if not is_stop and len(stream.tokens) < len(stream.uniforms):
                 continue
             holes.append(row)
             finish = "stop" if is_stop else "length"

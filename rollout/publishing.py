@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from consilience.conf.errors import WeightsRefused
 from consilience.model.digest import weights_digest
-from torch import Tensor
 
 
 def verify(weights: Mapping[str, Tensor], digest: str) -> None:

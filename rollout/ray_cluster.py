@@ -26,6 +26,7 @@ _QUIET = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_enable_metrics_collection": "0",
 }
+_CONNECT_TIMEOUT_S = 10.0
 _LONGEST_TEMP_DIR = 40  # "/session_<date>_<pid>/sockets/plasma_store" takes 60 of the 107 characters
 
 
@@ -52,6 +53,11 @@ def start_ray(
     dashboard_port  None = no dashboard. EngineError if the port is in use, or if Ray does not come up.
     """
     address = os.environ.get("RAY_ADDRESS", "")
+    address = "" if address == "local" else address
+    if address:
+        _check_reachable(address)
+    elif dashboard_port is not None:
+        _check_port_is_free(dashboard_port)
     before = {key: os.environ.get(key) for key in (*_QUIET, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
@@ -59,7 +65,6 @@ def start_ray(
     options: dict[str, Any] = {}
     if not address:
         if dashboard_port is not None:
-            _check_port_is_free(dashboard_port)
             options |= {"dashboard_host": "127.0.0.1", "dashboard_port": dashboard_port}
         temp_dir = _short_temp_dir()
         _private_token(temp_dir)
@@ -138,6 +143,20 @@ def _init(address: str, namespace: str, log_to_driver: bool, options: dict[str, 
         logging_level=logging.ERROR,
         **options,
     )
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes. Addresses without a port ("auto") are left to Ray."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise EngineError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}; start it, or unset RAY_ADDRESS for a "
+            "private one"
+        ) from None
 
 
 def _check_port_is_free(port: int) -> None:

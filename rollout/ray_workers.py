@@ -84,6 +84,7 @@ class RolloutPool:
     ) -> None:
         if num_workers < 1:
             raise ConfigError(f"num_workers is {num_workers}, at least 1")
+        load_factory(factory)  # a wrong name is found here, before any process starts
         self._factory, self._kwargs = factory, dict(kwargs or {})
         self._num_threads, self._max_restarts = num_threads, max_restarts
         self._start_timeout_s = start_timeout_s
@@ -135,7 +136,7 @@ class RolloutPool:
                 num_deaths += 1
                 if num_deaths > self._max_restarts:
                     raise EngineError(
-                        f"rollout workers died {num_deaths} times in one call; last: {_last_line(death)}"
+                        f"a rollout worker died, {num_deaths} deaths in one call; last: {_last_line(death)}"
                     ) from None
                 self._replace(slot)
                 batch = None
@@ -176,8 +177,8 @@ class RolloutPool:
 
     def close(self) -> None:
         """Let the workers close their boxes, then end their processes. Safe to call twice."""
-        actors, self._actors, self._pids = self._actors, [], []
-        closing = [actor.close.remote() for actor in actors]
+        actors, pids, self._actors, self._pids = self._actors, self._pids, [], []
+        closing = [actor.close.remote() for actor in actors[: len(pids)]]  # those that were built
         with contextlib.suppress(*_DEATHS, RayTaskError, GetTimeoutError):
             ray.get(closing, timeout=_CLOSE_TIMEOUT_S)
         for actor in actors:

@@ -17,10 +17,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from consilience.conf.errors import CheckpointError, ConfigError, ProtocolError
-from consilience.rollout.protocol import BOS, EOS, PAD, SPECIAL_TOKENS
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BpeTokenizer
+
+from consilience.conf.errors import CheckpointError, ConfigError, ProtocolError
+from consilience.rollout.protocol import BOS, EOS, PAD, SPECIAL_TOKENS
 
 NUM_BYTES = 256
 

@@ -96,7 +96,7 @@ class RolloutWorker:
     def close(self) -> None:
         """End the threads, then whatever `on_close` was given for (pools, runners)."""
         for threads in (self.tool_threads, self.lease_threads, self.grade_threads):
-            threads.shutdown(wait=True, cancel_futures=True)
+            threads.shutdown(wait=True)  # nothing is cancelled: releases of boxes may still be queued
         if self._on_close is not None:
             self._on_close()
 

@@ -73,16 +73,23 @@ def _debootstrap(folder: Path, archive: Path) -> None:
 
 def _debian_source() -> tuple[str, str]:
     """Suite and mirror that this machine itself installs from."""
-    sources = [Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("*")]
-    text = "\n".join(path.read_text(errors="replace") for path in sources if path.is_file())
-    release = Path("/etc/os-release").read_text()
-    suite = re.search(r"^VERSION_CODENAME=(\w+)", release, re.M)
+    suite = re.search(r"^VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text(), re.M)
     if suite is None:
         raise SandboxUnavailable("debootstrap needs a Debian or Ubuntu machine; use --source host")
-    deb822 = re.search(r"^URIs:\s*(\S+)", text, re.M)
-    line = re.search(rf"^deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+{suite[1]}\s", text, re.M)
-    found = line or deb822
-    return suite[1], found[1] if found else "http://deb.debian.org/debian"
+    sources = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
+    texts = [path.read_text(errors="replace") for path in sources if path.is_file()]
+    return suite[1], mirror_of("\n\n".join(texts), suite[1])
+
+
+def mirror_of(sources: str, suite: str) -> str:
+    """The address that apt's sources, in either of their two forms, give for a suite."""
+    if line := re.search(rf"^deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+{suite}\s", sources, re.M):
+        return line[1]
+    for stanza in re.split(r"\n\s*\n", sources):
+        address = re.search(r"^URIs:\s*(\S+)", stanza, re.M)
+        if address and re.search(rf"^Suites:.*(?<!\S){suite}(?!\S)", stanza, re.M):
+            return address[1]
+    return "http://deb.debian.org/debian"
 
 
 def _copy_host(folder: Path, archive: Path) -> None:

@@ -37,6 +37,7 @@ from consilience.sandboxes.box import (
     wait_for_exit,
 )
 from consilience.sandboxes.channel import Channel, PipeEnds, readiness
+from consilience.sandboxes.janitor import janitor
 from consilience.sandboxes.protocol import Enforced, Isolation, Limits, Sandbox, SandboxSpec
 from consilience.sandboxes.verify import check_isolation, host_paths, probe_program
 
@@ -242,8 +243,8 @@ class _BwrapTransport:
                 signal.pidfd_send_signal(self._box_fd, signal.SIGKILL)
             os.close(self._box_fd)
             self._box_fd = None
-        else:
-            self._process.kill()
+        elif self._process.poll() is None:  # both halves of a start; one alone would wait for the other
+            os.killpg(self._process.pid, signal.SIGKILL)
         await wait_for_exit(self._process.poll)
         if self._process.poll() is None:
             self._process.kill()
@@ -253,7 +254,7 @@ class _BwrapTransport:
 
 @contextlib.contextmanager
 def _started(
-    bwrap: Bwrap, limits: Limits, uid: int, is_memory_capped: bool
+    bwrap: Bwrap, limits: Limits, uid: int, is_memory_capped: bool, mark: str
 ) -> Iterator[tuple[_BwrapTransport, PipeEnds, int]]:
     """A started bubblewrap, its transport, pipes and the read end of its information pipe."""
     files, errors = _Files(), os.fdopen(os.memfd_create("bwrap-errors", os.MFD_CLOEXEC), "w+b")
@@ -267,8 +268,8 @@ def _started(
         arguments = _arguments(bwrap, limits, uid, info_w, files, is_memory_capped)
         listed = files.add(b"".join(os.fsencode(word) + b"\0" for word in arguments))
         try:
-            process = subprocess.Popen(
-                [bwrap.path, "--args", listed, find_python()[0], "-s", "-S", RUNNER_INSIDE],
+            process: Any = subprocess.Popen(
+                [bwrap.path, "--args", listed, find_python()[0], "-s", "-S", RUNNER_INSIDE, mark],
                 stdin=request_r,
                 stdout=reply_w,
                 stderr=errors,
@@ -300,16 +301,17 @@ async def open_bwrap(spec: SandboxSpec, *, is_root_mode: bool | None = None) -> 
     if isinstance(bwrap, str):
         raise SandboxUnavailable(f"bubblewrap cannot make a box here: {bwrap}")
     limits, name = spec.limits, new_box_id()
-    where, group = cgroups.find_hierarchy() if is_root_mode else "not root", None
+    hierarchy = cgroups.find_hierarchy() if os.geteuid() == 0 else "not root"
+    mark = janitor(hierarchy if isinstance(hierarchy, cgroups.Hierarchy) else None).mark
+    where, group = hierarchy if is_root_mode else "not root", None
     if isinstance(where, cgroups.Hierarchy):
-        await asyncio.to_thread(cgroups.start_janitor, where)
         group = cgroups.Group(
             where, cgroups.owner_prefix() + name, memory_bytes=limits.memory_bytes, processes=limits.processes
         )
     uid = new_uid() if is_root_mode else USER_UID
     transport: _BwrapTransport | None = None
     try:
-        with _started(bwrap, limits, uid, group is not None) as (transport, pipes, info_r):
+        with _started(bwrap, limits, uid, group is not None, mark) as (transport, pipes, info_r):
             transport.group = group
             channel = Channel(name, transport)
             await pipes.connect(channel)

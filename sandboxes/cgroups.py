@@ -1,14 +1,13 @@
 """Memory and process caps of one box by control groups, version 1 or 2, where this process may make them.
 
 Groups are named `consilience-<owner pid>-<owner start>-<box>`, so that the next start can tell whose
-owner is dead; a janitor process removes them as soon as their owner has ended, however it ended.
+owner is dead; the owner's janitor removes them as soon as it has ended, however it ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -126,37 +125,6 @@ def sweep(where: Hierarchy) -> int:
                     group.rmdir()
                     count += 1
     return count
-
-
-_janitors: dict[int, subprocess.Popen[bytes]] = {}
-_JANITOR = """
-while read -r _; do :; done
-tries=0
-while [ $tries -lt 100 ]; do
-  left=0
-  for group in "$1/$3"* "$2/$3"*; do
-    [ -d "$group" ] && { rmdir "$group" 2>/dev/null || left=1; }
-  done
-  [ $left = 0 ] && exit 0
-  tries=$((tries + 1)); sleep 0.1
-done
-"""
-
-
-def start_janitor(where: Hierarchy) -> None:
-    """Once per process: a shell that waits for the end of this process, then removes its groups."""
-    if os.getpid() in _janitors:
-        return
-    sweep(where)
-    _janitors[os.getpid()] = subprocess.Popen(
-        ["/bin/sh", "-c", _JANITOR, "janitor", str(where.memory), str(where.pids), owner_prefix()],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={"PATH": "/usr/bin:/bin"},
-        start_new_session=True,
-        cwd="/",
-    )
 
 
 def _own_folder(mount: Path, path: str) -> Path:

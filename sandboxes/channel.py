@@ -69,9 +69,11 @@ class Channel:
                     raise SandboxLost(f"answer to request {reply.get('id')}, expected {self._next_id}")
                 return reply, blob
             except (SandboxLost, OSError, TimeoutError) as error:
+                self._reply.cancel()
                 await self.abandon(str(error) or type(error).__name__)
                 raise SandboxLost(f"{self.name} is gone: {self.lost}") from None
             except asyncio.CancelledError:
+                self._reply.cancel()
                 await asyncio.shield(self.abandon("its request was cancelled"))
                 raise
             finally:

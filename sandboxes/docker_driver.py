@@ -83,7 +83,8 @@ def find_engine(image: str | None = None) -> Engine | str:
     except (OSError, ValueError, http.client.HTTPException) as error:
         return f"the engine at {path} does not answer ({error})"
     if found is None:
-        return f"the engine has no image {image}; build it with `{BUILD_COMMAND}` or set sandbox.image"
+        build = BUILD_COMMAND + (f" --image {image}" if image != DEFAULT_IMAGE else "")
+        return f"the engine has no image {image}; build it with `{build}` or set sandbox.image"
     options = info.get("SecurityOptions") or []
     if not any("name=seccomp" in option for option in options):
         return "the engine has no seccomp support"

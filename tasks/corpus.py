@@ -76,3 +76,34 @@ def _noisy(examples: list[Conversation], rng: random.Random, noise: float) -> li
                 example.domain, example.effort, (*example.messages[:-1], last), example.num_prompt
             )
     return examples
+
+
+def join_episodes(examples: Sequence[Conversation], num: int) -> list[Conversation]:
+    """Conversations with `num` episodes each, one user question after the other, under one tool declaration.
+
+    With tools declared the protocol keeps every turn's reasoning, so a joined conversation is what a
+    long session looks like; it spends the tokens of the declaration once. Examples without tools, and
+    num = 1, are returned as they are. A remainder of fewer than `num` episodes is left out.
+    """
+    has_tools = examples and any(message.get("tools") for message in examples[0].messages)
+    if num <= 1 or not has_tools:
+        return list(examples)
+    return [_joined(examples[i : i + num]) for i in range(0, len(examples) - num + 1, num)]
+
+
+def _joined(episodes: Sequence[Conversation]) -> Conversation:
+    messages: list[Mapping[str, Any]] = []
+    for number, episode in enumerate(episodes):
+        for message in episode.messages:
+            if message["role"] == "system" and number:
+                continue
+            renamed = dict(message)
+            if "tool_calls" in renamed:
+                renamed["tool_calls"] = [
+                    {**call, "id": f"{number}_{call['id']}"} for call in renamed["tool_calls"]
+                ]
+            if "tool_call_id" in renamed:
+                renamed["tool_call_id"] = f"{number}_{renamed['tool_call_id']}"
+            messages.append(renamed)
+    first = episodes[0]
+    return Conversation(first.domain, first.effort, tuple(messages), first.num_prompt)

@@ -1,8 +1,8 @@
 """Mathematics: any of reasoning-gym's generators, by default sums of a few small numbers.
 
 The default problem reads `4+7-2+5=`; its worked solution thinks the running totals `11 9 14` and
-answers `14`. Without spaces every term is two tokens, which a small model learns from half the text. Answers are judged by the generator's own scorer
-(`rewards/reasoning_gym_scores.py`).
+answers `14`. Without spaces every term is two tokens, which a small model learns from half the text.
+Answers are judged by the generator's own scorer (`rewards/reasoning_gym_scores.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MathematicsParameters:
 
     generator: str = setting("chain_sum", "a dataset name of reasoning-gym whose answers are text")
     params: dict[str, Any] = setting(
-        {}, "the generator's own settings; chain_sum: min_terms max_terms min_digits max_digits (4 4 1 1)"
+        {}, "the generator's own settings (chain_sum: 4 terms of 1 digit); size: where it cannot be endless"
     )
     question_pattern: str | None = setting(
         None, "regular expression whose first group is the question kept; null: the built-in one, if any"

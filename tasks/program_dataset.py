@@ -1,8 +1,9 @@
 """Small string functions as a reasoning-gym dataset, registered as `string_programs`.
 
 A program is a sum of terms over its argument, a string x of fixed length: an indexed character
-(`x[3]`), a transformed one (`X[3]` with `X=x.upper()`), or a literal (`str(7)`). With distinct characters in the
-example inputs each output character names its term, so one example already determines the program.
+(`x[3]`), a transformed one (`X[3]` with `X=x.upper()`), or a literal (`str(7)`). With distinct
+characters in the example inputs each output character names its term, so one example already
+determines the program.
 Importing this file imports reasoning_gym (2 s).
 """
 

@@ -144,6 +144,11 @@ def pack(
     )
 
 
+def row_length(longest: int, at_least: int = 1, quantum: int = 32) -> int:
+    """Tokens of a row that holds a sample of `longest` tokens: a multiple of `quantum`, `at_least` or more."""
+    return -(-max(longest, at_least, 1) // quantum) * quantum
+
+
 def split_micro_batches(packed: PackedRows, budget_tokens: int) -> list[PackedRows]:
     """Consecutive row slices of at most `budget_tokens` positions each (padding counted: it costs too).
 

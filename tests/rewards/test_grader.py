@@ -51,8 +51,8 @@ def test_every_demo_of_every_domain_scores_one_and_another_answer_zero():
         assert [v.reward for v in verdicts] == [1.0] * 12 + [0.0] * 12
         assert all(v.outcome.kind is OutcomeKind.GRADED and v.parts["correct"] == v.reward for v in verdicts)
         for item, verdict in zip([*right, *wrong], verdicts):
-            assert bool(verdict.sandbox_ids) == item.needs_sandbox
-            assert (verdict.isolation != "none" or not verdict.sandbox_ids) or verdict.sandbox_ids
+            assert len(verdict.sandbox_ids) == item.needs_sandbox
+            assert item.needs_sandbox or verdict.isolation == "none"
         hostile = grade_item(domains[1], rows[1][1], "def f(x):\n while 1: pass")
         first, second = grader.grade([hostile, right[1]])
         assert (first.reward, first.outcome.kind, second.reward) == (0.0, OutcomeKind.GRADED, 1.0)

@@ -37,6 +37,9 @@ def score(completion, *, prompt, metadata, sandbox):
     if act == "print":
         print("x" * 10_000_000); sys.stderr.write("y" * 10_000_000)
         os.write(1, b"z" * 1_000_000); return 0.25
+    if act == "lost":
+        from consilience.conf.errors import SandboxLost
+        raise SandboxLost("the box is gone")
     if act == "pid": return {"reward": 0.0, "pid": os.getpid()}
     if act == "orphan":
         if os.fork() == 0: time.sleep(1000)
@@ -110,6 +113,13 @@ def test_a_fault_is_a_typed_failure_and_the_process_lives_on(process, act, words
     assert len(verdict.outcome.detail) <= 500
     assert after.reward == 4.0
     assert process.num_restarts == before
+
+
+def test_a_lost_sandbox_is_infrastructure_and_no_failure_of_the_function(process):
+    verdict, after = process.score([item("lost"), item("four")])
+    assert (verdict.reward, verdict.outcome.kind) == (None, OutcomeKind.INFRA)
+    assert "the box is gone" in verdict.outcome.detail
+    assert after.reward == 4.0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import os
 import signal
-import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from consilience.conf.errors import ConfigError, EngineError, WeightsRefused
 from consilience.model.digest import weights_digest
 from consilience.rollout.engine import SamplingParams
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.ray_workers import RolloutPool, ray_cluster, split_by_group, start_ray
+from consilience.rollout.ray_workers import RolloutPool, ray_cluster, split_by_group
 
 FACTORY = "consilience.rollout.fake_worker:build_fake_worker"
 SLOW = {"step_s": 0.005, "max_running": 16}
@@ -34,9 +34,15 @@ def jobs(num, size=8, step=0):
 
 @pytest.fixture(scope="module")
 def cluster():
+    before = dict(os.environ)
     with ray_cluster(3, object_store_bytes=100 << 20) as cluster:
+        token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+        assert os.environ["RAY_AUTH_MODE"] == "token" and token.stat().st_mode & 0o077 == 0
         yield cluster
     assert cluster.temp_dir is not None and not cluster.temp_dir.exists()
+    assert {k: v for k, v in os.environ.items() if k.startswith("RAY_")} == {
+        k: v for k, v in before.items() if k.startswith("RAY_")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def test_two_processes_return_every_record_in_job_order_with_progress(pool):
     assert [r.uid for r in records] == [j.uid for j in jobs(48)]
     assert len(set(pool.pids)) == 2 and os.getpid() not in pool.pids
     assert seen[-1] == (48, 48, sum(r.num_sampled for r in records)) and len(seen) > 2
-    assert all(done == sorted(done) for done in [[done for done, _, _ in seen]])
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
     assert pool.generate([]) == []
 
 
@@ -95,8 +101,8 @@ def test_a_worker_killed_in_the_middle_loses_and_doubles_no_sample(pool):
 def test_workers_that_keep_dying_are_one_clear_error(cluster):
     kwargs = {**SLOW, "die_after": 3}
     with (
-        RolloutPool(1, FACTORY, kwargs, max_restarts=1) as pool,
-        pytest.raises(EngineError, match="died 2 times"),
+        RolloutPool(1, FACTORY, kwargs, max_restarts=0) as pool,
+        pytest.raises(EngineError, match="1 deaths"),
     ):
         pool.generate(jobs(8))
 
@@ -113,12 +119,3 @@ def test_a_factory_that_cannot_be_loaded_or_fails_is_one_clear_error(cluster):
 def test_a_worker_that_finds_no_cores_is_one_clear_error_not_a_hang(cluster):
     with pytest.raises(EngineError, match="the cluster has 3 cores"):
         RolloutPool(1, FACTORY, num_threads=64, start_timeout_s=0.5)
-
-
-def test_a_port_in_use_is_refused_before_anything_starts():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(EngineError, match=f"port {port}"):
-            start_ray(1, dashboard_port=port)

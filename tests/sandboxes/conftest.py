@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
+
 from consilience.sandboxes import bwrap_driver, docker_driver
 from consilience.sandboxes.blocking import BlockingSandbox, open_blocking
 from consilience.sandboxes.protocol import Limits, Sandbox, SandboxSpec

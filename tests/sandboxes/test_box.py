@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+
 from consilience.sandboxes.box import MODEL_ENV
 from consilience.sandboxes.protocol import ExecStatus, Limits
 

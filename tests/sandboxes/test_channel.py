@@ -8,6 +8,7 @@ import os
 import struct
 
 import pytest
+
 from consilience.conf.errors import SandboxLost
 from consilience.sandboxes import channel as channel_module
 from consilience.sandboxes.channel import Channel, PipeEnds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from consilience.conf.errors import SandboxLost
 from consilience.sandboxes.protocol import Isolation
 

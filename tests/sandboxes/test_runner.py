@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from consilience.sandboxes import runner
 from consilience.sandboxes.protocol import ExecStatus
 

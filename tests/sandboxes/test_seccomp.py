@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
+
 from consilience.sandboxes import seccomp
 
 ALLOW, EPERM, ENOSYS, EAFNOSUPPORT, KILL = 0x7FFF0000, 0x50001, 0x50026, 0x50061, 0x80000000

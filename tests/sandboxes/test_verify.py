@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+
 from consilience.conf.errors import SandboxUnavailable
 from consilience.sandboxes.protocol import Isolation
 from consilience.sandboxes.verify import check_isolation, host_namespaces, probe_program

@@ -15,9 +15,9 @@ def test_splits_are_disjoint_across_seeds_sizes_and_difficulties(kind):
     harder = {"mathematics": {"params": {"max_terms": 5}}, "code": {"num_examples": 3}, "agent": {"hops": 3}}
     domains = {f"seed {seed}": load_domain({"kind": kind, "seed": seed}) for seed in (0, 1, 77)}
     domains["harder"] = load_domain({"kind": kind, "parameters": harder[kind]})
-    seen = check_disjoint(domains, {"train": 1500, "validation": 150, "test": 150})
-    assert all(seen[split] > 300 for split in ("validation", "test"))
-    check_disjoint({k: d for k, d in domains.items() if k != "harder"}, {"train": 10, "test": 400})
+    seen = check_disjoint(domains, {"train": 800, "validation": 80, "test": 80})
+    assert all(seen[split] > 150 for split in ("validation", "test"))
+    check_disjoint({k: d for k, d in domains.items() if k != "harder"}, {"train": 10, "test": 150})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -31,8 +31,8 @@ def test_a_split_is_the_same_whatever_was_asked_for_before(kind):
 
 
 def test_equal_problems_of_different_seeds_are_equal_in_every_field():
-    by_id = {p.id: p for p in load_domain({"kind": "code", "seed": 1}).problems("train", 3000)}
-    again = load_domain({"kind": "code", "seed": 2}).problems("train", 3000)
+    by_id = {p.id: p for p in load_domain({"kind": "code", "seed": 1}).problems("train", 1500)}
+    again = load_domain({"kind": "code", "seed": 2}).problems("train", 1500)
     shared = [p for p in again if p.id in by_id]
     assert shared
     assert all(p == by_id[p.id] for p in shared)

@@ -1,0 +1,63 @@
+"""One small shell per process that opens boxes: it outlives its owner and clears up what that left behind.
+
+A box ends by itself when its owner does (its runner's stdin ends), with two exceptions. A bubblewrap
+whose owner dies while it is still making namespaces is killed and orphans a child that waits for it
+for ever: so every bubblewrap carries its owner's mark as an argument, and the janitor kills what still
+carries it. And control groups are folders, which no process's end removes.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+
+from consilience.sandboxes.cgroups import Hierarchy, owner_prefix, sweep
+
+_SCRIPT = """
+while read -r _; do :; done
+tries=0
+while [ $tries -lt 100 ]; do
+  left=0
+  for path in $(grep -lsF -- "$MARK" /proc/[0-9]*/cmdline); do
+    pid=${path#/proc/}; kill -s KILL "${pid%/cmdline}" 2>/dev/null
+  done
+  for group in ${1:+"$1/$3"* "$2/$3"*}; do
+    [ -d "$group" ] && { rmdir "$group" 2>/dev/null || left=1; }
+  done
+  [ $left = 0 ] && [ $tries -ge 10 ] && exit 0
+  tries=$((tries + 1)); sleep 0.1
+done
+"""
+
+
+class Janitor:
+    """`where`: the hierarchy whose groups of this process it removes, None where there are none.
+
+    `mark` is the argument that says whose a process is.
+    """
+
+    def __init__(self, where: Hierarchy | None) -> None:
+        folders = [str(where.memory), str(where.pids), owner_prefix()] if where else []
+        self.mark = f"owner-{secrets.token_hex(8)}"
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", _SCRIPT, "janitor", *folders],
+            stdin=subprocess.PIPE,  # held open until this process ends, however it ends
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={"PATH": "/usr/bin:/bin", "MARK": self.mark},
+            start_new_session=True,
+            cwd="/",
+        )
+
+
+_janitors: dict[int, Janitor] = {}
+
+
+def janitor(where: Hierarchy | None) -> Janitor:
+    """The janitor of this process, started on first use, when groups of dead owners are swept too."""
+    if os.getpid() not in _janitors:
+        if where is not None:
+            sweep(where)
+        _janitors[os.getpid()] = Janitor(where)
+    return _janitors[os.getpid()]
