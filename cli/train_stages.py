@@ -25,7 +25,7 @@ from consilience.rollout.prompts import conversation_ids
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
-from consilience.tasks.corpus import Conversation, base_texts, join_episodes, sft_examples
+from consilience.tasks.corpus import Conversation, base_texts, join_episodes
 from consilience.tasks.domain import Domain
 from consilience.teachers.admission import admit
 from consilience.teachers.heads import HeadCache
@@ -63,7 +63,8 @@ def run_base(context: StageContext) -> Mapping[str, Any]:
     for name in domains:
         joined = join_episodes([c for c in texts if c.domain == name], settings.episodes)
         groups.append(encode(tokenizer, joined, settings.prompt_weight))
-    return _supervised(context, settings, model, tokenizer_path, groups, parent=None)
+    shares = tuple(settings.shares.get(name, 1.0) for name in domains)
+    return _supervised(context, settings, model, tokenizer_path, groups, parent=None, shares=shares)
 
 
 def run_sft(context: StageContext) -> Mapping[str, Any]:
@@ -73,7 +74,8 @@ def run_sft(context: StageContext) -> Mapping[str, Any]:
     model, meta = load_checkpoint(start)
     tokenizer = Tokenizer.load(start)
     domain = domains_of(cfg)[_domain(context)]
-    joined = join_episodes(sft_examples(domain, settings.num_examples), settings.episodes)
+    texts = base_texts([domain], settings.num_examples, cfg.run.seed, noise=settings.noise)
+    joined = join_episodes(texts, settings.episodes)
     examples = encode(tokenizer, joined, settings.prompt_weight)
     return _supervised(context, settings, model, start / TOKENIZER, [examples], parent=meta.digest)
 
@@ -85,6 +87,7 @@ def _supervised(
     tokenizer_path: Path,
     groups: Sequence[Sequence[Example]],
     parent: str | None,
+    shares: tuple[float, ...] = (),
 ) -> dict[str, Any]:
     cfg = context.cfg
     with _stage(context, model, settings.lr, tokenizer_path, parent) as parts:
@@ -98,6 +101,7 @@ def _supervised(
             final_scale=settings.decay,
             balance_weight=settings.balance_weight,
             indexer_weight=settings.indexer_weight,
+            shares=shares,
             seed=cfg.run.seed,
         )
         context.progress.start(context.name, settings.steps, "step")
@@ -219,7 +223,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
     tokenizer = Tokenizer.load(start)
     domains = domains_of(cfg)
     registry = teacher_registry(context)
-    for record in registry.records:
+    for record in registry:
         admit(start, record.checkpoint, record.name)
     pool = rollout_pool(cfg, model.config, start / TOKENIZER, domains)  # type: ignore[arg-type]
     hidden = HiddenStore(context.folder.path / "hidden_states")
@@ -287,12 +291,8 @@ def teacher_registry(context: StageContext) -> TeacherRegistry:
 def distill_jobs(cfg: Config, domains: Mapping[str, Domain], registry: TeacherRegistry, step: int) -> list:
     """One phase's prompts, in equal parts of every domain, each stamped with its owner teacher."""
     settings = cfg.distill
-    names = list(domains)
     jobs = []
-    for index, name in enumerate(names):
-        share = settings.prompts_per_step // len(names) + (index < settings.prompts_per_step % len(names))
-        if not share:
-            continue
+    for name, share in split_prompts(settings.prompts_per_step, list(domains), settings.shares).items():
         offset = step * share % max(cfg.task.num_train - share + 1, 1)
         jobs += rollout_jobs(
             domains[name],
@@ -305,6 +305,17 @@ def distill_jobs(cfg: Config, domains: Mapping[str, Domain], registry: TeacherRe
             is_graded=False,
         )
     return jobs
+
+
+def split_prompts(num: int, domains: Sequence[str], shares: Mapping[str, float]) -> dict[str, int]:
+    """`num` prompts over the domains by relative share, largest remainders first; zeros left out."""
+    weights = {name: shares.get(name, 1.0) for name in domains}
+    exact = {name: num * weight / sum(weights.values()) for name, weight in weights.items()}
+    counts = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(domains, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: num - sum(counts.values())]:
+        counts[name] += 1
+    return {name: count for name, count in counts.items() if count}
 
 
 def _self_kl(checkpoint: Path, store: RolloutStore, row_tokens: int) -> float:

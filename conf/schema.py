@@ -126,6 +126,9 @@ class SftConfig:
     )
     indexer_weight: float = setting(0.0, "weight of the indexer's own loss", low=0, high=100)
     balance_weight: float = setting(0.0, "weight of the sequence-wise balance loss", low=0, high=100)
+    shares: dict[str, float] = setting(
+        {}, "domain -> relative share of a step's tokens (base); domains not named count 1"
+    )
     init: str | None = setting(None, "checkpoint folder to start from; null: the stage before it")
 
 
@@ -173,6 +176,9 @@ class DistillConfig:
     steps: int = setting(50, "rollout phases", unit="steps", low=1)
     prompts_per_step: int = setting(96, "prompts of a rollout phase, all domains", unit="prompts", low=1)
     samples_per_prompt: int = setting(1, "trajectories per prompt", unit="samples", low=1)
+    shares: dict[str, float] = setting(
+        {}, "domain -> relative share of a phase's prompts; domains not named count 1"
+    )
     mini_batches: int = setting(2, "optimiser steps per rollout phase", unit="steps", low=1)
     chunk_tokens: int = setting(
         1024, "tokens whose logits exist at once", unit="tokens", low=1, speed_only=True

@@ -122,4 +122,3 @@ class Attention(nn.Module):
         trace.csa_dropped += visible - int(((bias == 0) & is_valid).sum())
         if trace.wants_losses and scores is not None:
             trace.indexer_loss.append(index_loss(probabilities, scores, bias == 0, layout.is_valid))
-

@@ -14,9 +14,27 @@ from consilience.conf.errors import ConfigError
 SLIDING = 0
 CSA_RATIO = 4
 
-_POSITIVE = """vocab_size hidden_size num_hidden_layers num_attention_heads head_dim qk_rope_head_dim
-    q_lora_rank o_groups o_lora_rank sliding_window index_n_heads index_head_dim index_topk n_routed_experts
-    num_experts_per_tok moe_intermediate_size n_shared_experts hc_mult hc_sinkhorn_iters""".split()
+_POSITIVE = [
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "qk_rope_head_dim",
+    "q_lora_rank",
+    "o_groups",
+    "o_lora_rank",
+    "sliding_window",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "n_shared_experts",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+]
 
 
 @dataclass(frozen=True)
@@ -102,7 +120,10 @@ class ModelConfig:
                 self.index_head_dim >= rope,
             ),
             (f"num_experts_per_tok {topk} exceeds n_routed_experts {experts}", topk <= experts),
-            (f"num_key_value_heads is {self.num_key_value_heads}; V4 shares one", self.num_key_value_heads == 1),
+            (
+                f"num_key_value_heads is {self.num_key_value_heads}; V4 shares one",
+                self.num_key_value_heads == 1,
+            ),
             ("compress_ratios must be 0 or at least 2", all(r == 0 or r >= 2 for r in self.compress_ratios)),
         ]
 

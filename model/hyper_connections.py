@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from consilience.model.config import ModelConfig
 
-
-BLOCK = 2048  # tokens a Sinkhorn block holds: its matrices stay in a core's cache (measured: 512 is 2x slower)
+BLOCK = (
+    2048  # tokens a Sinkhorn block holds: its matrices stay in a core's cache (measured: 512 is 2x slower)
+)
 
 
 def _rounds(logits: Tensor, rounds: int, eps: float, trail: list[Tensor] | None) -> Tensor:
@@ -69,7 +70,7 @@ def sinkhorn(logits: Tensor, rounds: int, eps: float) -> Tensor:
 
 
 class _Read(torch.autograd.Function):
-    """y_r = Σ_j weights[r, j] X[r, j]; explicit, because small batched GEMMs with other strides crawl on CPU."""
+    """y_r = Σ_j weights[r, j] X[r, j]; explicit, as small batched GEMMs with other strides crawl on CPU."""
 
     @staticmethod
     def forward(ctx, streams: Tensor, weights: Tensor) -> Tensor:

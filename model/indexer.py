@@ -1,4 +1,4 @@
-"""The lightning indexer: which compressed entries a CSA query attends to (report 2.3.1; specification 5.2-5.3).
+"""The lightning indexer: which compressed entries a CSA query attends to (report 2.3.1; specification 5.2).
 
 B rows, T queries, M entries, H index heads, C index width.
 """
@@ -49,7 +49,7 @@ class Indexer(nn.Module):
         return wide + layout.windows[CSA_RATIO].bias
 
     def select(self, scores: Tensor) -> Tensor:
-        """Scores [B, T, M] -> bool [B, T, M], True for the top-k visible entries; ties take the lowest index."""
+        """Scores [B, T, M] -> bool [B, T, M]: the top-k visible entries; ties take the lowest index."""
         is_visible = scores > MASKED
         if scores.shape[-1] <= self.topk:
             return is_visible

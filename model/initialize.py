@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from consilience.model.config import ModelConfig
 from consilience.model.hyper_connections import HyperConnection
-from consilience.model.transformer import Transformer
+from consilience.model.transformer import Block, Transformer
 
 SMALL_GATE = 0.01  # "gating factors initialised to small values" (mHC report, appendix A.1)
 
@@ -46,6 +46,7 @@ def initialize(model: Transformer, seed: int) -> Transformer:
         else:
             raise AssertionError(f"no initialisation rule for {name}")
     for layer, block in enumerate(model.layers):
+        assert isinstance(block, Block)
         for index, connection in enumerate((block.hc_attn, block.hc_ffn)):
             _separate_streams(connection, 2 * layer + index, generator)
         if block.ffn.gate.is_hash:

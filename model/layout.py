@@ -17,8 +17,8 @@ from torch import Tensor
 from consilience.model.config import CSA_RATIO, ModelConfig
 
 if TYPE_CHECKING:
-    from consilience.model.state import DecodeState
     from consilience.model.forward_trace import Trace
+    from consilience.model.state import DecodeState
 
 MASKED = float("-inf")
 
@@ -117,7 +117,11 @@ def _windows(
 
 
 def packed_layout(
-    config: ModelConfig, frequencies: dict[bool, Tensor], segment: Tensor, position: Tensor, trace: Trace | None
+    config: ModelConfig,
+    frequencies: dict[bool, Tensor],
+    segment: Tensor,
+    position: Tensor,
+    trace: Trace | None,
 ) -> Layout:
     """Layout of packed rows without a decode state.
 

@@ -21,6 +21,8 @@ class Gate(nn.Module):
     chosen ones, times the scaling factor.
     """
 
+    tid2eid: Tensor
+
     def __init__(self, config: ModelConfig, *, is_hash: bool, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.topk = config.num_experts_per_tok

@@ -10,7 +10,9 @@ from torch import Tensor
 from consilience.model.config import ModelConfig
 
 
-def inverse_frequencies(config: ModelConfig, *, is_compressed: bool, device: torch.device | None = None) -> Tensor:
+def inverse_frequencies(
+    config: ModelConfig, *, is_compressed: bool, device: torch.device | None = None
+) -> Tensor:
     """Radians per token of each channel pair: [R/2] fp32.
 
     Sliding-only layers use theta^(-2i/R). Layers with compression use the long-context theta with

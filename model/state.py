@@ -81,7 +81,9 @@ class DecodeState:
 
         layers = []
         for ratio in config.compress_ratios:
-            window = torch.zeros(num_slots, config.sliding_window, config.head_dim, device=device, dtype=dtype)
+            window = torch.zeros(
+                num_slots, config.sliding_window, config.head_dim, device=device, dtype=dtype
+            )
             main = None if ratio == SLIDING else compressor(config.head_dim, ratio)
             index = compressor(config.index_head_dim, ratio) if ratio == CSA_RATIO else None
             layers.append(LayerState(window, main, index))

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from consilience.conf.errors import EngineError
 from consilience.model.attention import Attention
 from consilience.model.config import ModelConfig
+from consilience.model.forward_trace import Trace
 from consilience.model.hyper_connections import HeadCollapse, HyperConnection
 from consilience.model.layout import Layout, chunk_layout, packed_layout
 from consilience.model.moe import MoE
 from consilience.model.norm import RMSNorm
 from consilience.model.rope import inverse_frequencies
 from consilience.model.state import DecodeState, LayerState
-from consilience.model.forward_trace import Trace
 
 
 class Block(nn.Module):
@@ -109,7 +109,9 @@ class Transformer(nn.Module):
         trace: Trace | None,
     ) -> Layout:
         device = token_ids.device
-        frequencies = {c: inverse_frequencies(self.config, is_compressed=c, device=device) for c in (False, True)}
+        frequencies = {
+            c: inverse_frequencies(self.config, is_compressed=c, device=device) for c in (False, True)
+        }
         num_tokens = token_ids.shape[1] - padding
         if state is not None:
             grown = state.position + (num_tokens if lengths is None else lengths)

@@ -47,14 +47,20 @@ class NativeEngine:
     """
 
     def __init__(
-        self, model: Transformer, *, max_rows: int, max_length: int, prefill_tokens: int = 8192, version: int = 0
+        self,
+        model: Transformer,
+        *,
+        max_rows: int,
+        max_length: int,
+        prefill_tokens: int = 8192,
+        version: int = 0,
     ) -> None:
         self.model = model.eval()
         self.max_rows = max_rows
         self.max_length = max_length
         self.prefill_tokens = prefill_tokens
         weight = model.head.weight
-        allocate = lambda rows: DecodeState.allocate(  # noqa: E731
+        allocate = lambda rows: DecodeState.allocate(
             model.config, rows, max_length, device=weight.device, dtype=weight.dtype
         )
         self._state, self._parked = allocate(max_rows), allocate(max_rows + 1)
@@ -154,7 +160,9 @@ class NativeEngine:
         try:
             load_official(self.model, weights)
         except CheckpointError as error:
-            raise WeightsRefused(f"published weights do not fit the model, the old ones stay: {error}") from error
+            raise WeightsRefused(
+                f"published weights do not fit the model, the old ones stay: {error}"
+            ) from error
         self._version, self._digest, self._prefix = version, digest, ()
 
     def state(self) -> EngineState:
@@ -164,8 +172,10 @@ class NativeEngine:
             num_waiting=len(self._waiting),
             num_running=len(self._running),
             num_held=len(self._held) + len(self._resuming),
-            **self._counts,
-            **self._seconds,
+            prefill_tokens=self._counts["prefill_tokens"],
+            sampled_tokens=self._counts["sampled_tokens"],
+            prefill_s=self._seconds["prefill_s"],
+            decode_s=self._seconds["decode_s"],
         )
 
     # ---- admission ----------------------------------------------------------------------------
@@ -286,7 +296,7 @@ class NativeEngine:
         return self._retire()
 
     def _sample(self, logits: Tensor, first: int) -> None:
-        """Draw one token for running rows first.. from logits [rows, V]: inverse CDF on each row's own uniform."""
+        """Draw one token for running rows first.. from logits [rows, V]: by inverse CDF."""
         streams = self._running[first:]
         temperature = np.array([s.request.sampling.temperature for s in streams], dtype=np.float32)
         uniform = np.array([s.uniforms[len(s.tokens)] for s in streams])

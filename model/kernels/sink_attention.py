@@ -19,7 +19,7 @@ def sink_attention_dense(query: Tensor, parts: list[Part], sink: Tensor, scale: 
     p = softmax over (all parts' keys, sink) of q·k·scale + bias; output = Σ p·k. The sink joins
     the denominator with value 0 (report 2.3.3, equation 27).
     """
-    num_rows, num_tokens, num_heads, width = query.shape
+    num_rows, num_tokens, num_heads, _ = query.shape
     logits, values = [], []
     for keys, bias in parts:
         each = keys.repeat_interleave(num_tokens // keys.shape[1], dim=1)

@@ -64,8 +64,8 @@ def rough_model():
                     p.copy_(0.3 * noise)
                 elif leaf == "scale":
                     p.copy_(0.5 + noise.abs())
-                elif leaf == "fn":
-                    p.copy_(0.3 * noise)
+                elif leaf == "fn":  # mixes of size about 1: larger ones amplify rounding
+                    p.copy_(0.1 * noise)
                 elif name.endswith("norm.weight"):
                     p.copy_(1 + 0.3 * noise)
         return model if dtype is None else model.to(dtype)

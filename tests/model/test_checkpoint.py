@@ -95,25 +95,44 @@ def test_expert_tensors_share_memory_with_the_stack(smallest):
     model = initialize(Transformer(config(smallest)), 0)
     tensors = to_official(model)
     tensors["layers.1.ffn.experts.1.w3.weight"].fill_(7.0)
-    assert (model.layers[1].ffn.experts.w3[1] == 7).all() and not (model.layers[1].ffn.experts.w3[0] == 7).any()
+    assert (model.layers[1].ffn.experts.w3[1] == 7).all() and not (
+        model.layers[1].ffn.experts.w3[0] == 7
+    ).any()
 
 
 def test_loading_keeps_requires_grad_and_converts_the_type(smallest):
     model = initialize(Transformer(config(smallest)), 0)
-    load_official(model, {n: t.double() if t.is_floating_point() else t for n, t in to_official(model).items()})
+    load_official(
+        model, {n: t.double() if t.is_floating_point() else t for n, t in to_official(model).items()}
+    )
     assert model.head.weight.requires_grad and model.head.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda t: t.pop("layers.1.attn.indexer.compressor.ape"), "misses layers.1.attn.indexer.compressor.ape"),
-        (lambda t: t.pop("layers.2.ffn.experts.1.w2.weight"), r"misses layers.2.ffn.experts.1.w2.weight \(1 m"),
+        (
+            lambda t: t.pop("layers.1.attn.indexer.compressor.ape"),
+            "misses layers.1.attn.indexer.compressor.ape",
+        ),
+        (
+            lambda t: t.pop("layers.2.ffn.experts.1.w2.weight"),
+            r"misses layers.2.ffn.experts.1.w2.weight \(1 m",
+        ),
         (lambda t: t.update({"model.norm.weight": torch.ones(6)}), "unexpected model.norm.weight"),
-        (lambda t: t.update({"norm.weight": torch.ones(7)}), r"norm.weight: found shape \(7,\), expected \(6,\)"),
+        (
+            lambda t: t.update({"norm.weight": torch.ones(7)}),
+            r"norm.weight: found shape \(7,\), expected \(6,\)",
+        ),
         (lambda t: t.update({"head.weight": t["head.weight"].T}), "head.weight: found shape"),
-        (lambda t: t.update({"layers.0.ffn.gate.tid2eid": t["layers.0.ffn.gate.tid2eid"] + 2}), "tid2eid.*expert"),
-        (lambda t: t.update({"layers.0.ffn.gate.tid2eid": t["layers.0.ffn.gate.tid2eid"] - 5}), "tid2eid.*expert"),
+        (
+            lambda t: t.update({"layers.0.ffn.gate.tid2eid": t["layers.0.ffn.gate.tid2eid"] + 2}),
+            "tid2eid.*expert",
+        ),
+        (
+            lambda t: t.update({"layers.0.ffn.gate.tid2eid": t["layers.0.ffn.gate.tid2eid"] - 5}),
+            "tid2eid.*expert",
+        ),
     ],
 )
 def test_an_error_names_the_tensor_and_nothing_has_changed(damage, message, smallest):

@@ -13,7 +13,13 @@ from consilience.model.rope import inverse_frequencies, rotate, rotations
 torch.set_num_threads(1)
 
 CONFIG = replace(
-    TINY, hidden_size=3, head_dim=4, qk_rope_head_dim=2, sliding_window=4, compress_ratios=(4, 3), num_hidden_layers=2
+    TINY,
+    hidden_size=3,
+    head_dim=4,
+    qk_rope_head_dim=2,
+    sliding_window=4,
+    compress_ratios=(4, 3),
+    num_hidden_layers=2,
 )
 FREQUENCIES = {c: inverse_frequencies(CONFIG, is_compressed=c) for c in (False, True)}
 
@@ -109,7 +115,11 @@ def test_entries_belong_to_their_segment_and_start_at_its_own_positions():
     segments = [[5] * 6 + [9] * 5 + [-1]]
     positions = [[*range(6), *range(5), 0]]
     windows = layout_of(segments, positions).windows[4]
-    assert (windows.row.tolist(), windows.column.tolist(), windows.position.tolist()) == ([0, 0], [0, 1], [0, 0])
+    assert (windows.row.tolist(), windows.column.tolist(), windows.position.tolist()) == (
+        [0, 0],
+        [0, 1],
+        [0, 0],
+    )
     assert windows.source[1, 4:].tolist() == [6, 7, 8, 9] and not windows.is_present[:, :4].any()
     visible = windows.bias[0] == 0
     assert visible.any(1).nonzero()[:, 0].tolist() == [3, 4, 5, 9, 10]
@@ -118,5 +128,7 @@ def test_entries_belong_to_their_segment_and_start_at_its_own_positions():
 
 def test_without_a_closed_window_there_is_no_entry():
     module = compressor(4)
-    out = module(torch.randn(2, 3, 3, dtype=torch.float64), layout_of(torch.zeros(2, 3, dtype=torch.long)), None)
+    out = module(
+        torch.randn(2, 3, 3, dtype=torch.float64), layout_of(torch.zeros(2, 3, dtype=torch.long)), None
+    )
     assert out.shape == (2, 0, 4)

@@ -141,7 +141,9 @@ def test_a_missing_field_is_named(name):
     ],
 )
 def test_a_config_that_no_model_can_have_is_refused(change, message):
-    config = replace(TINY, compress_ratios=(0, 4, 128, 4), num_hidden_layers=4, head_dim=32, qk_rope_head_dim=16)
+    config = replace(
+        TINY, compress_ratios=(0, 4, 128, 4), num_hidden_layers=4, head_dim=32, qk_rope_head_dim=16
+    )
     config = replace(config, index_head_dim=16, num_attention_heads=4, o_groups=2, n_routed_experts=8)
     with pytest.raises(ConfigError, match=message):
         replace(config, **change)

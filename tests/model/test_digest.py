@@ -34,7 +34,9 @@ def test_order_strides_and_autograd_do_not_matter():
     assert len(digest) == 64 and digest == weights_digest(dict(reversed(w.items())))
     strided = {n: t.T.contiguous().T if t.dim() == 2 else t for n, t in w.items()}
     assert weights_digest(strided) == digest
-    assert weights_digest({n: t.clone().requires_grad_(t.is_floating_point()) for n, t in w.items()}) == digest
+    assert (
+        weights_digest({n: t.clone().requires_grad_(t.is_floating_point()) for n, t in w.items()}) == digest
+    )
 
 
 @pytest.mark.parametrize("name", ["a.weight", "b", "tid2eid", "one"])

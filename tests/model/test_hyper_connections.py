@@ -68,7 +68,9 @@ def test_two_streams_worked_by_hand():
     streams = torch.tensor([[[10.0], [20.0]]], dtype=torch.float64)
     y, post, comb = module.read(streams)
     # pre = sigmoid(0), sigmoid(log 3) = 1/2, 3/4; post = twice that; softmax rows (3/4, 1/4), (1/4, 3/4).
-    torch.testing.assert_close(y, torch.tensor([[10 / 2 + 20 * 3 / 4]], dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        y, torch.tensor([[10 / 2 + 20 * 3 / 4]], dtype=torch.float64), rtol=0, atol=1e-6
+    )
     torch.testing.assert_close(post, torch.tensor([[1.0, 1.5]], dtype=torch.float64), rtol=0, atol=1e-6)
     torch.testing.assert_close(comb, torch.tensor([[[0.75, 0.25], [0.25, 0.75]]], dtype=torch.float64))
     uneven = torch.tensor([[[0.9, 0.1], [0.2, 0.8]]], dtype=torch.float64)
@@ -95,7 +97,9 @@ def test_gradcheck_through_read_and_write():
 
     def both(streams, fn, base, scale):
         with_weights = {"fn": fn, "base": base, "scale": scale}
-        x, post, comb = torch.func.functional_call(Reading(module), {f"m.{k}": v for k, v in with_weights.items()}, (streams,))
+        x, post, comb = torch.func.functional_call(
+            Reading(module), {f"m.{k}": v for k, v in with_weights.items()}, (streams,)
+        )
         return module.write(streams, x.square(), post, comb)
 
     class Reading(torch.nn.Module):

@@ -32,7 +32,9 @@ def indexer(config, topk):
         ([NONE, -7.0, 4.0], 3, [1, 2]),  # no more entries than k: all visible ones
     ],
 )
-def test_top_k_takes_the_highest_visible_scores_and_the_lowest_index_of_equals(scores, topk, chosen, smallest):
+def test_top_k_takes_the_highest_visible_scores_and_the_lowest_index_of_equals(
+    scores, topk, chosen, smallest
+):
     picked = indexer(smallest, topk).select(torch.tensor(scores)[None, None])
     assert picked[0, 0].nonzero()[:, 0].tolist() == chosen
 
@@ -62,7 +64,9 @@ def test_scores_are_the_weighted_sum_of_rectified_matches(smallest):
             q = rotate(q, rotations(torch.tensor(t), frequencies[True]))
             w = module.weights_proj.weight @ hidden[0, t]
             for i in range(3):
-                expected = sum(w[h] * max(float(q[h] @ keys[0, i]), 0.0) for h in range(6)) * 6**-0.5 * 12**-0.5
+                expected = (
+                    sum(w[h] * max(float(q[h] @ keys[0, i]), 0.0) for h in range(6)) * 6**-0.5 * 12**-0.5
+                )
                 if i < (t + 1) // 4:
                     torch.testing.assert_close(scores[t, i], expected, rtol=0, atol=1e-12)
                 else:

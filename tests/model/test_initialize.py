@@ -22,7 +22,9 @@ def test_equal_seeds_give_equal_models_and_leave_torch_s_generator_alone():
     states = [m.state_dict() for m in models]
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
     drawn = [n for n in states[0] if not torch.equal(states[0][n], states[2][n])]
-    assert "embed.weight" in drawn and "layers.0.ffn.gate.tid2eid" in drawn and "layers.1.hc_ffn.base" in drawn
+    assert (
+        "embed.weight" in drawn and "layers.0.ffn.gate.tid2eid" in drawn and "layers.1.hc_ffn.base" in drawn
+    )
 
 
 def test_every_tensor_is_finite_and_matrices_keep_the_size_of_what_they_multiply():
@@ -47,14 +49,20 @@ def test_gates_start_small_and_sinks_biases_and_position_biases_at_zero():
             assert torch.all(p == 1), name
 
 
-@pytest.mark.parametrize("config", [TINY, MINI, FLASH, replace(TINY, n_routed_experts=7, num_experts_per_tok=3)])
+@pytest.mark.parametrize(
+    "config", [TINY, MINI, FLASH, replace(TINY, n_routed_experts=7, num_experts_per_tok=3)]
+)
 def test_the_hash_table_gives_every_token_distinct_experts_and_every_expert_a_fair_load(config):
     config = replace(config, vocab_size=min(config.vocab_size, 20_000))
     table = hash_table(config, 11)
     experts, topk = config.n_routed_experts, config.num_experts_per_tok
     assert table.shape == (config.vocab_size, topk) and table.dtype == torch.int64
     ordered = table.sort(1).values
-    assert (ordered[:, 1:] > ordered[:, :-1]).all() and ordered[:, 0].min() >= 0 and ordered[:, -1].max() < experts
+    assert (
+        (ordered[:, 1:] > ordered[:, :-1]).all()
+        and ordered[:, 0].min() >= 0
+        and ordered[:, -1].max() < experts
+    )
     load = torch.bincount(table.flatten(), minlength=experts).double()
     assert (load / load.mean() - 1).abs().max() < 0.2
     assert not torch.equal(table, hash_table(config, 12)) and torch.equal(table, hash_table(config, 11))

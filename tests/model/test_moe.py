@@ -29,7 +29,11 @@ def filled(module, seed=0, std=0.5):
 
 
 def test_weights_are_roots_of_softplus_normalised_over_the_chosen_and_scaled():
-    gate = Gate(replace(CONFIG, hidden_size=1, n_routed_experts=3, routed_scaling_factor=2.5), is_hash=False, dtype=None)
+    gate = Gate(
+        replace(CONFIG, hidden_size=1, n_routed_experts=3, routed_scaling_factor=2.5),
+        is_hash=False,
+        dtype=None,
+    )
     # softplus(log(e^s - 1)) = s: scores 2, 1, 3 for an input of 1.
     with torch.no_grad():
         gate.weight.copy_(torch.tensor([[4.0], [1.0], [9.0]]).expm1().log())
@@ -185,5 +189,7 @@ def test_balance_loss_falls_towards_one_as_routing_evens_out():
     g = torch.Generator().manual_seed(0)
     uneven = torch.rand(400, 4, generator=g) + torch.tensor([1.0, 0, 0, 0])
     even = torch.rand(400, 4, generator=g)
-    losses = [balance_loss(s, s.topk(2).indices, torch.ones(400, dtype=torch.bool), 1) for s in (uneven, even)]
+    losses = [
+        balance_loss(s, s.topk(2).indices, torch.ones(400, dtype=torch.bool), 1) for s in (uneven, even)
+    ]
     assert losses[0] > 1.1 and abs(losses[1] - 1) < 0.02

@@ -19,7 +19,9 @@ def test_gradcheck_with_and_without_a_weight():
     # A large eps, so that a backward which forgets it fails.
     assert torch.autograd.gradcheck(lambda t: rms(t, 0.3), (x,))
     norm = RMSNorm(5, 0.3).double()
-    assert torch.autograd.gradcheck(lambda t, w: torch.func.functional_call(norm, {"weight": w}, (t,)), (x, norm.weight))
+    assert torch.autograd.gradcheck(
+        lambda t, w: torch.func.functional_call(norm, {"weight": w}, (t,)), (x, norm.weight)
+    )
 
 
 def test_values_equal_torch():

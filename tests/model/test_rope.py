@@ -56,7 +56,9 @@ def test_neighbouring_channels_at_the_end_form_the_pairs():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_conjugate_undoes_a_rotation_and_the_type_stays(dtype):
     x = torch.randn(3, 5, 2, 20, dtype=torch.float64).to(dtype)
-    turn = rotations(torch.arange(5), inverse_frequencies(replace(FLASH, qk_rope_head_dim=16), is_compressed=True))
+    turn = rotations(
+        torch.arange(5), inverse_frequencies(replace(FLASH, qk_rope_head_dim=16), is_compressed=True)
+    )
     there = rotate(x, turn[:, None])
     back = rotate(there, turn.conj()[:, None])
     assert there.dtype == back.dtype == dtype and torch.equal(there[..., :4], x[..., :4])

@@ -1,5 +1,6 @@
 """Decoding on the state equals the full forward, however the tokens arrive."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -21,8 +22,8 @@ def near(found, expected):
 
 @pytest.fixture
 def case(smallest, rough_model):
-    """(model, ids [3, 61], logits by the full forward)."""
-    model = rough_model(smallest).requires_grad_(False)
+    """(model, ids [3, 61], logits by the full forward). Few Sinkhorn rounds: they save half the time."""
+    model = rough_model(replace(smallest, hc_sinkhorn_iters=3)).requires_grad_(False)
     tokens = random_ids(smallest, 3, 61)
     return model, tokens, model(tokens)
 
@@ -30,7 +31,7 @@ def case(smallest, rough_model):
 def fed(model, state, tokens, cuts):
     """Logits of `tokens` fed in chunks that end at `cuts`."""
     edges = [0, *cuts, tokens.shape[1]]
-    return torch.cat([model(tokens[:, a:b], state=state) for a, b in zip(edges, edges[1:]) if b > a], 1)
+    return torch.cat([model(tokens[:, a:b], state=state) for a, b in itertools.pairwise(edges) if b > a], 1)
 
 
 def test_token_by_token_equals_the_full_forward_at_every_length(case):
@@ -40,15 +41,15 @@ def test_token_by_token_equals_the_full_forward_at_every_length(case):
     assert state.position.tolist() == [61] * 3
 
 
-@pytest.mark.parametrize("first", range(1, 30))
+@pytest.mark.parametrize("first", range(1, 26))
 def test_a_prefill_of_any_length_hands_over_to_decoding(case, first):
     """Prefill, then single steps over the next borders of window (6), CSA (4) and HCA (12)."""
     model, tokens, full = case
     state = DecodeState.allocate(model.config, 3, 61)
-    assert near(fed(model, state, tokens[:, : first + 13], range(first, first + 13)), full[:, : first + 13])
+    assert near(fed(model, state, tokens[:, : first + 9], range(first, first + 9)), full[:, : first + 9])
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_arbitrary_chunk_borders_change_nothing(case, seed):
     model, tokens, full = case
     g = torch.Generator().manual_seed(seed)
@@ -105,7 +106,7 @@ def test_one_token_chunks_with_lengths_equal_the_full_forward(case, lengths):
             assert lengths[b] == 0 or near(logits, full[b, starts[b] : starts[b] + 1])
 
 
-@pytest.mark.parametrize("fork_at", [1, 4, 7, 11, 12, 13, 24, 25])
+@pytest.mark.parametrize("fork_at", [1, 4, 7, 12, 23])
 def test_a_fork_goes_its_own_way_and_leaves_its_source_alone(case, fork_at):
     model, tokens, full = case
     other = tokens.clone()
@@ -120,12 +121,12 @@ def test_a_fork_goes_its_own_way_and_leaves_its_source_alone(case, fork_at):
     assert state.position.tolist() == [0, fork_at, 0, 0]  # a view shares memory with its state
     parked.copy_from(state, [1], [3])
     state.copy_from(state, [1, 1], [0, 2])
-    both = torch.stack((tokens[0], other[0], tokens[0]))[:, fork_at : fork_at + 20]
-    found = torch.stack([model(both[:, i : i + 1], state=state.view(0, 3))[:, 0] for i in range(20)], 1)
-    wanted = torch.stack((full[0], full_other[0], full[0]))[:, fork_at : fork_at + 20]
+    both = torch.stack((tokens[0], other[0], tokens[0]))[:, fork_at : fork_at + 14]
+    found = torch.stack([model(both[:, i : i + 1], state=state.view(0, 3))[:, 0] for i in range(14)], 1)
+    wanted = torch.stack((full[0], full_other[0], full[0]))[:, fork_at : fork_at + 14]
     assert near(found, wanted)
-    late = model(other[:1, fork_at : fork_at + 20], state=parked.view(3, 4))
-    assert near(late, full_other[:1, fork_at : fork_at + 20])
+    late = model(other[:1, fork_at : fork_at + 14], state=parked.view(3, 4))
+    assert near(late, full_other[:1, fork_at : fork_at + 14])
 
 
 def test_a_slot_whose_position_is_0_remembers_nothing(case):

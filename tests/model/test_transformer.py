@@ -90,7 +90,7 @@ def twin_attention(c, w, layer, hidden):
                     iq = (w[f"{p}.indexer.wq_b.weight"] @ latent).view(c.index_n_heads, c.index_head_dim)
                     match = torch.relu(turned(iq, t, f) @ torch.stack(index.entries).T)
                     score = (w[f"{p}.indexer.weights_proj.weight"] @ h) @ match
-                    chosen = sorted(chosen, key=lambda i: (-score[i].item(), i))[: c.index_topk]  # noqa: B023
+                    chosen = sorted(chosen, key=lambda i: (-score[i].item(), i))[: c.index_topk]
             keys += [main.entries[i] for i in chosen]
         k = torch.stack(keys)
         exps = torch.exp(q @ k.T * c.head_dim**-0.5)
@@ -254,11 +254,35 @@ def hf_twin(model):
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
     c = model.config
-    same = """vocab_size hidden_size moe_intermediate_size num_hidden_layers num_attention_heads head_dim
-        q_lora_rank num_experts_per_tok n_routed_experts n_shared_experts routed_scaling_factor rope_theta
-        compress_rope_theta hc_mult hc_sinkhorn_iters hc_eps swiglu_limit sliding_window o_groups o_lora_rank
-        index_n_heads index_head_dim index_topk rms_norm_eps qk_rope_head_dim num_hash_layers
-        max_position_embeddings""".split()
+    same = [
+        "vocab_size",
+        "hidden_size",
+        "moe_intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "head_dim",
+        "q_lora_rank",
+        "num_experts_per_tok",
+        "n_routed_experts",
+        "n_shared_experts",
+        "routed_scaling_factor",
+        "rope_theta",
+        "compress_rope_theta",
+        "hc_mult",
+        "hc_sinkhorn_iters",
+        "hc_eps",
+        "swiglu_limit",
+        "sliding_window",
+        "o_groups",
+        "o_lora_rank",
+        "index_n_heads",
+        "index_head_dim",
+        "index_topk",
+        "rms_norm_eps",
+        "qk_rope_head_dim",
+        "num_hash_layers",
+        "max_position_embeddings",
+    ]
     kinds = {0: "sliding_attention", 4: "compressed_sparse_attention"}
     hca = max([r for r in c.compress_ratios if r not in kinds], default=128)
     yarn = {
@@ -332,7 +356,9 @@ def samples_of(config, lengths, seed=5):
         ([[30, 6], [24, 12], []], 36),  # a multiple of the window; one row is padding only
     ],
 )
-def test_packed_rows_equal_samples_run_one_by_one_forward_and_gradients(rows, row_tokens, smallest, rough_model):
+def test_packed_rows_equal_samples_run_one_by_one_forward_and_gradients(
+    rows, row_tokens, smallest, rough_model
+):
     model = rough_model(smallest, dtype=torch.float64)
     ids = torch.zeros(len(rows), row_tokens, dtype=torch.long)
     segments = torch.full((len(rows), row_tokens), -1, dtype=torch.int32)
@@ -350,7 +376,9 @@ def test_packed_rows_equal_samples_run_one_by_one_forward_and_gradients(rows, ro
     logits = model(ids, segments, position_ids=positions)
     assert torch.equal(logits[segments >= 0], model(ids, segments)[segments >= 0])  # positions follow
     packed = torch.stack([(logits[b, span] * w).sum() for (b, span), w in zip(places, weights)])
-    found = torch.autograd.grad(packed.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    found = torch.autograd.grad(
+        packed.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True
+    )
     total = torch.zeros((), dtype=torch.float64)
     for (b, span), tokens, w in zip(places, alone, weights):
         single = model(tokens[None])[0]
@@ -393,8 +421,10 @@ def test_a_trace_with_losses_changes_no_logit(smallest, rough_model):
 
 
 def test_bf16_weights_keep_the_fp32_parts_and_stay_near_fp32(smallest, rough_model):
-    exact = rough_model(smallest)
-    narrow = Transformer(smallest, torch.bfloat16)
+    # Hash routing but for the last layer, every entry attended: little is chosen, so little can flip.
+    config = replace(smallest, num_hash_layers=3, index_topk=100)
+    exact = rough_model(config)
+    narrow = Transformer(config, torch.bfloat16)
     narrow.load_state_dict(exact.state_dict())
     fp32 = {n.rsplit(".", 1)[-1] for n, p in narrow.named_parameters() if p.dtype == torch.float32}
     assert fp32 == {"fn", "base", "scale", "attn_sink", "ape", "bias"}
@@ -402,7 +432,7 @@ def test_bf16_weights_keep_the_fp32_parts_and_stay_near_fp32(smallest, rough_mod
     with torch.no_grad():
         a, b = exact(tokens), narrow(tokens)
     assert b.dtype == torch.bfloat16
-    # bf16 keeps 8 bits and about 40 roundings follow each other; top-k picks may differ in places.
+    # bf16 rounds by 2^-9 and some 40 roundings follow each other, in streams that mHC amplifies.
     assert (a - b.float()).norm() < 0.1 * a.norm()
     narrow(tokens).float().square().mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in narrow.parameters())

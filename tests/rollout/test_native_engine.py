@@ -36,6 +36,7 @@ CONFIG = replace(
     num_experts_per_tok=2,
     moe_intermediate_size=20,
     num_hash_layers=1,
+    hc_sinkhorn_iters=3,  # half the time of a step otherwise, and rows do not meet there
 )
 
 
@@ -59,7 +60,9 @@ def prompt(length, seed=0):
     return tuple(torch.randint(CONFIG.vocab_size, (length,), generator=g).tolist())
 
 
-def request(uid, ids, *, parent=None, group=None, hold=False, temperature=1.0, max_tokens=12, stop_ids=(), seed=None):
+def request(
+    uid, ids, *, parent=None, group=None, hold=False, temperature=1.0, max_tokens=12, stop_ids=(), seed=None
+):
     seed = sum(map(ord, uid)) if seed is None else seed
     return Request(uid, ids, SamplingParams(temperature, max_tokens, stop_ids, seed), parent, group, hold)
 
@@ -104,10 +107,10 @@ def check(model, before, completed, temperature=1.0, bound=2e-6):
 
 
 def test_greedy_tokens_and_their_logprobs_equal_those_of_the_full_forward():
-    prompts = {f"r{n}": prompt(n, n) for n in (1, 2, 7, 8, 9, 13, 40)}
-    done = run(engine(), *(request(u, p, temperature=0.0, max_tokens=15) for u, p in prompts.items()))
+    prompts = {f"r{n}": prompt(n, n) for n in (1, 2, 7, 8, 13, 40)}
+    done = run(engine(), *(request(u, p, temperature=0.0, max_tokens=13) for u, p in prompts.items()))
     for uid, ids in prompts.items():
-        assert done[uid].token_ids == greedy(MODEL, ids, 15), uid
+        assert done[uid].token_ids == greedy(MODEL, ids, 13), uid
         assert done[uid].finish == "length"
         check(MODEL, ids, done[uid])
 
@@ -123,7 +126,9 @@ def test_in_fp32_logprobs_are_those_of_the_full_forward_to_1e_5():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 def test_sampled_logprobs_are_those_of_the_tempered_distribution(temperature):
-    done = run(engine(), *(request(f"r{n}", prompt(n), temperature=temperature, max_tokens=20) for n in (3, 11, 30)))
+    done = run(
+        engine(), *(request(f"r{n}", prompt(n), temperature=temperature, max_tokens=20) for n in (3, 11, 30))
+    )
     for n in (3, 11, 30):
         check(MODEL, prompt(n), done[f"r{n}"], temperature)
     assert done["r3"].token_ids != greedy(MODEL, prompt(3), 20)
@@ -134,16 +139,18 @@ def test_samples_follow_the_model_s_distribution():
         p = MODEL(torch.tensor([prompt(5)]))[0, -1].softmax(-1)
     requests = [request(f"r{i}", prompt(5), group="g", max_tokens=1, seed=i) for i in range(1500)]
     done = run(engine(max_rows=300), *requests)
-    counts = torch.bincount(torch.tensor([c.token_ids[0] for c in done.values()]), minlength=CONFIG.vocab_size)
+    counts = torch.bincount(
+        torch.tensor([c.token_ids[0] for c in done.values()]), minlength=CONFIG.vocab_size
+    )
     likely = p > 0.01
     # Each count lies within five standard deviations of its mean.
     assert ((counts - 1500 * p).abs()[likely] < 5 * (1500 * p * (1 - p)).sqrt()[likely]).all()
 
 
 def test_equal_seeds_give_equal_tokens_whatever_the_batch_is():
-    mine = request("mine", prompt(17), max_tokens=25, seed=5)
+    mine = request("mine", prompt(17), max_tokens=18, seed=5)
     alone = run(engine(), mine)["mine"]
-    others = [request(f"o{n}", prompt(n, n), max_tokens=3 * n) for n in (2, 9, 30)]
+    others = [request(f"o{n}", prompt(n, n), max_tokens=n) for n in (3, 9, 20)]
     crowd = run(engine(), *others[:2], mine, others[2])["mine"]
     late = engine(max_rows=2)
     late.submit(others[:2])
@@ -151,21 +158,26 @@ def test_equal_seeds_give_equal_tokens_whatever_the_batch_is():
     late.submit([mine, others[2]])
     tokens = [alone.token_ids, crowd.token_ids, drain(late)["mine"].token_ids]
     assert tokens[0] == tokens[1] == tokens[2]
-    assert run(engine(), replace(mine, sampling=replace(mine.sampling, seed=6)))["mine"].token_ids != alone.token_ids
+    assert (
+        run(engine(), replace(mine, sampling=replace(mine.sampling, seed=6)))["mine"].token_ids
+        != alone.token_ids
+    )
 
 
 def test_a_longer_limit_only_appends():
-    short, long = (run(engine(), request("r", prompt(9), max_tokens=n, seed=3))["r"].token_ids for n in (5, 20))
+    short, long = (
+        run(engine(), request("r", prompt(9), max_tokens=n, seed=3))["r"].token_ids for n in (5, 20)
+    )
     assert long[:5] == short
 
 
 def test_a_group_shares_one_prefill_and_equals_cold_prefills():
     members = [request(f"m{i}", prompt(21), group="g", max_tokens=10, seed=i) for i in range(5)]
-    other = request("x", prompt(14, 2), group="h", max_tokens=10)
+    others = [request(f"x{i}", prompt(14, 2), group="h", max_tokens=10) for i in range(2)]
     e = engine()
-    done = run(e, *members[:3], other, *members[3:])
+    done = run(e, *members[:3], others[0], *members[3:], others[1])
     assert e.state().prefill_tokens == 21 + 14
-    for member in (*members, other):
+    for member in (*members, *others):
         cold = engine()
         expected = run(cold, replace(member, group=None))[member.uid]
         assert done[member.uid].token_ids == expected.token_ids
@@ -185,7 +197,7 @@ def test_a_held_stream_goes_on_as_if_it_had_been_one():
     e = engine()
     streams = {f"s{n}": list(prompt(n, n)) for n in (4, 11, 19)}
     last: dict[str, str] = {}
-    for turn in range(4):
+    for turn in range(3):
         requests = []
         for name, ids in streams.items():
             observed = prompt(1 + 5 * turn, 50 + turn) if turn else tuple(ids)
@@ -193,7 +205,14 @@ def test_a_held_stream_goes_on_as_if_it_had_been_one():
                 ids += observed
             uid = f"{name}#{turn}"
             requests.append(
-                request(uid, observed, parent=last.get(name), hold=turn < 3, temperature=float(turn % 2), max_tokens=7)
+                request(
+                    uid,
+                    observed,
+                    parent=last.get(name),
+                    hold=turn < 2,
+                    temperature=float(turn % 2),
+                    max_tokens=7,
+                )
             )
             last[name] = uid
         noise = request(f"noise{turn}", prompt(6 + turn, 90), max_tokens=9)
@@ -208,7 +227,12 @@ def test_a_held_stream_goes_on_as_if_it_had_been_one():
 
 def test_streams_wait_while_others_go_on_and_finish_in_any_order():
     e = engine(max_rows=4)
-    e.submit([request("a", prompt(9), hold=True, max_tokens=2, temperature=0.0), request("long", prompt(5), max_tokens=30)])
+    e.submit(
+        [
+            request("a", prompt(9), hold=True, max_tokens=2, temperature=0.0),
+            request("long", prompt(5), max_tokens=30),
+        ]
+    )
     first = {}
     while "a" not in first:
         first |= {c.uid: c for c in e.step()}
@@ -233,9 +257,9 @@ def test_a_shared_prefix_is_computed_once_and_changes_no_token(tail):
     for r in requests:
         assert done[r.uid].token_ids == run(engine(), r)[r.uid].token_ids
         check(MODEL, r.prompt_ids, done[r.uid])
-    again = run(e, request("later", shared + (3,), max_tokens=10))  # a lone prompt uses the cache too
+    again = run(e, request("later", (*shared, 3), max_tokens=10))  # a lone prompt uses the cache too
     assert e.state().prefill_tokens == len(shared) + 3 * tail + 1
-    check(MODEL, shared + (3,), again["later"])
+    check(MODEL, (*shared, 3), again["later"])
     cold = run(e, request("exact", shared, max_tokens=4))  # the prefix itself leaves nothing to extend: cold
     assert e.state().prefill_tokens == 2 * len(shared) + 3 * tail + 1
     check(MODEL, shared, cold["exact"])
@@ -249,14 +273,14 @@ def published(model):
 def test_publishing_replaces_the_weights_and_forgets_the_prefix():
     shared, other = prompt(40), policy(seed=9)
     e = engine(policy())
-    before = run(e, *(request(f"a{i}", shared + (i,)) for i in range(2)))
-    check(MODEL, shared + (0,), before["a0"])
+    before = run(e, *(request(f"a{i}", (*shared, i)) for i in range(2)))
+    check(MODEL, (*shared, 0), before["a0"])
     weights, digest = published(other)
     e.publish(weights, digest, 7)
     assert (e.state().digest, e.state().weight_version) == (digest, 7)
-    after = run(e, *(request(f"b{i}", shared + (i,)) for i in range(2)), request("c", shared + (5,)))
+    after = run(e, *(request(f"b{i}", (*shared, i)) for i in range(2)), request("c", (*shared, 5)))
     for uid, last in (("b0", 0), ("b1", 1), ("c", 5)):
-        check(other, shared + (last,), after[uid])
+        check(other, (*shared, last), after[uid])
         assert set(after[uid].weight_version) == {7}
     assert set(before["a0"].weight_version) == {0}
 
@@ -280,7 +304,7 @@ def test_refused_weights_leave_the_old_ones_in_place():
         weights["norm.weight"].view(torch.uint8)[5] ^= 4
         e.publish(weights, digest, 1)
     weights.pop("norm.weight")
-    with pytest.raises(WeightsRefused, match="misses norm.weight"):
+    with pytest.raises(WeightsRefused, match=r"misses norm\.weight"):
         e.publish(weights, weights_digest(weights), 1)
     weights["norm.weight"] = torch.ones(3)
     with pytest.raises(WeightsRefused, match=r"norm.weight: found shape \(3,\)"):
@@ -294,14 +318,15 @@ def test_weights_that_are_not_finite_stop_the_engine_with_their_version():
     weights, _ = published(MODEL)
     weights["head.weight"][0, 0] = float("nan")
     e.publish(weights, weights_digest(weights), 12)
-    with pytest.raises(EngineError, match="version 12 .* not finite"):
+    with pytest.raises(EngineError, match=r"version 12 .* not finite"):
         run(e, request("r", prompt(4)))
 
 
 @pytest.mark.parametrize(("max_rows", "prefill_tokens"), [(1, 8192), (3, 8192), (5, 30), (64, 1)])
 def test_more_requests_than_rows_queue_and_none_is_lost_or_changed(max_rows, prefill_tokens):
     requests = [
-        request(f"r{i}", prompt(3 + 5 * (i % 4), i // 3), group=f"g{i // 3}", max_tokens=1 + 4 * (i % 3)) for i in range(14)
+        request(f"r{i}", prompt(3 + 5 * (i % 4), i // 3), group=f"g{i // 3}", max_tokens=1 + 4 * (i % 3))
+        for i in range(14)
     ]
     e = engine(max_rows=max_rows, prefill_tokens=prefill_tokens)
     e.submit(requests)

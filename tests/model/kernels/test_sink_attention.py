@@ -18,7 +18,9 @@ def inputs(rows=2, tokens=6, heads=3, width=5, sizes=((2, 4), (1, 7)), dtype=tor
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
     parts = []
     for blocks, size in sizes:
-        bias = torch.zeros(rows, tokens, size).masked_fill_(torch.rand(rows, tokens, size, generator=g) < 0.3, NONE)
+        bias = torch.zeros(rows, tokens, size).masked_fill_(
+            torch.rand(rows, tokens, size, generator=g) < 0.3, NONE
+        )
         parts.append((draw(rows, blocks, size, width).requires_grad_(), bias))
     return draw(rows, tokens, heads, width).requires_grad_(), parts, draw(heads).requires_grad_()
 
@@ -98,7 +100,9 @@ def test_strides_do_not_matter():
     query, parts, sink = inputs()
     strided = query.detach().transpose(1, 2).contiguous().transpose(1, 2)
     keys = [(k.detach().transpose(1, 2).contiguous().transpose(1, 2), b) for k, b in parts]
-    assert torch.equal(sink_attention(strided, keys, sink, 0.7)[0], sink_attention(query, parts, sink, 0.7)[0])
+    assert torch.equal(
+        sink_attention(strided, keys, sink, 0.7)[0], sink_attention(query, parts, sink, 0.7)[0]
+    )
 
 
 def test_inputs_are_left_as_they_were():

@@ -1,0 +1,98 @@
+"""Hidden states at loss positions are those of each sample run alone, with its values beside them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from consilience.model.config import TINY
+from consilience.model.forward_trace import Trace
+from consilience.model.initialize import initialize
+from consilience.model.transformer import Transformer
+from consilience.training.forward import hidden_at_loss, sample_order
+from consilience.training.packing import pack, split_micro_batches
+
+torch.set_num_threads(1)
+
+CONFIG = replace(TINY, hidden_size=32, vocab_size=50, n_routed_experts=4, compress_ratios=(0, 4, 16, 4))
+MODEL = initialize(Transformer(CONFIG), 0).requires_grad_(False)
+LENGTHS = (21, 40, 3, 9, 33, 1)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """token_ids, loss_mask (first third is prompt; sample 3 has no loss at all) and log-probs."""
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, 50, n) for n in LENGTHS]
+    masks = [(np.arange(n) >= n // 3).astype(np.float32) * (i + 1) for i, n in enumerate(LENGTHS)]
+    masks[3][:] = 0
+    return ids, masks, [rng.normal(size=n).astype(np.float32) for n in LENGTHS]
+
+
+def test_every_loss_position_has_the_hidden_state_target_weight_and_values_of_its_sample(samples):
+    ids, masks, logprobs = samples
+    packed = pack(ids, masks, {"logprobs": logprobs}, quantum=8, max_row_tokens=48)
+    found = hidden_at_loss(MODEL, packed)
+    expected = []
+    for s in [s for row in range(len(packed.token_ids)) for s in by_start(packed, row)]:
+        alone = MODEL.hidden(torch.from_numpy(ids[s])[None])[0]
+        for t in range(1, len(ids[s])):
+            if masks[s][t] > 0:
+                expected.append((s, ids[s][t], masks[s][t], logprobs[s][t], alone[t - 1]))
+    assert found.sample_index.tolist() == [e[0] for e in expected]
+    assert found.target_ids.tolist() == [e[1] for e in expected]
+    assert found.weight.tolist() == [e[2] for e in expected] and found.weight.dtype == torch.float32
+    torch.testing.assert_close(found.arrays["logprobs"], torch.tensor([e[3] for e in expected]))
+    # fp32, other matrix shapes: rounding only.
+    torch.testing.assert_close(found.hidden, torch.stack([e[4] for e in expected]), rtol=0, atol=1e-5)
+    assert len(expected) == packed.num_loss_tokens
+
+
+def by_start(packed, row):
+    """Samples of a row from left to right."""
+    return sorted(np.flatnonzero(packed.rows == row).tolist(), key=lambda s: packed.starts[s])
+
+
+def test_micro_batches_give_the_same_positions_as_the_whole(samples):
+    ids, masks, logprobs = samples
+    packed = pack(ids, masks, {"logprobs": logprobs}, quantum=8, max_row_tokens=48)
+    assert len(packed.token_ids) > 2
+    whole = hidden_at_loss(MODEL, packed)
+    parts = [hidden_at_loss(MODEL, m) for m in split_micro_batches(packed, packed.token_ids.shape[1])]
+    assert len(parts) == len(packed.token_ids)
+    for name in ("target_ids", "weight", "sample_index"):
+        assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name))
+    torch.testing.assert_close(torch.cat([p.hidden for p in parts]), whole.hidden, rtol=0, atol=1e-5)
+
+
+def test_sample_order_lists_each_sample_once_as_it_appears_and_none_without_a_loss(samples):
+    ids, masks, _ = samples
+    packed = pack(ids, masks, quantum=8, max_row_tokens=120)
+    order = sample_order(hidden_at_loss(MODEL, packed))
+    expected = [s for row in range(len(packed.token_ids)) for s in by_start(packed, row)]
+    assert order == [
+        s for s in expected if s not in (3, 5)
+    ]  # 3 has no loss, 5 one token that nothing predicts
+
+
+def test_gradients_reach_the_parameters_through_the_chosen_positions(samples):
+    ids, masks, _ = samples
+    model = initialize(Transformer(CONFIG), 0)
+    found = hidden_at_loss(model, pack(ids, masks, quantum=8, max_row_tokens=48))
+    (found.hidden.sum(1) * found.weight).sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if n.endswith("wq_a.weight"))
+
+
+def test_a_trace_is_filled_by_the_tokens_that_are_no_padding(samples):
+    ids, masks, _ = samples
+    trace = Trace()
+    hidden_at_loss(MODEL, pack(ids, masks, quantum=8, max_row_tokens=48), trace)
+    assert int(trace.expert_load[0].sum()) == sum(LENGTHS) * CONFIG.num_experts_per_tok
+    assert trace.csa_visible == 2 * sum((t + 1) // 4 for n in LENGTHS for t in range(n))
+
+
+def test_rows_without_any_loss_give_no_position():
+    packed = pack([np.array([1, 2, 3])], [np.zeros(3)], quantum=4, max_row_tokens=4)
+    found = hidden_at_loss(MODEL, packed)
+    assert found.hidden.shape == (0, 32) and found.target_ids.numel() == 0 and sample_order(found) == []
