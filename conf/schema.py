@@ -93,7 +93,7 @@ class TaskConfig:
     num_validation: int = setting(256, "validation problems a domain offers", unit="problems", low=1)
     num_test: int = setting(512, "held-out problems a domain offers", unit="problems", low=1)
     seed: int = setting(1, "seed of the problems; splits never overlap", low=0)
-    vocab_size: int = setting(640, "size of the tokenizer, special tokens included", unit="tokens", low=300)
+    vocab_size: int = setting(672, "size of the tokenizer, special tokens included", unit="tokens", low=300)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def test_a_small_number_without_a_point_is_a_number():
 
 def test_the_command_line_wins_over_a_profile_and_a_profile_over_the_groups():
     cfg = compose(["base.steps=7", "run=ci"])
-    assert (cfg.base.steps, cfg.sft.steps, cfg.run.profile, cfg.run.margins) == (7, 10, "ci", False)
+    assert (cfg.base.steps, cfg.sft.steps, cfg.run.profile, cfg.run.margins) == (7, 6, "ci", False)
 
 
 def test_a_number_may_name_a_run():
