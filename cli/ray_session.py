@@ -1,4 +1,4 @@
-"""What the stages of one process share: the Ray cluster and the rollout workers, started when first needed."""
+"""What the stages of one process share: Ray and the rollout workers, started when first needed."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from consilience.conf.schema import Config, OptimizerConfig, SftConfig
 from consilience.distill.train import DistillSettings, TeacherSide, train_distill
 from consilience.grpo.sft import Example, SupervisedSettings, train_supervised
 from consilience.grpo.train import GrpoSettings, train_grpo
+from consilience.model.checkpoint import to_official
 from consilience.model.config import PRESETS, ModelConfig
 from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer
@@ -274,15 +275,20 @@ def teacher_registry(context: StageContext) -> TeacherRegistry:
     """The configured teachers; without any, the run's own specialists, one a domain."""
     cfg = context.cfg
 
-    def specialist(domain: str) -> str:
-        return str(context.run.path / context.inputs[f"grpo/{domain}"]["checkpoint"])
+    def specialist(domain: str) -> Path:
+        return context.run.path / context.inputs[f"grpo/{domain}"]["checkpoint"]
 
     given = cfg.teachers.registry
     if not given:
         return TeacherRegistry([TeacherRecord(d, specialist(d), (d,), 1.0) for d in cfg.task.domains])
     return TeacherRegistry(
         [
-            TeacherRecord(name, t.checkpoint or specialist(t.domains[0]), tuple(t.domains), t.weight)
+            TeacherRecord(
+                name,
+                Path(t.checkpoint) if t.checkpoint else specialist(t.domains[0]),
+                tuple(t.domains),
+                t.weight,
+            )
             for name, t in given.items()
         ]
     )
@@ -325,7 +331,7 @@ def _self_kl(checkpoint: Path, store: RolloutStore, row_tokens: int) -> float:
     from consilience.training.forward import hidden_at_loss, sample_order
 
     records = [r for r in store.read(store.phases()[-1]) if r.num_sampled][:32]
-    teacher = load_model_teacher(TeacherRecord("self", str(checkpoint), (), 1.0))
+    teacher = load_model_teacher(TeacherRecord("self", checkpoint, (), 1.0))
     requests = [score_request(r) for r in records]
     states = teacher.score([r.token_ids for r in requests], [r.positions for r in requests])
     model, _ = load_checkpoint(checkpoint, verify=False)
@@ -334,11 +340,11 @@ def _self_kl(checkpoint: Path, store: RolloutStore, row_tokens: int) -> float:
         target = torch.cat([states[s] for s in sample_order(at)])
         out = distill_loss(
             at.hidden,
-            model.head.weight,
+            to_official(model)["head.weight"],  # type: ignore[arg-type]
             target,
             teacher.head(),
             teacher_weight=1.0,
-            num_loss_tokens=len(target),  # type: ignore[union-attr, arg-type]
+            num_loss_tokens=len(target),
         )
     return abs(out.sums["kl"]) / out.sums["tokens"]
 

@@ -57,5 +57,10 @@ def build_worker(
             boxes.close()
 
     return RolloutWorker(
-        engine, Tokenizer.load(tokenizer_path), boxes, grader, max_context=max_length, on_close=close
+        engine,
+        Tokenizer.load(tokenizer_path),
+        boxes,
+        grader,  # type: ignore[arg-type]
+        max_context=max_length,
+        on_close=close,
     )

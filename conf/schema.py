@@ -5,8 +5,6 @@ report where it states one. `consilience help GROUP` prints this file's content.
 the standard library only, so a wrong key is refused before torch or ray are loaded.
 """
 
-# ruff: noqa: RUF009 (`setting` makes a dataclass field)
-
 from __future__ import annotations
 
 from dataclasses import dataclass, fields

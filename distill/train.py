@@ -163,7 +163,11 @@ def train_phase(
             total["kl_by_sample"] |= part.pop("kl_by_sample")
             mine = sums.setdefault(segment.teacher, {})
             for name, value in part.items():
-                mine[name] = max(mine.get(name, 0.0), value) if name.startswith("max_") else mine.get(name, 0.0) + value
+                mine[name] = (
+                    max(mine.get(name, 0.0), value)
+                    if name.startswith("max_")
+                    else mine.get(name, 0.0) + value
+                )
         loads = teachers.heads.finish()
         total["head_loads"].append({"distinct": loads.distinct, "loads": loads.loads})
         scale = warmup_constant_cosine(

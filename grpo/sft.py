@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.model.forward_trace import Trace
+from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.training.engine import TrainEngine
 from consilience.training.forward import hidden_at_loss
 from consilience.training.metrics import MetricsSink

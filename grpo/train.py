@@ -18,8 +18,8 @@ from consilience.grpo.advantage import Advantages, group_advantages
 from consilience.grpo.loss import combine, grpo_loss, shares
 from consilience.model.checkpoint import to_official
 from consilience.model.digest import weights_digest
-from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.model.forward_trace import Trace
+from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.records import FinishReason, RolloutRecord
 from consilience.rollout.store import RolloutStore
@@ -131,7 +131,9 @@ def train_phase(
         if not members.size:
             continue
         packed = pack_records(
-            [records[i] for i in members], [advantages.advantage[i] for i in members], settings.row_tokens
+            [records[i] for i in members],
+            [float(advantages.advantage[i]) for i in members],
+            settings.row_tokens,
         )
         outcome = _mini_batch(engine, reference, packed, settings, len(members))
         scale = warmup_constant_cosine(
@@ -203,12 +205,11 @@ def publish(sampler: Sampler, model: nn.Module, version: int) -> int:
 
 def rollout_report(records: Sequence[RolloutRecord], advantages: Advantages) -> dict[str, float]:
     """Reward, correctness, lengths and what was dropped, over one phase."""
-    scored = [r for r in records if r.reward is not None]
+    scored = [(r.reward, r.reward_parts.get("correct", r.reward)) for r in records if r.reward is not None]
+    reward, correct = np.mean(scored, axis=0) if scored else (float("nan"), float("nan"))
     return {
-        "reward": float(np.mean([r.reward for r in scored])) if scored else float("nan"),
-        "correct": float(np.mean([r.reward_parts.get("correct", r.reward) for r in scored]))
-        if scored
-        else float("nan"),
+        "reward": float(reward),
+        "correct": float(correct),
         "length": float(np.mean([r.num_sampled for r in records])),
         "truncated_share": float(np.mean([r.finish is FinishReason.LENGTH for r in records])),
         "malformed_share": float(np.mean([r.finish is FinishReason.MALFORMED for r in records])),

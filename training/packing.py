@@ -145,7 +145,7 @@ def pack(
 
 
 def row_length(longest: int, at_least: int = 1, quantum: int = 32) -> int:
-    """Tokens of a row that holds a sample of `longest` tokens: a multiple of `quantum`, `at_least` or more."""
+    """Tokens of a row that holds a sample of `longest`: a multiple of `quantum`, at least `at_least`."""
     return -(-max(longest, at_least, 1) // quantum) * quantum
 
 

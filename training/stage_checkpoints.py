@@ -11,11 +11,12 @@ from typing import Any
 from consilience.training.checkpoint import (
     CheckpointMeta,
     latest_checkpoint,
+    load_checkpoint,
     load_engine_state,
     prune_checkpoints,
-    read_meta,
     save_checkpoint,
     step_folder,
+    v4_format,
 )
 from consilience.training.engine import TrainEngine
 
@@ -28,7 +29,13 @@ class StageCheckpoints:
     """
 
     def __init__(
-        self, folder: Path, engine: TrainEngine, tokenizer: Path, meta: CheckpointMeta, *, every_s: float = 60.0
+        self,
+        folder: Path,
+        engine: TrainEngine,
+        tokenizer: Path,
+        meta: CheckpointMeta,
+        *,
+        every_s: float = 60.0,
     ) -> None:
         self.folder, self.engine, self.tokenizer, self.meta = Path(folder), engine, tokenizer, meta
         self.every_s = every_s
@@ -39,8 +46,6 @@ class StageCheckpoints:
         newest = latest_checkpoint(self.folder)
         if newest is None:
             return 0, {}
-        from consilience.training.checkpoint import load_checkpoint, v4_format
-
         model, meta = load_checkpoint(newest)
         model_format = v4_format()
         model_format.load_official(self.engine.model, model_format.to_official(model))
@@ -60,8 +65,3 @@ class StageCheckpoints:
         prune_checkpoints(self.folder, keep=2)
         self._saved_at = time.monotonic()
         return folder
-
-
-def digest_of(folder: Path) -> str:
-    """Weights digest a checkpoint folder states."""
-    return read_meta(folder).digest

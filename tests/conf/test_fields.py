@@ -1,7 +1,5 @@
 """One setting at a time: what is taken, what is refused, what the refusal says."""
 
-# ruff: noqa: RUF009 (`setting` makes a dataclass field)
-
 from __future__ import annotations
 
 from dataclasses import dataclass

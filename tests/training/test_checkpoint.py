@@ -19,8 +19,8 @@ from torch import nn
 from consilience.conf.errors import CheckpointError
 from consilience.model.config import ModelConfig
 from consilience.model.digest import weights_digest
-from consilience.model.initialize import initialize
 from consilience.model.forward_trace import Trace
+from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer
 from consilience.training.checkpoint import (
     CheckpointMeta,
