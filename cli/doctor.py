@@ -110,7 +110,7 @@ def sandbox_of(cfg: Config) -> Finding:
 
 def plan_stages(cfg: Config, device: str, sandbox: str) -> list[StagePlan]:
     """What each kind of stage uses on this machine."""
-    trainer = f"{cfg.engine.kind}, {cfg.optimizer.kind}, {cfg.engine.dtype}"
+    trainer = f"{cfg.engine.kind}, {cfg.optimizer.kind}"
     workers = f"native, {cfg.rollout.num_workers} Ray actors × {cfg.rollout.threads_per_worker} thread(s)"
     return [
         StagePlan("base, sft", trainer, device, "–", "–"),

@@ -16,6 +16,7 @@ from consilience.conf.errors import RunError
 from consilience.conf.schema import Config
 from consilience.model.checkpoint import to_official
 from consilience.model.forward_trace import Trace
+from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.records import RolloutRecord
 from consilience.tasks.domain import Domain
 from consilience.training.checkpoint import load_checkpoint
@@ -35,7 +36,8 @@ def run_evaluate(context: StageContext) -> Mapping[str, Any]:
     folder = context.folder.create().path
     done = _read(folder)
     clock = StageClock()
-    temperatures = [cfg.evaluate.temperature, *([0.0] if cfg.evaluate.greedy else [])]
+    greedy = min(cfg.evaluate.greedy_problems, cfg.evaluate.num_problems)
+    temperatures = {cfg.evaluate.temperature: cfg.evaluate.num_problems} | ({0.0: greedy} if greedy else {})
     context.progress.start(context.name, len(models) * len(domains) * len(temperatures), "test")
     acting: dict[str, float] = {}
     isolation: dict[str, int] = {}
@@ -47,8 +49,8 @@ def run_evaluate(context: StageContext) -> Mapping[str, Any]:
         pool = rollout_pool(cfg, model.config, checkpoint / "tokenizer.json", domains)  # type: ignore[arg-type]
         pool.publish(to_official(model), meta.digest, 0)  # type: ignore[arg-type]
         rows = []
-        for temperature in temperatures:
-            records = pool.generate(_jobs(cfg, domains, name, temperature))
+        for temperature, num in temperatures.items():
+            records = pool.generate(_jobs(cfg, domains, name, temperature, num))
             clock.add_tokens("sampled", sum(r.num_sampled for r in records))
             rows += _grade_rows(name, temperature, records, domains)
             for record in records:
@@ -90,12 +92,14 @@ def models_of(context: StageContext) -> dict[str, Path]:
     return named
 
 
-def _jobs(cfg: Config, domains: Mapping[str, Domain], model: str, temperature: float) -> list:
+def _jobs(
+    cfg: Config, domains: Mapping[str, Domain], model: str, temperature: float, num: int
+) -> list[RolloutJob]:
     jobs = []
     for name, domain in domains.items():
         jobs += rollout_jobs(
             domain,
-            domain.problems("test", cfg.evaluate.num_problems),
+            domain.problems("test", num),
             prefix=f"evaluate/{model}/{temperature:g}/{name}",
             samples=1,
             temperature=temperature,

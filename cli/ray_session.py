@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from consilience.conf.schema import Config
 from consilience.model.config import ModelConfig
 from consilience.rollout.ray_cluster import RayCluster, start_ray, stop_ray
 from consilience.rollout.ray_workers import RolloutPool
+from consilience.rollout.tokenizer import Tokenizer
 from consilience.sandboxes.protocol import Isolation, Limits, SandboxSpec
 from consilience.tasks.domain import Domain
 from consilience.tasks.registry import load_domain
@@ -56,7 +58,9 @@ def rollout_pool(cfg: Config, model: ModelConfig, tokenizer: Path, domains: dict
         "reward_processes": cfg.rewards.num_processes,
         "needs_boxes": any(d.max_turns > 1 for d in domains.values()),
     }
-    wanted = (cfg.rollout.num_workers, cfg.rollout.threads_per_worker, kwargs)
+    # Every checkpoint folder has its own copy of the tokenizer; workers are kept while it is the same one.
+    same = kwargs | {"tokenizer_path": Tokenizer.load(tokenizer).digest}
+    wanted = (cfg.rollout.num_workers, cfg.rollout.threads_per_worker, same)
     if _open.get("wanted") != wanted:
         close_pool()
         _cluster(cfg)
@@ -87,6 +91,8 @@ def close_session() -> None:
 def _cluster(cfg: Config) -> None:
     if "cluster" in _open:
         return
+    if cfg.cluster.address is not None:
+        os.environ["RAY_ADDRESS"] = cfg.cluster.address
     # Workers decode while the trainer waits, so they may take every core.
     cores = max(cfg.cluster.num_cpus or 0, cfg.rollout.num_workers * cfg.rollout.threads_per_worker)
     _open["cluster"] = start_ray(

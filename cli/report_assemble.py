@@ -5,7 +5,7 @@ A stage result may hold (everything is optional except what a kind of stage is a
     checks                         rows {name, value, relation, bound}: what a part had to show
     curves                         chart title -> {series name -> [[step, …], [value, …]]}
 distillation, besides: kl [{teacher, step, mean}], self_kl, head_loads [{distinct, loads}];
-any sampling stage: mismatch_max, sandbox {driver, level, …};
+any sampling stage: mismatch_max, sandbox {isolation level: rollouts that had it};
 evaluation: grades_file, path in the run folder of [{model, domain, temperature, grades: {problem: correct}}].
 """
 
@@ -67,7 +67,7 @@ def assemble(
         self_kl=self_kl,
         head_loads=head_loads,
         mismatch_max=max(mismatches, default=None),
-        sandbox=next((r["sandbox"] for r in results.values() if r.get("sandbox")), {}),
+        sandbox=_isolation(results),
         checks=[
             *build.score_checks(measured),
             *build.distill_checks(kl, self_kl, head_loads),
@@ -104,6 +104,15 @@ def read_grades(folder: Path, results: Results) -> dict[GradeKey, dict[str, floa
         raise RunError(
             f"'{folder / named}' holds no gradings ({error}); redo it: run.from=evaluate"
         ) from error
+
+
+def _isolation(results: Results) -> dict[str, int]:
+    """Isolation level -> rollouts of the whole run that had it."""
+    counts: dict[str, int] = {}
+    for result in results.values():
+        for level, count in (result.get("sandbox") or {}).items():
+            counts[level] = counts.get(level, 0) + count
+    return counts
 
 
 def _stage_checks(results: Results) -> Iterable[CheckRow]:

@@ -13,6 +13,7 @@ import torch
 from consilience.cli.graph import StageContext
 from consilience.cli.jobs import rollout_jobs
 from consilience.cli.ray_session import domains_of, rollout_pool
+from consilience.conf.errors import ConfigError
 from consilience.conf.schema import Config, OptimizerConfig, SftConfig
 from consilience.distill.train import DistillSettings, TeacherSide, train_distill
 from consilience.grpo.sft import Example, SupervisedSettings, train_supervised
@@ -27,7 +28,7 @@ from consilience.rollout.records import RolloutRecord
 from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.tasks.corpus import Conversation, base_texts, join_episodes
-from consilience.tasks.domain import Domain
+from consilience.tasks.domain import Domain, Problem
 from consilience.teachers.admission import admit
 from consilience.teachers.heads import HeadCache
 from consilience.teachers.hidden_store import HiddenStore
@@ -35,7 +36,7 @@ from consilience.teachers.model_teacher import load_model_teacher
 from consilience.teachers.registry import TeacherRecord, TeacherRegistry
 from consilience.teachers.scheduler import TeacherScheduler
 from consilience.training.checkpoint import CheckpointMeta, load_checkpoint, read_meta
-from consilience.training.metrics import FanOut, MetricsLog
+from consilience.training.metrics import FanOut, MetricsLog, read_metrics
 from consilience.training.packing import row_length
 from consilience.training.stage_checkpoints import StageCheckpoints
 from consilience.training.stage_clock import StageClock
@@ -108,7 +109,7 @@ def _supervised(
         context.progress.start(context.name, settings.steps, "step")
         context.progress.advance(parts["start"])
         result = train_supervised(parts["engine"], groups, schedule, **_shared(parts))
-        folder = parts["checkpoints"].save(settings.steps, {})
+        folder = parts["checkpoints"].save(settings.steps, {"clock": parts["clock"].state()})
     return _result(context, parts, folder, {"train_tokens": result["train_tokens"]}) | {
         "curves": _curves(context, {"training loss": "nll"})
     }
@@ -126,7 +127,9 @@ def encode(tokenizer: Tokenizer, texts: Sequence[Conversation], prompt_weight: f
 def model_config(cfg: Config, tokenizer: Tokenizer) -> ModelConfig:
     """The preset with its overrides; the vocabulary is the tokenizer's unless set larger."""
     preset = PRESETS[cfg.model.preset]
-    overrides = {"vocab_size": tokenizer.padded_vocab_size(16), **cfg.model.overrides()}
+    rows = tokenizer.padded_vocab_size(16)
+    overrides = cfg.model.overrides()
+    overrides["vocab_size"] = max(rows, overrides.get("vocab_size", 0))
     overrides |= {"num_nextn_predict_layers": 0, "mtp_compress_ratios": ()}
     return replace(preset, **overrides, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
 
@@ -141,17 +144,13 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
     start = _start_folder(context, settings.init, f"sft/{name}")
     model, meta = load_checkpoint(start)
     reference, _ = load_checkpoint(start, verify=False)
-    reference.requires_grad_(False)
+    reference.requires_grad_(False).to(device_of(cfg))
     tokenizer = Tokenizer.load(start)
     domains = domains_of(cfg)
     pool = rollout_pool(cfg, model.config, start / TOKENIZER, domains)  # type: ignore[arg-type]
-    first = cfg.sft.num_examples
 
     def jobs_of(step: int):
-        offset = (first + step * settings.prompts_per_step) % max(
-            cfg.task.num_train - settings.prompts_per_step + 1, 1
-        )
-        problems = domains[name].problems("train", settings.prompts_per_step, start=offset)
+        problems = fresh_problems(cfg, domains[name], settings.prompts_per_step, step)
         return rollout_jobs(
             domains[name],
             problems,
@@ -167,6 +166,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         clip_epsilon=settings.clip_epsilon,
         kl_beta=settings.kl_beta,
         mask_delta=settings.mask_delta,
+        temperature=settings.temperature,
         row_tokens=settings.row_tokens,
         micro_tokens=_micro_tokens(cfg, settings.row_tokens),
         warmup=settings.warmup,
@@ -187,7 +187,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
             decode=tokenizer.decode,
             **_shared(parts),
         )
-        folder = parts["checkpoints"].save(settings.steps, {})
+        folder = parts["checkpoints"].save(settings.steps, {"clock": parts["clock"].state()})
     curves = _curves(
         context,
         {
@@ -205,7 +205,10 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
             ("largest masked share", "masked share"),
         )
     }
-    counted = {key: result[key] for key in ("train_tokens", "sampled_tokens", "mismatch_max")}
+    counted = {key: result[key] for key in ("train_tokens", "sampled_tokens")}
+    counted["mismatch_max"] = max(
+        (row["mismatch_max"] for row in read_metrics(context.folder.metrics)), default=None
+    )
     return _result(context, parts, folder, counted) | {
         "curves": curves,
         "checks": [{"name": n, "value": v, "relation": ">", "bound": 0.0} for n, v in acting.items()],
@@ -228,7 +231,8 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         admit(start, record.checkpoint, record.name)
     pool = rollout_pool(cfg, model.config, start / TOKENIZER, domains)  # type: ignore[arg-type]
     hidden = HiddenStore(context.folder.path / "hidden_states")
-    side = TeacherSide(registry, TeacherScheduler(registry, load_model_teacher, hidden), hidden, HeadCache())
+    heads = HeadCache(device_of(cfg))
+    side = TeacherSide(registry, TeacherScheduler(registry, load_model_teacher, hidden), hidden, heads)
     schedule = DistillSettings(
         steps=settings.steps,
         mini_batches=settings.mini_batches,
@@ -256,7 +260,8 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
             earlier=parts["cursor"].get("rows", ()),
             **_shared(parts),
         )
-        folder = parts["checkpoints"].save(settings.steps, {})
+        cursor = {"clock": parts["clock"].state(), "rows": result["rows"]}
+        folder = parts["checkpoints"].save(settings.steps, cursor)
     curves: dict[str, Any] = {}
     for row in result["kl"]:
         xs, ys = curves.setdefault(f"KL to {row['teacher']}", ([], []))
@@ -299,10 +304,9 @@ def distill_jobs(cfg: Config, domains: Mapping[str, Domain], registry: TeacherRe
     settings = cfg.distill
     jobs = []
     for name, share in split_prompts(settings.prompts_per_step, list(domains), settings.shares).items():
-        offset = step * share % max(cfg.task.num_train - share + 1, 1)
         jobs += rollout_jobs(
             domains[name],
-            domains[name].problems("train", share, start=offset),
+            fresh_problems(cfg, domains[name], share, step),
             prefix=f"distill/{step}/{name}",
             samples=settings.samples_per_prompt,
             temperature=settings.temperature,
@@ -311,6 +315,18 @@ def distill_jobs(cfg: Config, domains: Mapping[str, Domain], registry: TeacherRe
             is_graded=False,
         )
     return jobs
+
+
+def fresh_problems(cfg: Config, domain: Domain, num: int, step: int) -> list[Problem]:
+    """Training problems of one phase, after those whose solutions base and SFT have seen, then around again.
+
+    Where the training split ends before that, from its beginning.
+    """
+    first = max(cfg.base.num_examples, cfg.sft.num_examples)
+    room = cfg.task.num_train - first
+    if room < num:
+        first, room = 0, max(cfg.task.num_train, num)
+    return domain.problems("train", num, start=first + step * num % (room - num + 1))
 
 
 def split_prompts(num: int, domains: Sequence[str], shares: Mapping[str, float]) -> dict[str, int]:
@@ -362,7 +378,17 @@ def optimizer_settings(given: OptimizerConfig, lr: float) -> OptimizerSettings:
         momentum=given.muon_momentum,
         update_rms=given.update_rms,
         grad_clip=given.grad_clip,
+        kind=given.kind,
     )
+
+
+def device_of(cfg: Config) -> torch.device:
+    """Where the trainer's tensors live. ConfigError if a GPU is asked for and there is none."""
+    wanted = cfg.engine.device
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise ConfigError("engine.device is cuda, but torch finds no GPU; take engine.device=auto")
+    return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
 
 
 @contextmanager
@@ -371,8 +397,10 @@ def _stage(context: StageContext, model: Any, lr: float, tokenizer_path: Path, p
     from consilience.training.wandb_sink import WandbSink
 
     cfg = context.cfg
-    torch.set_num_threads(cfg.engine.threads or (torch.get_num_threads()))
+    if cfg.engine.threads:
+        torch.set_num_threads(cfg.engine.threads)
     context.folder.create()
+    model.to(device_of(cfg))
     engine = TorchEngine(model, optimizer_settings(cfg.optimizer, lr))
     tokenizer = Tokenizer.load(tokenizer_path)
     meta = CheckpointMeta(
@@ -450,8 +478,6 @@ def _micro_tokens(cfg: Config, row_tokens: int) -> int:
 
 def _curves(context: StageContext, titles: Mapping[str, str]) -> dict[str, Any]:
     """Chart title -> {stage: [[step, …], [value, …]]} from the stage's metrics.jsonl."""
-    from consilience.training.metrics import read_metrics
-
     rows = read_metrics(context.folder.metrics)
     return {
         title: {context.name: [[r["step"] for r in rows], [r.get(key) for r in rows]]}

@@ -59,8 +59,8 @@ def build_worker(
     return RolloutWorker(
         engine,
         Tokenizer.load(tokenizer_path),
-        boxes,
-        grader,  # type: ignore[arg-type]
+        boxes,  # type: ignore[arg-type]
+        grader,
         max_context=max_length,
         on_close=close,
     )

@@ -24,6 +24,7 @@ def check_rules(cfg: Config) -> Config:
     _check_specialists(cfg)
     _check_teachers(cfg)
     _check_sizes(cfg)
+    _check_shares(cfg)
     _check_model(cfg)
     _check_sandbox(cfg)
     _check_files(cfg)
@@ -118,6 +119,16 @@ def _check_teachers(cfg: Config) -> None:
         raise ConfigError(
             f"domain '{missing[0]}' has no teacher; add it to one of teachers.registry.*.domains"
         )
+
+
+def _check_shares(cfg: Config) -> None:
+    for key, shares in (("base.shares", cfg.base.shares), ("distill.shares", cfg.distill.shares)):
+        for name, share in shares.items():
+            check_domain(cfg, name, key)
+            if not (0 <= share < float("inf")):
+                raise ConfigError(f"{key}.{name} is {share}; a share is 0 or more")
+        if not sum(shares.get(name, 1.0) for name in cfg.task.domains) > 0:
+            raise ConfigError(f"{key} leaves no domain a share; give at least one a value above 0")
 
 
 def _check_sizes(cfg: Config) -> None:

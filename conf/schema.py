@@ -88,7 +88,6 @@ class TaskConfig:
 
     domains: dict[str, DomainConfig] = setting({}, "name -> domain; `task.domains.NAME.KEY=VALUE`")
     num_train: int = setting(20_000, "training problems a domain offers", unit="problems", low=1)
-    num_validation: int = setting(256, "validation problems a domain offers", unit="problems", low=1)
     num_test: int = setting(512, "held-out problems a domain offers", unit="problems", low=1)
     seed: int = setting(1, "seed of the problems; splits never overlap", low=0)
     vocab_size: int = setting(672, "size of the tokenizer, special tokens included", unit="tokens", low=300)
@@ -146,7 +145,6 @@ class GrpoConfig:
         unit="nats",
         above=0,
     )
-    drop_no_signal: bool = setting(True, "drop groups whose rewards are all equal, and count them")
     temperature: float = setting(1.0, "sampling temperature", above=0, high=10)
     lr: float = setting(3e-4, "peak learning rate", above=0, high=10)
     warmup: int = setting(2, "steps of linear warm-up", unit="steps", low=0)
@@ -164,7 +162,6 @@ class RolloutConfig:
     max_batch: int = setting(128, "streams a worker decodes at once", unit="streams", low=1, speed_only=True)
     threads_per_worker: int = setting(1, "CPU threads of a worker", unit="threads", low=1, speed_only=True)
     max_length: int = setting(1024, "longest stream, prompt included", unit="tokens", low=16)
-    timeout_s: float = setting(600.0, "longest a worker may say nothing", unit="s", above=0, speed_only=True)
 
 
 @dataclass(frozen=True)
@@ -272,9 +269,6 @@ class EngineConfig:
     device: str = setting(
         "auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"), speed_only=True
     )
-    dtype: str = setting(
-        "float32", "activation dtype; parameters stay float32", choices=("float32", "bfloat16")
-    )
     threads: int = setting(
         0, "CPU threads of the trainer; 0: all cores", unit="threads", low=0, speed_only=True
     )
@@ -300,7 +294,9 @@ class EvaluateConfig:
 
     num_problems: int = setting(512, "test problems per domain", unit="problems", low=1)
     temperature: float = setting(1.0, "sampling temperature", above=0, high=10)
-    greedy: bool = setting(True, "measure greedy decoding beside it")
+    greedy_problems: int = setting(
+        128, "of these, problems also answered greedily; 0: none", unit="problems", low=0
+    )
     num_resamples: int = setting(10_000, "bootstrap resamples", low=100, high=10_000_000)
     checkpoint: str | None = setting(
         None, "evaluate this checkpoint folder alone; null: every model of the run"
@@ -327,7 +323,6 @@ class LogConfig:
     wandb: str = setting("offline", "offline needs no account", choices=("offline", "online", "disabled"))
     project: str = setting("consilience", "wandb project")
     table_rows: int = setting(32, "rollouts in the table of a logged step", unit="rows", low=0)
-    every: int = setting(1, "steps between two lines of metrics", unit="steps", low=1)
     progress: str = setting(
         "auto", "auto: bars on a terminal, lines elsewhere", choices=("auto", "bars", "lines", "off")
     )

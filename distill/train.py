@@ -21,7 +21,7 @@ from consilience.model.checkpoint import to_official
 from consilience.model.digest import weights_digest
 from consilience.model.forward_trace import Trace
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.records import RolloutRecord
+from consilience.rollout.records import FinishReason, RolloutRecord
 from consilience.rollout.store import RolloutStore
 from consilience.teachers.heads import HeadCache
 from consilience.teachers.hidden_store import HiddenStore
@@ -103,7 +103,7 @@ def train_distill(
                 records = sampler.generate(jobs_of(step))
                 store.append(phase, records)
         clock.add_tokens("sampled", sum(r.num_sampled for r in records))
-        records = [r for r in records if r.num_sampled and r.teacher is not None]
+        records = [r for r in records if r.num_sampled and r.teacher and r.finish is not FinishReason.ABORT]
         with clock.phase("score"):
             scored = teachers.scheduler.score([score_request(r) for r in records])
         with clock.phase("train"):
@@ -112,8 +112,9 @@ def train_distill(
         with clock.phase("publish"):
             version = publish(sampler, engine.model, version + 1)
         rows.append({"step": step + 1, "kl": report["kl"], "head_loads": report["head_loads"]})
+        by_sample = report.pop("kl_by_sample")
         log.scalars(step + 1, report | {"teacher_loads": len(scored.loads), "reused": scored.num_reused})
-        log.rollouts(step + 1, _table(records, report["kl_by_sample"], decode, settings.table_rows))
+        log.rollouts(step + 1, _table(records, by_sample, decode, settings.table_rows))
         progress.advance(1, **{f"kl {name}": value for name, value in report["kl"].items()})
         checkpoints.save_if_due(step + 1, {"clock": clock.state(), "rows": rows})
     tokens = clock.state()["tokens"]
@@ -126,6 +127,7 @@ def train_distill(
             for name, value in row["kl"].items()
         ],
         "head_loads": [loads for row in rows for loads in row["head_loads"]],
+        "rows": rows,
     }
 
 
@@ -260,5 +262,5 @@ def _table(
             teacher=r.teacher,
             kl=kl.get(r.uid),
         )
-        for r in records[:num]
+        for r in (records[:: -(-len(records) // num)] if num and records else ())
     ]

@@ -137,11 +137,15 @@ class _Stream:
         self._examples = examples
         self._rng = np.random.default_rng(seed)
         self._order: Iterator[int] = iter(())
+        self._surplus = 0.0
 
     def take(self, num_tokens: float) -> list[Example]:
-        """The next examples, until they hold at least `num_tokens` tokens."""
+        """The next examples, until all taken so far hold at least `num_tokens` for each call.
+
+        What one call takes too much the next takes less, so that shares hold on average.
+        """
         chosen: list[Example] = []
-        held = 0
+        held = self._surplus
         while held < num_tokens:
             index = next(self._order, None)
             if index is None:
@@ -149,4 +153,5 @@ class _Stream:
                 continue
             chosen.append(self._examples[index])
             held += len(self._examples[index].token_ids)
+        self._surplus = held - num_tokens
         return chosen

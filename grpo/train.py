@@ -50,6 +50,7 @@ class GrpoSettings:
     clip_epsilon: float = 0.2
     kl_beta: float = 1e-3
     mask_delta: float = 0.1
+    temperature: float = 1.0
     row_tokens: int = 512
     micro_tokens: int = 8192
     warmup: int = 2
@@ -59,7 +60,7 @@ class GrpoSettings:
 
 def train_grpo(
     engine: TrainEngine,
-    reference: nn.Module,
+    reference: Any,
     sampler: Sampler,
     jobs_of: Callable[[int], list[RolloutJob]],
     settings: GrpoSettings,
@@ -114,7 +115,7 @@ def train_grpo(
 
 def train_phase(
     engine: TrainEngine,
-    reference: nn.Module,
+    reference: Any,
     records: Sequence[RolloutRecord],
     advantages: Advantages,
     settings: GrpoSettings,
@@ -148,7 +149,7 @@ def train_phase(
 
 
 def _mini_batch(
-    engine: TrainEngine, reference: nn.Module, packed: PackedRows, settings: GrpoSettings, num_samples: int
+    engine: TrainEngine, reference: Any, packed: PackedRows, settings: GrpoSettings, num_samples: int
 ) -> dict[str, Any]:
     """Gradients of one mini-batch; returns the loss sums and the experts' load."""
     trace = Trace()
@@ -158,9 +159,13 @@ def _mini_batch(
         nonlocal sums
         with torch.no_grad():
             there = hidden_at_loss(reference, micro)
-            ref = linear_logprob(there.hidden, reference.head.weight, there.target_ids).logprob  # type: ignore[union-attr, arg-type]
+            ref = linear_logprob(
+                there.hidden, reference.head.weight, there.target_ids, temperature=settings.temperature
+            ).logprob  # type: ignore[union-attr, arg-type]
         at = hidden_at_loss(model, micro, trace)
-        logprob = linear_logprob(at.hidden, model.head.weight, at.target_ids).logprob
+        logprob = linear_logprob(
+            at.hidden, model.head.weight, at.target_ids, temperature=settings.temperature
+        ).logprob
         out = grpo_loss(
             logprob,
             at.arrays["old_logprob"],
@@ -220,13 +225,18 @@ def rollout_report(records: Sequence[RolloutRecord], advantages: Advantages) -> 
     }
 
 
+def spread(items: Sequence[Any], num: int) -> list[Any]:
+    """At most `num` of the items, evenly spaced, the first among them."""
+    return list(items[:: -(-len(items) // num)]) if num and items else []
+
+
 def rollout_rows(
     records: Sequence[RolloutRecord],
     advantages: Advantages,
     decode: Callable[[Sequence[int]], str],
     num: int,
 ) -> list[RolloutRow]:
-    """The first `num` rollouts as a person reads them."""
+    """`num` rollouts, spread over the phase, as a person reads them."""
     return [
         RolloutRow(
             uid=r.uid,
@@ -236,5 +246,5 @@ def rollout_rows(
             reward_parts=r.reward_parts,
             advantage=float(advantages.advantage[i]),
         )
-        for i, r in enumerate(records[:num])
+        for i, r in spread(list(enumerate(records)), num)
     ]

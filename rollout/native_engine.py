@@ -204,7 +204,7 @@ class NativeEngine:
         longest, prompts = 0, set()
         for request in candidates:
             longest = max(longest, len(request.prompt_ids))
-            prompts.add((request.group, request.prompt_ids) if request.parent is None else request.uid)
+            prompts.add(request.uid if request.group is None else (request.group, request.prompt_ids))
             if chosen and longest * len(prompts) > self.prefill_tokens:
                 break
             chosen.append(request)

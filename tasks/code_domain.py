@@ -50,8 +50,9 @@ class CodeParameters:
     num_hidden: int = setting(6, "cases kept back", unit="cases", low=5, high=64)
     example_inputs: str = setting(
         "ordered",
-        "ordered: the examples' inputs are the first letters of the alphabet, then the next; random: any",
-        choices=("ordered", "random"),
+        "ordered: the examples' inputs are the first letters of the alphabet, then the next; "
+        "consecutive: letters in alphabetical order from a random one; random: any",
+        choices=("ordered", "consecutive", "random"),
     )
     show_positions: bool = setting(False, "show each input character followed by its index")
     input_separator: str = setting("", "shown between input characters")
@@ -77,10 +78,13 @@ class CodeParameters:
             "raise length, max_terms, transforms or literals.",
         )
         needed = self.length * self.num_examples
+        if self.example_inputs == "consecutive":
+            needed = self.length + self.num_examples
         require(
             self.example_inputs == "random" or len(self.alphabet) >= needed,
-            f"code: {self.num_examples} ordered examples of length {self.length} need {needed} letters, "
-            f"the alphabet has {len(self.alphabet)}; give more letters or example_inputs=random.",
+            f"code: {self.num_examples} {self.example_inputs} examples of length {self.length} need "
+            f"{needed} letters, the alphabet has {len(self.alphabet)}; give more letters or "
+            "example_inputs=random.",
         )
         return space
 
@@ -99,7 +103,7 @@ class CodeSource:
             StringProgramsConfig(
                 space=self.space,
                 num_examples=parameters.num_examples,
-                is_ordered=parameters.example_inputs == "ordered",
+                example_inputs=parameters.example_inputs,
                 num_hidden=parameters.num_hidden,
                 literal_share=parameters.literal_share,
                 transform_share=parameters.transform_share,

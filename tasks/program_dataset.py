@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ class StringProgramsConfig:
     space: ProgramSpace
     num_examples: int = 2
     num_hidden: int = 6
-    is_ordered: bool = False
+    example_inputs: str = "random"
     literal_share: float = 0.2
     transform_share: float = 0.25
     seed: int | None = None
@@ -59,7 +60,7 @@ class StringProgramsDataset(ProceduralDataset):
         rng = random.Random(
             int.from_bytes(hashlib.sha256(expression_of(program).encode()).digest()[:8], "big")
         )
-        inputs = self._ordered_inputs() if config.is_ordered else []
+        inputs = self._example_inputs(rng)
         while len(inputs) < config.num_examples + config.num_hidden:
             x = "".join(rng.sample(config.space.alphabet, config.space.length))
             if x not in inputs:
@@ -83,11 +84,17 @@ class StringProgramsDataset(ProceduralDataset):
         """1.0 for the reference text, else 0.0; running a candidate is `rewards/code_scores.py`'s part."""
         return float(answer is not None and answer.strip() == entry["answer"])
 
-    def _ordered_inputs(self) -> list[str]:
-        """The alphabet cut into the examples' inputs: `abcdef`, `ghijkl`, …"""
+    def _example_inputs(self, rng: random.Random) -> list[str]:
+        """Inputs of the shown cases, unless random: runs of the alphabet, `abcdef`, `ghijkl`, … in
+        order, or starting anywhere (`consecutive`)."""
         config: StringProgramsConfig = self.config
-        letters, length = config.space.alphabet, config.space.length
-        return [letters[i * length : (i + 1) * length] for i in range(config.num_examples)]
+        letters, length, shown = config.space.alphabet, config.space.length, config.num_examples
+        if config.example_inputs == "random":
+            return []
+        starts: Sequence[int] = [i * length for i in range(shown)]
+        if config.example_inputs == "consecutive":
+            starts = rng.sample(range(len(letters) - length + 1), shown)
+        return [letters[start : start + length] for start in starts]
 
     def _term(self, rng: random.Random) -> Term:
         config: StringProgramsConfig = self.config

@@ -85,10 +85,13 @@ def owner_of(name: str) -> Owner:
     return found.pop()
 
 
-def parameter_groups(model: nn.Module, *, o_groups: int | None = None) -> ParameterGroups:
+def parameter_groups(
+    model: nn.Module, *, o_groups: int | None = None, use_muon: bool = True
+) -> ParameterGroups:
     """Split a model's trainable parameters; the logical matrices follow from names and shapes.
 
     o_groups  output groups of `wo_a`; None reads it off the shapes of `wq_b` and `wo_a`.
+    use_muon  False gives Muon's matrices to AdamW, with weight decay.
     A parameter with requires_grad False is frozen, whatever its name. EngineError: an unknown name.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -98,6 +101,8 @@ def parameter_groups(model: nn.Module, *, o_groups: int | None = None) -> Parame
         owner = owner_of(name)
         if owner is not Owner.RULE and not parameter.requires_grad:
             owner = Owner.FROZEN
+        if owner is Owner.MUON and not use_muon:
+            owner = Owner.ADAMW_DECAYED
         if owner is Owner.MUON:
             muon.append(MuonParameter(name, parameter, _row_blocks(name, shapes, o_groups)))
         by_owner[owner][name] = parameter

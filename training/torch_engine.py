@@ -29,6 +29,7 @@ class OptimizerSettings:
     momentum, update_rms   Muon's μ and γ
     bias_speed     step of the router biases
     grad_clip      largest global gradient norm; 0 switches clipping off
+    kind           "muon" (with AdamW for what Muon leaves) or "adamw" for every parameter
     """
 
     lr: float = 2.7e-4
@@ -40,6 +41,7 @@ class OptimizerSettings:
     update_rms: float = 0.18
     bias_speed: float = 1e-3
     grad_clip: float = 1.0
+    kind: str = "muon"
 
 
 class TorchEngine:
@@ -53,7 +55,7 @@ class TorchEngine:
         self.num_steps = 0
         s = self.settings
         self.optimizer = V4Optimizer(
-            parameter_groups(model, o_groups=o_groups),
+            parameter_groups(model, o_groups=o_groups, use_muon=s.kind == "muon"),
             lr=s.lr,
             weight_decay=s.weight_decay,
             betas=(s.beta1, s.beta2),

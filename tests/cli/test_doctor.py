@@ -52,4 +52,4 @@ def test_the_plan_says_what_each_stage_will_use():
     plans = {p.stage: p for p in plan_stages(config(rollout={"num_workers": 3}), "cpu", "bwrap_user")}
     assert "3 Ray actors" in plans["grpo"].sampler
     assert plans["grpo"].sandbox == "bwrap_user"
-    assert plans["base, sft"].engine == "torch, muon, float32"
+    assert plans["base, sft"].engine == "torch, muon"

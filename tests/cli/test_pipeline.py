@@ -30,7 +30,7 @@ def config(folder: Path, **run) -> Config:
 
 def train(context) -> dict:
     (context.folder.checkpoints / "step-00000001").mkdir(exist_ok=True)
-    sandbox = {"driver": "fake", "level": "bwrap_user"}
+    sandbox = {"bwrap_user": 4}
     return {"train_tokens": 10, "sampled_tokens": 10, "mismatch_max": 1e-6, "sandbox": sandbox}
 
 

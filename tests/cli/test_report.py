@@ -55,7 +55,7 @@ def results() -> dict[str, dict]:
             "train_tokens": 400,
             "sampled_tokens": 600,
             "mismatch_max": 3e-6,
-            "sandbox": {"driver": "bwrap", "level": "bwrap_user"},
+            "sandbox": {"bwrap_user": 512},
             "checks": [{"name": "clip share", "value": 0.01, "relation": ">", "bound": 0}],
         },
         "distill": {

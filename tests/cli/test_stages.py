@@ -78,7 +78,7 @@ def test_settings_change_the_stages_that_depend_on_them_and_no_others():
     assert changed == {"grpo/math", "grpo/code", "grpo/agent"}
     one = {n for n, s in settings("specialist.settings.code.sft.steps=9").items() if s != plain[n]}
     assert one == {"sft/code"}
-    assert settings("rollout.num_workers=7", "log.every=9", "run.name=b") == plain
+    assert settings("rollout.num_workers=7", "log.table_rows=9", "run.name=b") == plain
 
 
 def test_redoing_from_a_stage_the_verb_does_not_have_is_refused():

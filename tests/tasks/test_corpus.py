@@ -4,7 +4,7 @@ import pytest
 
 from consilience.conf.errors import TaskError
 from consilience.rollout.encoding import encode_messages
-from consilience.tasks.corpus import base_texts, conversation, sft_examples
+from consilience.tasks.corpus import base_texts, conversation, join_episodes, sft_examples
 from consilience.tasks.domain import Problem
 from consilience.tasks.fake_domain import FakeDomain
 from consilience.tasks.registry import load_domain
@@ -56,3 +56,40 @@ def test_problems_without_a_demo_and_senseless_numbers_are_refused():
     for domains, num, noise in (([], 1, 0.0), ([FakeDomain()], -1, 0.0), ([FakeDomain()], 1, 1.5)):
         with pytest.raises(TaskError, match="base texts"):
             base_texts(domains, num, 0, noise=noise)
+
+
+def test_joined_episodes_follow_each_other_under_one_tool_declaration():
+    domain = load_domain("agent")
+    single = sft_examples(domain, 7)
+    joined = join_episodes(single, 3)
+    assert len(joined) == 2  # the seventh is left out
+    for number, text in enumerate(joined):
+        parts = single[3 * number : 3 * number + 3]
+        questions = [m["content"] for m in text.messages if m["role"] == "user"]
+        assert questions == [m["content"] for part in parts for m in part.messages if m["role"] == "user"]
+        assert [m["role"] for m in text.messages].count("system") == 1
+        assert text.messages[: text.num_prompt] == parts[0].messages[: parts[0].num_prompt]
+        encoded = encode_messages(text.messages, text.effort)
+        for part in parts:
+            assert part.messages[-1]["content"] in encoded
+            # With tools declared, the reasoning of every turn stays in the stream.
+            assert all(m["reasoning_content"] in encoded for m in part.messages if m["role"] == "assistant")
+
+
+def test_every_result_of_a_joined_conversation_answers_a_call_of_its_own_episode():
+    (joined,) = join_episodes(sft_examples(load_domain("agent"), 4), 4)
+    calls = [c["id"] for m in joined.messages for c in m.get("tool_calls") or ()]
+    answers = [m["tool_call_id"] for m in joined.messages if m["role"] == "tool"]
+    assert len(set(calls)) == len(calls) >= 8 and answers == calls
+    assert {call.partition("_")[0] for call in calls} == {"0", "1", "2", "3"}
+
+
+def test_examples_without_tools_and_single_episodes_are_returned_as_they_are():
+    plain, tooled = sft_examples(FakeDomain(), 5), sft_examples(load_domain("agent"), 3)
+    assert join_episodes(plain, 4) == plain
+    assert join_episodes(tooled, 1) == tooled
+    assert join_episodes([], 4) == []
+    assert join_episodes(tooled, 4) == []
+    before = sft_examples(load_domain("agent"), 3)
+    join_episodes(tooled, 3)
+    assert tooled == before  # joining changes no example in place

@@ -1,0 +1,281 @@
+"""The distillation loop on tiny checkpoints: KL falls, a student equal to its teacher has nothing to learn."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from consilience.distill.train import (
+    DistillSettings,
+    TeacherSide,
+    score_request,
+    train_distill,
+    train_phase,
+)
+from consilience.model.checkpoint import to_official
+from consilience.model.config import TINY
+from consilience.model.digest import weights_digest
+from consilience.model.initialize import initialize
+from consilience.model.transformer import Transformer
+from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord
+from consilience.rollout.store import RolloutStore
+from consilience.teachers.heads import HeadCache
+from consilience.teachers.hidden_store import HiddenStore
+from consilience.teachers.model_teacher import load_model_teacher
+from consilience.teachers.registry import TeacherRecord, TeacherRegistry
+from consilience.teachers.scheduler import TeacherScheduler
+from consilience.training.checkpoint import CheckpointMeta, save_checkpoint
+from consilience.training.metrics import MemorySink
+from consilience.training.progress import SilentProgress
+from consilience.training.stage_checkpoints import StageCheckpoints
+from consilience.training.stage_clock import StageClock
+from consilience.training.torch_engine import OptimizerSettings, TorchEngine
+
+torch.set_num_threads(1)
+
+CONFIG = replace(
+    TINY,
+    vocab_size=40,
+    hidden_size=16,
+    num_hidden_layers=2,
+    compress_ratios=(0, 4),
+    n_routed_experts=4,
+    moe_intermediate_size=8,
+    initializer_range=0.2,  # so that teachers of different seeds really disagree
+)
+META = CheckpointMeta(stage="distill", seed=3, step=0, special_tokens={"<bos>": 0})
+SEEDS = {"code": 1, "math": 2}
+
+
+class GradientKeeper(TorchEngine):
+    """Keeps the gradients of every step; the parameters stay where they are."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.steps = []
+
+    def step(self, lr_scale=1.0, expert_load=None):
+        self.steps.append({n: p.grad for n, p in self.model.named_parameters() if p.grad is not None})
+        self._clear()
+        return {"grad_norm": 0.0, "lr": lr_scale}
+
+
+def model(seed=0):
+    return initialize(Transformer(CONFIG), seed)
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory):
+    """Two teachers as checkpoint folders; "code" weighs double where a test asks for it."""
+    root = tmp_path_factory.mktemp("teachers")
+    (root / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": {}}))
+    for name, seed in SEEDS.items():
+        save_checkpoint(root / name, model(seed), root / "tokenizer.json", replace(META, domain=name))
+    return TeacherRegistry([TeacherRecord(name, root / name, (name,)) for name in SEEDS])
+
+
+def side(registry, folder):
+    store = HiddenStore(folder)
+    return TeacherSide(registry, TeacherScheduler(registry, load_model_teacher, store), store, HeadCache())
+
+
+def record(uid, teacher, tokens, mask=None):
+    mask = tuple(mask or (1,) * len(tokens))
+    return RolloutRecord(
+        uid=uid,
+        group=uid,
+        domain=teacher or "math",
+        effort="chat",
+        teacher=teacher,
+        prompt_ids=(3, 9, 17),
+        token_ids=tuple(tokens),
+        logprobs=tuple(-1.0 if m else float("nan") for m in mask),
+        loss_mask=mask,
+        weight_version=tuple(0 if m else -1 for m in mask),
+        finish=FinishReason.STOP,
+        outcome=Outcome(OutcomeKind.GRADED),
+    )
+
+
+def samples(step=0, teachers=("math", "code", "math", "code")):
+    generator = torch.Generator().manual_seed(step)
+    return [
+        record(
+            f"{step}/{i}",
+            teacher,
+            torch.randint(2, 40, (6 + i,), generator=generator).tolist(),
+            [1] * (6 + i),
+        )
+        for i, teacher in enumerate(teachers)
+    ]
+
+
+def phase(engine, records, teachers, **settings):
+    scored = teachers.scheduler.score([score_request(r) for r in records])
+    return train_phase(engine, records, scored, teachers, DistillSettings(10, **settings), 5)
+
+
+def test_positions_to_score_are_those_whose_next_token_the_student_sampled():
+    r = record("a", "math", (5, 6, 30, 31, 7), mask=(1, 1, 0, 0, 1))
+    request = score_request(r)
+    # Tokens 3 4 (sampled), 5 6 (an observation), 7 (sampled) of the stream: one to the left of each.
+    assert request.positions == (2, 3, 6) and request.token_ids == (3, 9, 17, 5, 6, 30, 31, 7)
+    assert (request.uid, request.teacher) == ("a", "math")
+
+
+def test_the_reported_kl_is_that_of_the_two_models_own_logits(registry, tmp_path):
+    records = [*samples(), record("o", "math", (5, 6, 30, 31, 7), mask=(1, 1, 0, 0, 1))]
+    engine = GradientKeeper(model())
+    report = phase(engine, records, side(registry, tmp_path), mini_batches=1, row_tokens=32, micro_tokens=32)
+    for name, seed in SEEDS.items():
+        kl = []
+        for r in records:
+            if r.teacher != name:
+                continue
+            ids = torch.tensor([r.prompt_ids + r.token_ids])
+            with torch.no_grad():
+                p, q = (
+                    torch.log_softmax(m.head(m.hidden(ids))[0].double(), -1) for m in (model(), model(seed))
+                )
+            own = (p.exp() * (p - q)).sum(-1)[list(score_request(r).positions)]
+            assert report["kl_by_sample"][r.uid] == pytest.approx(float(own.mean()), rel=1e-3)
+            kl += own.tolist()
+        assert report["kl"][name] == pytest.approx(sum(kl) / len(kl), rel=1e-3)  # fp32 against fp64
+        assert report["kl"][name] > 1e-3
+
+
+def test_kl_falls_when_the_student_trains(registry, tmp_path):
+    engine = TorchEngine(model(), OptimizerSettings(lr=0.01, weight_decay=0.0))
+    teachers = side(registry, tmp_path)
+    kl = [phase(engine, samples(), teachers, warmup=0)["kl"] for _ in range(6)]
+    assert engine.num_steps == 12
+    for name in SEEDS:
+        assert kl[-1][name] < 0.7 * kl[0][name], name
+
+
+def test_a_student_equal_to_its_teacher_has_no_kl_and_no_gradient(registry, tmp_path):
+    engine = GradientKeeper(model(SEEDS["math"]))
+    report = phase(engine, samples(teachers=["math"] * 3), side(registry, tmp_path), mini_batches=1)
+    other = GradientKeeper(model())
+    phase(other, samples(teachers=["math"] * 3), side(registry, tmp_path / "b"), mini_batches=1)
+    assert abs(report["kl"]["math"]) <= 1e-6
+    assert report["top1_agreement"]["math"] == 1.0
+    mine, others = (max(float(g.abs().max()) for g in e.steps[0].values()) for e in (engine, other))
+    assert mine < 1e-4 * others
+
+
+@pytest.mark.parametrize("normalisation", ["tokens", "teacher"])
+def test_cutting_a_mini_batch_into_rows_changes_no_gradient(registry, tmp_path, normalisation):
+    found = []
+    for i, cut in enumerate(({}, {"row_tokens": 32, "micro_tokens": 32, "chunk_tokens": 3})):
+        engine = GradientKeeper(model())
+        phase(
+            engine,
+            samples(),
+            side(registry, tmp_path / str(i)),
+            mini_batches=1,
+            normalisation=normalisation,
+            **cut,
+        )
+        found += engine.steps
+    for name in found[0]:  # fp32 sums in another order
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_every_mini_batch_loads_each_head_in_it_once(registry, tmp_path):
+    records = samples(teachers=["math", "code"] * 4 + ["math"])
+    teachers = side(registry, tmp_path)
+    report = phase(GradientKeeper(model()), records, teachers, mini_batches=2, row_tokens=32)
+    assert report["head_loads"] == [{"distinct": 2, "loads": 2}] * 2
+    one = phase(GradientKeeper(model()), samples(1, ["math"] * 3), teachers, mini_batches=3)
+    assert one["head_loads"] == [{"distinct": 1, "loads": 1}] * 3
+    assert len(teachers.store) == 0  # states are used once and freed
+
+
+class CountingSampler:
+    """Hands out the samples of a step; counts calls and publications."""
+
+    def __init__(self):
+        self.calls, self.announced = [], []
+
+    def publish(self, weights, digest, version):
+        assert digest == weights_digest(weights)
+        self.announced.append((digest, version))
+
+    def generate(self, jobs, on_progress=None):
+        self.calls.append(jobs[0])
+        return [*samples(jobs[0]), record(f"{jobs[0]}/free", None, (5, 1))]
+
+
+class PowerCut(MemorySink):
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def scalars(self, step, values):
+        super().scalars(step, values)
+        if step == self.at:
+            raise KeyboardInterrupt
+
+
+def run(folder, registry, sampler, *, seed=0, every_s=1e9, log=None, teachers=None):
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer-source.json").write_text("{}")
+    engine = TorchEngine(model(seed), OptimizerSettings(lr=0.01))
+    checkpoints = StageCheckpoints(
+        folder / "checkpoints", engine, folder / "tokenizer-source.json", META, every_s=every_s
+    )
+    start, cursor = checkpoints.resume()
+    log = log or MemorySink()
+    result = train_distill(
+        engine,
+        sampler,
+        lambda step: [step],
+        teachers or side(registry, folder / "hidden"),
+        DistillSettings(3, seed=2),
+        store=RolloutStore(folder / "rollouts"),
+        decode=lambda ids: " ".join(map(str, ids)),
+        checkpoints=checkpoints,
+        log=log,
+        clock=StageClock(earlier=cursor.get("clock")),
+        progress=SilentProgress(),
+        start=start,
+        earlier=cursor.get("rows", ()),
+    )
+    return engine, log, result
+
+
+def test_a_killed_run_resumes_without_sampling_again_and_ends_bit_for_bit_equal(registry, tmp_path):
+    first, second = CountingSampler(), CountingSampler()
+    whole, log, result = run(tmp_path / "whole", registry, CountingSampler())
+    with pytest.raises(KeyboardInterrupt):  # a checkpoint of 1 update; phase 1 is sampled and not saved
+        run(tmp_path / "cut", registry, first, every_s=0.0, log=PowerCut(at=2))
+    resumed, rest, again = run(tmp_path / "cut", registry, second, seed=9)
+    assert (first.calls, second.calls) == ([0, 1], [2])
+    a, b = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert again == result
+    assert [row["step"] for row in rest.rows] == [2, 3]
+    assert {(row["teacher"], row["step"]) for row in result["kl"]} == {
+        (t, s) for t in SEEDS for s in (1, 2, 3)
+    }
+    assert all(loads["loads"] == loads["distinct"] for loads in result["head_loads"])
+    # A sample without a teacher is kept on disk and taught by nobody.
+    assert "0/free" not in {row.uid for _, row in log.samples}
+
+
+def test_states_scored_before_a_kill_are_not_scored_again(registry, tmp_path):
+    before = side(registry, tmp_path / "r" / "hidden")
+    requests = [score_request(r) for r in samples(0)]
+    assert before.scheduler.score(requests).num_scored == 4
+    _, log, _ = run(tmp_path / "r", registry, CountingSampler())
+    assert [(row["reused"], row["teacher_loads"]) for row in log.rows] == [(4, 0), (0, 2), (0, 2)]
+
+
+def test_publication_announces_the_digest_of_the_student(registry, tmp_path):
+    sampler = CountingSampler()
+    engine, _, _ = run(tmp_path / "r", registry, sampler)
+    assert [version for _, version in sampler.announced] == [0, 1, 2, 3]
+    assert sampler.announced[0][0] == weights_digest(to_official(model()))
+    assert sampler.announced[-1][0] == weights_digest(to_official(engine.model))

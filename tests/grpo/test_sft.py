@@ -1,0 +1,193 @@
+"""Supervised training: loss where the weights are, one update however it is cut, exact resume."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from consilience.grpo.sft import Example, SupervisedSettings, supervised_step, train_supervised
+from consilience.model.config import TINY
+from consilience.model.initialize import initialize
+from consilience.model.transformer import Transformer
+from consilience.training.checkpoint import CheckpointMeta
+from consilience.training.fake_engine import FakeTrainEngine
+from consilience.training.metrics import MemorySink
+from consilience.training.packing import pack
+from consilience.training.progress import SilentProgress
+from consilience.training.stage_checkpoints import StageCheckpoints
+from consilience.training.stage_clock import StageClock
+from consilience.training.torch_engine import OptimizerSettings, TorchEngine
+
+torch.set_num_threads(1)
+
+CONFIG = replace(
+    TINY,
+    vocab_size=40,
+    hidden_size=16,
+    num_hidden_layers=2,
+    compress_ratios=(0, 4),
+    n_routed_experts=4,
+    moe_intermediate_size=8,
+)
+META = CheckpointMeta(stage="sft", seed=3, step=0, special_tokens={"<bos>": 0})
+
+
+class GradientKeeper(TorchEngine):
+    """Keeps the gradients of the last step; the parameters stay where they are."""
+
+    def step(self, lr_scale=1.0, expert_load=None):
+        self.gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        self._clear()
+        return {"grad_norm": 0.0, "lr": lr_scale}
+
+
+def model(seed=0):
+    return initialize(Transformer(CONFIG), seed)
+
+
+def example(*token_ids, loss_from=1):
+    return Example(token_ids, [float(i >= loss_from) for i in range(len(token_ids))])
+
+
+def packed_of(examples, row_tokens=32):
+    return pack(
+        [e.token_ids for e in examples],
+        [e.loss_weight for e in examples],
+        quantum=32,
+        max_row_tokens=row_tokens,
+    )
+
+
+def gradients(packed, **settings):
+    engine = GradientKeeper(model())
+    report = supervised_step(engine, packed, SupervisedSettings(1, 64, **settings), 0)
+    return engine.gradients, report
+
+
+def numbers(seed, num):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, 40, (num,), generator=generator).tolist()
+
+
+EXAMPLES = [example(*numbers(i, 9 + 2 * i), loss_from=4) for i in range(7)]
+
+
+def test_the_loss_is_the_mean_over_weighted_tokens_worked_through_plain_logits():
+    weights = [0.0, 0.0, 0.5, 1.0, 1.0]
+    ids = [3, 9, 17, 4, 1]
+    _, report = gradients(packed_of([Example(ids, weights)]))
+    with torch.no_grad():
+        m = model()
+        logp = torch.log_softmax(m.head(m.hidden(torch.tensor([ids])))[0].double(), -1)
+    by_hand = -sum(w * float(logp[t - 1, ids[t]]) for t, w in enumerate(weights) if t) / 2.5
+    assert report["nll"] == pytest.approx(by_hand, rel=1e-5)  # fp32 logits against fp64 sums
+
+
+def test_a_target_without_weight_changes_no_gradient():
+    # Token 6 of the end is seen by nobody and predicted without weight: any other will do.
+    one, _ = gradients(packed_of([Example([3, 9, 17, 4, 6], [0, 0, 1, 1, 0])]))
+    other, _ = gradients(packed_of([Example([3, 9, 17, 4, 33], [0, 0, 1, 1, 0])]))
+    paid, _ = gradients(packed_of([Example([3, 9, 17, 4, 33], [0, 0, 1, 1, 1])]))
+    assert torch.equal(one["head.weight"], other["head.weight"])
+    # Other tokens make other embedding rows and hash routes, none of which carries loss.
+    assert all(torch.allclose(one[n], other[n], atol=1e-8) for n in one)
+    assert not torch.allclose(one["head.weight"], paid["head.weight"], atol=1e-4)
+
+
+def test_micro_batches_leave_the_gradient_of_a_step_unchanged():
+    packed = packed_of(EXAMPLES)
+    assert len(packed.token_ids) >= 4
+    whole, all_at_once = gradients(packed, micro_tokens=100_000)
+    cut, row_by_row = gradients(packed, micro_tokens=32)
+    assert whole.keys() == cut.keys() and row_by_row["nll"] == pytest.approx(all_at_once["nll"], rel=1e-6)
+    for name in whole:  # fp32 sums in another order
+        torch.testing.assert_close(cut[name], whole[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_auxiliary_losses_add_gradient_only_where_they_are_asked_for():
+    packed = packed_of([example(*numbers(1, 30))])
+    plain, report = gradients(packed)
+    more, with_indexer = gradients(packed, balance_weight=1.0, indexer_weight=1.0)
+    names = {n for n in more if n not in plain or not torch.allclose(more[n], plain[n], atol=1e-7)}
+    assert any("indexer" in n for n in names) and any("gate" in n for n in names)
+    assert "indexer_kl" in with_indexer and "indexer_kl" not in report
+    assert with_indexer["nll"] == pytest.approx(report["nll"], rel=1e-6)
+
+
+def run(folder, *, steps=6, every_s=1e9, seed=0, stop_at=None, settings=None):
+    """Train to the end, or until a checkpoint of `stop_at` updates is there and the power goes."""
+    (folder / "tokenizer-source.json").write_text("{}")
+    engine = TorchEngine(model(seed), OptimizerSettings(lr=0.01))
+    checkpoints = StageCheckpoints(
+        folder / "checkpoints", engine, folder / "tokenizer-source.json", META, every_s=every_s
+    )
+    start, cursor = checkpoints.resume()
+    sink = MemorySink()
+    log = sink if stop_at is None else PowerCut(sink, stop_at)
+    settings = settings or SupervisedSettings(steps, 60, row_tokens=64, warmup=2, decay_steps=2, seed=5)
+    result = train_supervised(
+        engine,
+        [EXAMPLES[:3], EXAMPLES[3:]],
+        settings,
+        checkpoints=checkpoints,
+        log=log,
+        clock=StageClock(earlier=cursor.get("clock")),
+        progress=SilentProgress(),
+        start=start,
+    )
+    return engine, sink, result, start
+
+
+class PowerCut:
+    """A sink that ends the run when update `at` is reported, before that update is saved."""
+
+    def __init__(self, sink, at):
+        self.sink, self.at = sink, at
+
+    def scalars(self, step, values):
+        self.sink.scalars(step, values)
+        if step == self.at:
+            raise KeyboardInterrupt
+
+
+def test_a_run_killed_after_a_checkpoint_and_resumed_is_the_uninterrupted_one_bit_for_bit(tmp_path):
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole, sink, result, _ = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", every_s=0.0, stop_at=4)
+    torch.manual_seed(77)
+    resumed, rest, again, start = run(tmp_path / "cut", seed=9)
+    assert start == 3
+    a, b = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert rest.rows == sink.rows[3:]
+    assert (again["train_tokens"], again["final_nll"]) == (result["train_tokens"], result["final_nll"])
+    assert not torch.equal(a["head.weight"], model().head.weight)
+
+
+def test_training_lowers_the_loss_on_examples_it_repeats(tmp_path):
+    _, sink, result, _ = run(tmp_path, steps=12)
+    assert result["final_nll"] == sink.rows[-1]["nll"] < sink.rows[0]["nll"] - 0.1
+    assert [row["step"] for row in sink.rows] == list(range(1, 13))
+    assert max(row["lr"] for row in sink.rows) == 0.01 > sink.rows[-1]["lr"]
+
+
+@pytest.mark.parametrize(("shares", "expected"), [((), 1.0), ((3.0, 1.0), 3.0)])
+def test_groups_take_their_share_of_the_tokens_of_every_step(tmp_path, shares, expected):
+    """Tokens 10 are of the first group, tokens 20 of the second; lengths differ on purpose."""
+    engine = FakeTrainEngine(model())
+    groups = [[example(*[10] * 5)] * 3, [example(*[20] * 9)] * 2]
+    train_supervised(
+        engine,
+        groups,
+        SupervisedSettings(2, 800, micro_tokens=100_000, shares=shares),
+        checkpoints=StageCheckpoints(tmp_path, engine, tmp_path, META, every_s=1e9),
+        log=MemorySink(),
+        clock=StageClock(),
+        progress=SilentProgress(),
+    )
+    assert len(engine.batches) == 2
+    for (packed,) in engine.batches:
+        first, second = ((packed.token_ids == token).sum() for token in (10, 20))
+        assert first / second == pytest.approx(expected, rel=0.05)
