@@ -37,12 +37,15 @@ def run_evaluate(context: StageContext) -> Mapping[str, Any]:
     done = _read(folder)
     clock = StageClock()
     greedy = min(cfg.evaluate.greedy_problems, cfg.evaluate.num_problems)
-    temperatures = {cfg.evaluate.temperature: cfg.evaluate.num_problems} | ({0.0: greedy} if greedy else {})
+    temperatures = {cfg.evaluate.temperature: cfg.evaluate.num_problems}
+    if greedy:
+        temperatures.setdefault(0.0, greedy)
     context.progress.start(context.name, len(models) * len(domains) * len(temperatures), "test")
     acting: dict[str, float] = {}
     isolation: dict[str, int] = {}
+    last = list(models)[-1]  # its rollouts show what V4's parts did, so it is graded in any case
     for name, checkpoint in models.items():
-        if name in done and not (name == "student" and not acting):
+        if name in done and name != last:
             context.progress.advance(len(domains) * len(temperatures))
             continue
         model, meta = load_checkpoint(checkpoint)
@@ -59,7 +62,7 @@ def run_evaluate(context: StageContext) -> Mapping[str, Any]:
                 row["domain"]: _mean(row["grades"]) for row in rows if row["temperature"] == temperature
             }
             context.progress.advance(len(domains), model=name, **correct)
-            if temperature == cfg.evaluate.temperature and name == list(models)[-1]:
+            if temperature == cfg.evaluate.temperature and name == last:
                 acting = parts_that_acted(model, records)
         done[name] = rows
         write_text_atomically(folder / GRADES, json.dumps([row for each in done.values() for row in each]))

@@ -223,7 +223,9 @@ def _segment(
             start = stop
         return out.loss, out.sums
 
-    report = engine.forward_backward(loss_fn, split_micro_batches(packed, settings.micro_tokens), {})
+    # A row widened for a long episode is a micro-batch of its own.
+    budget = max(settings.micro_tokens, packed.token_ids.shape[1])
+    report = engine.forward_backward(loss_fn, split_micro_batches(packed, budget), {})
     report.pop("loss", None)
     return report | {"train_tokens": packed.num_tokens, "kl_by_sample": kl_by_sample}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from consilience.conf.errors import ConfigError
 from consilience.model.forward_trace import Trace
 from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.training.engine import TrainEngine
@@ -66,14 +67,23 @@ def train_supervised(
     """Train for `settings.steps` updates; every step takes each group's share of its tokens.
 
     Returns {"train_tokens", "final_nll"}. The examples of a step depend on (seed, step) alone, so a
-    resumed run sees what the uninterrupted one saw.
+    resumed run sees what the uninterrupted one saw. ConfigError: a group with a share has no examples.
     """
     streams = [_Stream(group, settings.seed + index) for index, group in enumerate(groups)]
     weights = settings.shares or (1.0,) * len(groups)
     shares = [settings.tokens_per_step * weight / sum(weights) for weight in weights]
+    for number, (group, share) in enumerate(zip(groups, shares)):
+        if share > 0 and not group:
+            raise ConfigError(
+                f"supervised training: group {number} of {len(groups)} has no examples; raise num_examples "
+                "to at least episodes, or set the group's share to 0"
+            )
+    largest = streams[shares.index(max(shares))]
     nll = float("nan")
     for step in range(settings.steps):
         chosen = [example for stream, share in zip(streams, shares) for example in stream.take(share)]
+        # Where the examples before were longer than their steps, this step's share is already spent.
+        chosen = chosen or [largest.next()]
         if step < start:
             continue
         packed = pack(
@@ -96,7 +106,7 @@ def supervised_step(
     engine: TrainEngine, packed: PackedRows, settings: SupervisedSettings, step: int
 ) -> dict[str, float]:
     """One update on `packed`: mean weighted NLL plus, where asked for, the auxiliary losses."""
-    micro_batches = split_micro_batches(packed, settings.micro_tokens)
+    micro_batches = split_micro_batches(packed, max(settings.micro_tokens, packed.token_ids.shape[1]))
     denominator = packed.loss_weight
     wants_losses = settings.balance_weight > 0 or settings.indexer_weight > 0
     trace = Trace(wants_losses=wants_losses)
@@ -147,11 +157,15 @@ class _Stream:
         chosen: list[Example] = []
         held = self._surplus
         while held < num_tokens:
-            index = next(self._order, None)
-            if index is None:
-                self._order = iter(self._rng.permutation(len(self._examples)).tolist())
-                continue
-            chosen.append(self._examples[index])
-            held += len(self._examples[index].token_ids)
+            chosen.append(self.next())
+            held += len(chosen[-1].token_ids)
         self._surplus = held - num_tokens
         return chosen
+
+    def next(self) -> Example:
+        """The next example, whatever its length. There must be at least one."""
+        index = next(self._order, None)
+        if index is None:
+            self._order = iter(self._rng.permutation(len(self._examples)).tolist())
+            index = next(self._order)
+        return self._examples[index]

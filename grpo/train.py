@@ -180,7 +180,9 @@ def _mini_batch(
         sums = combine(sums, out.sums) if sums else dict(out.sums)
         return out.loss, {}
 
-    engine.forward_backward(loss_fn, split_micro_batches(packed, settings.micro_tokens), {})
+    # A row widened for a long episode is a micro-batch of its own.
+    budget = max(settings.micro_tokens, packed.token_ids.shape[1])
+    engine.forward_backward(loss_fn, split_micro_batches(packed, budget), {})
     return sums | {"expert_load": trace.expert_load}
 
 

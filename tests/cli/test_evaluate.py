@@ -62,9 +62,9 @@ def test_a_named_checkpoint_is_evaluated_alone_and_none_at_all_is_refused(tmp_pa
 
 
 def test_models_and_temperatures_are_asked_the_same_test_problems_under_their_own_uids(tmp_path):
-    cfg = context(tmp_path, num_problems=5).cfg
+    cfg = context(tmp_path).cfg
     domains = {"fake": FakeDomain(), "more": FakeDomain("more", side=90)}
-    asked = [evaluate._jobs(cfg, domains, m, t) for m in ("base", "student") for t in (1.0, 0.0)]
+    asked = [evaluate._jobs(cfg, domains, m, t, 5) for m in ("base", "student") for t in (1.0, 0.0)]
     assert len({job.uid for jobs in asked for job in jobs}) == 4 * 10
     assert len({json.dumps([job.messages for job in jobs]) for jobs in asked}) == 1
     expected = {p.id for d in domains.values() for p in d.problems("test", 5)}

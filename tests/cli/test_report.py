@@ -86,7 +86,7 @@ def test_scores_gains_and_retention_by_hand(run_folder):
     assert report.gains[0].ci95[0] > 0.2
     assert report.retention == {d: pytest.approx(30 / 32) for d in DOMAINS}
     assert report.mismatch_max == 3e-6
-    assert report.sandbox["level"] == "bwrap_user"
+    assert report.sandbox["bwrap_user"] > 0
     assert report.is_ok, [r for r in report.checks if not r.ok]
 
 

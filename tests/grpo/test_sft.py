@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from consilience.conf.errors import ConfigError
 from consilience.grpo.sft import Example, SupervisedSettings, supervised_step, train_supervised
 from consilience.model.config import TINY
 from consilience.model.initialize import initialize
@@ -173,21 +174,56 @@ def test_training_lowers_the_loss_on_examples_it_repeats(tmp_path):
     assert max(row["lr"] for row in sink.rows) == 0.01 > sink.rows[-1]["lr"]
 
 
-@pytest.mark.parametrize(("shares", "expected"), [((), 1.0), ((3.0, 1.0), 3.0)])
-def test_groups_take_their_share_of_the_tokens_of_every_step(tmp_path, shares, expected):
-    """Tokens 10 are of the first group, tokens 20 of the second; lengths differ on purpose."""
+def batches_of(folder, groups, settings):
+    """The packed rows of every step; nothing learns."""
     engine = FakeTrainEngine(model())
-    groups = [[example(*[10] * 5)] * 3, [example(*[20] * 9)] * 2]
     train_supervised(
         engine,
         groups,
-        SupervisedSettings(2, 800, micro_tokens=100_000, shares=shares),
-        checkpoints=StageCheckpoints(tmp_path, engine, tmp_path, META, every_s=1e9),
+        settings,
+        checkpoints=StageCheckpoints(folder, engine, folder, META, every_s=1e9),
         log=MemorySink(),
         clock=StageClock(),
         progress=SilentProgress(),
     )
-    assert len(engine.batches) == 2
-    for (packed,) in engine.batches:
+    return engine.batches
+
+
+@pytest.mark.parametrize(("shares", "expected"), [((), 1.0), ((3.0, 1.0), 3.0)])
+def test_groups_take_their_share_of_the_tokens_of_every_step(tmp_path, shares, expected):
+    """Tokens 10 are of the first group, tokens 20 of the second; lengths differ on purpose."""
+    groups = [[example(*[10] * 5)] * 3, [example(*[20] * 9)] * 2]
+    batches = batches_of(tmp_path, groups, SupervisedSettings(2, 800, micro_tokens=100_000, shares=shares))
+    assert len(batches) == 2
+    for (packed,) in batches:
         first, second = ((packed.token_ids == token).sum() for token in (10, 20))
         assert first / second == pytest.approx(expected, rel=0.05)
+
+
+def test_shares_hold_over_many_steps_that_are_shorter_than_an_example(tmp_path):
+    groups = [[example(*[10] * 5)], [example(*[20] * 31)]]
+    batches = batches_of(tmp_path, groups, SupervisedSettings(40, 20, warmup=0))
+    first, second = (
+        sum(int((packed.token_ids == token).sum()) for batch in batches for packed in batch)
+        for token in (10, 20)
+    )
+    assert first == 400 and 400 <= second < 400 + 31
+
+
+def test_examples_longer_than_a_step_still_give_every_step_one(tmp_path):
+    batches = batches_of(tmp_path, [[example(*[10] * 30)]], SupervisedSettings(5, 8, warmup=0))
+    assert [packed.num_tokens for batch in batches for packed in batch] == [30] * 5
+
+
+def test_a_group_without_examples_is_refused_unless_its_share_is_zero(tmp_path):
+    groups = [[example(1, 2, 3)], []]
+    with pytest.raises(ConfigError, match="group 1 of 2 has no examples; raise num_examples"):
+        batches_of(tmp_path, groups, SupervisedSettings(2, 8, warmup=0))
+    assert len(batches_of(tmp_path, groups, SupervisedSettings(2, 8, warmup=0, shares=(1.0, 0.0)))) == 2
+
+
+def test_rows_wider_than_a_micro_batch_are_micro_batches_of_their_own(tmp_path):
+    examples = [example(*[10] * 60), example(*[11] * 50)]
+    settings = SupervisedSettings(1, 110, row_tokens=64, micro_tokens=32, warmup=0)
+    ((one, other),) = batches_of(tmp_path, [examples], settings)
+    assert one.num_tokens + other.num_tokens == 110

@@ -1,4 +1,4 @@
-"""GRPO's loop: what is good gains probability, what was not sampled teaches nothing, nothing is sampled twice."""
+"""GRPO: the good gains probability, what was not sampled teaches nothing, nothing is sampled twice."""
 
 import math
 from dataclasses import replace
@@ -200,6 +200,14 @@ def test_a_mini_batch_divides_by_its_own_samples_however_it_is_cut():
         torch.testing.assert_close(rows[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
+def test_an_episode_longer_than_a_micro_batch_is_one_of_its_own():
+    long = record("long", tuple(range(2, 40)) * 2, 1.0)
+    (whole,), _ = gradients([long, *FOUR], mini_batches=1)
+    (cut,), _ = gradients([long, *FOUR], mini_batches=1, row_tokens=32, micro_tokens=32)
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_fewer_kept_samples_than_mini_batches_take_fewer_steps():
     engine = engine_of()
     phase(engine, FOUR[:2], mini_batches=5)
@@ -315,7 +323,7 @@ def test_the_loop_reports_curves_tables_and_a_mismatch_near_zero(tmp_path):
 def test_publish_announces_the_digest_of_the_weights_it_hands_over():
     handed = []
 
-    class Sampler:
+    class Sampler(CountingSampler):
         def publish(self, weights, digest, version):
             handed.append((weights, digest, version))
 

@@ -1,0 +1,88 @@
+"""The worker that runs build in their own process: engine, tokenizer and graders fit together."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from consilience.cli.jobs import rollout_jobs
+from consilience.cli.worker_factory import build_worker
+from consilience.conf.errors import RewardError
+from consilience.model.checkpoint import to_official
+from consilience.model.config import TINY
+from consilience.model.digest import weights_digest
+from consilience.model.initialize import initialize
+from consilience.model.transformer import Transformer
+from consilience.rollout.fake_worker import byte_tokenizer
+from consilience.rollout.records import OutcomeKind
+from consilience.sandboxes.protocol import SandboxSpec
+from consilience.tasks.fake_domain import FakeDomain
+
+torch.set_num_threads(1)
+
+CONFIG = replace(
+    TINY,
+    vocab_size=272,
+    hidden_size=16,
+    num_hidden_layers=2,
+    compress_ratios=(0, 4),
+    n_routed_experts=4,
+    moe_intermediate_size=8,
+)
+REWARD = "consilience.rewards.exact_match:score"
+
+
+def build(folder, reward=REWARD):
+    byte_tokenizer().save(folder / "tokenizer.json")
+    return build_worker(
+        model=CONFIG.to_json_dict(),
+        tokenizer_path=str(folder / "tokenizer.json"),
+        max_rows=4,
+        max_length=64,
+        sandbox=SandboxSpec(),
+        warm=0,
+        uses_per_box=1,
+        rewards=((reward, False),),
+        reward_timeout_s=10.0,
+        reward_processes=1,
+        needs_boxes=False,
+    )
+
+
+@pytest.fixture(autouse=True)
+def gradients_stay_as_they_were():
+    """A worker owns its process and switches gradients off in it; this process is shared with tests."""
+    yield
+    torch.set_grad_enabled(True)
+
+
+def test_a_worker_samples_published_weights_grades_and_closes(tmp_path):
+    worker = build(tmp_path)
+    try:
+        weights = to_official(initialize(Transformer(CONFIG), 3))
+        worker.publish(weights, weights_digest(weights), 5)
+        domain = FakeDomain("math")
+        jobs = rollout_jobs(
+            domain,
+            domain.problems("train", 2),
+            prefix="t/0",
+            samples=1,
+            temperature=1.0,
+            run_seed=1,
+        )
+        records = worker.run(jobs)
+        again = worker.run(jobs)
+    finally:
+        worker.close()
+    assert [r.uid for r in records] == ["t/0/0/0", "t/0/1/0"]
+    for r, repeated in zip(records, again, strict=True):
+        assert r.outcome.kind is OutcomeKind.GRADED and r.reward in (0.0, 1.0)
+        assert 1 <= r.num_sampled <= 16 and set(r.weight_version) == {5}
+        assert all(x <= 0 for x in r.logprobs)
+        assert r.token_ids == repeated.token_ids  # a sample is a function of its seed
+    assert worker.sandboxes is None
+
+
+def test_a_reward_that_can_never_be_loaded_is_refused_before_anything_is_sampled(tmp_path):
+    with pytest.raises(RewardError, match="nowhere"):
+        build(tmp_path, reward="consilience.rewards.nowhere:score")
