@@ -12,7 +12,7 @@ from consilience.model.digest import weights_digest
 from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer
 from consilience.training.checkpoint import CheckpointMeta, read_meta, step_folder
-from consilience.training.stage_checkpoints import StageCheckpoints, digest_of
+from consilience.training.stage_checkpoints import StageCheckpoints
 from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 
 torch.set_num_threads(1)
@@ -109,7 +109,7 @@ def test_a_checkpoint_says_what_the_stage_says_with_step_cursor_and_digest(tmp_p
     folder = checkpoints.save(7, {"next": 28})
     meta = read_meta(folder)
     assert (meta.stage, meta.seed, meta.domain, meta.step, meta.cursor) == ("sft", 3, "math", 7, {"next": 28})
-    assert digest_of(folder) == meta.digest == weights_digest(to_official(checkpoints.engine.model))
+    assert read_meta(folder).digest == meta.digest == weights_digest(to_official(checkpoints.engine.model))
     assert (folder / "tokenizer.json").read_text() == "{}" and (folder / "state").is_dir()
     assert checkpoints.meta == META
 
@@ -120,7 +120,7 @@ def test_saving_the_same_step_again_replaces_it(tmp_path):
     update(checkpoints.engine, 0)
     folder = checkpoints.save(1, {"next": 2})
     assert read_meta(folder).cursor == {"next": 2}
-    assert digest_of(folder) == weights_digest(to_official(checkpoints.engine.model))
+    assert read_meta(folder).digest == weights_digest(to_official(checkpoints.engine.model))
     assert [p.name for p in checkpoints.folder.iterdir()] == ["step-000001"]
 
 
