@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from consilience.distill.loss import denominators, distill_loss
 from consilience.distill.minibatch import draw_minibatches, segments_by_teacher
-from consilience.model.checkpoint import to_official
-from consilience.model.digest import weights_digest
 from consilience.model.forward_trace import Trace
 from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.phases import Sampler, publish, sample_phase
 from consilience.rollout.records import FinishReason, RolloutRecord
 from consilience.rollout.store import RolloutStore
 from consilience.teachers.heads import HeadCache
@@ -35,14 +33,6 @@ from consilience.training.progress import Progress
 from consilience.training.schedule import warmup_constant_cosine
 from consilience.training.stage_checkpoints import StageCheckpoints
 from consilience.training.stage_clock import StageClock
-
-
-class Sampler(Protocol):
-    """What the loop needs of the rollout workers (`rollout/ray_workers.py`)."""
-
-    def generate(self, jobs: Sequence[RolloutJob], on_progress: Any = None) -> list[RolloutRecord]: ...
-
-    def publish(self, weights: Any, digest: str, version: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -96,12 +86,8 @@ def train_distill(
     rows = list(earlier)
     version = publish(sampler, engine.model, start)
     for step in range(start, settings.steps):
-        phase = f"{step:06d}"
         with clock.phase("rollout"):
-            records = list(store.read(phase)) if phase in store.phases() else None
-            if records is None:
-                records = sampler.generate(jobs_of(step))
-                store.append(phase, records)
+            records = sample_phase(store, step, sampler, jobs_of)
         clock.add_tokens("sampled", sum(r.num_sampled for r in records))
         records = [r for r in records if r.num_sampled and r.teacher and r.finish is not FinishReason.ABORT]
         with clock.phase("score"):
@@ -239,13 +225,6 @@ def pack_records(records: Sequence[RolloutRecord], row_tokens: int) -> PackedRow
         quantum=32,
         max_row_tokens=row_length(max(lengths, default=0), row_tokens),
     )
-
-
-def publish(sampler: Sampler, model: nn.Module, version: int) -> int:
-    """Give the workers the student's weights; returns the version."""
-    weights: dict[str, Tensor] = to_official(model)  # type: ignore[arg-type]
-    sampler.publish(weights, weights_digest(weights), version)
-    return version
 
 
 def _table(

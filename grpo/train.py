@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from consilience.grpo.advantage import Advantages, group_advantages
 from consilience.grpo.loss import combine, grpo_loss, shares
-from consilience.model.checkpoint import to_official
-from consilience.model.digest import weights_digest
 from consilience.model.forward_trace import Trace
 from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.phases import Sampler, publish, sample_phase
 from consilience.rollout.records import FinishReason, RolloutRecord
 from consilience.rollout.store import RolloutStore
 from consilience.training.engine import TrainEngine
@@ -31,14 +29,6 @@ from consilience.training.progress import Progress
 from consilience.training.schedule import warmup_constant_cosine
 from consilience.training.stage_checkpoints import StageCheckpoints
 from consilience.training.stage_clock import StageClock
-
-
-class Sampler(Protocol):
-    """What the loop needs of the rollout workers (`rollout/ray_workers.py`)."""
-
-    def generate(self, jobs: Sequence[RolloutJob], on_progress: Any = None) -> list[RolloutRecord]: ...
-
-    def publish(self, weights: Any, digest: str, version: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -83,12 +73,8 @@ def train_grpo(
     mismatch_max = 0.0
     version = publish(sampler, engine.model, start)
     for step in range(start, settings.steps):
-        phase = f"{step:06d}"
         with clock.phase("rollout"):
-            records = list(store.read(phase)) if phase in store.phases() else None
-            if records is None:
-                records = sampler.generate(jobs_of(step))
-                store.append(phase, records)
+            records = sample_phase(store, step, sampler, jobs_of)
         clock.add_tokens("sampled", sum(r.num_sampled for r in records))
         advantages = group_advantages([r.reward for r in records], [r.group for r in records])
         with clock.phase("train"):
@@ -201,13 +187,6 @@ def pack_records(
         quantum=32,
         max_row_tokens=row_length(max(len(r.prompt_ids) + len(r.token_ids) for r in records), row_tokens),
     )
-
-
-def publish(sampler: Sampler, model: nn.Module, version: int) -> int:
-    """Give the workers the model's weights; returns the version."""
-    weights = to_official(model)  # type: ignore[arg-type]
-    sampler.publish(weights, weights_digest(weights), version)
-    return version
 
 
 def rollout_report(records: Sequence[RolloutRecord], advantages: Advantages) -> dict[str, float]:
