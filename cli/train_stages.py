@@ -262,16 +262,8 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         )
         cursor = {"clock": parts["clock"].state(), "rows": result["rows"]}
         folder = parts["checkpoints"].save(settings.steps, cursor)
-    curves: dict[str, Any] = {}
-    for row in result["kl"]:
-        xs, ys = curves.setdefault(f"KL to {row['teacher']}", ([], []))
-        xs.append(row["step"])
-        ys.append(row["mean"])
     counted = {key: result[key] for key in ("train_tokens", "sampled_tokens", "kl", "head_loads")}
     return _result(context, parts, folder, counted) | {
-        "curves": {
-            "Distillation: mean KL to the teacher": {k: [list(x), list(y)] for k, (x, y) in curves.items()}
-        },
         "self_kl": _self_kl(folder, RolloutStore(context.folder.rollouts), settings.row_tokens),
     }
 
