@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.model.config import ModelConfig
+from consilience.model.kernels import hyper_connections as fused
 
 BLOCK = (
     2048  # tokens a Sinkhorn block holds: its matrices stay in a core's cache (measured: 512 is 2x slower)
@@ -127,6 +128,13 @@ class HyperConnection(nn.Module):
 
     def read(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """streams [R, N, D] -> layer input [R, D], post [R, N], comb [R, N, N] (both fp32)."""
+        if fused.is_available(streams, self.fn):
+            sizes = {"rounds": self.rounds, "eps": self.eps, "norm_eps": self.norm_eps}
+            return fused.read(streams, self.fn, self.base, self.scale, **sizes)
+        return self.read_plainly(streams)
+
+    def read_plainly(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The definition of `read`, operation by operation."""
         n = self.num_streams
         flat = streams.flatten(1).to(self.fn.dtype)
         inverse_rms = torch.rsqrt(flat.square().mean(-1) + self.norm_eps)
@@ -141,6 +149,8 @@ class HyperConnection(nn.Module):
 
     def write(self, streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         """X'_k = post_k · o + Σ_j comb[j, k] X_j: [R, N, D]. The sum runs over the first index."""
+        if fused.is_available(streams, output, comb):
+            return fused.write(streams, output, post, comb)
         wide = streams.to(comb.dtype).contiguous()
         written = _Write.apply(wide, output.to(comb.dtype).contiguous(), post, comb)
         return written.to(streams.dtype)  # type: ignore[union-attr]
@@ -160,6 +170,10 @@ class HeadCollapse(nn.Module):
 
     def forward(self, streams: Tensor) -> Tensor:
         """[R, N, D] -> [R, D]."""
+        if fused.is_available(streams, self.fn):
+            return fused.collapse(
+                streams, self.fn, self.base, self.scale, eps=self.eps, norm_eps=self.norm_eps
+            )
         flat = streams.flatten(1).to(self.fn.dtype)
         inverse_rms = torch.rsqrt(flat.square().mean(-1) + self.norm_eps)
         mixes = (self.fn @ flat.t()) * inverse_rms

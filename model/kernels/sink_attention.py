@@ -92,6 +92,27 @@ class _SinkAttention(torch.autograd.Function):
         return d_query.mul_(ctx.scale), None, d_sink, None, *d_keys
 
 
+def _decode(
+    query: Tensor, bias: Tensor, sink: Tensor, scale: float, keys: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The same for one query a row, without a gradient: many small products, so every operand contiguous.
+
+    A batched product into a slice of a wider buffer runs matrix by matrix on the CPU (measured at 256
+    rows: 4 ms against 1.5).
+    """
+    num_rows, _, num_heads, width = query.shape
+    flat = [k.flatten(0, 1) for k in keys]
+    rows = (query * scale).view(num_rows, num_heads, width)
+    sinks = sink.to(query.dtype).view(1, num_heads, 1).expand(num_rows, -1, -1)
+    logits = torch.cat([*(torch.bmm(rows, key.transpose(1, 2)) for key in flat), sinks], dim=-1)
+    logits[..., :-1].add_(bias)
+    wide = torch.float32 if logits.dtype in (torch.bfloat16, torch.float16) else logits.dtype
+    weights = torch.softmax(logits, dim=-1, dtype=wide).to(query.dtype)
+    parts = weights.split([*(k.shape[1] for k in flat), 1], dim=-1)[:-1]
+    output = sum(torch.bmm(part.contiguous(), key) for part, key in zip(parts, flat))
+    return output.view_as(query), weights[:, None]  # type: ignore[union-attr]
+
+
 def sink_attention(
     query: Tensor, parts: list[Part], sink: Tensor, scale: float
 ) -> tuple[Tensor, list[Tensor]]:
@@ -102,6 +123,10 @@ def sink_attention(
     """
     bias = torch.cat([bias for _, bias in parts], dim=-1).to(query.dtype)
     keys = [k.contiguous() for k, _ in parts]
-    output, weights = _SinkAttention.apply(query.contiguous(), bias, sink.to(query.dtype), scale, *keys)  # type: ignore[misc]
+    if query.shape[1] == 1 and not torch.is_grad_enabled():
+        output, weights = _decode(query.contiguous(), bias, sink, scale, keys)
+    else:
+        arguments = (query.contiguous(), bias, sink.to(query.dtype), scale, *keys)
+        output, weights = _SinkAttention.apply(*arguments)  # type: ignore[misc]
     sizes = [k.shape[2] for k in keys]
     return output, list(weights.split([*sizes, 1], dim=-1))[:-1]

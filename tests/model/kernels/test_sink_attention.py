@@ -64,6 +64,19 @@ def test_output_and_gradients_equal_the_plain_twin_at_odd_sizes(tokens, heads, w
         assert not p[(bias == NONE)[:, :, None].expand_as(p)].any()
 
 
+@pytest.mark.parametrize("sizes", [((1, 9), (1, 3)), ((1, 1),), ((1, 64), (1, 130))])
+def test_a_decode_step_without_gradient_equals_the_plain_twin(sizes):
+    """One query a row takes a path of its own; probabilities too must be those of the other."""
+    case = inputs(5, 1, 4, 8, sizes)
+    with torch.no_grad():
+        ours, probabilities = sink_attention(*case, 0.7)
+    twin, expected = sink_attention(*case, 0.7)
+    torch.testing.assert_close(ours, sink_attention_dense(*case, 0.7).detach(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(ours, twin.detach(), rtol=0, atol=1e-13)
+    for got, wanted in zip(probabilities, expected):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-13)
+
+
 def test_gradcheck():
     query, parts, sink = inputs(1, 4, 2, 3, ((2, 3), (1, 2)))
     biases = [b for _, b in parts]

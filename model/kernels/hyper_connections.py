@@ -1,0 +1,137 @@
+"""mHC's reads and writes on a CPU in one pass over the tokens (hyper_connections.c).
+
+The twin, and the definition, is model/hyper_connections.py in PyTorch: there a read is about 150 small
+operations forward, most of them Sinkhorn's, and at the demo's size the number of operations is the time.
+
+R tokens, N streams, D model width, K rows of `fn`: N (2 + N) of a connection, N of a collapse.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from consilience.model.kernels.compiled import library
+
+MOST_STREAMS = 8
+LANES = 16  # tokens side by side, as in the C file
+
+
+def is_available(*tensors: Tensor) -> bool:
+    """Whether these can go through the compiled kernel: fp32 on the CPU, and a compiler was found."""
+    fits = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+    return fits and not isinstance(library("hyper_connections"), str)
+
+
+def _call(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Tensors as pointers (None: null), int as C long or int by place, float as float."""
+    handle = library("hyper_connections")
+    assert isinstance(handle, ctypes.CDLL)
+    function = getattr(handle, name)
+    function.restype = None
+    function(*(_as_c(value) for value in arguments))
+
+
+def _as_c(value: Tensor | int | float | None):
+    if value is None:
+        return ctypes.c_void_p(None)
+    if isinstance(value, Tensor):
+        assert value.is_contiguous()
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_long(value) if isinstance(value, int) else ctypes.c_float(value)
+
+
+class _Read(torch.autograd.Function):
+    """streams [R, N, D] -> layer input [R, D], post [R, N], comb [R, N, N] (empty for a collapse)."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        streams: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        rounds: int,
+        eps: float,
+        norm_eps: float,
+    ):
+        num_tokens, n, width = streams.shape
+        is_whole = rounds > 0
+        mixes = torch.mm(fn, streams.view(num_tokens, -1).t())
+        new = streams.new_empty
+        layer_input, pre, inverse = new(num_tokens, width), new(num_tokens, n), new(num_tokens)
+        post, comb = (new(num_tokens, n), new(num_tokens, n, n)) if is_whole else (new(0), new(0))
+        _call(
+            "hc_read_forward", num_tokens, n, width, int(is_whole), rounds, eps, norm_eps,
+            streams, mixes, base, scale, layer_input, pre, post, comb, inverse,
+        )  # fmt: skip
+        ctx.save_for_backward(streams, fn, base, scale, mixes, pre, inverse)
+        ctx.settings = (rounds, eps)
+        return layer_input, post, comb
+
+    @staticmethod
+    def backward(ctx, d_input: Tensor, d_post: Tensor, d_comb: Tensor):  # type: ignore[override]
+        streams, fn, base, scale, mixes, pre, inverse = ctx.saved_tensors
+        rounds, eps = ctx.settings
+        num_tokens, n, width = streams.shape
+        d_streams, d_mixes = torch.empty_like(streams), torch.empty_like(mixes)
+        d_base, d_scale = (torch.zeros_like(t, dtype=torch.float64) for t in (base, scale))
+        work = streams.new_empty(max(2 * rounds - 1, 0) * n * (n + 1) * LANES)
+        _call(
+            "hc_read_backward", num_tokens, n, width, int(rounds > 0), rounds, eps,
+            streams, mixes, base, scale, pre, inverse,
+            d_input.contiguous(), d_post.contiguous(), d_comb.contiguous(),
+            d_streams, d_mixes, d_base, d_scale, work,
+        )  # fmt: skip
+        flat = streams.view(num_tokens, -1)
+        d_streams.view(num_tokens, -1).addmm_(d_mixes.t(), fn)
+        return (
+            d_streams,
+            torch.mm(d_mixes, flat),
+            d_base.to(base.dtype),
+            d_scale.to(scale.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+class _Write(torch.autograd.Function):
+    """X'_k = post_k · o + Σ_j comb[j, k] X_j."""
+
+    @staticmethod
+    def forward(ctx, streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+        num_tokens, n, width = streams.shape
+        written = torch.empty_like(streams)
+        _call("hc_write_forward", num_tokens, n, width, streams, output, post, comb, written)
+        ctx.save_for_backward(streams, output, post, comb)
+        return written
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        saved = ctx.saved_tensors
+        num_tokens, n, width = saved[0].shape
+        grads = [torch.empty_like(t) for t in saved]
+        _call("hc_write_backward", num_tokens, n, width, *saved, grad.contiguous(), *grads)
+        return tuple(grads)
+
+
+def read(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, rounds: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer input [R, D], post [R, N], comb [R, N, N] from streams [R, N, D]; `HyperConnection.read`."""
+    return _Read.apply(streams.contiguous(), fn, base, scale, rounds, eps, norm_eps)  # type: ignore[return-value]
+
+
+def collapse(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, eps: float, norm_eps: float
+) -> Tensor:
+    """[R, N, D] -> [R, D]; `HeadCollapse`."""
+    return _Read.apply(streams.contiguous(), fn, base, scale, 0, eps, norm_eps)[0]  # type: ignore[index]
+
+
+def write(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """[R, N, D] from streams and the layer's output [R, D]; `HyperConnection.write`."""
+    return _Write.apply(streams.contiguous(), output.contiguous(), post, comb)  # type: ignore[return-value]
