@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from consilience.cli.graph import StageContext
 from consilience.cli.jobs import rollout_jobs
 from consilience.cli.ray_session import domains_of, rollout_pool
+from consilience.cli.stage import StageContext
 from consilience.conf.errors import RunError
 from consilience.conf.schema import Config
 from consilience.model.checkpoint import to_official

@@ -5,6 +5,8 @@ the files it reads and the results of the stages before it; where it still match
 skipped, otherwise the old folder is set aside (one generation, `stale/<stage>`) and the stage runs
 again. A stage that was cut short and whose fingerprint still matches finds its folder as it left
 it and resumes from its own checkpoints.
+
+Which stage runs when, and in which process, is side_by_side.py's; what is recorded of it, this file's.
 """
 
 from __future__ import annotations
@@ -19,56 +21,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from consilience.cli.progress_display import RunProgress
+from consilience.cli.progress_display import RunProgress, StageProgress
 from consilience.cli.report import finite, write_atomic
+from consilience.cli.side_by_side import OpenWorkers, SideBySide
+from consilience.cli.stage import Stage, StageContext, dependents, in_order
 from consilience.conf.errors import RunError
-from consilience.conf.fields import nearest
-from consilience.conf.schema import Config
 from consilience.training.run_folder import RunFolder, StageFolder
 
 SCHEMA = 1
 
 
-@dataclass(frozen=True)
-class StageContext:
-    """What a stage function gets.
-
-    cfg       settings as this stage sees them (a specialist's own values applied)
-    folder    stages/<stage>; survives an interruption, so a stage keeps its checkpoints there
-    run       the run folder; paths in a result are relative to it, so that it may be moved
-    inputs    results of the stages it needs, by stage name
-    progress  start(stage, total, unit), advance(n, **info), finish()
-    """
-
-    name: str
-    domain: str | None
-    cfg: Config
-    folder: StageFolder
-    run: RunFolder
-    inputs: Mapping[str, Mapping[str, Any]]
-    progress: RunProgress
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A node. `run` returns a JSON-plain result, which is all that later stages see of it.
-
-    settings  digest of the settings it depends on
-    files     files outside the run whose content it depends on
-    """
-
-    name: str
-    needs: tuple[str, ...]
-    run: Callable[[StageContext], Mapping[str, Any]]
-    cfg: Config
-    settings: str = ""
-    domain: str | None = None
-    files: tuple[str, ...] = ()
-
-
 @dataclass
 class StageState:
-    """One entry of graph.json. `spent_s` sums the attempts that did not finish."""
+    """One entry of graph.json. `spent_s` sums the attempts that did not finish.
+
+    `spans` are the attempts at this same work that ended, each [began, ended] in seconds since 1970.
+    """
 
     state: str = "waiting"  # waiting, running, done, failed, interrupted
     wall_s: float = 0.0
@@ -76,53 +44,18 @@ class StageState:
     attempts: int = 0
     message: str = ""
     needs: list[str] = field(default_factory=list)
+    spans: list[list[float]] = field(default_factory=list)
 
 
-def in_order(stages: Iterable[Stage]) -> list[Stage]:
-    """Every stage after what it needs, otherwise as given. RunError on a cycle, a gap or a double name."""
-    waiting = list(stages)
-    names = [stage.name for stage in waiting]
-    for stage in waiting:
-        if names.count(stage.name) > 1:
-            raise RunError(f"two stages are called '{stage.name}'")
-        for need in stage.needs:
-            if need not in names:
-                raise RunError(
-                    f"stage '{stage.name}' needs '{need}', which does not exist; {nearest(need, names)}"
-                )
-    ordered: list[Stage] = []
-    while waiting:
-        known = {stage.name for stage in ordered}
-        ready = next((stage for stage in waiting if known.issuperset(stage.needs)), None)
-        if ready is None:
-            raise RunError(f"stages need each other in a circle: {', '.join(s.name for s in waiting)}")
-        ordered.append(ready)
-        waiting.remove(ready)
-    return ordered
+@dataclass(frozen=True)
+class Attempt:
+    """A stage that was begun. `earlier_s` is what earlier attempts at the same work took."""
 
-
-def up_to(stages: Sequence[Stage], targets: Iterable[str]) -> list[Stage]:
-    """The targets and everything they need, in order. RunError on an unknown target."""
-    by_name = {stage.name: stage for stage in stages}
-    wanted: set[str] = set()
-    frontier = list(targets)
-    while frontier:
-        name = frontier.pop()
-        if name not in by_name:
-            raise RunError(f"there is no stage '{name}'; {nearest(name, by_name)}")
-        if name not in wanted:
-            wanted.add(name)
-            frontier += by_name[name].needs
-    return [stage for stage in in_order(stages) if stage.name in wanted]
-
-
-def dependents(stages: Sequence[Stage], name: str) -> set[str]:
-    """`name` and every stage that needs it, directly or not. RunError if it does not exist."""
-    found = {up_to(stages, [name])[-1].name}
-    for stage in in_order(stages):
-        if found.intersection(stage.needs):
-            found.add(stage.name)
-    return found
+    stage: Stage
+    context: StageContext
+    fingerprint: str
+    earlier_s: float
+    began: float  # time.monotonic()
 
 
 class Graph:
@@ -136,23 +69,27 @@ class Graph:
         self.stages = in_order(stages)
         self.results: dict[str, Mapping[str, Any]] = {}
         self._digests: dict[str, str] = {}
+        self._redo: set[str] = set()
         self._states = self._read_states()
 
-    def run(self, *, redo_from: str | None = None) -> dict[str, Mapping[str, Any]]:
+    def run(
+        self, *, redo_from: str | None = None, slots: int = 1, open_workers: OpenWorkers | None = None
+    ) -> dict[str, Mapping[str, Any]]:
         """Execute what is not finished; stage name -> result.
 
-        `redo_from` redoes that stage and all that depend on it. Whatever a stage raises (Ctrl-C
-        too) is recorded in graph.json and raised on.
+        `redo_from` redoes that stage and all that depend on it. With more than one of `slots`, stages
+        that do not need each other run side by side in processes of their own (side_by_side.py).
+        Whatever a stage raises (Ctrl-C too) is recorded in graph.json and raised on.
         """
-        redo = dependents(self.stages, redo_from) if redo_from else set()
+        self._redo = dependents(self.stages, redo_from) if redo_from else set()
         self.progress.plan([stage.name for stage in self.stages])
-        for stage in self.stages:
-            fingerprint = self._fingerprint(stage)
-            done = None if stage.name in redo else self.stage_folder(stage.name).done()
-            if done is not None and done.get("fingerprint") == fingerprint:
-                self._skip(stage, done)
-            else:
-                self._execute(stage, fingerprint, start_over=stage.name in redo)
+        if slots > 1:
+            SideBySide(self, slots, open_workers).run()  # pyright: ignore[reportArgumentType]
+        else:
+            for stage in self.stages:
+                if not self.skip(stage):
+                    self.execute(stage)
+        self.results = {stage.name: self.results[stage.name] for stage in self.stages}
         return self.results
 
     def stage_folder(self, name: str) -> StageFolder:
@@ -162,51 +99,88 @@ class Graph:
     def states(self) -> Mapping[str, StageState]:
         return self._states
 
-    def _skip(self, stage: Stage, done: Mapping[str, Any]) -> None:
+    def elapsed_s(self) -> float:
+        """Seconds in which a stage of this graph ran; those in which several did count once.
+
+        A stage without spans (an older run folder) counts with its wall time.
+        """
+        states = [self._states[stage.name] for stage in self.stages]
+        return covered_s(span for s in states for span in s.spans) + sum(
+            s.wall_s for s in states if not s.spans
+        )
+
+    def skip(self, stage: Stage) -> bool:
+        """Whether its result still stands; then it is kept. Its needs must have results."""
+        done = None if stage.name in self._redo else self.stage_folder(stage.name).done()
+        if done is None or done.get("fingerprint") != self._fingerprint(stage):
+            return False
         self._keep(stage, done)
         self._set(stage, state="done", wall_s=done["wall_s"])
         self.progress.leave(stage.name, "skipped", done["wall_s"])
+        return True
 
-    def _keep(self, stage: Stage, done: Mapping[str, Any]) -> None:
-        self.results[stage.name] = done["result"]
-        self._digests[stage.name] = _digest([done["fingerprint"], done["result"]])
+    def execute(self, stage: Stage) -> None:
+        """Run a stage in this process."""
+        attempt = self.begin(stage)
+        self.settle(attempt, lambda: stage.run(attempt.context))
 
-    def _execute(self, stage: Stage, fingerprint: str, *, start_over: bool) -> None:
-        folder = self.stage_folder(stage.name)
-        earlier = self._prepare(stage, folder, fingerprint, start_over=start_over)
-        attempts = self._states[stage.name].attempts + 1
-        self._set(stage, state="running", attempts=attempts, spent_s=earlier, wall_s=0.0, message="")
+    def begin(self, stage: Stage, threads: int | None = None) -> Attempt:
+        """Make the folder ready and record that the stage runs. Its needs must have results."""
+        folder, fingerprint = self.stage_folder(stage.name), self._fingerprint(stage)
+        resumes = self._prepare(stage, folder, fingerprint)
+        state = self._states[stage.name]
+        earlier_s, spans = (state.spent_s, state.spans) if resumes else (0.0, [])
+        attempts = state.attempts + 1
+        self._set(
+            stage, state="running", attempts=attempts, spent_s=earlier_s, spans=spans, wall_s=0.0, message=""
+        )
         inputs = {need: self.results[need] for need in stage.needs}
+        progress = StageProgress(self.progress, stage.name)
         context = StageContext(
-            stage.name, stage.domain, stage.cfg, folder, self.run_folder, inputs, self.progress
+            stage.name, stage.domain, stage.cfg, folder, self.run_folder, inputs, progress, threads
         )
         self.progress.enter(stage.name)
-        began = time.monotonic()
+        return Attempt(stage, context, fingerprint, earlier_s, time.monotonic())
+
+    def settle(self, attempt: Attempt, work: Callable[[], Mapping[str, Any]]) -> None:
+        """Record how an attempt ends: `work()` is the stage's result, or raises, and that is raised on."""
+        stage, folder = attempt.stage, attempt.context.folder
         try:
-            result = stage.run(context)
-            wall_s = earlier + time.monotonic() - began
+            result = work()
+            wall_s = attempt.earlier_s + time.monotonic() - attempt.began
             done = {
                 "schema": SCHEMA,
                 "stage": stage.name,
-                "fingerprint": fingerprint,
+                "fingerprint": attempt.fingerprint,
                 "inputs": {need: self._digests[need] for need in stage.needs},
                 "wall_s": wall_s,
                 "result": dict(result),
             }
             write_json(folder.path / "done.json", done)
         except BaseException as error:
-            spent = time.monotonic() - began
+            spent_s = time.monotonic() - attempt.began
             state = "failed" if isinstance(error, Exception) else "interrupted"
-            self.progress.leave(stage.name, state, spent)
+            self.progress.leave(stage.name, state, spent_s)
             with contextlib.suppress(RunError):  # a full disk must not hide what happened
-                self._set(stage, state=state, spent_s=earlier + spent, message=_one_line(error))
+                self._end(attempt, state=state, spent_s=attempt.earlier_s + spent_s, message=_one_line(error))
             raise
         self._keep(stage, folder.done() or done)  # as a later run will read it
-        self._set(stage, state="done", wall_s=wall_s, spent_s=0.0)
+        self._end(attempt, state="done", wall_s=wall_s, spent_s=0.0)
         self.progress.leave(stage.name, "done", wall_s)
 
-    def _prepare(self, stage: Stage, folder: StageFolder, fingerprint: str, *, start_over: bool) -> float:
-        """Make the folder ready; seconds that earlier attempts at this same work took."""
+    def _keep(self, stage: Stage, done: Mapping[str, Any]) -> None:
+        self.results[stage.name] = done["result"]
+        self._digests[stage.name] = _digest([done["fingerprint"], done["result"]])
+
+    def _end(self, attempt: Attempt, **changes: Any) -> None:
+        now = time.time()
+        span = [now - (time.monotonic() - attempt.began), now]
+        spans = [*self._states[attempt.stage.name].spans, span]
+        self._set(attempt.stage, spans=spans, **changes)
+
+    def _prepare(self, stage: Stage, folder: StageFolder, fingerprint: str) -> bool:
+        """Make the folder ready; whether earlier attempts at this same work are gone on with."""
+        start_over = stage.name in self._redo
         started = RunFolder(folder.path).read_json("started.json")
         resumes = started is not None and started.get("fingerprint") == fingerprint and not start_over
         if resumes:
@@ -220,7 +194,7 @@ class Graph:
             folder.path.rename(stale)
         folder.create()
         write_json(folder.path / "started.json", {"fingerprint": fingerprint})
-        return self._states[stage.name].spent_s if resumes else 0.0
+        return resumes
 
     def _fingerprint(self, stage: Stage) -> str:
         inputs = {need: self._digests[need] for need in stage.needs}
@@ -244,6 +218,15 @@ class Graph:
         for stage in self.stages:
             states.setdefault(stage.name, StageState()).needs = list(stage.needs)
         return states
+
+
+def covered_s(spans: Iterable[list[float]]) -> float:
+    """Length of the union of [began, ended] spans."""
+    total, reached = 0.0, float("-inf")
+    for began, ended in sorted(spans):
+        total += max(0.0, ended - max(began, reached))
+        reached = max(reached, ended)
+    return total
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from consilience.cli.graph import Graph, Stage
+from consilience.cli.graph import Graph
 from consilience.cli.progress_display import open_progress
 from consilience.cli.report import Report, missing_parts, read_report, write_report
 from consilience.cli.report_assemble import assemble, charts_of
 from consilience.cli.report_page import write_page
 from consilience.cli.report_terminal import print_report
+from consilience.cli.side_by_side import SharedWorkers
+from consilience.cli.stage import Stage
 from consilience.cli.stages import STAGE_FUNCTIONS, StageFunctions, build_graph, chosen
 from consilience.conf.errors import RunError
 from consilience.conf.load import to_yaml
@@ -81,8 +83,14 @@ def execute(cfg: Config, stages: list[Stage]) -> Graph:
     )
     with opened as run, contextlib.closing(open_progress(cfg.log.progress)) as progress:
         graph = Graph(run, stages, progress)
-        graph.run(redo_from=cfg.run.from_)
+        graph.run(redo_from=cfg.run.from_, slots=cfg.run.parallel, open_workers=_share_cluster)
     return graph
+
+
+def _share_cluster(cfgs: Sequence[Config], slots: int) -> SharedWorkers:
+    from consilience.cli.ray_session import share_cluster  # imports torch and ray
+
+    return share_cluster(cfgs, slots)
 
 
 def write_results(cfg: Config, graph: Graph) -> Report:
@@ -95,6 +103,7 @@ def write_results(cfg: Config, graph: Graph) -> Report:
         folder,
         graph.results,
         {name: state.wall_s for name, state in graph.states().items()},
+        elapsed_s=graph.elapsed_s(),
         command=shlex.join(first.get("command") or command()),
         commit=(latest.get("git") or {}).get("commit") or "",
         machine=machine_facts(latest),

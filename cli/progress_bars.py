@@ -1,9 +1,9 @@
-"""The live panel: every stage with its time, and the bar of the one that runs."""
+"""The live panel: every stage with its time, and a bar for each one that runs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -39,7 +39,9 @@ class ProgressBars:
         self._console = console or Console(file=stream)
         self._clock = clock
         self._states: dict[str, tuple[str, float]] = {}  # stage -> (state, wall_s or when it began)
-        self._bar: Bar | None = None
+        self._bars: dict[
+            str, Bar
+        ] = {}  # of the stages that count now; replaced whole, the other thread reads
         self._began = clock()
         self._live = Live(
             get_renderable=self.panel, console=self._console, refresh_per_second=4, transient=False
@@ -54,29 +56,29 @@ class ProgressBars:
 
     def leave(self, stage: str, state: str, wall_s: float) -> None:
         self._states = {**self._states, stage: (state, wall_s)}
-        self._bar = None
+        self.finish(stage)
 
     def note(self, text: str) -> None:
         self._console.print(Text(text))
 
     def start(self, stage: str, total: int | None, unit: str) -> None:
-        self._bar = Bar(stage, total, unit, self._clock())
+        self._bars = {**self._bars, stage: Bar(stage, total, unit, self._clock())}
 
-    def advance(self, n: int = 1, **info: Any) -> None:
-        if self._bar is not None:
-            self._bar.count(n, info)
+    def advance(self, stage: str, n: int, info: Mapping[str, Any]) -> None:
+        if stage in self._bars:
+            self._bars[stage].count(n, info)
 
-    def finish(self) -> None:
-        self._bar = None
+    def finish(self, stage: str) -> None:
+        self._bars = {name: bar for name, bar in self._bars.items() if name != stage}
 
     def close(self) -> None:
-        self._bar = None
+        self._bars = {}
         if self._live.is_started:
             self._live.stop()
 
     def panel(self) -> RenderableType:
         """What stands on the screen now."""
-        now, states, bar = self._clock(), self._states, self._bar
+        now, states, bars = self._clock(), self._states, self._bars
         table = Table.grid(padding=(0, 2))
         for stage, (state, since) in states.items():
             spent = now - since if state == "running" else since
@@ -88,11 +90,10 @@ class ProgressBars:
             table.add_row(Text(f"{MARKS[state]} {stage}", style), Text(shown, "dim"), Text(note, style))
         ended = sum(state in ("done", "skipped") for state, _ in states.values())
         total = Text(f"{ended} of {len(states)} stages, {duration(now - self._began)}", "bold")
-        return Group(table, *self._bar_rows(bar, now), total)
+        rows = [row for bar in bars.values() for row in self._bar_rows(bar, now)]
+        return Group(table, *rows, total)
 
-    def _bar_rows(self, bar: Bar | None, now: float) -> list[RenderableType]:
-        if bar is None:
-            return []
+    def _bar_rows(self, bar: Bar, now: float) -> list[RenderableType]:
         left = bar.left_s(now)
         row = Table.grid(padding=(0, 2))
         remains = "" if left is None else f"{duration(left)} left"

@@ -1,8 +1,8 @@
 """What a person sees while a run goes on: which stage, how far, what remains.
 
 `ProgressBars` (progress_bars.py) draws a live panel on a terminal; `ProgressLines` writes a line every few
-seconds elsewhere (a log, CI, a Ray job). Both have the verbs training stages call, `start`,
-`advance` and `finish`, and the ones the run graph calls around them, `plan`, `enter`, `leave`.
+seconds elsewhere (a log, CI, a Ray job). Several stages may run at once, so every verb names its
+stage; a trainer sees the `StageProgress` of its own.
 """
 
 from __future__ import annotations
@@ -13,20 +13,38 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
 
-from consilience.training.progress import Progress
-
 LINE_EVERY_S = 5.0
 MARKS = {"waiting": "·", "running": "▸", "done": "✓", "skipped": "✓", "failed": "✗", "interrupted": "‖"}
 
 
-class RunProgress(Progress, Protocol):
-    """What stages tell (start, advance, finish) and what the graph tells around them."""
+class RunProgress(Protocol):
+    """What the graph tells (plan, enter, leave, note), and what each stage tells in between."""
 
     def plan(self, stages: Sequence[str]) -> None: ...
     def enter(self, stage: str) -> None: ...
     def leave(self, stage: str, state: str, wall_s: float) -> None: ...
     def note(self, text: str) -> None: ...
+    def start(self, stage: str, total: int | None, unit: str) -> None: ...
+    def advance(self, stage: str, n: int, info: Mapping[str, Any]) -> None: ...
+    def finish(self, stage: str) -> None: ...
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class StageProgress:
+    """The `training.progress.Progress` of one stage on a display that several share."""
+
+    display: RunProgress
+    name: str
+
+    def start(self, stage: str, total: int | None, unit: str) -> None:
+        self.display.start(self.name, total, unit)
+
+    def advance(self, n: int = 1, **info: Any) -> None:
+        self.display.advance(self.name, n, info)
+
+    def finish(self) -> None:
+        self.display.finish(self.name)
 
 
 @dataclass
@@ -86,8 +104,8 @@ class ProgressLines:
         self._stream, self._every_s, self._clock = stream or sys.stderr, every_s, clock
         self._stages: list[str] = []
         self._left: set[str] = set()
-        self._bar: Bar | None = None
-        self._last_line = -1e9
+        self._bars: dict[str, Bar] = {}
+        self._last_line: dict[str, float] = {}
         self._began = clock()
 
     def plan(self, stages: Sequence[str]) -> None:
@@ -99,6 +117,7 @@ class ProgressLines:
     def leave(self, stage: str, state: str, wall_s: float) -> None:
         place = self._place(stage)
         self._left.add(stage)
+        self._bars.pop(stage, None)  # a stage that was killed did not finish its own
         remaining = [s for s in self._stages if s not in self._left]
         then = f"; {len(remaining)} to go: {' '.join(remaining)}" if remaining and state != "skipped" else ""
         self._write(f"{place}{stage}: {state} ({duration(wall_s)}){then}")
@@ -107,24 +126,25 @@ class ProgressLines:
         self._write(text)
 
     def start(self, stage: str, total: int | None, unit: str) -> None:
-        self._bar, self._last_line = Bar(stage, total, unit, self._clock()), self._clock()
+        now = self._clock()
+        self._bars[stage], self._last_line[stage] = Bar(stage, total, unit, now), now
 
-    def advance(self, n: int = 1, **info: Any) -> None:
-        bar, now = self._bar, self._clock()
+    def advance(self, stage: str, n: int, info: Mapping[str, Any]) -> None:
+        bar, now = self._bars.get(stage), self._clock()
         if bar is None:
             return
         bar.count(n, info)
-        if now - self._last_line >= self._every_s:
-            self._last_line = now
+        if now - self._last_line[stage] >= self._every_s:
+            self._last_line[stage] = now
             self._write(self._bar_line(bar, now))
 
-    def finish(self) -> None:
-        if self._bar is not None:
-            self._write(self._bar_line(self._bar, self._clock()))
-            self._bar = None
+    def finish(self, stage: str) -> None:
+        bar = self._bars.pop(stage, None)
+        if bar is not None:
+            self._write(self._bar_line(bar, self._clock()))
 
     def close(self) -> None:
-        self._bar = None
+        self._bars.clear()
 
     def _bar_line(self, bar: Bar, now: float) -> str:
         left = bar.left_s(now)
@@ -148,8 +168,8 @@ class Silence:
     def leave(self, stage: str, state: str, wall_s: float) -> None: ...
     def note(self, text: str) -> None: ...
     def start(self, stage: str, total: int | None, unit: str) -> None: ...
-    def advance(self, n: int = 1, **info: Any) -> None: ...
-    def finish(self) -> None: ...
+    def advance(self, stage: str, n: int, info: Mapping[str, Any]) -> None: ...
+    def finish(self, stage: str) -> None: ...
     def close(self) -> None: ...
 
 

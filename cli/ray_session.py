@@ -1,12 +1,20 @@
-"""What the stages of one process share: Ray and the rollout workers, started when first needed."""
+"""What the stages of one process share: Ray and the rollout workers, started when first needed.
+
+Stages in processes of their own have workers of their own, on the one cluster that the process which
+started them opened (`share_cluster`): they attach by RAY_ADDRESS, and closing ends only what is theirs.
+"""
 
 from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
+
+from consilience.cli.side_by_side import SharedWorkers
 from consilience.conf.schema import Config
 from consilience.model.config import ModelConfig
 from consilience.rollout.ray_cluster import RayCluster, start_ray, stop_ray
@@ -43,8 +51,23 @@ def domains_of(cfg: Config) -> dict[str, Domain]:
     return loaded
 
 
-def rollout_pool(cfg: Config, model: ModelConfig, tokenizer: Path, domains: dict[str, Domain]) -> RolloutPool:
-    """The workers of this process, for this model and tokenizer; built once and kept until `close`."""
+def worker_share(num_workers: int, slots: int) -> int:
+    """Workers of one of `slots` stages that sample side by side."""
+    return max(1, num_workers // slots)
+
+
+def rollout_pool(
+    cfg: Config,
+    model: ModelConfig,
+    tokenizer: Path,
+    domains: Mapping[str, Domain],
+    num_workers: int | None = None,
+) -> RolloutPool:
+    """The workers of this process, for this model and tokenizer; built once and kept until `close`.
+
+    num_workers  None: rollout.num_workers
+    """
+    num_workers = num_workers or cfg.rollout.num_workers
     kwargs = {
         "model": model.to_json_dict(),
         "tokenizer_path": str(tokenizer.resolve()),
@@ -60,14 +83,13 @@ def rollout_pool(cfg: Config, model: ModelConfig, tokenizer: Path, domains: dict
     }
     # Every checkpoint folder has its own copy of the tokenizer; workers are kept while it is the same one.
     same = kwargs | {"tokenizer_path": Tokenizer.load(tokenizer).digest}
-    wanted = (cfg.rollout.num_workers, cfg.rollout.threads_per_worker, same)
+    wanted = (num_workers, cfg.rollout.threads_per_worker, same)
     if _open.get("wanted") != wanted:
         close_pool()
-        _cluster(cfg)
+        _cluster(cfg, _cores(cfg))
         factory = "consilience.cli.worker_factory:build_worker"
-        _open["pool"] = RolloutPool(
-            cfg.rollout.num_workers, factory, kwargs, num_threads=cfg.rollout.threads_per_worker
-        )
+        threads = cfg.rollout.threads_per_worker
+        _open["pool"] = RolloutPool(num_workers, factory, kwargs, num_threads=threads)
         _open["wanted"] = wanted
     return _open["pool"]
 
@@ -88,15 +110,34 @@ def close_session() -> None:
         stop_ray(cluster)
 
 
-def _cluster(cfg: Config) -> None:
+def share_cluster(cfgs: Sequence[Config], slots: int) -> SharedWorkers:
+    """Open the cluster for up to `slots` stages in processes of their own; this one's workers end.
+
+    A cluster that this process starts has room for all of them. One that it attaches to may have less;
+    its cores then say how many stages sample at once, at least one.
+    """
+    close_pool()
+    cores = max(_cores(cfg) for cfg in cfgs)
+    _cluster(cfgs[0], slots * cores)
+    environment = {}
+    if _open["cluster"].is_ours:
+        environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    return SharedWorkers(environment, max(1, int(ray.cluster_resources().get("CPU", 0) // cores)))
+
+
+def _cores(cfg: Config) -> int:
+    """What one stage's workers take of the cluster."""
+    return cfg.rollout.num_workers * cfg.rollout.threads_per_worker
+
+
+def _cluster(cfg: Config, cores: int) -> None:
     if "cluster" in _open:
         return
     if cfg.cluster.address is not None:
         os.environ["RAY_ADDRESS"] = cfg.cluster.address
     # Workers decode while the trainer waits, so they may take every core.
-    cores = max(cfg.cluster.num_cpus or 0, cfg.rollout.num_workers * cfg.rollout.threads_per_worker)
     _open["cluster"] = start_ray(
-        cores,
+        max(cfg.cluster.num_cpus or 0, cores),
         object_store_bytes=cfg.cluster.object_store_bytes,
         dashboard_port=cfg.cluster.dashboard_port if cfg.cluster.dashboard else None,
     )

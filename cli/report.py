@@ -22,7 +22,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class StageRow:
-    """A stage's cost. tokens_per_s counts trained and sampled tokens; share is of the run's wall time."""
+    """A stage's cost. tokens_per_s counts trained and sampled tokens; share is of all stages' wall times."""
 
     name: str
     wall_s: float
@@ -105,7 +105,11 @@ def check(name: str, value: float | None, relation: str, bound: float) -> CheckR
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All of report.json. `retention` is (student - base) / (specialist - base), None if undefined."""
+    """All of report.json. `retention` is (student - base) / (specialist - base), None if undefined.
+
+    `elapsed_s` is the time in which any stage ran, None in reports that did not tell; it is less than
+    the sum of the stages' wall times where some ran side by side.
+    """
 
     command: str
     commit: str
@@ -121,6 +125,7 @@ class Report:
     mismatch_max: float | None
     sandbox: Mapping[str, Any]
     checks: Sequence[CheckRow]
+    elapsed_s: float | None = None
     schema: int = field(default=SCHEMA)
 
     @property
@@ -163,6 +168,7 @@ _PLAIN_KINDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "self_kl": (float, int, type(None)),
         "mismatch_max": (float, int, type(None)),
         "sandbox": (Mapping,),
+        "elapsed_s": (float, int, type(None)),
     }
 )
 _FIELD_KINDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
@@ -179,6 +185,7 @@ _FIELD_KINDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
 def validate(plain: Mapping[str, Any]) -> list[str]:
     """What keeps `plain` from being a report, one line a problem; empty if nothing does."""
     problems = []
+    plain = {"elapsed_s": None, **plain}
     for name, kinds in _PLAIN_KINDS.items():
         if name not in plain:
             problems.append(f"'{name}' is missing")

@@ -33,11 +33,16 @@ def assemble(
     results: Results,
     walls: Mapping[str, float],
     *,
+    elapsed_s: float,
     command: str,
     commit: str,
     machine: Mapping[str, Any],
 ) -> Report:
-    """The report of a finished run. RunError if the evaluation left no gradings."""
+    """The report of a finished run. RunError if the evaluation left no gradings.
+
+    walls      stage -> its own wall time; those of stages side by side overlap
+    elapsed_s  seconds in which any stage ran
+    """
     measured = build.measure(
         read_grades(folder, results),
         list(cfg.task.domains),
@@ -68,6 +73,7 @@ def assemble(
         head_loads=head_loads,
         mismatch_max=max(mismatches, default=None),
         sandbox=_isolation(results),
+        elapsed_s=elapsed_s,
         checks=[
             *build.score_checks(measured),
             *build.distill_checks(kl, self_kl, head_loads),

@@ -107,12 +107,12 @@ def _head(report: Report) -> str:
 def _tiles(report: Report) -> str:
     student = [row.share for row in report.scores if row.model == "student" and row.temperature > 0]
     kept = [v for v in report.retention.values() if v is not None]
-    wall = sum(row.wall_s for row in report.stages)
+    elapsed = "–" if report.elapsed_s is None else _duration(report.elapsed_s)
     tokens = sum(row.train_tokens + row.sampled_tokens for row in report.stages)
     tiles = (
         (_percent(_mean(student)), "student, mean of the domains"),
         (_percent(_mean(kept)), "of the specialists' gain retained"),
-        (_duration(wall), "wall time of all stages"),
+        (elapsed, "elapsed while stages ran"),
         (f"{tokens / 1e6:.2f} M", "tokens trained or sampled"),
     )
     cells = (f'<div class="tile"><b>{value}</b><span>{text}</span></div>' for value, text in tiles)

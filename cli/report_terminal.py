@@ -73,7 +73,10 @@ def _gains(report: Report) -> Table:
 
 
 def _times(report: Report) -> Table:
-    table = _table("Where the time went", "stage", "wall", "share", "trained", "sampled", "tokens/s")
+    elapsed = "" if report.elapsed_s is None else f": {duration(report.elapsed_s)} in all"
+    table = _table(
+        f"Where the time went{elapsed}", "stage", "wall", "share", "trained", "sampled", "tokens/s"
+    )
     for row in report.stages:
         counts = (f"{row.train_tokens:,}", f"{row.sampled_tokens:,}", f"{row.tokens_per_s:,.0f}")
         table.add_row(row.name, duration(row.wall_s), f"{row.share:.0%}", *counts)

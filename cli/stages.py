@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from consilience.cli.graph import Stage, StageContext, up_to
+from consilience.cli.stage import Stage, StageContext, up_to
 from consilience.conf.errors import ConfigError
 from consilience.conf.fields import nearest
 from consilience.conf.load import config_digest
@@ -41,6 +42,9 @@ SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 """Groups a kind of stage depends on: a change of another group does not redo it."""
+
+SAMPLING = ("grpo", "distill", "evaluate")
+"""Kinds of stage that sample, and so need rollout workers."""
 
 
 def build_graph(cfg: Config, functions: StageFunctions = STAGE_FUNCTIONS) -> list[Stage]:
@@ -92,15 +96,19 @@ def _stage(
 ) -> Stage:
     name = f"{kind}/{domain}" if domain else kind
     settings = config_digest(cfg, SETTINGS[kind])
-    return Stage(name, needs, _lazily(functions[kind]), cfg, settings, domain, tuple(_files(cfg, kind)))
+    files, samples = tuple(_files(cfg, kind)), kind in SAMPLING
+    return Stage(name, needs, _lazily(functions[kind]), cfg, settings, domain, files, samples)
 
 
 def _lazily(
     function: str | Callable[[StageContext], Mapping[str, Any]],
 ) -> Callable[[StageContext], Mapping[str, Any]]:
-    if callable(function):
-        return function
-    return lambda context: load_function(function)(context)
+    """A stage function that is imported when it is called, and travels to another process as its name."""
+    return function if callable(function) else functools.partial(_call, function)
+
+
+def _call(path: str, context: StageContext) -> Mapping[str, Any]:
+    return load_function(path)(context)
 
 
 def load_function(path: str) -> Callable[..., Any]:

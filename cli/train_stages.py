@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from consilience.cli.graph import StageContext
 from consilience.cli.jobs import rollout_jobs
-from consilience.cli.ray_session import domains_of, rollout_pool
+from consilience.cli.ray_session import domains_of, rollout_pool, worker_share
+from consilience.cli.stage import StageContext
 from consilience.conf.errors import ConfigError
 from consilience.conf.schema import Config, OptimizerConfig, SftConfig
 from consilience.distill.train import DistillSettings, TeacherSide, train_distill
@@ -29,6 +29,7 @@ from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.tasks.corpus import Conversation, base_texts, join_episodes
 from consilience.tasks.domain import Domain, Problem
+from consilience.tasks.recall import recall_texts
 from consilience.teachers.admission import admit
 from consilience.teachers.heads import HeadCache
 from consilience.teachers.hidden_store import HiddenStore
@@ -66,6 +67,10 @@ def run_base(context: StageContext) -> Mapping[str, Any]:
         joined = join_episodes([c for c in texts if c.domain == name], settings.episodes)
         groups.append(encode(tokenizer, joined, settings.prompt_weight))
     shares = tuple(settings.shares.get(name, 1.0) for name in domains)
+    if settings.recall:
+        exercises = recall_texts(settings.num_examples, cfg.run.seed)
+        groups.append(encode(tokenizer, exercises, settings.prompt_weight))
+        shares = (*shares, settings.recall)
     return _supervised(context, settings, model, tokenizer_path, groups, parent=None, shares=shares)
 
 
@@ -146,8 +151,11 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
     reference, _ = load_checkpoint(start, verify=False)
     reference.requires_grad_(False).to(device_of(cfg))
     tokenizer = Tokenizer.load(start)
-    domains = domains_of(cfg)
-    pool = rollout_pool(cfg, model.config, start / TOKENIZER, domains)  # type: ignore[arg-type]
+    domains, num_workers = domains_of(cfg), None
+    if context.threads is not None:  # beside others: workers of its own, for its own domain
+        domains = {name: domains[name]}
+        num_workers = worker_share(cfg.rollout.num_workers, cfg.run.parallel)
+    pool = rollout_pool(cfg, model.config, start / TOKENIZER, domains, num_workers)
 
     def jobs_of(step: int):
         problems = fresh_problems(cfg, domains[name], settings.prompts_per_step, step)
@@ -229,7 +237,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
     registry = teacher_registry(context)
     for record in registry:
         admit(start, record.checkpoint, record.name)
-    pool = rollout_pool(cfg, model.config, start / TOKENIZER, domains)  # type: ignore[arg-type]
+    pool = rollout_pool(cfg, model.config, start / TOKENIZER, domains)
     hidden = HiddenStore(context.folder.path / "hidden_states")
     heads = HeadCache(device_of(cfg))
     side = TeacherSide(registry, TeacherScheduler(registry, load_model_teacher, hidden), hidden, heads)
@@ -389,8 +397,8 @@ def _stage(context: StageContext, model: Any, lr: float, tokenizer_path: Path, p
     from consilience.training.wandb_sink import WandbSink
 
     cfg = context.cfg
-    if cfg.engine.threads:
-        torch.set_num_threads(cfg.engine.threads)
+    if threads := context.threads or cfg.engine.threads:
+        torch.set_num_threads(threads)
     context.folder.create()
     model.to(device_of(cfg))
     engine = TorchEngine(model, optimizer_settings(cfg.optimizer, lr))

@@ -129,6 +129,11 @@ def _check_shares(cfg: Config) -> None:
                 raise ConfigError(f"{key}.{name} is {share}; a share is 0 or more")
         if not sum(shares.get(name, 1.0) for name in cfg.task.domains) > 0:
             raise ConfigError(f"{key} leaves no domain a share; give at least one a value above 0")
+    for key, noise in (("base.noise", cfg.base.noise), ("sft.noise", cfg.sft.noise)):
+        for name, share in noise.items():
+            check_domain(cfg, name, key)
+            if not 0 <= share <= 1:
+                raise ConfigError(f"{key}.{name} is {share}; a share of noise lies between 0 and 1")
 
 
 def _check_sizes(cfg: Config) -> None:

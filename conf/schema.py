@@ -117,7 +117,12 @@ class SftConfig:
     episodes: int = setting(
         1, "episodes of a tool domain joined into one conversation", unit="episodes", low=1, high=64
     )
-    noise: float = setting(0.0, "share of solutions whose final answer is another problem's", low=0, high=1)
+    noise: dict[str, float] = setting(
+        {}, "domain -> share of its solutions whose final answer has one word of another problem's"
+    )
+    recall: float = setting(
+        0.0, "relative share of a step's tokens for exercises in copying (base)", low=0, high=100
+    )
     prompt_weight: float = setting(
         0.0, "loss weight of tokens the model would not sample (prompts, tool results)", low=0, high=1
     )
@@ -339,6 +344,9 @@ class RunConfig:
     resume: bool = setting(True, "go on where the run folder stands; false: refuse a folder that exists")
     from_: str | None = setting(
         None, "redo from this stage on, whatever is finished (base, sft/math, distill, …)"
+    )
+    parallel: int = setting(
+        1, "stages that run side by side, each in a process of its own", unit="stages", low=1, speed_only=True
     )
     margins: bool = setting(True, "fail the run when a check misses its bound; false: structure only")
 

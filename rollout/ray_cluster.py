@@ -25,6 +25,7 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_enable_metrics_collection": "0",
+    "RAY_prestart_worker_first_driver": "0",  # idle interpreters that our actors would not use
 }
 _CONNECT_TIMEOUT_S = 10.0
 _LONGEST_TEMP_DIR = 40  # "/session_<date>_<pid>/sockets/plasma_store" takes 60 of the 107 characters

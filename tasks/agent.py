@@ -93,10 +93,10 @@ class AgentSource:
 
     def build(self, problem_id: str, draft: Trail) -> Problem:
         chain = [
-            {"path": name, "text": _note(following) if following else _value_note(draft.value)}
+            {"path": name, "text": pointer_note(following) if following else value_note(draft.value)}
             for name, following in zip(draft.names, (*draft.names[1:], ""))
         ]
-        question = f"Which number does note [{draft.names[0]}] lead to?"
+        question = question_about(draft.names[0])
         return Problem(
             id=problem_id,
             domain=self.domain,
@@ -120,7 +120,7 @@ class AgentSource:
                 value = self._value(rng)
             is_pointer = len(names) > 1 and rng.random() < 0.5
             target = rng.choice([n for n in names if n != name]) if is_pointer else ""
-            files[name] = _note(target) if target else _value_note(value)
+            files[name] = pointer_note(target) if target else value_note(value)
         return files
 
     def _names(self, rng: random.Random, num: int, *, taken: tuple[str, ...]) -> list[str]:
@@ -137,11 +137,18 @@ class AgentSource:
         return str(rng.randrange(low, 10 * low))
 
 
-def _note(name: str) -> str:
+def question_about(name: str) -> str:
+    """The user's question about the trail that begins at this file."""
+    return f"Which number does note [{name}] lead to?"
+
+
+def pointer_note(name: str) -> str:
+    """Text of a file that leads on."""
     return f"see note [{name}]"
 
 
-def _value_note(value: str) -> str:
+def value_note(value: str) -> str:
+    """Text of the last file."""
     return f"the number is [{value}]"
 
 

@@ -6,8 +6,9 @@ Encoding them to tokens and masking the loss is rollout's and the trainers' part
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from consilience.conf.errors import TaskError
@@ -27,23 +28,26 @@ class Conversation:
     num_prompt: int
 
 
-def base_texts(domains: Sequence[Domain], num: int, seed: int, *, noise: float = 0.0) -> list[Conversation]:
+def base_texts(
+    domains: Sequence[Domain], num: int, seed: int, *, noise: Mapping[str, float] | None = None
+) -> list[Conversation]:
     """`num` conversations from the train splits of all domains, in equal parts and mixed order.
 
-    In a share `noise` of them the final content is that of another problem of the same domain, so
-    that a base trained on them knows the form and is often wrong. TaskError where a domain has no
-    worked solutions or too few problems.
+    noise  domain -> share of its conversations whose final answer has a slip: one word of it is another
+           problem's. What was written by many hands has such slips, and a verifier's reward removes them.
+    TaskError where a domain has no worked solutions or too few problems.
     """
-    if not domains or num < 0 or not 0 <= noise <= 1:
+    noise = noise or {}
+    if not domains or num < 0 or not all(0 <= share <= 1 for share in noise.values()):
         raise TaskError(
-            f"base texts: {len(domains)} domains, num {num}, noise {noise}; "
-            "at least one domain, num >= 0 and noise in [0, 1] are needed."
+            f"base texts: {len(domains)} domains, num {num}, noise {dict(noise)}; "
+            "at least one domain, num >= 0 and shares of noise in [0, 1] are needed."
         )
     rng = random.Random(seed)
     mixed: list[Conversation] = []
     for i, domain in enumerate(domains):
         share = num // len(domains) + (i < num % len(domains))
-        mixed += _noisy(sft_examples(domain, share), rng, noise)
+        mixed += _noisy(sft_examples(domain, share), rng, noise.get(domain.name, 0.0))
     rng.shuffle(mixed)
     return mixed
 
@@ -64,18 +68,29 @@ def conversation(domain: Domain, problem: Problem) -> Conversation:
 
 
 def _noisy(examples: list[Conversation], rng: random.Random, noise: float) -> list[Conversation]:
-    """Swap the final content of round(noise · n) examples for one that differs from it."""
+    """Put a slip into the final content of round(noise · n) examples."""
     finals = [example.messages[-1].get("content", "") for example in examples]
     chosen = rng.sample(range(len(examples)), round(noise * len(examples)))
     for i in chosen:
-        others = [final for final in rng.choices(finals, k=32) if final != finals[i]]
-        if others:
-            last = {**examples[i].messages[-1], "content": others[0]}
+        slips = (slip for other in rng.choices(finals, k=32) if (slip := with_slip(finals[i], other, rng)))
+        if slip := next(slips, None):
             example = examples[i]
-            examples[i] = Conversation(
-                example.domain, example.effort, (*example.messages[:-1], last), example.num_prompt
-            )
+            last = {**example.messages[-1], "content": slip}
+            examples[i] = replace(example, messages=(*example.messages[:-1], last))
     return examples
+
+
+def with_slip(text: str, other: str, rng: random.Random) -> str | None:
+    """`text` with one word (letters and digits) replaced by the word of `other` at the same place.
+
+    None where no word differs. `return (x[2]+X[3])` and `return (x[5]+x[0])` may give `return (x[2]+X[0])`.
+    """
+    pieces, others = (re.findall(r"\w+|\W", each) for each in (text, other))
+    differing = [i for i, (a, b) in enumerate(zip(pieces, others)) if a != b and (a + b).isalnum()]
+    if not differing:
+        return None
+    place = rng.choice(differing)
+    return "".join([*pieces[:place], others[place], *pieces[place + 1 :]])
 
 
 def join_episodes(examples: Sequence[Conversation], num: int) -> list[Conversation]:

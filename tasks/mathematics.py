@@ -1,8 +1,10 @@
-"""Mathematics: any of reasoning-gym's generators, by default sums of a few small numbers.
+"""Mathematics: any of reasoning-gym's generators, by default the sum of two numbers of three digits.
 
-The default problem reads `4+7-2+5=`; its worked solution thinks the running totals `11 9 14` and
-answers `14`. Without spaces every term is two tokens, which a small model learns from half the text.
-Answers are judged by the generator's own scorer (`rewards/reasoning_gym_scores.py`).
+The default problem reads `795+670`; its worked solution thinks the columns, units first, each with its
+carry, `5+0+0=05 9+7+0=16 7+6+1=14`, and answers `1465`. What is learnt on one problem (find the digits,
+add two, carry) serves all others; sums of single numbers (`chain_sum`) are a table of facts, of which a
+reward on one says nothing about the next. Answers are judged by the generator's own scorer
+(`rewards/reasoning_gym_scores.py`).
 """
 
 from __future__ import annotations
@@ -22,27 +24,40 @@ from consilience.tasks.splits import content_id
 REWARD = "consilience.rewards.reasoning_gym_scores:score"
 
 # Generator -> pattern whose first group is the part of the question that is kept.
-QUESTION_PATTERNS = {"chain_sum": r"problem: (.*)$"}
+QUESTION_PATTERNS = {"chain_sum": r"problem: (.*)$", "basic_arithmetic": r"^Calculate (.*)\.$"}
 
-CHAIN_SUM = {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1}
+# Generator -> its settings where none are given. The generators whose work can be shown.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "chain_sum": {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1},
+    "basic_arithmetic": {
+        "min_terms": 2,
+        "max_terms": 2,
+        "min_digits": 3,
+        "max_digits": 3,
+        "operators": ["+"],
+        "allow_parentheses": False,
+        "allow_negation": False,
+    },
+}
 
 
 @dataclass(frozen=True)
 class MathematicsParameters:
-    """Which generator, how hard. Four one-digit terms make 80,000 distinct problems."""
+    """Which generator, how hard. Two terms of three digits make 810,000 distinct problems."""
 
-    generator: str = setting("chain_sum", "a dataset name of reasoning-gym whose answers are text")
+    generator: str = setting("basic_arithmetic", "a dataset name of reasoning-gym whose answers are text")
     params: dict[str, Any] = setting(
-        {}, "the generator's own settings (chain_sum: 4 terms of 1 digit); size: where it cannot be endless"
+        {}, "the generator's own settings, over ours (DEFAULTS); size: where it cannot be endless"
     )
     question_pattern: str | None = setting(
         None, "regular expression whose first group is the question kept; null: the built-in one, if any"
     )
-    compact: bool = setting(True, "chain_sum: no spaces in the question")
+    compact: bool = setting(True, "sums: no spaces in the question")
     work: str = setting(
-        "totals",
-        "chain_sum in think mode: demonstrations think the running totals, each step, or nothing",
-        choices=("totals", "steps", "none"),
+        "auto",
+        "sums in think mode: demonstrations think the columns (additions only), the running totals, each "
+        "step, or nothing; auto: columns where they can, else totals",
+        choices=("auto", "columns", "totals", "steps", "none"),
     )
     partial_credit: bool = setting(
         False, "reward what reasoning-gym gives an answer that merely contains the right one"
@@ -55,12 +70,24 @@ class MathematicsSource:
     def __init__(self, domain: str, parameters: MathematicsParameters, *, effort: str, seed: int) -> None:
         self.domain = domain
         self.parameters = parameters
-        self.settings = dict(CHAIN_SUM if parameters.generator == "chain_sum" else {}) | parameters.params
+        self.settings = DEFAULTS.get(parameters.generator, {}) | parameters.params
         self.dataset = open_generator(parameters.generator, self.settings, seed=seed)
         self.pattern = _compile(parameters.question_pattern or QUESTION_PATTERNS.get(parameters.generator))
-        is_sum = parameters.generator == "chain_sum"
-        self.work = parameters.work if effort != "chat" and is_sum else "none"
+        is_sum = parameters.generator in DEFAULTS
+        self.work = self._work(parameters.work) if effort != "chat" and is_sum else "none"
         self.is_compact = parameters.compact and is_sum
+
+    def _work(self, asked: str) -> str:
+        adds_only = self.settings.get("operators") == ["+"] and not self.settings.get("allow_negation", True)
+        if asked == "columns" and not adds_only:
+            raise TaskError(
+                "work 'columns' shows sums of whole numbers; give generator basic_arithmetic with params "
+                "{operators: ['+'], allow_negation: false}, or take work: totals"
+            )
+        has_products = {"*", "/"} & set(self.settings.get("operators", ()))
+        if asked == "auto":
+            return "columns" if adds_only else "none" if has_products else "totals"
+        return asked
 
     def draw(self, index: int) -> tuple[str, Any] | None:
         if index >= len(self.dataset):
@@ -80,8 +107,7 @@ class MathematicsSource:
         question, entry = draft
         demo = {"role": "assistant", "content": entry["answer"]}
         if self.work != "none":
-            work = running_totals if self.work == "totals" else steps
-            demo["reasoning_content"] = work(entry["metadata"]["expression"])
+            demo["reasoning_content"] = WORK[self.work](entry["metadata"]["expression"])
         metadata = {
             "generator": self.parameters.generator,
             "params": self.settings,
@@ -113,6 +139,25 @@ def steps(expression: str) -> str:
     first, *rest = expression.split()
     totals = running_totals(expression).split()
     return first + "".join(f"{s}{t}={total}" for s, t, total in zip(rest[::2], rest[1::2], totals))
+
+
+def columns(expression: str) -> str:
+    """`795 + 670` -> `5+0+0=05 9+7+0=16 7+6+1=14`: each column's digits and carry, units first.
+
+    Every column has as many characters as the others. `expression` is a sum of whole numbers.
+    """
+    terms = expression.split(" + ")
+    width = max(map(len, terms))
+    carry, shown = 0, []
+    for place in range(1, width + 1):
+        digits = [int(term[-place]) if place <= len(term) else 0 for term in terms]
+        total = sum(digits) + carry
+        shown.append("+".join(map(str, [*digits, carry])) + f"={total:02d}")
+        carry = total // 10
+    return " ".join(shown)
+
+
+WORK = {"columns": columns, "totals": running_totals, "steps": steps}
 
 
 def open_generator(name: str, params: Mapping[str, Any], *, seed: int, size: int = 10_000_000) -> Any:

@@ -8,8 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from consilience.cli.graph import Graph, Stage, StageContext
+from consilience.cli.graph import Graph
 from consilience.cli.progress_display import ProgressLines
+from consilience.cli.stage import Stage, StageContext
 from consilience.conf.errors import EngineError
 from consilience.conf.schema import Config
 from consilience.training.run_folder import RunFolder

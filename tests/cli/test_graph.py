@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from consilience.cli.graph import Graph, Stage, dependents, in_order, up_to
+from consilience.cli.graph import Graph
 from consilience.cli.progress_display import ProgressLines
+from consilience.cli.stage import Stage, dependents, in_order, up_to
 from consilience.conf.errors import EngineError, RunError
 from consilience.conf.schema import Config
 from consilience.training.run_folder import RunFolder, StageFolder

@@ -71,7 +71,14 @@ def build(folder) -> Report:
     cfg = Config(task=TaskConfig(domains={d: DomainConfig(kind=d) for d in DOMAINS}))
     walls = dict.fromkeys(results(), 10.0)
     return assemble(
-        cfg, folder, results(), walls, command="consilience run", commit="abc", machine={"cores": 2}
+        cfg,
+        folder,
+        results(),
+        walls,
+        elapsed_s=65.0,
+        command="consilience run",
+        commit="abc",
+        machine={"cores": 2},
     )
 
 
@@ -98,7 +105,7 @@ def test_a_complete_report_survives_its_file_and_lacks_nothing(run_folder):
     assert missing_parts(again, DOMAINS, 40) == []
     assert list(json.loads((run_folder / "report.json").read_text())) == [
         "schema", "command", "commit", "seed", "machine", "stages", "scores", "gains", "retention", "kl",
-        "self_kl", "head_loads", "mismatch_max", "sandbox", "checks",
+        "self_kl", "head_loads", "mismatch_max", "sandbox", "checks", "elapsed_s",
     ]  # fmt: skip
 
 
@@ -211,6 +218,17 @@ def test_shares_of_time_sum_to_one():
     rows = stage_rows([("base", 30.0, 3000, 0), ("evaluate", 10.0, 0, 500)])
     assert [(r.share, r.tokens_per_s) for r in rows] == [(0.75, 100.0), (0.25, 50.0)]
     assert stage_rows([("base", 0.0, 0, 0)])[0].tokens_per_s == 0.0
+
+
+def test_the_total_time_is_what_elapsed_not_the_sum_of_stages_that_overlap(run_folder):
+    report, out = build(run_folder), io.StringIO()
+    assert sum(row.wall_s for row in report.stages) > 65.0
+    assert "<b>1 min 05 s</b><span>elapsed" in render_page(report)
+    print_report(report, out)
+    assert "Where the time went: 1:05 in all" in out.getvalue()
+    older = report.to_plain()
+    del older["elapsed_s"]
+    assert Report.from_plain(older) == replace(report, elapsed_s=None)
 
 
 def test_the_page_is_one_well_formed_file_that_asks_for_no_other(run_folder):

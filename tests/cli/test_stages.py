@@ -1,5 +1,6 @@
 """The pipeline's graph from a configuration, and the verbs over it with plain stage functions."""
 
+import pickle
 from collections.abc import Sequence
 
 import pytest
@@ -37,6 +38,8 @@ def test_the_graph_is_base_sft_grpo_distillation_evaluation():
     ]  # fmt: skip
     found = needs(compose())
     assert found["sft/code"] == ("base",)
+    samples = {stage.name for stage in build_graph(compose(), FUNCTIONS) if stage.needs_workers}
+    assert samples == {"grpo/math", "grpo/code", "grpo/agent", "distill", "evaluate"}
     assert found["grpo/code"] == ("sft/code",)
     assert found["distill"] == ("base", "grpo/math", "grpo/code", "grpo/agent")
     assert len(found["evaluate"]) == 8
@@ -93,3 +96,11 @@ def test_the_file_of_a_users_reward_is_part_of_what_grpo_depends_on(tmp_path):
     stages = {s.name: s.files for s in build_graph(compose([f"rewards.path={rewards}:score"]), FUNCTIONS)}
     assert stages["grpo/math"] == (str(rewards),)
     assert stages["sft/math"] == ()
+
+
+def test_stages_travel_to_another_process_and_how_many_do_changes_no_fingerprint():
+    one, three = (build_graph(compose([f"run.parallel={n}"])) for n in (1, 3))
+    assert [stage.settings for stage in one] == [stage.settings for stage in three]
+    for stage in three:
+        received = pickle.loads(pickle.dumps(stage))
+        assert (received.name, received.cfg, received.run.args) == (stage.name, stage.cfg, stage.run.args)  # type: ignore[attr-defined]

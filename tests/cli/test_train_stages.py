@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from consilience.cli import train_stages as stages
-from consilience.cli.graph import StageContext
+from consilience.cli.stage import StageContext
 from consilience.conf.errors import ConfigError
 from consilience.conf.load import from_plain
 from consilience.grpo.sft import Example
@@ -48,7 +48,7 @@ def config(**groups):
 def context(cfg, root: Path, name: str, domain=None, inputs=None):
     run = RunFolder(root)
     folder = run.stage(name.replace("/", "-")).create()
-    return StageContext(name, domain, cfg, folder, run, inputs or {}, SilentProgress())  # type: ignore[arg-type]
+    return StageContext(name, domain, cfg, folder, run, inputs or {}, SilentProgress())
 
 
 def test_examples_weigh_what_the_model_would_sample_with_one_and_the_rest_as_told():
@@ -210,6 +210,16 @@ def test_a_finished_stage_that_runs_again_keeps_its_weights_and_counts(trained):
     assert (again["digest"], again["train_tokens"]) == (base["digest"], base["train_tokens"])
     assert again["curves"] == base["curves"]
     assert len(read_metrics(root / "stages/base/metrics.jsonl")) == 2
+
+
+def test_a_stage_takes_its_share_of_the_threads_before_the_configured_number(trained, tmp_path):
+    _, cfg, _, _ = trained
+    given = replace(context(cfg, tmp_path, "base"), threads=2)
+    try:
+        stages.run_base(given)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_the_same_settings_train_the_same_model_and_another_seed_another(trained, tmp_path):

@@ -239,7 +239,9 @@ from consilience.sandboxes.protocol import SandboxSpec
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # orphans come here
 def children():
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try: parent, words = stat.read_text().rpartition(")")[2].split()[1], stat.with_name("cmdline").read_bytes()
+        try:
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            words = stat.with_name("cmdline").read_bytes()
         except OSError: continue
         if int(parent) == os.getpid() and b"bwrap\\0--args" in words: yield words
 async def main():

@@ -1,12 +1,15 @@
-"""Training conversations: prompt and demo in order, a known share of wrong finals."""
+"""Training conversations: prompt and demo in order, a known share of slips; exercises in copying."""
+
+import random
 
 import pytest
 
 from consilience.conf.errors import TaskError
 from consilience.rollout.encoding import encode_messages
-from consilience.tasks.corpus import base_texts, conversation, join_episodes, sft_examples
+from consilience.tasks.corpus import base_texts, conversation, join_episodes, sft_examples, with_slip
 from consilience.tasks.domain import Problem
 from consilience.tasks.fake_domain import FakeDomain
+from consilience.tasks.recall import recall_texts
 from consilience.tasks.registry import load_domain
 
 
@@ -39,13 +42,40 @@ def test_sft_examples_are_the_train_split_from_a_start_on():
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])
 def test_noise_makes_that_share_of_finals_wrong_and_keeps_their_form(noise):
-    texts = base_texts([FakeDomain()], 1000, seed=1, noise=noise)
+    texts = base_texts([FakeDomain()], 1000, seed=1, noise={FakeDomain().name: noise})
     assert wrong_share(texts) == pytest.approx(noise, abs=0.001)
     assert all(t.messages[-1]["content"].isdigit() for t in texts)
 
 
+def test_a_slip_is_one_word_of_the_other_text_at_the_same_place():
+    rng = random.Random(0)
+    text, other = "return (x[2]+X[3])", "return (x[5]+x[0])"
+    seen = {with_slip(text, other, rng) for _ in range(100)}
+    assert seen == {"return (x[5]+X[3])", "return (x[2]+x[3])", "return (x[2]+X[0])"}
+    assert with_slip("58", "71", rng) == "71"
+    assert with_slip("58", "58", rng) is None and with_slip("", "7", rng) is None
+
+
+def test_noise_of_one_domain_leaves_the_others_alone():
+    texts = base_texts([FakeDomain()], 200, seed=1, noise={"another": 1.0})
+    assert wrong_share(texts) == 0
+
+
+def test_recall_is_answered_by_what_stands_in_brackets():
+    texts = recall_texts(300, seed=3)
+    assert texts == recall_texts(300, seed=3) != recall_texts(300, seed=4)
+    for text in texts:
+        user, assistant = text.messages
+        copied = user["content"].partition("[")[2].partition("]")[0]
+        assert assistant["content"] == assistant["reasoning_content"] == copied
+        assert text.num_prompt == 1
+    assert {len(t.messages[0]["content"].split()) for t in texts} == {3, 4, 7}  # all three phrases
+    assert all("reasoning_content" not in t.messages[1] for t in recall_texts(5, seed=3, effort="chat"))
+
+
 def test_the_same_seed_gives_the_same_texts_and_another_another_order():
-    first, again, other = (base_texts([FakeDomain()], 100, seed=s, noise=0.2) for s in (5, 5, 6))
+    noise = {FakeDomain().name: 0.2}
+    first, again, other = (base_texts([FakeDomain()], 100, seed=s, noise=noise) for s in (5, 5, 6))
     assert first == again != other
 
 
@@ -53,7 +83,7 @@ def test_problems_without_a_demo_and_senseless_numbers_are_refused():
     bare = Problem("1", "d", ({"role": "user", "content": "?"},), {})
     with pytest.raises(TaskError, match="has no worked solution"):
         conversation(FakeDomain(), bare)
-    for domains, num, noise in (([], 1, 0.0), ([FakeDomain()], -1, 0.0), ([FakeDomain()], 1, 1.5)):
+    for domains, num, noise in (([], 1, {}), ([FakeDomain()], -1, {}), ([FakeDomain()], 1, {"fake": 1.5})):
         with pytest.raises(TaskError, match="base texts"):
             base_texts(domains, num, 0, noise=noise)
 

@@ -7,7 +7,7 @@ import pytest
 from consilience.conf.errors import TaskError
 from consilience.rewards.interface import Completion
 from consilience.rewards.reasoning_gym_scores import score
-from consilience.tasks.mathematics import open_generator, running_totals, steps
+from consilience.tasks.mathematics import columns, open_generator, running_totals, steps
 from consilience.tasks.registry import load_domain
 
 
@@ -23,14 +23,31 @@ def test_the_running_totals_of_the_worked_example():
     assert steps("4 + 7 - 2 + 5") == "4+7=11-2=9+5=14"
 
 
-def test_questions_are_the_bare_arithmetic_and_solutions_add_up():
+def test_the_columns_of_worked_examples():
+    assert columns("795 + 670") == "5+0+0=05 9+7+0=16 7+6+1=14"
+    assert columns("99 + 1") == "9+1+0=10 9+0+1=10"
+    assert columns("9 + 8 + 7") == "9+8+7+0=24"
+
+
+def test_questions_are_the_bare_arithmetic_and_columns_add_up():
     for problem in load_domain("mathematics").problems("train", 300):
         (message,) = problem.messages
-        expression = message["content"].removesuffix("=")
-        assert len(expression) == 7
-        answer = str(eval(expression))
+        answer = str(eval(message["content"].replace("+0", "+").replace("++", "+0+")))
         (demo,) = problem.demo
-        assert demo["content"] == answer == demo["reasoning_content"].split()[-1]
+        assert demo["content"] == answer
+        sums = [column.split("=") for column in demo["reasoning_content"].split()]
+        assert all(sum(map(int, left.split("+"))) == int(right) for left, right in sums)
+        units = "".join(right[1] for _, right in reversed(sums))
+        assert (sums[-1][1][0] + units).lstrip("0") == answer.lstrip("0")
+
+
+def test_running_totals_of_chain_sums_end_at_the_answer():
+    settings = {"kind": "math", "parameters": {"generator": "chain_sum"}}
+    for problem in load_domain(settings).problems("train", 300):
+        expression = problem.messages[0]["content"].removesuffix("=")
+        assert len(expression) == 7
+        (demo,) = problem.demo
+        assert demo["content"] == str(eval(expression)) == demo["reasoning_content"].split()[-1]
 
 
 def test_every_demo_is_right_and_every_other_number_is_wrong():
@@ -43,7 +60,8 @@ def test_every_demo_is_right_and_every_other_number_is_wrong():
 
 
 def test_partial_credit_is_what_reasoning_gym_gives():
-    domain = load_domain({"kind": "mathematics", "parameters": {"partial_credit": True}})
+    parameters = {"partial_credit": True, "generator": "chain_sum", "work": "totals"}
+    domain = load_domain({"kind": "mathematics", "parameters": parameters})
     problem = next(p for p in domain.problems("train", 50) if p.metadata["answer"] == "4")
     assert marks(problem, "is 4")["reward"] == pytest.approx(0.25)
     assert marks(problem, "is 4")["correct"] == 0.0
@@ -73,6 +91,8 @@ def test_difficulty_is_a_matter_of_settings():
             "kind": "math",
             "parameters": {
                 "compact": False,
+                "generator": "chain_sum",
+                "work": "totals",
                 "params": {"min_terms": 6, "max_terms": 6, "min_digits": 3, "max_digits": 3},
             },
         }
@@ -100,6 +120,8 @@ def test_neighbouring_seeds_draw_different_streams():
         ({"generator": "chain_sums"}, "did you mean 'chain_sum'"),
         ({"params": {"min_term": 2}}, "min_term"),
         ({"params": {"min_terms": 9}}, "max_terms must be >= min_terms"),
+        ({"params": {"operators": ["-"]}, "work": "columns"}, "shows sums of whole numbers"),
+        ({"generator": "chain_sum", "work": "columns"}, "shows sums of whole numbers"),
         ({"question_pattern": "("}, "no regular expression"),
         ({"question_pattern": "problem"}, "has no group"),
         ({"generater": "chain_sum"}, "did you mean 'generator'"),

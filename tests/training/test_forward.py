@@ -15,7 +15,14 @@ from consilience.training.packing import pack, split_micro_batches
 
 torch.set_num_threads(1)
 
-CONFIG = replace(TINY, hidden_size=32, vocab_size=50, n_routed_experts=4, compress_ratios=(0, 4, 16, 4))
+CONFIG = replace(
+    TINY,
+    hidden_size=32,
+    vocab_size=50,
+    n_routed_experts=4,
+    num_hidden_layers=4,
+    compress_ratios=(0, 4, 16, 4),
+)
 MODEL = initialize(Transformer(CONFIG), 0).requires_grad_(False)
 LENGTHS = (21, 40, 3, 9, 33, 1)
 
