@@ -155,7 +155,8 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
     if context.threads is not None:  # beside others: workers of its own, for its own domain
         domains = {name: domains[name]}
         num_workers = worker_share(cfg.rollout.num_workers, cfg.run.parallel)
-    pool = rollout_pool(cfg, model.config, start / TOKENIZER, domains, num_workers)
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    pool = rollout_pool(cfg, config, start / TOKENIZER, domains, num_workers)
 
     def jobs_of(step: int):
         problems = fresh_problems(cfg, domains[name], settings.prompts_per_step, step)
@@ -237,7 +238,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
     registry = teacher_registry(context)
     for record in registry:
         admit(start, record.checkpoint, record.name)
-    pool = rollout_pool(cfg, model.config, start / TOKENIZER, domains)
+    pool = rollout_pool(cfg, model.config, start / TOKENIZER, domains)  # type: ignore[arg-type]
     hidden = HiddenStore(context.folder.path / "hidden_states")
     heads = HeadCache(device_of(cfg))
     side = TeacherSide(registry, TeacherScheduler(registry, load_model_teacher, hidden), hidden, heads)

@@ -73,9 +73,8 @@ def test_a_split_that_is_too_small_says_how_many_there_are():
 
 
 def test_a_generator_without_new_problems_ends_in_an_error_not_a_hang():
-    domain = load_domain(
-        {"kind": "math", "parameters": {"params": {"min_terms": 2, "max_terms": 2}}}
-    )  # 10 * 10 * 2 sums
+    sums = {"min_digits": 1, "max_digits": 1}  # 10 * 10 of them
+    domain = load_domain({"kind": "math", "parameters": {"params": sums}})
     with pytest.raises(TaskError, match="ask for fewer or widen"):
         domain.problems("train", 201)
     assert domain.num_duplicates > 1000
