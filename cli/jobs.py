@@ -1,10 +1,11 @@
-"""Problems to rollout jobs: uids, groups, seeds, tools."""
+"""Problems to rollout jobs: which problems, uids, groups, seeds, tools."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 
+from consilience.conf.schema import Config
 from consilience.rollout.engine import SamplingParams
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.tools import TOOLS
@@ -58,3 +59,15 @@ def rollout_jobs(
                 )
             )
     return jobs
+
+
+def fresh_problems(cfg: Config, domain: Domain, num: int, step: int) -> list[Problem]:
+    """Training problems of one phase, after those whose solutions base and SFT have seen, then around again.
+
+    Where the training split ends before that, from its beginning.
+    """
+    first = max(cfg.base.num_examples, cfg.sft.num_examples)
+    room = cfg.task.num_train - first
+    if room < num:
+        first, room = 0, max(cfg.task.num_train, num)
+    return domain.problems("train", num, start=first + step * num % (room - num + 1))

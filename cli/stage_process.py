@@ -32,7 +32,9 @@ from consilience.conf.errors import RunError
 
 PRELOAD = (
     "torch",
-    "consilience.cli.train_stages",
+    "consilience.cli.supervised_stages",
+    "consilience.cli.grpo_stage",
+    "consilience.cli.distill_stage",
     "consilience.cli.evaluate",
     "reasoning_gym",
     "torch._dynamo",  # imported by the first optimiser

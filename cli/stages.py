@@ -24,10 +24,10 @@ StageFunctions = Mapping[str, str | StageFunction]
 
 STAGE_FUNCTIONS: StageFunctions = MappingProxyType(
     {
-        "base": "consilience.cli.train_stages:run_base",
-        "sft": "consilience.cli.train_stages:run_sft",
-        "grpo": "consilience.cli.train_stages:run_grpo",
-        "distill": "consilience.cli.train_stages:run_distill",
+        "base": "consilience.cli.supervised_stages:run_base",
+        "sft": "consilience.cli.supervised_stages:run_sft",
+        "grpo": "consilience.cli.grpo_stage:run_grpo",
+        "distill": "consilience.cli.distill_stage:run_distill",
         "evaluate": "consilience.cli.evaluate:run_evaluate",
     }
 )

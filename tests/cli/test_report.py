@@ -13,7 +13,14 @@ import pytest
 
 from consilience.cli.report import Report, check, missing_parts, read_report, validate, write_report
 from consilience.cli.report_assemble import assemble, charts_of
-from consilience.cli.report_build import acting_checks, distill_checks, measure, score_checks, stage_rows
+from consilience.cli.report_build import (
+    acting_checks,
+    distill_checks,
+    fall,
+    measure,
+    score_checks,
+    stage_rows,
+)
 from consilience.cli.report_page import render_page, write_page
 from consilience.cli.report_terminal import print_report
 from consilience.conf.errors import RunError
@@ -196,6 +203,13 @@ def test_checks_of_distillation():
     falling = [row(s, -1) for s in range(8)]
     assert [r.ok for r in distill_checks(falling, 1e-7, [heads(2, 2)])] == [True, True, True]
     assert [r.ok for r in distill_checks(falling[:1], None, [])] == [False, False, False]
+
+
+def test_one_wild_episode_does_not_hide_that_the_kl_fell():
+    assert fall([4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0]) == pytest.approx(0.25)
+    assert fall([0.02] * 4 + [0.001] * 8 + [0.0005, 0.2, 0.0005, 0.0005]) < 0.2
+    assert fall([1.0, 1.1]) > 1 and fall([0.0, 0.0]) == pytest.approx(1.0)
+    assert fall([1.0]) is None
 
 
 def row(step: int, sign: int = 1):

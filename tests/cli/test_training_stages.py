@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from consilience.cli import train_stages as stages
+from consilience.cli import distill_stage, jobs, training_stage
+from consilience.cli import supervised_stages as supervised
 from consilience.cli.stage import StageContext
 from consilience.conf.errors import ConfigError
 from consilience.conf.load import from_plain
@@ -54,29 +55,29 @@ def context(cfg, root: Path, name: str, domain=None, inputs=None):
 def test_examples_weigh_what_the_model_would_sample_with_one_and_the_rest_as_told():
     tokenizer = byte_tokenizer()
     messages = ({"role": "user", "content": "1 + 1 ="}, {"role": "assistant", "content": "2"})
-    (example,) = stages.encode(tokenizer, [Conversation("x", "chat", messages, 1)], 0.25)
+    (example,) = supervised.encode(tokenizer, [Conversation("x", "chat", messages, 1)], 0.25)
     assert len(example.token_ids) == len(example.loss_weight)
     sampled = [t for t, w in zip(example.token_ids, example.loss_weight) if w == 1.0]
     assert tokenizer.decode(sampled[:-1]) == "2" and sampled[-1] == tokenizer.eos_id
     assert set(example.loss_weight) == {0.25, 1.0}
-    (bare,) = stages.encode(tokenizer, [Conversation("x", "chat", messages, 1)], 0.0)
+    (bare,) = supervised.encode(tokenizer, [Conversation("x", "chat", messages, 1)], 0.0)
     assert set(bare.loss_weight) == {0.0, 1.0} and bare.token_ids == example.token_ids
 
 
 def test_the_model_takes_the_tokenizers_vocabulary_and_never_less():
     tokenizer = byte_tokenizer()
     rows = tokenizer.padded_vocab_size(16)
-    found = stages.model_config(config(), tokenizer)
+    found = supervised.model_config(config(), tokenizer)
     assert (found.vocab_size, found.hidden_size, found.compress_ratios) == (rows, 16, (0, 4))
     assert (found.bos_token_id, found.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
-    assert stages.model_config(config(model={**MODEL, "vocab_size": 1000}), tokenizer).vocab_size == 1000
-    assert stages.model_config(config(model={**MODEL, "vocab_size": 100}), tokenizer).vocab_size == rows
+    assert supervised.model_config(config(model={**MODEL, "vocab_size": 1000}), tokenizer).vocab_size == 1000
+    assert supervised.model_config(config(model={**MODEL, "vocab_size": 100}), tokenizer).vocab_size == rows
     assert found.num_nextn_predict_layers == 0
 
 
 def test_optimizer_settings_are_the_configured_ones():
     cfg = config(optimizer={"betas": [0.8, 0.9], "muon_momentum": 0.7, "grad_clip": 3.0, "weight_decay": 0.0})
-    found = stages.optimizer_settings(cfg.optimizer, 0.5)
+    found = training_stage.optimizer_settings(cfg.optimizer, 0.5)
     assert (found.lr, found.beta1, found.beta2, found.momentum) == (0.5, 0.8, 0.9, 0.7)
     assert (found.grad_clip, found.weight_decay, found.update_rms) == (3.0, 0.0, 0.18)
 
@@ -93,7 +94,7 @@ def test_optimizer_settings_are_the_configured_ones():
     ],
 )
 def test_prompts_are_split_by_share_and_none_is_lost(num, shares, expected):
-    found = stages.split_prompts(num, ["a", "b", "c"], shares)
+    found = distill_stage.split_prompts(num, ["a", "b", "c"], shares)
     assert found == expected and sum(found.values()) == num
 
 
@@ -107,7 +108,7 @@ def small(num_train, base=30, sft=20):
 def test_phases_draw_problems_that_base_and_sft_have_not_seen():
     domain = FakeDomain()
     seen = {p.id for p in domain.problems("train", 30)}
-    phases = [{p.id for p in stages.fresh_problems(small(100), domain, 8, step)} for step in range(8)]
+    phases = [{p.id for p in jobs.fresh_problems(small(100), domain, 8, step)} for step in range(8)]
     assert all(len(phase) == 8 and not phase & seen for phase in phases)
     assert len(set.union(*phases)) == 64
 
@@ -116,8 +117,8 @@ def test_phases_beyond_the_training_split_go_around_and_never_past_its_end():
     domain, cfg = FakeDomain(), small(50)
     allowed = {p.id for p in domain.problems("train", 50)}
     for step in range(40):
-        assert {p.id for p in stages.fresh_problems(cfg, domain, 7, step)} <= allowed
-    few = stages.fresh_problems(small(32), domain, 5, 0)  # 2 problems are unseen: from the beginning
+        assert {p.id for p in jobs.fresh_problems(cfg, domain, 7, step)} <= allowed
+    few = jobs.fresh_problems(small(32), domain, 5, 0)  # 2 problems are unseen: from the beginning
     assert [p.id for p in few] == [p.id for p in domain.problems("train", 5)]
 
 
@@ -128,7 +129,7 @@ def test_distillation_asks_every_domain_and_stamps_each_prompt_with_its_owner(tm
     )
     domains = {name: FakeDomain(name, side=60) for name in "xyz"}
     cfg = config(distill={"prompts_per_step": 7, "samples_per_prompt": 2})
-    phases = [stages.distill_jobs(cfg, domains, registry, step) for step in range(2)]
+    phases = [distill_stage.distill_jobs(cfg, domains, registry, step) for step in range(2)]
     assert [len(jobs) for jobs in phases] == [14, 14]
     assert {(job.domain, job.teacher) for job in phases[0]} == {("x", "one"), ("y", "one"), ("z", "two")}
     assert len({job.uid for jobs in phases for job in jobs}) == 28
@@ -139,8 +140,8 @@ def test_distillation_asks_every_domain_and_stamps_each_prompt_with_its_owner(tm
 
 def test_rows_are_long_enough_for_the_longest_example():
     groups = [[Example([1] * 70, [1.0] * 70)], [Example([1] * 5, [1.0] * 5)]]
-    assert stages._row_tokens(groups, 64) == 96 and stages._row_tokens(groups, 128) == 128
-    assert stages._row_tokens([[]], 32) == 32
+    assert supervised._row_tokens(groups, 64) == 96 and supervised._row_tokens(groups, 128) == 128
+    assert supervised._row_tokens([[]], 32) == 32
 
 
 def test_curves_are_read_from_the_metrics_of_the_stage(tmp_path):
@@ -149,7 +150,7 @@ def test_curves_are_read_from_the_metrics_of_the_stage(tmp_path):
     log.scalars(1, {"nll": 2.0})
     log.scalars(2, {"nll": 1.0, "other": 5.0})
     log.finish()
-    assert stages._curves(ctx, {"training loss": "nll", "rare": "other"}) == {
+    assert training_stage.curves_of(ctx, {"training loss": "nll", "rare": "other"}) == {
         "training loss": {"sft/code": [[1, 2], [2.0, 1.0]]},
         "rare": {"sft/code": [[1, 2], [None, 5.0]]},
     }
@@ -162,29 +163,29 @@ def test_specialists_are_the_teachers_unless_others_are_named(tmp_path):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
         inputs[name] = {"checkpoint": name}
-    found = stages.teacher_registry(context(config(), tmp_path, "distill", inputs=inputs))
+    found = distill_stage.teacher_registry(context(config(), tmp_path, "distill", inputs=inputs))
     assert [(t.name, t.checkpoint, t.domains) for t in found] == [
         (d, tmp_path / "grpo" / d, (d,)) for d in ("code", "agent")
     ]
     named = {"all": {"domains": ["code", "agent"], "checkpoint": str(tmp_path / "grpo/code"), "weight": 0.5}}
     cfg = config(teachers={"registry": named})
-    (only,) = stages.teacher_registry(context(cfg, tmp_path, "distill", inputs=inputs))
+    (only,) = distill_stage.teacher_registry(context(cfg, tmp_path, "distill", inputs=inputs))
     assert (only.name, only.domains, only.weight) == ("all", ("code", "agent"), 0.5)
 
 
 def test_a_gpu_that_is_not_there_is_refused_with_what_to_set():
-    assert stages.device_of(config()).type == "cpu"
+    assert training_stage.device_of(config()).type == "cpu"
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"engine\.device=auto"):
-            stages.device_of(config(engine={"device": "cuda"}))
+            training_stage.device_of(config(engine={"device": "cuda"}))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run folder with a base and a specialist of two steps each."""
     root, cfg = tmp_path_factory.mktemp("run"), config()
-    base = stages.run_base(context(cfg, root, "base"))
-    sft = stages.run_sft(context(cfg, root, "sft/agent", "agent", {"base": base}))
+    base = supervised.run_base(context(cfg, root, "base"))
+    sft = supervised.run_sft(context(cfg, root, "sft/agent", "agent", {"base": base}))
     return root, cfg, base, sft
 
 
@@ -206,7 +207,7 @@ def test_base_and_sft_leave_checkpoints_that_name_their_parent(trained):
 def test_a_finished_stage_that_runs_again_keeps_its_weights_and_counts(trained):
     """The run was cut between the last checkpoint and done.json."""
     root, cfg, base, _ = trained
-    again = stages.run_base(context(cfg, root, "base"))
+    again = supervised.run_base(context(cfg, root, "base"))
     assert (again["digest"], again["train_tokens"]) == (base["digest"], base["train_tokens"])
     assert again["curves"] == base["curves"]
     assert len(read_metrics(root / "stages/base/metrics.jsonl")) == 2
@@ -216,7 +217,7 @@ def test_a_stage_takes_its_share_of_the_threads_before_the_configured_number(tra
     _, cfg, _, _ = trained
     given = replace(context(cfg, tmp_path, "base"), threads=2)
     try:
-        stages.run_base(given)
+        supervised.run_base(given)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -224,6 +225,6 @@ def test_a_stage_takes_its_share_of_the_threads_before_the_configured_number(tra
 
 def test_the_same_settings_train_the_same_model_and_another_seed_another(trained, tmp_path):
     _, cfg, base, _ = trained
-    assert stages.run_base(context(cfg, tmp_path / "a", "base"))["digest"] == base["digest"]
+    assert supervised.run_base(context(cfg, tmp_path / "a", "base"))["digest"] == base["digest"]
     other = replace(cfg, run=replace(cfg.run, seed=9))
-    assert stages.run_base(context(other, tmp_path / "b", "base"))["digest"] != base["digest"]
+    assert supervised.run_base(context(other, tmp_path / "b", "base"))["digest"] != base["digest"]

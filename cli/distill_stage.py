@@ -1,0 +1,161 @@
+"""The stage that distils all specialists into one student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consilience.cli.jobs import fresh_problems, rollout_jobs
+from consilience.cli.ray_session import domains_of, rollout_pool
+from consilience.cli.stage import StageContext
+from consilience.cli.training_stage import (
+    TOKENIZER,
+    device_of,
+    micro_tokens,
+    open_stage,
+    result_of,
+    shared,
+    start_folder,
+)
+from consilience.conf.schema import Config
+from consilience.distill.train import DistillSettings, TeacherSide, train_distill
+from consilience.model.checkpoint import to_official
+from consilience.rollout.store import RolloutStore
+from consilience.rollout.tokenizer import Tokenizer
+from consilience.tasks.domain import Domain
+from consilience.teachers.admission import admit
+from consilience.teachers.heads import HeadCache
+from consilience.teachers.hidden_store import HiddenStore
+from consilience.teachers.model_teacher import load_model_teacher
+from consilience.teachers.registry import TeacherRecord, TeacherRegistry
+from consilience.teachers.scheduler import TeacherScheduler
+from consilience.training.checkpoint import load_checkpoint
+
+
+def run_distill(context: StageContext) -> Mapping[str, Any]:
+    """All specialists into one student that starts from the base."""
+    cfg, settings = context.cfg, context.cfg.distill
+    start = start_folder(context, settings.init, "base")
+    model, meta = load_checkpoint(start)
+    tokenizer = Tokenizer.load(start)
+    domains = domains_of(cfg)
+    registry = teacher_registry(context)
+    for record in registry:
+        admit(start, record.checkpoint, record.name)
+    pool = rollout_pool(cfg, model.config, start / TOKENIZER, domains)  # type: ignore[arg-type]
+    hidden = HiddenStore(context.folder.path / "hidden_states")
+    heads = HeadCache(device_of(cfg))
+    side = TeacherSide(registry, TeacherScheduler(registry, load_model_teacher, hidden), hidden, heads)
+    schedule = DistillSettings(
+        steps=settings.steps,
+        mini_batches=settings.mini_batches,
+        chunk_tokens=settings.chunk_tokens,
+        normalisation=settings.normalisation,
+        row_tokens=settings.row_tokens,
+        micro_tokens=micro_tokens(cfg, settings.row_tokens),
+        warmup=settings.warmup,
+        decay_steps=settings.steps // 2,
+        final_scale=settings.decay,
+        table_rows=cfg.log.table_rows,
+        seed=cfg.run.seed,
+    )
+    with open_stage(context, model, settings.lr, start / TOKENIZER, meta.digest) as parts:
+        context.progress.start(context.name, settings.steps, "phase")
+        context.progress.advance(parts["start"])
+        result = train_distill(
+            parts["engine"],
+            pool,
+            lambda step: distill_jobs(cfg, domains, registry, step),
+            side,
+            schedule,
+            store=RolloutStore(context.folder.rollouts),
+            decode=tokenizer.decode,
+            earlier=parts["cursor"].get("rows", ()),
+            **shared(parts),
+        )
+        cursor = {"clock": parts["clock"].state(), "rows": result["rows"]}
+        folder = parts["checkpoints"].save(settings.steps, cursor)
+    counted = {key: result[key] for key in ("train_tokens", "sampled_tokens", "kl", "head_loads")}
+    return result_of(context, parts, folder, counted) | {
+        "self_kl": _self_kl(folder, RolloutStore(context.folder.rollouts), settings.row_tokens),
+    }
+
+
+def teacher_registry(context: StageContext) -> TeacherRegistry:
+    """The configured teachers; without any, the run's own specialists, one a domain."""
+    cfg = context.cfg
+
+    def specialist(domain: str) -> Path:
+        return context.run.path / context.inputs[f"grpo/{domain}"]["checkpoint"]
+
+    given = cfg.teachers.registry
+    if not given:
+        return TeacherRegistry([TeacherRecord(d, specialist(d), (d,), 1.0) for d in cfg.task.domains])
+    return TeacherRegistry(
+        [
+            TeacherRecord(
+                name,
+                Path(t.checkpoint) if t.checkpoint else specialist(t.domains[0]),
+                tuple(t.domains),
+                t.weight,
+            )
+            for name, t in given.items()
+        ]
+    )
+
+
+def distill_jobs(cfg: Config, domains: Mapping[str, Domain], registry: TeacherRegistry, step: int) -> list:
+    """One phase's prompts, in equal parts of every domain, each stamped with its owner teacher."""
+    settings = cfg.distill
+    jobs = []
+    for name, share in split_prompts(settings.prompts_per_step, list(domains), settings.shares).items():
+        jobs += rollout_jobs(
+            domains[name],
+            fresh_problems(cfg, domains[name], share, step),
+            prefix=f"distill/{step}/{name}",
+            samples=settings.samples_per_prompt,
+            temperature=settings.temperature,
+            run_seed=cfg.run.seed,
+            teacher=registry.owner(name).name,
+            is_graded=False,
+        )
+    return jobs
+
+
+def split_prompts(num: int, domains: Sequence[str], shares: Mapping[str, float]) -> dict[str, int]:
+    """`num` prompts over the domains by relative share, largest remainders first; zeros left out."""
+    weights = {name: shares.get(name, 1.0) for name in domains}
+    exact = {name: num * weight / sum(weights.values()) for name, weight in weights.items()}
+    counts = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(domains, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: num - sum(counts.values())]:
+        counts[name] += 1
+    return {name: count for name, count in counts.items() if count}
+
+
+def _self_kl(checkpoint: Path, store: RolloutStore, row_tokens: int) -> float:
+    """Mean KL of the finished student to itself as a teacher, through the stored-state path."""
+    from consilience.distill.loss import distill_loss
+    from consilience.distill.train import pack_records, score_request
+    from consilience.training.forward import hidden_at_loss, sample_order
+
+    records = [r for r in store.read(store.phases()[-1]) if r.num_sampled][:32]
+    teacher = load_model_teacher(TeacherRecord("self", checkpoint, (), 1.0))
+    requests = [score_request(r) for r in records]
+    states = teacher.score([r.token_ids for r in requests], [r.positions for r in requests])
+    model, _ = load_checkpoint(checkpoint, verify=False)
+    with torch.no_grad():
+        at = hidden_at_loss(model, pack_records(records, row_tokens))
+        target = torch.cat([states[s] for s in sample_order(at)])
+        out = distill_loss(
+            at.hidden,
+            to_official(model)["head.weight"],  # type: ignore[arg-type]
+            target,
+            teacher.head(),
+            teacher_weight=1.0,
+            num_loss_tokens=len(target),
+        )
+    return abs(out.sums["kl"]) / out.sums["tokens"]

@@ -1,0 +1,120 @@
+"""The stage that makes a specialist by GRPO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from consilience.cli.jobs import fresh_problems, rollout_jobs
+from consilience.cli.ray_session import domains_of, rollout_pool, worker_share
+from consilience.cli.stage import StageContext
+from consilience.cli.training_stage import (
+    TOKENIZER,
+    curves_of,
+    device_of,
+    micro_tokens,
+    open_stage,
+    own_domain,
+    result_of,
+    shared,
+    start_folder,
+)
+from consilience.grpo.train import GrpoSettings, train_grpo
+from consilience.model.config import ModelConfig
+from consilience.rollout.records import RolloutRecord
+from consilience.rollout.store import RolloutStore
+from consilience.rollout.tokenizer import Tokenizer
+from consilience.training.checkpoint import load_checkpoint
+from consilience.training.metrics import read_metrics
+
+
+def run_grpo(context: StageContext) -> Mapping[str, Any]:
+    """One specialist by GRPO from its SFT checkpoint, which is also the reference."""
+    cfg, settings = context.cfg, context.cfg.grpo
+    name = own_domain(context)
+    start = start_folder(context, settings.init, f"sft/{name}")
+    model, meta = load_checkpoint(start)
+    reference, _ = load_checkpoint(start, verify=False)
+    reference.requires_grad_(False).to(device_of(cfg))
+    tokenizer = Tokenizer.load(start)
+    domains, num_workers = domains_of(cfg), None
+    if context.threads is not None:  # beside others: workers of its own, for its own domain
+        domains = {name: domains[name]}
+        num_workers = worker_share(cfg.rollout.num_workers, cfg.run.parallel)
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    pool = rollout_pool(cfg, config, start / TOKENIZER, domains, num_workers)
+
+    def jobs_of(step: int):
+        problems = fresh_problems(cfg, domains[name], settings.prompts_per_step, step)
+        return rollout_jobs(
+            domains[name],
+            problems,
+            prefix=f"grpo-{name}/{step}",
+            samples=settings.group_size,
+            temperature=settings.temperature,
+            run_seed=cfg.run.seed,
+        )
+
+    schedule = GrpoSettings(
+        steps=settings.steps,
+        mini_batches=settings.mini_batches,
+        clip_epsilon=settings.clip_epsilon,
+        kl_beta=settings.kl_beta,
+        mask_delta=settings.mask_delta,
+        temperature=settings.temperature,
+        row_tokens=settings.row_tokens,
+        micro_tokens=micro_tokens(cfg, settings.row_tokens),
+        warmup=settings.warmup,
+        table_rows=cfg.log.table_rows,
+        seed=cfg.run.seed,
+    )
+    with open_stage(context, model, settings.lr, start / TOKENIZER, meta.digest) as parts:
+        context.progress.start(context.name, settings.steps, "phase")
+        context.progress.advance(parts["start"])
+        store = RolloutStore(context.folder.rollouts)
+        result = train_grpo(
+            parts["engine"],
+            reference,
+            pool,
+            jobs_of,
+            schedule,
+            store=store,
+            decode=tokenizer.decode,
+            **shared(parts),
+        )
+        folder = parts["checkpoints"].save(settings.steps, {"clock": parts["clock"].state()})
+    curves = curves_of(
+        context,
+        {
+            "GRPO: correct on training prompts": "correct",
+            "GRPO: clip share": "clip_share",
+            "GRPO: mean |log ratio|": "mean_abs_log_ratio",
+            "GRPO: masked share": "masked_share",
+        },
+    )
+    acting = {
+        label: max((v for v in curves[f"GRPO: {key}"][context.name][1] if v is not None), default=None)
+        for label, key in (
+            ("largest clip share", "clip share"),
+            ("largest mean |log ratio|", "mean |log ratio|"),
+            ("largest masked share", "masked share"),
+        )
+    }
+    counted = {key: result[key] for key in ("train_tokens", "sampled_tokens")}
+    counted["mismatch_max"] = max(
+        (row["mismatch_max"] for row in read_metrics(context.folder.metrics)), default=None
+    )
+    return result_of(context, parts, folder, counted) | {
+        "curves": curves,
+        "checks": [{"name": n, "value": v, "relation": ">", "bound": 0.0} for n, v in acting.items()],
+        "sandbox": _isolation(store.read()),
+    }
+
+
+def _isolation(records: Any) -> dict[str, int]:
+    """Isolation label -> rollouts that had it."""
+    counts: dict[str, int] = {}
+    for record in records:
+        assert isinstance(record, RolloutRecord)
+        counts[record.isolation] = counts.get(record.isolation, 0) + 1
+    return counts

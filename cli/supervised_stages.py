@@ -1,0 +1,128 @@
+"""The stages that read worked solutions: the base from random weights, and SFT of one specialist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from consilience.cli.ray_session import domains_of
+from consilience.cli.stage import StageContext
+from consilience.cli.training_stage import (
+    TOKENIZER,
+    curves_of,
+    micro_tokens,
+    open_stage,
+    own_domain,
+    result_of,
+    shared,
+    start_folder,
+)
+from consilience.conf.schema import Config, SftConfig
+from consilience.grpo.sft import Example, SupervisedSettings, train_supervised
+from consilience.model.config import PRESETS, ModelConfig
+from consilience.model.initialize import initialize
+from consilience.model.transformer import Transformer
+from consilience.rollout.encoding import encode_messages
+from consilience.rollout.prompts import conversation_ids
+from consilience.rollout.tokenizer import Tokenizer
+from consilience.tasks.corpus import Conversation, base_texts, join_episodes
+from consilience.tasks.recall import recall_texts
+from consilience.training.checkpoint import load_checkpoint
+from consilience.training.packing import row_length
+
+
+def run_base(context: StageContext) -> Mapping[str, Any]:
+    """Tokenizer on the task text, then a model from random weights on every domain's train split."""
+    cfg, settings = context.cfg, context.cfg.base
+    domains = domains_of(cfg)
+    texts = base_texts(
+        list(domains.values()), settings.num_examples * len(domains), cfg.run.seed, noise=settings.noise
+    )
+    tokenizer_path = context.folder.path / TOKENIZER
+    if not tokenizer_path.exists():
+        sample = [encode_messages(c.messages, c.effort) for c in texts[: 1000 * len(domains)]]
+        Tokenizer.train(sample, cfg.task.vocab_size).save(tokenizer_path)
+    tokenizer = Tokenizer.load(tokenizer_path)
+    model = initialize(Transformer(model_config(cfg, tokenizer)), cfg.run.seed)
+    groups = []
+    for name in domains:
+        joined = join_episodes([c for c in texts if c.domain == name], settings.episodes)
+        groups.append(encode(tokenizer, joined, settings.prompt_weight))
+    shares = tuple(settings.shares.get(name, 1.0) for name in domains)
+    if settings.recall:
+        exercises = recall_texts(settings.num_examples, cfg.run.seed)
+        groups.append(encode(tokenizer, exercises, settings.prompt_weight))
+        shares = (*shares, settings.recall)
+    return _supervised(context, settings, model, tokenizer_path, groups, parent=None, shares=shares)
+
+
+def run_sft(context: StageContext) -> Mapping[str, Any]:
+    """One specialist: worked solutions of its domain, loss on assistant tokens only."""
+    cfg, settings = context.cfg, context.cfg.sft
+    start = start_folder(context, settings.init, "base")
+    model, meta = load_checkpoint(start)
+    tokenizer = Tokenizer.load(start)
+    domain = domains_of(cfg)[own_domain(context)]
+    texts = base_texts([domain], settings.num_examples, cfg.run.seed, noise=settings.noise)
+    joined = join_episodes(texts, settings.episodes)
+    examples = encode(tokenizer, joined, settings.prompt_weight)
+    return _supervised(context, settings, model, start / TOKENIZER, [examples], parent=meta.digest)
+
+
+def _supervised(
+    context: StageContext,
+    settings: SftConfig,
+    model: Any,
+    tokenizer_path: Path,
+    groups: Sequence[Sequence[Example]],
+    parent: str | None,
+    shares: tuple[float, ...] = (),
+) -> dict[str, Any]:
+    cfg = context.cfg
+    with open_stage(context, model, settings.lr, tokenizer_path, parent) as parts:
+        schedule = SupervisedSettings(
+            steps=settings.steps,
+            tokens_per_step=settings.tokens_per_step,
+            row_tokens=_row_tokens(groups, settings.row_tokens),
+            micro_tokens=micro_tokens(cfg, settings.row_tokens),
+            warmup=settings.warmup,
+            decay_steps=settings.steps // 3,
+            final_scale=settings.decay,
+            balance_weight=settings.balance_weight,
+            indexer_weight=settings.indexer_weight,
+            shares=shares,
+            seed=cfg.run.seed,
+        )
+        context.progress.start(context.name, settings.steps, "step")
+        context.progress.advance(parts["start"])
+        result = train_supervised(parts["engine"], groups, schedule, **shared(parts))
+        folder = parts["checkpoints"].save(settings.steps, {"clock": parts["clock"].state()})
+    return result_of(context, parts, folder, {"train_tokens": result["train_tokens"]}) | {
+        "curves": curves_of(context, {"training loss": "nll"})
+    }
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[Conversation], prompt_weight: float) -> list[Example]:
+    """Token ids and loss weights: 1 on what the model would sample, `prompt_weight` elsewhere."""
+    examples = []
+    for conversation in texts:
+        ids, mask = conversation_ids(tokenizer, conversation.messages, conversation.effort)
+        examples.append(Example(ids, [max(float(m), prompt_weight) for m in mask]))
+    return examples
+
+
+def model_config(cfg: Config, tokenizer: Tokenizer) -> ModelConfig:
+    """The preset with its overrides; the vocabulary is the tokenizer's unless set larger."""
+    preset = PRESETS[cfg.model.preset]
+    rows = tokenizer.padded_vocab_size(16)
+    overrides = cfg.model.overrides()
+    overrides["vocab_size"] = max(rows, overrides.get("vocab_size", 0))
+    overrides |= {"num_nextn_predict_layers": 0, "mtp_compress_ratios": ()}
+    return replace(preset, **overrides, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+
+
+def _row_tokens(groups: Sequence[Sequence[Example]], row_tokens: int) -> int:
+    longest = max((len(e.token_ids) for group in groups for e in group), default=1)
+    return row_length(longest, row_tokens)

@@ -1,0 +1,134 @@
+"""What every training stage has: engine, checkpoints, logs and clock, resumed where it was cut short."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consilience.cli.stage import StageContext
+from consilience.conf.errors import ConfigError
+from consilience.conf.schema import Config, OptimizerConfig
+from consilience.rollout.tokenizer import Tokenizer
+from consilience.training.checkpoint import CheckpointMeta, read_meta
+from consilience.training.metrics import FanOut, MetricsLog, read_metrics
+from consilience.training.stage_checkpoints import StageCheckpoints
+from consilience.training.stage_clock import StageClock
+from consilience.training.torch_engine import OptimizerSettings, TorchEngine
+
+TOKENIZER = "tokenizer.json"
+
+
+def optimizer_settings(given: OptimizerConfig, lr: float) -> OptimizerSettings:
+    return OptimizerSettings(
+        lr=lr,
+        weight_decay=given.weight_decay,
+        beta1=given.betas[0],
+        beta2=given.betas[1],
+        eps=given.eps,
+        momentum=given.muon_momentum,
+        update_rms=given.update_rms,
+        grad_clip=given.grad_clip,
+        kind=given.kind,
+    )
+
+
+def device_of(cfg: Config) -> torch.device:
+    """Where the trainer's tensors live. ConfigError if a GPU is asked for and there is none."""
+    wanted = cfg.engine.device
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise ConfigError("engine.device is cuda, but torch finds no GPU; take engine.device=auto")
+    return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
+
+
+@contextmanager
+def open_stage(context: StageContext, model: Any, lr: float, tokenizer_path: Path, parent: str | None):
+    """Engine, checkpoints, logs and clock of a stage, resumed where it was cut short."""
+    from consilience.training.wandb_sink import WandbSink
+
+    cfg = context.cfg
+    if threads := context.threads or cfg.engine.threads:
+        torch.set_num_threads(threads)
+    context.folder.create()
+    model.to(device_of(cfg))
+    engine = TorchEngine(model, optimizer_settings(cfg.optimizer, lr))
+    tokenizer = Tokenizer.load(tokenizer_path)
+    meta = CheckpointMeta(
+        stage=context.name,
+        seed=cfg.run.seed,
+        step=0,
+        special_tokens=dict(tokenizer.special_ids),
+        domain=context.domain,
+        parent=parent,
+    )
+    checkpoints = StageCheckpoints(context.folder.checkpoints, engine, tokenizer_path, meta)
+    start, cursor = checkpoints.resume()
+    log = FanOut(
+        [
+            MetricsLog(context.folder.metrics, resume_step=start),
+            WandbSink(
+                context.run.path,
+                mode=cfg.log.wandb,
+                project=cfg.log.project,
+                name=f"{cfg.run.name}/{context.name}",
+                group=cfg.run.name,
+                config={"stage": context.name, "seed": cfg.run.seed, "lr": lr},
+            ),
+        ]
+    )
+    parts = {
+        "engine": engine,
+        "checkpoints": checkpoints,
+        "log": log,
+        "clock": StageClock(earlier=cursor.get("clock")),
+        "progress": context.progress,
+        "start": start,
+        "cursor": cursor,
+    }
+    try:
+        yield parts
+    finally:
+        log.finish()
+        context.progress.finish()
+
+
+def shared(parts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: parts[name] for name in ("checkpoints", "log", "clock", "progress", "start")}
+
+
+def result_of(
+    context: StageContext, parts: Mapping[str, Any], folder: Path, counted: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What every training stage leaves: its checkpoint, its counts, where its time went."""
+    return {
+        "checkpoint": str(folder.relative_to(context.run.path)),
+        "digest": read_meta(folder).digest,
+        "time": parts["clock"].report({"train": "train", "sampled": "rollout"}),
+        **counted,
+    }
+
+
+def start_folder(context: StageContext, init: str | None, stage: str) -> Path:
+    return Path(init) if init else context.run.path / context.inputs[stage]["checkpoint"]
+
+
+def own_domain(context: StageContext) -> str:
+    assert context.domain is not None
+    return context.domain
+
+
+def micro_tokens(cfg: Config, row_tokens: int) -> int:
+    return cfg.engine.micro_batch_rows * row_tokens
+
+
+def curves_of(context: StageContext, titles: Mapping[str, str]) -> dict[str, Any]:
+    """Chart title -> {stage: [[step, …], [value, …]]} from the stage's metrics.jsonl."""
+    rows = read_metrics(context.folder.metrics)
+    return {
+        title: {context.name: [[r["step"] for r in rows], [r.get(key) for r in rows]]}
+        for title, key in titles.items()
+    }
