@@ -108,7 +108,7 @@ def teacher_registry(context: StageContext) -> TeacherRegistry:
 
 
 def distill_jobs(cfg: Config, domains: Mapping[str, Domain], registry: TeacherRegistry, step: int) -> list:
-    """One phase's prompts, in equal parts of every domain, each stamped with its owner teacher."""
+    """One phase's prompts by the domains' shares, each with its owner teacher; long episodes first."""
     settings = cfg.distill
     jobs = []
     for name, share in split_prompts(settings.prompts_per_step, list(domains), settings.shares).items():
@@ -122,7 +122,7 @@ def distill_jobs(cfg: Config, domains: Mapping[str, Domain], registry: TeacherRe
             teacher=registry.owner(name).name,
             is_graded=False,
         )
-    return jobs
+    return sorted(jobs, key=lambda job: -job.max_tokens)
 
 
 def split_prompts(num: int, domains: Sequence[str], shares: Mapping[str, float]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +51,21 @@ def run_evaluate(context: StageContext) -> Mapping[str, Any]:
         model, meta = load_checkpoint(checkpoint)
         pool = rollout_pool(cfg, model.config, checkpoint / "tokenizer.json", domains)  # type: ignore[arg-type]
         pool.publish(to_official(model), meta.digest, 0)  # type: ignore[arg-type]
+        jobs = {t: _jobs(cfg, domains, name, t, num) for t, num in temperatures.items()}
+        records = {r.uid: r for r in pool.generate(mixed(list(jobs.values())))}
+        clock.add_tokens("sampled", sum(r.num_sampled for r in records.values()))
         rows = []
-        for temperature, num in temperatures.items():
-            records = pool.generate(_jobs(cfg, domains, name, temperature, num))
-            clock.add_tokens("sampled", sum(r.num_sampled for r in records))
-            rows += _grade_rows(name, temperature, records, domains)
-            for record in records:
-                isolation[record.isolation] = isolation.get(record.isolation, 0) + 1
-            correct = {
-                row["domain"]: _mean(row["grades"]) for row in rows if row["temperature"] == temperature
-            }
-            context.progress.advance(len(domains), model=name, **correct)
+        for temperature, asked in jobs.items():
+            own = [records[job.uid] for job in asked]
+            graded = _grade_rows(name, temperature, own, domains)
+            rows += graded
+            context.progress.advance(
+                len(domains), model=name, **{row["domain"]: _mean(row["grades"]) for row in graded}
+            )
             if temperature == cfg.evaluate.temperature and name == last:
-                acting = parts_that_acted(model, records)
+                acting = parts_that_acted(model, own)
+        for record in records.values():
+            isolation[record.isolation] = isolation.get(record.isolation, 0) + 1
         done[name] = rows
         write_text_atomically(folder / GRADES, json.dumps([row for each in done.values() for row in each]))
     context.progress.finish()
@@ -109,6 +111,20 @@ def _jobs(
             run_seed=cfg.run.seed,
         )
     return jobs
+
+
+def mixed(groups: Sequence[Sequence[RolloutJob]]) -> list[RolloutJob]:
+    """All jobs, evenly mixed by domain: while some wait for tools, others fill the decoding batch."""
+    by_domain: dict[str, list[RolloutJob]] = {}
+    for group in groups:
+        for job in group:
+            by_domain.setdefault(job.domain, []).append(job)
+    ranked = [
+        ((place + 0.5) / len(jobs), number, job)
+        for number, jobs in enumerate(by_domain.values())
+        for place, job in enumerate(jobs)
+    ]
+    return [job for _, _, job in sorted(ranked, key=lambda each: each[:2])]
 
 
 def _grade_rows(

@@ -72,6 +72,17 @@ def test_models_and_temperatures_are_asked_the_same_test_problems_under_their_ow
     assert {job.sampling.temperature for job in asked[1]} == {0.0}
 
 
+def test_jobs_of_all_domains_and_temperatures_are_evenly_mixed():
+    cfg = context(tmp_path=None).cfg
+    domains = {"fake": FakeDomain(), "more": FakeDomain("more", side=90)}
+    asked = [evaluate._jobs(cfg, domains, "m", 1.0, 40), evaluate._jobs(cfg, domains, "m", 0.0, 8)]
+    jobs = evaluate.mixed(asked)
+    assert sorted(j.uid for j in jobs) == sorted(j.uid for each in asked for j in each)
+    for start in range(0, len(jobs), 12):
+        share = [j.domain for j in jobs[start : start + 12]].count("more")
+        assert 5 <= share <= 7
+
+
 def test_grades_are_correctness_and_a_failed_grading_is_absent():
     records = [
         record("a", 0.5, correct=1.0),
