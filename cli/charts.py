@@ -80,7 +80,7 @@ def dot_chart(dots: Sequence[Dot], *, title: str, width: int = 340, label_width:
         return _empty(width, 80)
     row, top = 25, 8
     height = top + row * len(dots) + 26
-    place = _scale(0.0, 1.0, label_width + 8, width - 44)
+    place = _scale(0.0, 1.0, label_width + 8, width - 58)
     parts = []
     for x in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts.append(_rule(place(x), top, place(x), height - 24))
