@@ -52,7 +52,7 @@ def run_evaluate(context: StageContext) -> Mapping[str, Any]:
         pool = rollout_pool(cfg, model.config, checkpoint / "tokenizer.json", domains)  # type: ignore[arg-type]
         pool.publish(to_official(model), meta.digest, 0)  # type: ignore[arg-type]
         jobs = {t: _jobs(cfg, domains, name, t, num) for t, num in temperatures.items()}
-        records = {r.uid: r for r in pool.generate(mixed(list(jobs.values())))}
+        records = {r.uid: r for r in pool.generate(short_first(list(jobs.values())))}
         clock.add_tokens("sampled", sum(r.num_sampled for r in records.values()))
         rows = []
         for temperature, asked in jobs.items():
@@ -113,18 +113,9 @@ def _jobs(
     return jobs
 
 
-def mixed(groups: Sequence[Sequence[RolloutJob]]) -> list[RolloutJob]:
-    """All jobs, evenly mixed by domain: while some wait for tools, others fill the decoding batch."""
-    by_domain: dict[str, list[RolloutJob]] = {}
-    for group in groups:
-        for job in group:
-            by_domain.setdefault(job.domain, []).append(job)
-    ranked = [
-        ((place + 0.5) / len(jobs), number, job)
-        for number, jobs in enumerate(by_domain.values())
-        for place, job in enumerate(jobs)
-    ]
-    return [job for _, _, job in sorted(ranked, key=lambda each: each[:2])]
+def short_first(groups: Sequence[Sequence[RolloutJob]]) -> list[RolloutJob]:
+    """All jobs, domains of short answers first: episodes that wait for a box would keep rows from them."""
+    return sorted((job for group in groups for job in group), key=lambda job: job.max_tokens)
 
 
 def _grade_rows(

@@ -72,15 +72,14 @@ def test_models_and_temperatures_are_asked_the_same_test_problems_under_their_ow
     assert {job.sampling.temperature for job in asked[1]} == {0.0}
 
 
-def test_jobs_of_all_domains_and_temperatures_are_evenly_mixed():
-    cfg = context(tmp_path=None).cfg
-    domains = {"fake": FakeDomain(), "more": FakeDomain("more", side=90)}
+def test_all_jobs_are_asked_in_one_call_short_answers_first(tmp_path):
+    cfg = context(tmp_path).cfg
+    domains = {"long": FakeDomain("long"), "short": FakeDomain("short", side=90)}
+    domains["long"].max_tokens, domains["short"].max_tokens = 90, 9
     asked = [evaluate._jobs(cfg, domains, "m", 1.0, 40), evaluate._jobs(cfg, domains, "m", 0.0, 8)]
-    jobs = evaluate.mixed(asked)
+    jobs = evaluate.short_first(asked)
     assert sorted(j.uid for j in jobs) == sorted(j.uid for each in asked for j in each)
-    for start in range(0, len(jobs), 12):
-        share = [j.domain for j in jobs[start : start + 12]].count("more")
-        assert 5 <= share <= 7
+    assert [j.domain for j in jobs] == ["short"] * 48 + ["long"] * 48
 
 
 def test_grades_are_correctness_and_a_failed_grading_is_absent():
