@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from consilience.cli.jobs import fresh_problems, rollout_jobs
@@ -26,6 +26,14 @@ from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.training.checkpoint import load_checkpoint
 from consilience.training.metrics import read_metrics
+
+CURVES = {
+    "GRPO: correct on training prompts": "correct",
+    "GRPO: clip share": "clip_share",
+    "GRPO: mean |log ratio|": "mean_abs_log_ratio",
+    "GRPO: masked share": "masked_share",
+}
+"""Chart title -> name in metrics.jsonl."""
 
 
 def run_grpo(context: StageContext) -> Mapping[str, Any]:
@@ -83,32 +91,25 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
             **shared(parts),
         )
         folder = parts["checkpoints"].save(settings.steps, {"clock": parts["clock"].state()})
-    curves = curves_of(
-        context,
-        {
-            "GRPO: correct on training prompts": "correct",
-            "GRPO: clip share": "clip_share",
-            "GRPO: mean |log ratio|": "mean_abs_log_ratio",
-            "GRPO: masked share": "masked_share",
-        },
-    )
-    acting = {
-        label: max((v for v in curves[f"GRPO: {key}"][context.name][1] if v is not None), default=None)
-        for label, key in (
-            ("largest clip share", "clip share"),
-            ("largest mean |log ratio|", "mean |log ratio|"),
-            ("largest masked share", "masked share"),
-        )
-    }
     counted = {key: result[key] for key in ("train_tokens", "sampled_tokens")}
     counted["mismatch_max"] = max(
         (row["mismatch_max"] for row in read_metrics(context.folder.metrics)), default=None
     )
+    curves = curves_of(context, CURVES)
     return result_of(context, parts, folder, counted) | {
         "curves": curves,
-        "checks": [{"name": n, "value": v, "relation": ">", "bound": 0.0} for n, v in acting.items()],
+        "checks": _acting({title: series[context.name][1] for title, series in curves.items()}),
         "sandbox": _isolation(store.read()),
     }
+
+
+def _acting(values: Mapping[str, Sequence[float | None]]) -> list[dict[str, Any]]:
+    """Checks that ratio, clip and mask acted in some phase; `values` by chart title."""
+    checks = []
+    for key in ("clip share", "mean |log ratio|", "masked share"):
+        largest = max((v for v in values[f"GRPO: {key}"] if v is not None), default=None)
+        checks.append({"name": f"largest {key}", "value": largest, "relation": ">", "bound": 0.0})
+    return checks
 
 
 def _isolation(records: Any) -> dict[str, int]:
