@@ -46,13 +46,14 @@ class Compressor(nn.Module):
             flat = windows.row * windows.num_columns + windows.column
             shape = (hidden.shape[0], windows.num_columns, self.width)
             return entries.new_zeros(shape).view(-1, self.width).index_copy(0, flat, entries).view(shape)
+        assert layout.state is not None
         if windows.row.numel():
             joined_values = torch.cat((state.values, values), dim=1)
             joined_gates = torch.cat((state.gates, gates), dim=1)
             entries = self._pool(joined_values, joined_gates, windows, layout, hidden.dtype)
-            state.entries[windows.row, windows.column] = entries
+            state.write(layout.state.tables, windows.row, windows.column, entries)
         self._remember(state, values, gates, layout)
-        return state.entries[:, : windows.num_columns]
+        return state.read(layout.state.tables, windows.num_columns)
 
     def _pool(
         self, values: Tensor, gates: Tensor, windows: Windows, layout: Layout, dtype: torch.dtype

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
+
+from consilience.model.config import CSA_RATIO
+
+if TYPE_CHECKING:
+    from consilience.model.layout import Windows
 
 
 @dataclass
@@ -40,3 +47,13 @@ class Trace:
         """Accumulate one layer's tokens per expert [E]."""
         self.expert_load[layer] = load + self.expert_load[layer] if layer in self.expert_load else load
         self.is_hash[layer] = is_hash
+
+    def add_visible(self, windows: Windows, is_valid: Tensor, picks: Tensor | None) -> None:
+        """Count what the valid queries of one layer could see and what the indexer left out."""
+        counts = ((windows.stop - windows.first) * is_valid).sum()
+        if windows.ratio != CSA_RATIO:
+            self.hca_attended += int(counts)
+            return
+        self.csa_visible += int(counts)
+        if picks is not None:
+            self.csa_dropped += int(counts) - int(((picks >= 0).sum(-1) * is_valid).sum())

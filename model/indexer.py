@@ -1,25 +1,51 @@
 """The lightning indexer: which compressed entries a CSA query attends to (report 2.3.1; specification 5.2).
 
-B rows, T queries, M entries, H index heads, C index width.
+B rows, T queries, M entries, H index heads, C index width, K picks of a query.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from consilience.model.compressor import Compressor
 from consilience.model.config import CSA_RATIO, ModelConfig
-from consilience.model.layout import MASKED, Layout
+from consilience.model.kernels.sink_attention import Keys, Stretch, entry_mass, stretches, visible_columns
+from consilience.model.layout import Layout
 from consilience.model.rope import rotate
 from consilience.model.state import CompressorState
+from consilience.model.top_k import top_k
+
+BUFFER = 1 << 22  # matches a block of queries may hold
+
+
+@dataclass(frozen=True)
+class IndexQueries:
+    """query [B, T, H, C], turned; weight [B, T, H], scaled; keys [B, M, C]."""
+
+    query: Tensor
+    weight: Tensor
+    keys: Tensor
+
+    def scores(self, start: int, stop: int, columns: int) -> Tensor:
+        """I[t, i] = Σ_h w_h · ReLU(q_h · K_i) of queries start … stop - 1: [B, n, columns], fp32 or wider."""
+        query, keys = self.query[:, start:stop], self.keys[:, :columns]
+        wide = torch.promote_types(query.dtype, torch.float32)
+        rows, num_queries, heads, _ = query.shape
+        match = torch.bmm(query.to(wide).flatten(1, 2), keys.to(wide).transpose(1, 2)).relu_()
+        match = match.view(rows, num_queries, heads, columns)
+        return (match * self.weight[:, start:stop, :, None].to(wide)).sum(2)
 
 
 class Indexer(nn.Module):
-    """Scores I[t, i] = Σ_h w_h · ReLU(q_h · K_i), masked to visible entries, then top-k.
+    """Scores every visible entry and keeps the K highest.
 
     Queries come from the attention's normed latent without a norm of their own; weights may be
-    negative. Gets no gradient from the language-model loss; `index_loss` trains it.
+    negative. Gets no gradient from the language-model loss; `index_loss` trains it. With `sees_all`
+    (the warm-up stage) nothing is left out.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
@@ -27,6 +53,7 @@ class Indexer(nn.Module):
         self.num_heads = config.index_n_heads
         self.width = config.index_head_dim
         self.topk = config.index_topk
+        self.sees_all = False
         self.wq_b = nn.Linear(config.q_lora_rank, self.num_heads * self.width, bias=False, dtype=dtype)
         self.weights_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False, dtype=dtype)
         self.compressor = Compressor(config, self.width, CSA_RATIO, dtype)
@@ -35,42 +62,93 @@ class Indexer(nn.Module):
         """Index keys [B, M, C]; advances the state."""
         return self.compressor(hidden, layout, state)
 
-    def scores(self, hidden: Tensor, latent: Tensor, keys: Tensor, layout: Layout) -> Tensor:
-        """Index scores [B, T, M] in fp32, -inf where an entry is not visible."""
+    def queries(self, hidden: Tensor, latent: Tensor, keys: Tensor, layout: Layout) -> IndexQueries:
+        """hidden [B, T, D], latent [B, T, R] -> what scores are made of."""
         num_rows, num_tokens = hidden.shape[:2]
         query = self.wq_b(latent).view(num_rows, num_tokens, self.num_heads, self.width)
         query = rotate(query, layout.compressed_rotation[:, :, None])
-        scale = self.num_heads**-0.5 * self.width**-0.5
-        weight = self.weights_proj(hidden) * scale
-        match = torch.bmm(query.flatten(1, 2), keys.transpose(1, 2)).relu_()
-        match = match.view(num_rows, num_tokens, self.num_heads, -1)
-        scores = (match * weight[..., None]).sum(2)
-        wide = scores if scores.dtype == torch.float64 else scores.float()
-        return wide + layout.windows[CSA_RATIO].bias
+        weight = self.weights_proj(hidden) * (self.num_heads**-0.5 * self.width**-0.5)
+        return IndexQueries(query, weight, keys)
 
-    def select(self, scores: Tensor) -> Tensor:
-        """Scores [B, T, M] -> bool [B, T, M]: the top-k visible entries; ties take the lowest index."""
-        is_visible = scores > MASKED
-        if scores.shape[-1] <= self.topk:
-            return is_visible
-        threshold = scores.topk(self.topk, dim=-1).values[..., -1:]
-        above = scores > threshold
-        equal = scores == threshold
-        room = self.topk - above.sum(-1, keepdim=True)
-        return (above | (equal & (equal.cumsum(-1) <= room))) & is_visible
+    @torch.no_grad()
+    def pick(self, index: IndexQueries, layout: Layout) -> Tensor | None:
+        """Columns [B, T, K] of the K highest visible scores, ascending, -1 where fewer are visible.
+
+        None where every visible entry is attended to. Ties take the lowest index.
+        """
+        windows = layout.windows[CSA_RATIO]
+        if self.sees_all or windows.num_columns <= self.topk:
+            return None
+        rows, num_tokens = layout.position.shape
+        block = max(1, BUFFER // (rows * self.num_heads * windows.num_columns))
+        picks = torch.full((rows, num_tokens, self.topk), -1, device=layout.position.device)
+        for start in range(0, num_tokens, block):
+            stop = min(start + block, num_tokens)
+            columns = windows.columns_before(stop)
+            if columns == 0:
+                continue
+            column = torch.arange(columns, device=picks.device)
+            seen = column >= windows.first[:, start:stop, None]
+            seen &= column < windows.stop[:, start:stop, None]
+            scores = index.scores(start, stop, columns).masked_fill_(~seen, float("-inf"))
+            best = top_k(scores, min(self.topk, columns))
+            best = torch.where(scores.gather(2, best) > float("-inf"), best, columns).sort(dim=-1).values
+            picks[:, start:stop, : best.shape[2]] = torch.where(best < columns, best, -1)
+        return picks
 
 
-def index_loss(probabilities: Tensor, scores: Tensor, is_selected: Tensor, is_valid: Tensor) -> Tensor:
-    """Mean KL(target ‖ softmax(scores)) over valid queries that see at least one selected entry.
+def index_loss(
+    index: IndexQueries, attention: tuple[Tensor, Keys, Tensor, float], is_valid: Tensor
+) -> Tensor:
+    """Mean KL(target ‖ softmax(scores)) over valid queries that see at least one candidate entry.
 
-    probabilities [B, T, H, M]: main attention on the compressed entries (window and sink in the
-    denominator), detached here; summed over heads and L1-normalised over selected entries.
+    The target is the main attention's probability on each candidate, window and sink in the denominator,
+    summed over heads and L1-normalised (specification 5.3); candidates are the picks where the indexer
+    chose, else all visible entries. attention = (query [B, T, H, C], keys, sink [H], scale), all
+    detached. Computed stretch by stretch, again in the backward: memory is linear in T.
     """
-    target = probabilities.detach().to(scores.dtype).sum(2).masked_fill(~is_selected, 0.0)
-    total = target.sum(-1, keepdim=True)
-    is_used = is_valid & (total[..., 0] > 0)
-    target = target / total.clamp(min=1e-20)
-    logits = scores.masked_fill(~is_selected, -1e30)
-    log_index = torch.log_softmax(logits, dim=-1)
+    query, keys, sink, scale = attention
+    total, count = torch.zeros((), device=query.device), torch.zeros((), device=query.device)
+    for part in stretches(keys, query.shape[1], query.shape[0], max(query.shape[2], index.query.shape[2])):
+        if part.columns:
+            arguments = (index, query, keys, sink, scale, part, is_valid)
+            kl, used = checkpoint(_stretch_loss, *arguments, use_reentrant=False)  # type: ignore[misc]
+            total, count = total + kl, count + used
+    return total / count.clamp(min=1)
+
+
+def _stretch_loss(
+    index: IndexQueries,
+    query: Tensor,
+    keys: Keys,
+    sink: Tensor,
+    scale: float,
+    part: Stretch,
+    is_valid: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Sum of the stretch's divergences and the number of queries that have one."""
+    here = slice(part.start, part.stop)
+    with torch.no_grad():
+        mass = entry_mass(query, keys, sink, scale, part)
+        picks = None if keys.picks is None else keys.picks[:, here]
+        seen = picks >= 0 if keys.gathers else visible_columns(keys, part)  # type: ignore[operator]
+    if keys.gathers:
+        columns = keys.windows.columns_before(part.stop)  # type: ignore[union-attr]
+        scores = index.scores(part.start, part.stop, columns).gather(2, picks.clamp(min=0))  # type: ignore[union-attr]
+    else:
+        scores = index.scores(part.start, part.stop, part.columns)
+    return divergence(mass, scores, seen & is_valid[:, here, None])
+
+
+def divergence(mass: Tensor, scores: Tensor, is_candidate: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ KL(mass / Σ mass ‖ softmax(scores)) over queries with candidates, and their number.
+
+    mass, scores, is_candidate [B, n, S].
+    """
+    target = mass.to(scores.dtype).masked_fill(~is_candidate, 0.0)
+    sums = target.sum(-1, keepdim=True)
+    is_used = sums[..., 0] > 0
+    target = target / sums.clamp(min=1e-20)
+    log_index = torch.log_softmax(scores.masked_fill(~is_candidate, -1e30), dim=-1)
     kl = torch.special.xlogy(target, target) - target * log_index.clamp(min=-1e4)
-    return (kl.sum(-1) * is_used).sum() / is_used.sum().clamp(min=1)
+    return (kl.sum(-1) * is_used).sum(), is_used.sum()

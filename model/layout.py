@@ -1,9 +1,10 @@
-"""Where every token of a forward stands: positions, masks and compression windows.
+"""Where every token of a forward stands: positions, what it may see, compression windows.
 
 Built once per forward and shared by all layers. One description serves packed training rows,
-prefill chunks and single-token decoding, so that the three cannot drift apart.
+prefill chunks and single-token decoding, so that the three cannot drift apart. Samples are
+contiguous, so what a query sees is a range of keys: two integers a query, never a T × T mask.
 
-B rows, T tokens in a row (padded), W sliding window, M compressed entries, m compression ratio.
+B rows, T tokens in a row, W sliding window, M compressed entries, m compression ratio.
 """
 
 from __future__ import annotations
@@ -15,17 +16,16 @@ import torch
 from torch import Tensor
 
 from consilience.model.config import CSA_RATIO, ModelConfig
+from consilience.model.rope import inverse_frequencies, rotations
 
 if TYPE_CHECKING:
     from consilience.model.forward_trace import Trace
     from consilience.model.state import DecodeState
 
-MASKED = float("-inf")
-
 
 @dataclass(frozen=True)
 class Windows:
-    """Compression windows of one ratio m that close inside this forward.
+    """Compression windows of one ratio m that close inside this forward, and who sees which entry.
 
     row, column [E]     where each new entry belongs in the [B, M] entry axis
     source [E, S]       index of each pooled slot in the flattened (ring ‖ new tokens) axis,
@@ -33,7 +33,8 @@ class Windows:
     is_present [E, S]   False for slots before the sample's first token (CSA's entry 0)
     position [E]        of the window's first token, for RoPE
     num_columns         M
-    bias [B, T, M]      0 where a query may see an entry, -inf elsewhere, fp32
+    first, stop [B, T]  a query sees the columns first … stop - 1
+    ratio, earlier      no query t sees a column at or beyond (earlier + t + 1) // ratio
     """
 
     row: Tensor
@@ -42,164 +43,163 @@ class Windows:
     is_present: Tensor
     position: Tensor
     num_columns: int
-    bias: Tensor
+    first: Tensor
+    stop: Tensor
+    ratio: int
+    earlier: int
+
+    def columns_before(self, token: int) -> int:
+        """Columns that queries before `token` can see at most."""
+        return min(self.num_columns, (self.earlier + token) // self.ratio)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """position, is_valid [B, T]; rotation tables; window bias; one `Windows` per ratio."""
+    """position, is_valid [B, T]; rotation tables; visible window keys; one `Windows` per ratio.
+
+    The window's key axis holds `offset` earlier keys (0 in packed rows, W on a decode state) and the
+    new tokens; query t sees its keys oldest[b, t] … offset + t. `ring_seen` [B, ring] says the same of the
+    window ring, where every row gets a single token: attention then reads the ring in place.
+    """
 
     position: Tensor
     is_valid: Tensor
     sliding_rotation: Tensor
     compressed_rotation: Tensor
     frequencies: dict[bool, Tensor]
-    block: int
-    window_bias: Tensor
+    offset: int
+    oldest: Tensor
     windows: dict[int, Windows]
     state: DecodeState | None = None
     lengths: Tensor | None = None
+    ring_seen: Tensor | None = None
     trace: Trace | None = field(default=None, compare=False)
+
+    @property
+    def is_step(self) -> bool:
+        return self.ring_seen is not None
 
 
 def ring_size(ratio: int) -> int:
-    """Raw projections a compressor keeps per sequence: two windows for CSA, one for HCA."""
+    """Raw projections a compressor needs per sequence: two windows for CSA, one for HCA."""
     return 2 * ratio if ratio == CSA_RATIO else ratio
 
 
-def as_bias(is_visible: Tensor) -> Tensor:
-    """Additive fp32 mask: 0 where visible, -inf elsewhere."""
-    return torch.zeros(is_visible.shape, device=is_visible.device).masked_fill_(~is_visible, MASKED)
-
-
-def _windows(
-    ratio: int,
-    position: Tensor,
-    is_valid: Tensor,
-    ring: int,
-    columns: tuple[Tensor, int] | None,
-    segment: Tensor | None,
-) -> Windows:
-    """Windows of `ratio` closing in this chunk. `columns` = (first token's position [B], M) with a state."""
-    num_rows, num_tokens = position.shape
-    device = position.device
+def _closing(ratio: int, position: Tensor, is_valid: Tensor, ring: int) -> tuple[Tensor, ...]:
+    """row, token [E] of the tokens that close a window; source, is_present [E, S] of its slots."""
+    num_tokens = position.shape[1]
     closes = ((position + 1) % ratio == 0) & is_valid
     row, token = closes.nonzero(as_tuple=True)
     end = position[row, token]
-    num_slots = ring_size(ratio)
-    back = torch.arange(num_slots - 1, -1, -1, device=device)
+    back = torch.arange(ring_size(ratio) - 1, -1, -1, device=position.device)
     in_chunk = token[:, None] - back
     is_present = end[:, None] - back >= 0
-    stride = ring + num_tokens
-    source = row[:, None] * stride + ring + in_chunk
+    start = row[:, None] * (ring + num_tokens)
+    source = start + ring + in_chunk
     if ring:
-        earlier = row[:, None] * stride + (end[:, None] - back) % ring
-        source = torch.where(in_chunk >= 0, source, earlier)
-    source = torch.where(is_present, source, row[:, None] * stride)
-
-    if columns is not None:
-        num_columns = columns[1]
-        column = end // ratio
-        number = torch.arange(num_columns, device=device)
-        is_visible = number < ((position + 1) // ratio)[:, :, None]
-    else:
-        rank = closes.long().cumsum(1) - 1
-        column = rank[row, token]
-        num_columns = int(closes.sum(1).max()) if closes.numel() else 0
-        last = torch.full((num_rows, num_columns), num_tokens, device=device, dtype=torch.long)
-        owner = torch.full((num_rows, num_columns), -2, device=device, dtype=torch.long)
-        last[row, column] = token
-        assert segment is not None
-        owner[row, column] = segment[row, token].long()
-        steps = torch.arange(num_tokens, device=device)
-        is_visible = (steps[None, :, None] >= last[:, None]) & (segment[:, :, None] == owner[:, None])
-    return Windows(row, column, source, is_present, end - (ratio - 1), num_columns, as_bias(is_visible))
+        source = torch.where(in_chunk >= 0, source, start + (end[:, None] - back) % ring)
+    return row, token, torch.where(is_present, source, start), is_present
 
 
-def packed_layout(
-    config: ModelConfig,
-    frequencies: dict[bool, Tensor],
-    segment: Tensor,
-    position: Tensor,
-    trace: Trace | None,
-) -> Layout:
+def _packed_windows(ratio: int, position: Tensor, is_valid: Tensor) -> Windows:
+    """Entries of a row are numbered in the order in which their windows close, over all its samples."""
+    row, token, source, is_present = _closing(ratio, position, is_valid, 0)
+    closed = (((position + 1) % ratio == 0) & is_valid).long().cumsum(1)
+    own = torch.where(is_valid, (position + 1) // ratio, 0)
+    num_columns = int(closed[:, -1].max()) if closed.numel() else 0
+    return Windows(
+        row=row,
+        column=closed[row, token] - 1,
+        source=source,
+        is_present=is_present,
+        position=position[row, token] - (ratio - 1),
+        num_columns=num_columns,
+        first=closed - own,
+        stop=closed,
+        ratio=ratio,
+        earlier=0,
+    )
+
+
+def _chunk_windows(ratio: int, position: Tensor, is_valid: Tensor, ring: int, end: int) -> Windows:
+    """Entries of a row are numbered by position; `end` = the longest row's length after this chunk."""
+    row, token, source, is_present = _closing(ratio, position, is_valid, ring)
+    stop = (position + 1) // ratio
+    last = position[row, token]
+    return Windows(
+        row=row,
+        column=last // ratio,
+        source=source,
+        is_present=is_present,
+        position=last - (ratio - 1),
+        num_columns=end // ratio,
+        first=torch.zeros_like(stop),
+        stop=stop,
+        ratio=ratio,
+        earlier=end,
+    )
+
+
+def packed_layout(config: ModelConfig, segment: Tensor, position: Tensor, trace: Trace | None) -> Layout:
     """Layout of packed rows without a decode state.
 
-    segment [B, T] int, -1 = padding; position [B, T] restarts at 0 in each segment. T must be at
-    most W or a multiple of W (the model pads).
+    segment [B, T] int, -1 = padding; position [B, T] restarts at 0 in each segment.
     """
-    from consilience.model.rope import rotations
-
-    num_rows, num_tokens = segment.shape
-    device = segment.device
-    block = min(config.sliding_window, num_tokens)
-    query = torch.arange(num_tokens, device=device).view(-1, block)
-    key = torch.arange(config.sliding_window + block, device=device) - config.sliding_window + query[:, :1]
-    distance = query[:, :, None] - key[:, None, :]
-    near = (distance >= 0) & (distance < config.sliding_window) & (key >= 0)[:, None, :]
-    key_segment = segment[:, key.clamp(min=0)]
-    same = segment[:, query][:, :, :, None] == key_segment[:, :, None, :]
-    is_visible = near & (same | (distance == 0))
+    frequencies = _frequencies(config, segment.device)
     is_valid = segment >= 0
+    token = torch.arange(segment.shape[1], device=segment.device)
+    reach = torch.where(is_valid, position, 0).clamp(max=config.sliding_window - 1)
     return Layout(
         position=position,
         is_valid=is_valid,
         sliding_rotation=rotations(position, frequencies[False]),
         compressed_rotation=rotations(position, frequencies[True]),
         frequencies=frequencies,
-        block=block,
-        window_bias=as_bias(is_visible).view(num_rows, num_tokens, -1),
-        windows={m: _windows(m, position, is_valid, 0, None, segment) for m in config.ratios},
+        offset=0,
+        oldest=token - reach,
+        windows={m: _packed_windows(m, position, is_valid) for m in config.ratios},
         trace=trace,
     )
 
 
 def chunk_layout(
-    config: ModelConfig,
-    frequencies: dict[bool, Tensor],
-    state: DecodeState,
-    num_tokens: int,
-    lengths: Tensor | None,
-    trace: Trace | None,
+    config: ModelConfig, state: DecodeState, num_tokens: int, lengths: Tensor | None, trace: Trace | None
 ) -> Layout:
     """Layout of a chunk that continues `state`: row b gets lengths[b] new tokens (None: all of T)."""
-    from consilience.model.rope import rotations
-
+    frequencies = _frequencies(config, state.position.device)
     window = config.sliding_window
-    start = state.position
-    device = start.device
-    steps = torch.arange(num_tokens, device=device)
-    position = start[:, None] + steps
+    token = torch.arange(num_tokens, device=state.position.device)
+    position = state.position[:, None] + token
     if lengths is None:
         is_valid = torch.ones_like(position, dtype=torch.bool)
-        end = int(start.max()) + num_tokens
+        end = int(state.position.max()) + num_tokens
     else:
-        is_valid = steps < lengths[:, None]
-        end = int((start + lengths).max())
-    if num_tokens == 1 and lengths is None:
-        block = 1
-        slot = torch.arange(window, device=device)
-        key = position - (position - slot) % window
-        window_bias = as_bias(key >= 0)[:, None, :]
-    else:
-        block = min(window, num_tokens)
-        query = position.view(position.shape[0], -1, block)
-        key = query[:, :, :1] - window + torch.arange(window + block, device=device)
-        distance = query[..., None] - key[:, :, None, :]
-        is_visible = (distance >= 0) & (distance < window) & (key >= 0)[:, :, None, :]
-        window_bias = as_bias(is_visible).view(*position.shape, -1)
+        is_valid = token < lengths[:, None]
+        end = int((state.position + lengths).max())
+    rings = {m: ring_size(m) + state.lookahead for m in config.ratios}
     return Layout(
         position=position,
         is_valid=is_valid,
         sliding_rotation=rotations(position, frequencies[False]),
         compressed_rotation=rotations(position, frequencies[True]),
         frequencies=frequencies,
-        block=block,
-        window_bias=window_bias,
-        windows={
-            m: _windows(m, position, is_valid, ring_size(m), (start, end // m), None) for m in config.ratios
-        },
+        offset=window,
+        oldest=window + token - position.clamp(max=window - 1),
+        windows={m: _chunk_windows(m, position, is_valid, rings[m], end) for m in config.ratios},
         state=state,
         lengths=lengths,
+        ring_seen=_ring_seen(position, state, window) if num_tokens == 1 and lengths is None else None,
         trace=trace,
     )
+
+
+def _ring_seen(position: Tensor, state: DecodeState, window: int) -> Tensor:
+    """bool [B, ring]: the slots a query at position [B, 1] sees, its own included."""
+    ring = window + state.lookahead
+    age = (position - torch.arange(ring, device=position.device)) % ring
+    return (age < window) & (age <= position)
+
+
+def _frequencies(config: ModelConfig, device: torch.device) -> dict[bool, Tensor]:
+    """Radians per token of sliding layers (False) and of layers with compression (True)."""
+    return {c: inverse_frequencies(config, is_compressed=c, device=device) for c in (False, True)}

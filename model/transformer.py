@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from consilience.conf.errors import EngineError
 from consilience.model.attention import Attention
 from consilience.model.config import ModelConfig
 from consilience.model.forward_trace import Trace
@@ -16,7 +15,6 @@ from consilience.model.hyper_connections import HeadCollapse, HyperConnection
 from consilience.model.layout import Layout, chunk_layout, packed_layout
 from consilience.model.moe import MoE
 from consilience.model.norm import RMSNorm
-from consilience.model.rope import inverse_frequencies
 from consilience.model.state import DecodeState, LayerState
 
 
@@ -76,23 +74,32 @@ class Transformer(nn.Module):
         the chunk continues it, row b by lengths[b] tokens (default T), right-padded; the state
         advances in place. EngineError if the state is too short.
         """
-        num_rows, num_tokens = token_ids.shape
-        window = self.config.sliding_window
-        padding = -num_tokens % window if num_tokens > window else 0
-        if padding:
-            token_ids = nn.functional.pad(token_ids, (0, padding))
-            if state is not None and lengths is None:
-                lengths = torch.full((num_rows,), num_tokens, device=token_ids.device)
-        layout = self._layout(token_ids, segment_ids, position_ids, padding, state, lengths, trace)
+        streams, _ = self.streams(
+            token_ids, segment_ids, position_ids, state=state, lengths=lengths, trace=trace
+        )
+        return self.norm(self.hc_head(streams)).view(*token_ids.shape, -1)
+
+    def streams(
+        self,
+        token_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        state: DecodeState | None = None,
+        lengths: Tensor | None = None,
+        trace: Trace | None = None,
+    ) -> tuple[Tensor, Layout]:
+        """Residual streams after the last block [B·T, N, D], and the layout; arguments as `hidden`."""
+        layout = self._layout(token_ids, segment_ids, position_ids, state, lengths, trace)
         flat_ids = token_ids.flatten()
         streams = self.embed(flat_ids)[:, None].expand(-1, self.config.hc_mult, -1)
         for index, block in enumerate(self.layers):
             streams = block(streams, flat_ids, layout, state.layers[index] if state else None)
         if state is not None:
-            state.position += num_tokens if lengths is None else lengths
+            state.position += token_ids.shape[1] if lengths is None else lengths
         if trace is not None:
             trace.stream_spread = _spread(streams.detach(), layout.is_valid.flatten())
-        return self.norm(self.hc_head(streams)).view(num_rows, -1, self.config.hidden_size)[:, :num_tokens]
+        return streams, layout
 
     def forward(self, token_ids: Tensor, segment_ids: Tensor | None = None, **kwargs) -> Tensor:
         """Logits [B, T, V]; arguments as `hidden`."""
@@ -103,32 +110,19 @@ class Transformer(nn.Module):
         token_ids: Tensor,
         segment_ids: Tensor | None,
         position_ids: Tensor | None,
-        padding: int,
         state: DecodeState | None,
         lengths: Tensor | None,
         trace: Trace | None,
     ) -> Layout:
-        device = token_ids.device
-        frequencies = {
-            c: inverse_frequencies(self.config, is_compressed=c, device=device) for c in (False, True)
-        }
-        num_tokens = token_ids.shape[1] - padding
         if state is not None:
-            grown = state.position + (num_tokens if lengths is None else lengths)
-            if int(grown.max()) > state.max_length:
-                raise EngineError(
-                    f"decode state holds {state.max_length} tokens, a row would reach {int(grown.max())}; "
-                    "raise rollout.max_length"
-                )
-            return chunk_layout(self.config, frequencies, state, token_ids.shape[1], lengths, trace)
+            num_tokens = token_ids.shape[1]
+            state.check_room(num_tokens if lengths is None else lengths)
+            return chunk_layout(self.config, state, num_tokens, lengths, trace)
         if segment_ids is None:
-            segment_ids = torch.zeros_like(token_ids[:, :num_tokens])
+            segment_ids = torch.zeros_like(token_ids)
         if position_ids is None:
             position_ids = _positions(segment_ids)
-        if padding:
-            segment_ids = nn.functional.pad(segment_ids, (0, padding), value=-1)
-            position_ids = nn.functional.pad(position_ids, (0, padding))
-        return packed_layout(self.config, frequencies, segment_ids, position_ids, trace)
+        return packed_layout(self.config, segment_ids, position_ids, trace)
 
 
 def _positions(segment_ids: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The native decoding engine: batched sampling on V4's heterogeneous decode state.
 
-Running streams fill the front rows of one state, so a step works on a view without copying. Streams
-that wait for a tool are parked in a second state, whose last slot keeps the longest prefix that a
-batch of prompts shares.
+Running streams fill the front rows of the state, so a step works on a view without copying. Streams
+that wait for a tool are parked in the rows behind, the last of which keeps the longest prefix that a
+batch of prompts shares. Compressed entries lie in blocks and never move.
 """
 
 from __future__ import annotations
@@ -60,17 +60,21 @@ class NativeEngine:
         self.max_length = max_length
         self.prefill_tokens = prefill_tokens
         weight = model.head.weight
-        allocate = lambda rows: DecodeState.allocate(
-            model.config, rows, max_length, device=weight.device, dtype=weight.dtype
+        self._prefix_slot = 2 * max_rows
+        self._state = DecodeState.allocate(
+            model.config,
+            2 * max_rows + 1,
+            max_length,
+            num_blocks=(max_rows + 1) * DecodeState.blocks_of(model.config, max_length),
+            device=weight.device,
+            dtype=weight.dtype,
         )
-        self._state, self._parked = allocate(max_rows), allocate(max_rows + 1)
-        self._prefix_slot = max_rows
         self._prefix: tuple[int, ...] = ()
         self._running: list[_Stream] = []
         self._last = torch.zeros(max_rows, dtype=torch.long, device=weight.device)
         self._held: dict[str, tuple[int, int]] = {}  # uid -> (slot, last token, not yet fed)
         self._resuming: dict[str, tuple[int, int]] = {}  # uid of a waiting continuation -> the same
-        self._free_slots = list(range(max_rows))
+        self._free_slots = list(range(max_rows, 2 * max_rows))
         self._waiting: deque[Request] = deque()
         self._uids: set[str] = set()
         self._version = version
@@ -133,7 +137,7 @@ class NativeEngine:
 
     def _length_held(self, held: tuple[int, int]) -> int:
         """Tokens of a held stream: those its state has consumed and the last one, not yet fed."""
-        return int(self._parked.position[held[0]]) + 1
+        return int(self._state.position[held[0]]) + 1
 
     @torch.no_grad()
     def step(self) -> list[Completed]:
@@ -151,7 +155,9 @@ class NativeEngine:
         """See `RolloutEngine.release`."""
         for uid in uids:
             if uid in self._held:
-                self._free_slots.append(self._held.pop(uid)[0])
+                slot, _ = self._held.pop(uid)
+                self._state.free(slot)
+                self._free_slots.append(slot)
                 self._uids.discard(uid)
 
     def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
@@ -217,8 +223,11 @@ class NativeEngine:
         parked = [self._resuming.pop(r.uid) for r in batch]
         slots = [slot for slot, _ in parked]
         room = [self.max_length - self._length_held(p) - len(r.prompt_ids) for r, p in zip(batch, parked)]
-        self._state.copy_from(self._parked, slots, list(range(first, first + len(batch))))
+        self._state.move(slots, list(range(first, first + len(batch))))
         self._free_slots += slots
+        for row, (request, rest) in enumerate(zip(batch, room), first):
+            most = len(request.prompt_ids) + min(request.sampling.max_tokens, rest)
+            self._state.reserve(row, int(self._state.position[row]) + 1 + most)
         logits = self._extend(first, [(last, *r.prompt_ids) for r, (_, last) in zip(batch, parked)])
         self._start(batch, logits, room)
 
@@ -235,16 +244,22 @@ class NativeEngine:
         followers = [i for i in order if i not in set(is_leader)]
         prompts = [batch[i].prompt_ids for i in is_leader]
         shared = self._shared_prefix(prompts)
-        self._state.position[first : first + len(prompts)] = 0
+        everyone = [batch[i] for i in is_leader + followers]
         if shared:
             rows = list(range(first, first + len(prompts)))
-            self._state.copy_from(self._parked, [self._prefix_slot] * len(prompts), rows)
+            self._state.fork([self._prefix_slot] * len(prompts), rows)
+        self._reserve(first, everyone[: len(prompts)])
         logits = self._extend(first, [p[shared:] for p in prompts])
-        sources = [first + owner[i] for i in followers]
-        self._state.copy_from(self._state, sources, list(range(first + len(prompts), first + len(batch))))
-        everyone = [batch[i] for i in is_leader + followers]
+        sources, behind = [first + owner[i] for i in followers], first + len(prompts)
+        self._state.fork(sources, list(range(behind, first + len(batch))))
+        self._reserve(behind, everyone[len(prompts) :])
         rows = torch.tensor([*range(len(prompts)), *(owner[i] for i in followers)], device=logits.device)
         self._start(everyone, logits[rows], [r.sampling.max_tokens for r in everyone])
+
+    def _reserve(self, first: int, requests: list[Request]) -> None:
+        """Blocks for everything that requests in rows first.. may become."""
+        for row, request in enumerate(requests, first):
+            self._state.reserve(row, len(request.prompt_ids) + request.sampling.max_tokens)
 
     def _shared_prefix(self, prompts: list[tuple[int, ...]]) -> int:
         """Length of the cached prefix all prompts share (at least one token is always left to extend)."""
@@ -258,8 +273,9 @@ class NativeEngine:
         if common < MIN_SHARED_PREFIX or len(prompts) < 2:
             return 0
         self._prefix = ()
-        view = self._parked.view(self._prefix_slot, self._prefix_slot + 1)
-        view.position.zero_()
+        self._state.free(self._prefix_slot)
+        self._state.reserve(self._prefix_slot, common)
+        view = self._state.view(self._prefix_slot, self._prefix_slot + 1)
         self.model.hidden(torch.tensor([low[:common]], device=self._last.device), state=view)
         self._prefix = low[:common]
         self._counts["prefill_tokens"] += common
@@ -348,7 +364,7 @@ class NativeEngine:
         """Park or drop the streams in rows `holes` (ascending), then close the gaps from the back."""
         held = [row for row in holes if self._running[row].request.hold]
         slots = [self._free_slots.pop() for _ in held]
-        self._parked.copy_from(self._state, held, slots)
+        self._state.move(held, slots)
         for row, slot in zip(held, slots):
             stream = self._running[row]
             self._held[stream.request.uid] = (slot, stream.tokens[-1])
@@ -356,7 +372,9 @@ class NativeEngine:
         remaining, gone = len(self._running) - len(holes), set(holes)
         movers = [row for row in range(remaining, len(self._running)) if row not in gone]
         targets = [row for row in holes if row < remaining]
-        self._state.copy_from(self._state, movers, targets)
+        for row in holes:
+            self._state.free(row)
+        self._state.move(movers, targets)
         self._last[targets] = self._last[movers]
         for source, target in zip(movers, targets):
             self._running[target] = self._running[source]

@@ -1,132 +1,314 @@
-"""Attention over several key sets with one sink logit per head; keys are the values too.
+"""Attention over a sliding window and compressed entries with one sink logit per head; keys are the values too.
 
-B rows, T queries, H heads, C head width, S keys of a part. A part is (keys [B, blocks, S, C],
-bias [B, T, S]): each block of T/blocks consecutive queries attends to its own S keys. The window is
-one part (one block per W queries), the compressed entries of the row another (one block).
+p = softmax over (visible keys, sink) of q·k·scale; output = Σ p·k. The sink joins the denominator with
+value 0 (report 2.3.3, equation 27). Queries are worked on in stretches whose logits fit a buffer of bounded
+size, and the backward computes them anew, so memory is linear in the number of tokens.
+
+B rows, T queries, H heads, C head width, W window, S window keys (offset + T), M entries, K picks of a query.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
-Part = tuple[Tensor, Tensor]
+from consilience.model.layout import Layout, Windows
+
+BUFFER = 1 << 22  # logits a stretch may hold; 16 MiB in fp32
+GATHER_ABOVE = 8  # entries a pick, beyond which picked entries are gathered instead of masked ones skipped
 
 
-def sink_attention_dense(query: Tensor, parts: list[Part], sink: Tensor, scale: float) -> Tensor:
-    """The readable definition. query [B, T, H, C], sink [H] -> [B, T, H, C].
+@dataclass(frozen=True)
+class Keys:
+    """What the queries of one forward may attend to.
 
-    p = softmax over (all parts' keys, sink) of q·k·scale + bias; output = Σ p·k. The sink joins
-    the denominator with value 0 (report 2.3.3, equation 27).
+    window [B, S, C]    with `layout.offset` and `layout.oldest` saying who sees what
+    entries [B, M, C]   compressed entries, or None; `windows` says who sees what
+    picks [B, T, K]     columns the indexer chose of those (-1: none), or None for all visible ones
     """
-    num_rows, num_tokens, num_heads, _ = query.shape
-    logits, values = [], []
-    for keys, bias in parts:
-        each = keys.repeat_interleave(num_tokens // keys.shape[1], dim=1)
-        logits.append(torch.einsum("bthc,btsc->bths", query, each) * scale + bias[:, :, None])
-        values.append(each)
-    sinks = sink.to(query.dtype).view(1, 1, num_heads, 1).expand(num_rows, num_tokens, num_heads, 1)
-    weights = torch.softmax(torch.cat((*logits, sinks), dim=-1), dim=-1)
-    return torch.einsum("bths,btsc->bthc", weights[..., :-1], torch.cat(values, dim=2))
+
+    layout: Layout
+    size: int  # W
+    window: Tensor | None
+    entries: Tensor | None = None
+    windows: Windows | None = None
+    picks: Tensor | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether picked entries are gathered query by query; else every entry is scored and masked."""
+        return self.picks is not None and self.windows.num_columns > GATHER_ABOVE * self.picks.shape[2]  # type: ignore[union-attr]
 
 
-def _slices(buffer: Tensor, keys: list[Tensor]) -> list[Tensor]:
-    """Per part, the view [B·blocks, T/blocks·H, S] of a [B, T, H, ΣS + 1] buffer."""
-    num_rows = buffer.shape[0]
-    views, start = [], 0
-    for part in keys:
-        blocks, size = part.shape[1], part.shape[2]
-        views.append(buffer.view(num_rows * blocks, -1, buffer.shape[-1])[:, :, start : start + size])
-        start += size
-    return views
+@dataclass(frozen=True)
+class Stretch:
+    """Queries start … stop - 1 as `blocks` blocks of equal length; each sees `span` window keys of its own,
+    the first block's from `key` on. `columns` entries are scored (or K gathered)."""
+
+    start: int
+    stop: int
+    blocks: int
+    key: int
+    span: int
+    columns: int
+
+
+def stretches(keys: Keys, num_queries: int, rows: int, heads: int) -> Iterator[Stretch]:
+    """Cut T queries: blocks of W, as many at once as the buffer allows, and what is left at the end."""
+    size, offset, start = keys.size, keys.layout.offset, 0
+    gathered = keys.entries.shape[2] * keys.picks.shape[2] if keys.gathers else 0  # type: ignore[union-attr]
+    while start < num_queries:
+        length = min(size, num_queries - start)
+        key = max(offset + start - size, 0)
+        span = offset + start + length - key
+        blocks = 1
+        if length == size and span == 2 * size:
+            per_query = rows * (heads * (span + _num_columns(keys, num_queries) + 1) + gathered)
+            blocks = max(1, min((num_queries - start) // size, BUFFER // (per_query * size)))
+        stop = start + blocks * length
+        yield Stretch(start, stop, blocks, key, span, _num_columns(keys, stop))
+        start = stop
+
+
+def _num_columns(keys: Keys, token: int) -> int:
+    if keys.windows is None:
+        return 0
+    return keys.picks.shape[2] if keys.gathers else keys.windows.columns_before(token)  # type: ignore[union-attr]
+
+
+def window_keys(keys: Keys, part: Stretch) -> Tensor:
+    """[B · blocks, span, C]: the window keys of each block."""
+    assert keys.window is not None
+    if part.blocks == 1:
+        return keys.window[:, part.key : part.key + part.span]
+    stride = part.span // 2
+    chosen = keys.window[:, part.key : part.key + (part.blocks + 1) * stride]
+    return chosen.unfold(1, part.span, stride).transpose(2, 3).flatten(0, 1)
+
+
+def visible(keys: Keys, part: Stretch) -> Tensor:
+    """bool [B, n, span + columns]: which of the stretch's keys each of its n queries sees."""
+    layout, here = keys.layout, slice(part.start, part.stop)
+    device, length = layout.oldest.device, (part.stop - part.start) // part.blocks
+    query = torch.arange(part.start, part.stop, device=device)
+    first_key = part.key + (query - part.start) // length * (part.span // 2 if part.blocks > 1 else 0)
+    slot = torch.arange(part.span, device=device) + first_key[:, None]
+    near = (slot >= layout.oldest[:, here, None]) & (slot <= (layout.offset + query)[:, None])
+    if not part.columns:
+        return near
+    if keys.gathers:
+        return torch.cat((near, keys.picks[:, here] >= 0), dim=-1)  # type: ignore[index]
+    return torch.cat((near, visible_columns(keys, part)), dim=-1)
+
+
+def visible_columns(keys: Keys, part: Stretch) -> Tensor:
+    """bool [B, n, columns] over the first `columns` entries: in range, and picked where picks are given."""
+    windows, here = keys.windows, slice(part.start, part.stop)
+    assert windows is not None
+    column = torch.arange(part.columns, device=windows.stop.device)
+    seen = (column >= windows.first[:, here, None]) & (column < windows.stop[:, here, None])
+    if keys.picks is None:
+        return seen
+    picked = torch.zeros(*seen.shape[:2], part.columns + 1, dtype=torch.bool, device=seen.device)
+    picks = keys.picks[:, here]
+    # Column `columns` takes the places without a pick.
+    picked.scatter_(2, torch.where(picks < 0, part.columns, picks), True)
+    return picked[..., :-1]
+
+
+def _entry_keys(keys: Keys, part: Stretch) -> Tensor:
+    """[B, columns, C], or gathered [B · n, K, C]."""
+    assert keys.entries is not None
+    if not keys.gathers:
+        return keys.entries[:, : part.columns]
+    rows, columns, width = keys.entries.shape
+    picks = keys.picks[:, part.start : part.stop].clamp(min=0)  # type: ignore[index]
+    first = torch.arange(rows, device=picks.device)[:, None, None] * columns
+    flat = keys.entries.reshape(-1, width).index_select(0, (picks + first).flatten())
+    return flat.view(-1, picks.shape[2], width)
+
+
+class _Views:
+    """A buffer [B, n, H, span + columns + 1] seen as one batched product a kind of key."""
+
+    def __init__(self, part: Stretch, rows: int, num_queries: int, heads: int, gathers: bool) -> None:
+        groups = rows * part.blocks
+        self.shapes = [(groups, num_queries // part.blocks * heads)]
+        self.slices = [slice(0, part.span)]
+        if part.columns:
+            self.shapes.append((rows * num_queries, heads) if gathers else (rows, num_queries * heads))
+            self.slices.append(slice(part.span, part.span + part.columns))
+
+    def of(self, buffer: Tensor) -> list[Tensor]:
+        return [
+            buffer.view(*shape, buffer.shape[-1])[:, :, part]
+            for shape, part in zip(self.shapes, self.slices)
+        ]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _probabilities(
+    query: Tensor, keys: Keys, sink: Tensor, part: Stretch
+) -> tuple[Tensor, _Views, list[Tensor]]:
+    """p [B, n, H, span + columns + 1] of the stretch's scaled queries [B, n, H, C], fp32 or wider."""
+    rows, num_queries, heads, width = query.shape
+    views = _Views(part, rows, num_queries, heads, keys.gathers)
+    each = [_wide(window_keys(keys, part))]
+    if part.columns:
+        each.append(_wide(_entry_keys(keys, part)))
+    buffer = query.new_empty(rows, num_queries, heads, part.span + part.columns + 1)
+    for view, key in zip(views.of(buffer), each):
+        torch.bmm(query.view(*view.shape[:2], width), key.transpose(1, 2), out=view)
+    bias = torch.zeros(rows, num_queries, buffer.shape[-1] - 1, dtype=buffer.dtype, device=buffer.device)
+    bias.masked_fill_(~visible(keys, part), float("-inf"))
+    buffer[..., :-1].add_(bias[:, :, None])
+    buffer[..., -1] = sink.to(buffer.dtype)
+    return torch.softmax(buffer, dim=-1, out=buffer), views, each
 
 
 class _SinkAttention(torch.autograd.Function):
-    """One logits buffer, softmax in place, explicit backward: no copies between the parts."""
+    """Explicit backward that computes each stretch's probabilities anew."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, bias: Tensor, sink: Tensor, scale: float, *keys: Tensor):
-        num_rows, num_tokens, num_heads, width = query.shape
-        total = bias.shape[-1] + 1
-        scaled = query * scale
-        buffer = query.new_empty(num_rows, num_tokens, num_heads, total)
-        flat = [k.flatten(0, 1) for k in keys]
-        for view, key, part in zip(_slices(buffer, list(keys)), flat, keys):
-            rows = scaled.view(num_rows * part.shape[1], -1, width)
-            torch.bmm(rows, key.transpose(1, 2), out=view)
-        buffer[..., :-1].add_(bias[:, :, None])
-        buffer[..., -1] = sink.to(buffer.dtype)
-        is_narrow = buffer.dtype in (torch.bfloat16, torch.float16)
-        if is_narrow:
-            weights = torch.softmax(buffer, dim=-1, dtype=torch.float32).to(buffer.dtype)
-        else:
-            weights = torch.softmax(buffer, dim=-1, out=buffer)
-        output = torch.zeros_like(scaled)
-        for view, key, part in zip(_slices(weights, list(keys)), flat, keys):
-            output.view(num_rows * part.shape[1], -1, width).baddbmm_(view, key)
-        ctx.save_for_backward(scaled, weights, output, *keys)
-        ctx.scale = scale
-        ctx.mark_non_differentiable(weights)
-        return output, weights
+    def forward(ctx, query, window, entries, picks, sink, scale, place):  # type: ignore[override]
+        # Tensors reach `ctx` through save_for_backward alone, where checkpointing can see them.
+        keys = replace(place, window=window, entries=entries, picks=picks)
+        output = torch.empty_like(query)
+        for part in stretches(keys, query.shape[1], query.shape[0], query.shape[2]):
+            here = slice(part.start, part.stop)
+            scaled = _wide(query[:, here]) * scale
+            p, views, each = _probabilities(scaled, keys, sink, part)
+            result = torch.zeros_like(scaled)
+            for view, key in zip(views.of(p), each):
+                result.view(*view.shape[:2], -1).baddbmm_(view, key)
+            output[:, here] = result
+        ctx.save_for_backward(query, window, entries, picks, sink, output)
+        ctx.scale, ctx.place = scale, place
+        return output
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _):  # type: ignore[override]
-        scaled, weights, output, *keys = ctx.saved_tensors
-        num_rows, _, _, width = scaled.shape
-        grad = grad.contiguous()
-        d_logits = torch.empty_like(weights)
-        d_logits[..., -1] = 0
-        flat = [k.flatten(0, 1) for k in keys]
-        for view, key, part in zip(_slices(d_logits, keys), flat, keys):
-            rows = grad.view(num_rows * part.shape[1], -1, width)
-            torch.bmm(rows, key.transpose(1, 2), out=view)
-        d_logits.sub_((grad * output).sum(-1, keepdim=True)).mul_(weights)
-        d_query = torch.zeros_like(scaled)
-        d_keys = []
-        for d_view, view, key, part in zip(_slices(d_logits, keys), _slices(weights, keys), flat, keys):
-            shape = (num_rows * part.shape[1], -1, width)
-            d_query.view(shape).baddbmm_(d_view, key)
-            d_key = torch.bmm(d_view.transpose(1, 2), scaled.view(shape))
-            d_keys.append(d_key.baddbmm_(view.transpose(1, 2), grad.view(shape)).view_as(part))
-        d_sink = d_logits[..., -1].sum((0, 1))
-        return d_query.mul_(ctx.scale), None, d_sink, None, *d_keys
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        query, window, entries, picks, sink, output = ctx.saved_tensors
+        keys = replace(ctx.place, window=window, entries=entries, picks=picks)
+        d_query = torch.empty_like(query)
+        d_window = torch.zeros(window.shape, dtype=_wide(window[:0]).dtype, device=window.device)
+        d_entries = None if entries is None else torch.zeros_like(entries, dtype=d_window.dtype)
+        d_sink = torch.zeros_like(sink)
+        for part in stretches(keys, query.shape[1], query.shape[0], query.shape[2]):
+            here = slice(part.start, part.stop)
+            scaled, upstream = _wide(query[:, here]) * ctx.scale, _wide(grad[:, here]).contiguous()
+            p, views, each = _probabilities(scaled, keys, sink, part)
+            d_p = torch.empty_like(p)
+            d_p[..., -1] = 0
+            for view, key in zip(views.of(d_p), each):
+                torch.bmm(upstream.view(*view.shape[:2], -1), key.transpose(1, 2), out=view)
+            d_p.sub_((upstream * _wide(output[:, here])).sum(-1, keepdim=True)).mul_(p)
+            d_scaled = torch.zeros_like(scaled)
+            d_keys = []
+            for d_view, view, key in zip(views.of(d_p), views.of(p), each):
+                d_scaled.view(*view.shape[:2], -1).baddbmm_(d_view, key)
+                d_key = torch.bmm(d_view.transpose(1, 2), scaled.view(*view.shape[:2], -1))
+                d_keys.append(d_key.baddbmm_(view.transpose(1, 2), upstream.view(*view.shape[:2], -1)))
+            d_query[:, here] = d_scaled.mul_(ctx.scale)
+            d_sink += d_p[..., -1].sum((0, 1))
+            _add_window(d_window, d_keys[0], part)
+            if part.columns:
+                assert d_entries is not None
+                _add_entries(d_entries, d_keys[1], keys, part)
+        d_entries = None if entries is None else d_entries.to(entries.dtype)  # type: ignore[union-attr]
+        return d_query, d_window.to(window.dtype), d_entries, None, d_sink, None, None
 
 
-def _decode(
-    query: Tensor, bias: Tensor, sink: Tensor, scale: float, keys: list[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The same for one query a row, without a gradient: many small products, so every operand contiguous.
+def _add_window(d_window: Tensor, d_key: Tensor, part: Stretch) -> None:
+    """Neighbouring blocks share a window of keys: each half of a block's gradient goes to its own place."""
+    if part.blocks == 1:
+        d_window[:, part.key : part.key + part.span] += d_key
+        return
+    rows, half = d_window.shape[0], part.span // 2
+    earlier, own = d_key.view(rows, part.blocks, 2, half, -1).unbind(2)
+    stop = part.key + part.blocks * half
+    d_window[:, part.key : stop] += earlier.flatten(1, 2)
+    d_window[:, part.key + half : stop + half] += own.flatten(1, 2)
+
+
+def _add_entries(d_entries: Tensor, d_key: Tensor, keys: Keys, part: Stretch) -> None:
+    if not keys.gathers:
+        d_entries[:, : part.columns] += d_key
+        return
+    rows, columns, width = d_entries.shape
+    picks = keys.picks[:, part.start : part.stop]  # type: ignore[index]
+    first = torch.arange(rows, device=picks.device)[:, None, None] * columns
+    # What was not picked has probability 0, hence gradient 0, and may land anywhere.
+    where = (picks.clamp(min=0) + first).flatten()
+    d_entries.view(-1, width).index_add_(0, where, d_key.view(-1, width))
+
+
+def _step(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Tensor:
+    """One query a row on the window ring: many small products, so every operand contiguous.
 
     A batched product into a slice of a wider buffer runs matrix by matrix on the CPU (measured at 256
     rows: 4 ms against 1.5).
     """
-    num_rows, _, num_heads, width = query.shape
-    flat = [k.flatten(0, 1) for k in keys]
-    rows = (query * scale).view(num_rows, num_heads, width)
-    sinks = sink.to(query.dtype).view(1, num_heads, 1).expand(num_rows, -1, -1)
-    logits = torch.cat([*(torch.bmm(rows, key.transpose(1, 2)) for key in flat), sinks], dim=-1)
-    logits[..., :-1].add_(bias)
-    wide = torch.float32 if logits.dtype in (torch.bfloat16, torch.float16) else logits.dtype
-    weights = torch.softmax(logits, dim=-1, dtype=wide).to(query.dtype)
-    parts = weights.split([*(k.shape[1] for k in flat), 1], dim=-1)[:-1]
-    output = sum(torch.bmm(part.contiguous(), key) for part, key in zip(parts, flat))
-    return output.view_as(query), weights[:, None]  # type: ignore[union-attr]
+    rows, _, heads, width = query.shape
+    assert keys.window is not None and keys.layout.ring_seen is not None
+    each, seen = [keys.window], [keys.layout.ring_seen]
+    part = Stretch(0, 1, 1, 0, 0, _num_columns(keys, 1))
+    if part.columns:
+        each.append(_entry_keys(keys, part))
+        seen.append(keys.picks[:, 0] >= 0 if keys.gathers else visible_columns(keys, part)[:, 0])  # type: ignore[index]
+    scaled = (_wide(query) * scale).view(rows, heads, width)
+    each = [_wide(key).contiguous() for key in each]
+    sinks = sink.to(scaled.dtype).view(1, heads, 1).expand(rows, -1, -1)
+    logits = torch.cat([*(torch.bmm(scaled, key.transpose(1, 2)) for key in each), sinks], dim=-1)
+    bias = torch.zeros(rows, logits.shape[-1] - 1, dtype=logits.dtype, device=logits.device)
+    bias.masked_fill_(~torch.cat(seen, dim=-1), float("-inf"))
+    logits[..., :-1].add_(bias[:, None])
+    weights = torch.softmax(logits, dim=-1)
+    parts = weights.split([*(key.shape[1] for key in each), 1], dim=-1)[:-1]
+    output = sum(torch.bmm(part.contiguous(), key) for part, key in zip(parts, each))
+    return output.view(query.shape).to(query.dtype)  # type: ignore[union-attr]
 
 
-def sink_attention(
-    query: Tensor, parts: list[Part], sink: Tensor, scale: float
-) -> tuple[Tensor, list[Tensor]]:
-    """`sink_attention_dense` with one logits buffer and an explicit backward.
+def sink_attention(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Tensor:
+    """Attention of query [B, T, H, C] on `keys`, sink [H] -> [B, T, H, C] in the query's dtype.
 
-    Returns output [B, T, H, C] and, detached, each part's probabilities [B, T, H, S]. Softmax is
-    fp32 for half-precision inputs.
+    Logits and softmax are fp32 for half-precision inputs. On a decode state's single step the window is
+    its ring [B, ring, C].
     """
-    bias = torch.cat([bias for _, bias in parts], dim=-1).to(query.dtype)
-    keys = [k.contiguous() for k, _ in parts]
-    if query.shape[1] == 1 and not torch.is_grad_enabled():
-        output, weights = _decode(query.contiguous(), bias, sink, scale, keys)
-    else:
-        arguments = (query.contiguous(), bias, sink.to(query.dtype), scale, *keys)
-        output, weights = _SinkAttention.apply(*arguments)  # type: ignore[misc]
-    sizes = [k.shape[2] for k in keys]
-    return output, list(weights.split([*sizes, 1], dim=-1))[:-1]
+    if keys.layout.is_step:
+        return _step(query, keys, sink, scale)
+    place = replace(keys, window=None, entries=None, picks=None)
+    return _SinkAttention.apply(query, keys.window, keys.entries, keys.picks, sink, scale, place)  # type: ignore[return-value]
+
+
+def entry_mass(query: Tensor, keys: Keys, sink: Tensor, scale: float, part: Stretch) -> Tensor:
+    """Probability on each compressed entry of one stretch, summed over heads: [B, n, columns]."""
+    scaled = _wide(query[:, part.start : part.stop]) * scale
+    p, _, _ = _probabilities(scaled, keys, sink, part)
+    return p[..., part.span : -1].sum(2)
+
+
+def sink_attention_dense(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Tensor:
+    """The readable definition: every query against every key, masked. Same arguments and result."""
+    layout = keys.layout
+    rows, num_queries, heads, _ = query.shape
+    assert keys.window is not None
+    slot = torch.arange(keys.window.shape[1], device=query.device)
+    own = layout.offset + torch.arange(num_queries, device=query.device)
+    seen = (slot >= layout.oldest[:, :, None]) & (slot <= own[:, None])
+    every = keys.window
+    if keys.entries is not None and keys.windows is not None:
+        part = Stretch(0, num_queries, 1, 0, 0, keys.entries.shape[1])
+        seen = torch.cat((seen, visible_columns(keys, part)), dim=-1)
+        every = torch.cat((keys.window, keys.entries), dim=1)
+    logits = torch.einsum("bthc,bsc->bths", query, every) * scale
+    logits = logits.masked_fill(~seen[:, :, None], float("-inf"))
+    sinks = sink.to(query.dtype).view(1, 1, heads, 1).expand(rows, num_queries, heads, 1)
+    weights = torch.softmax(torch.cat((logits, sinks), dim=-1), dim=-1)
+    return torch.einsum("bths,bsc->bthc", weights[..., :-1], every)

@@ -456,8 +456,8 @@ def test_a_state_that_is_too_short_is_refused_before_it_changes(smallest, rough_
     with torch.no_grad():
         model(random_ids(smallest, 2, 8), state=state)
         before = [t.clone() for t in state.tensors()]
-        with pytest.raises(EngineError, match="holds 10 tokens, a row would reach 11; raise"):
-            model(random_ids(smallest, 2, 3), state=state)
-        with pytest.raises(EngineError, match="would reach 12"):
-            model(random_ids(smallest, 2, 9), state=state, lengths=torch.tensor([1, 4]))
+        with pytest.raises(EngineError, match="holds 12 tokens, a row would reach 13; raise"):
+            model(random_ids(smallest, 2, 5), state=state)
+        with pytest.raises(EngineError, match="would reach 14"):
+            model(random_ids(smallest, 2, 9), state=state, lengths=torch.tensor([1, 6]))
     assert all(torch.equal(a, b) for a, b in zip(before, state.tensors()))
