@@ -124,6 +124,11 @@ class ModelConfig:
                 f"num_key_value_heads is {self.num_key_value_heads}; V4 shares one",
                 self.num_key_value_heads == 1,
             ),
+            (
+                f"mtp_compress_ratios has {len(self.mtp_compress_ratios)} entries for "
+                f"{self.num_nextn_predict_layers} MTP blocks",
+                len(self.mtp_compress_ratios) == self.num_nextn_predict_layers,
+            ),
             ("compress_ratios must be 0 or at least 2", all(r == 0 or r >= 2 for r in self.compress_ratios)),
         ]
 
@@ -131,6 +136,21 @@ class ModelConfig:
     def ratios(self) -> tuple[int, ...]:
         """Distinct non-zero compression ratios, ascending."""
         return tuple(sorted({r for r in self.compress_ratios if r != SLIDING}))
+
+    def ratio_of(self, layer: int) -> int:
+        """Compression ratio of a layer; MTP blocks are counted behind the trunk's layers."""
+        return (*self.compress_ratios, *self.mtp_compress_ratios)[layer]
+
+    def mtp_config(self) -> ModelConfig:
+        """The prediction blocks as a model of their own: what their decode state is allocated for."""
+        ratios = self.mtp_compress_ratios
+        return replace(
+            self,
+            num_hidden_layers=len(ratios),
+            compress_ratios=ratios,
+            num_nextn_predict_layers=0,
+            mtp_compress_ratios=(),
+        )
 
     def to_json_dict(self) -> dict[str, Any]:
         """The released `config.json` layout (rope_scaling as a table, MTP's ratio appended)."""

@@ -45,7 +45,7 @@ def initialize(model: Transformer, seed: int) -> Transformer:
             parameter.fill_(SMALL_GATE)
         else:
             raise AssertionError(f"no initialisation rule for {name}")
-    for layer, block in enumerate(model.layers):
+    for layer, block in enumerate((*model.layers, *model.mtp)):
         assert isinstance(block, Block)
         for index, connection in enumerate((block.hc_attn, block.hc_ffn)):
             _separate_streams(connection, 2 * layer + index, generator)

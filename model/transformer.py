@@ -23,7 +23,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.attn = Attention(config, config.compress_ratios[layer], dtype)
+        self.attn = Attention(config, config.ratio_of(layer), dtype)
         self.ffn = MoE(config, layer, dtype)
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The complete model without MTP.
+    """The complete model; `mtp` holds `num_nextn_predict_layers` prediction blocks.
 
     `dtype` is the type of the weights that V4 keeps in bf16; hyper-connections, sinks, position
     biases and router biases are fp32 whatever it is.
@@ -56,6 +56,10 @@ class Transformer(nn.Module):
         self.hc_head = HeadCollapse(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        from consilience.model.mtp import MTPBlock  # it is a Block
+
+        first, count = config.num_hidden_layers, config.num_nextn_predict_layers
+        self.mtp = nn.ModuleList(MTPBlock(config, first + depth, dtype) for depth in range(count))
 
     def hidden(
         self,
@@ -104,6 +108,25 @@ class Transformer(nn.Module):
     def forward(self, token_ids: Tensor, segment_ids: Tensor | None = None, **kwargs) -> Tensor:
         """Logits [B, T, V]; arguments as `hidden`."""
         return self.head(self.hidden(token_ids, segment_ids, **kwargs))
+
+    def mtp_hidden(
+        self, streams: Tensor, next_ids: Tensor, layout: Layout, *, is_detached: bool = False
+    ) -> list[Tensor]:
+        """Hidden states [B, T, D] of each prediction block over packed rows: block i predicts t + 2 + i.
+
+        streams and layout as `streams` returned them; next_ids [B, T] = the token after each. is_detached:
+        gradients stop before the trunk and the embedding, only the prediction blocks learn.
+        """
+        hidden = []
+        streams = streams.detach() if is_detached else streams
+        for depth, block in enumerate(self.mtp):
+            ids = nn.functional.pad(next_ids[:, depth:], (0, depth)).flatten()
+            embedding = self.embed(ids)
+            found, streams = block.predict(  # type: ignore[operator]
+                streams, embedding.detach() if is_detached else embedding, ids, layout, None
+            )
+            hidden.append(found.view(*next_ids.shape, -1))
+        return hidden
 
     def _layout(
         self,
