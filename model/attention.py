@@ -11,8 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from consilience.model import exact
 from consilience.model.compressor import Compressor
 from consilience.model.config import CSA_RATIO, SLIDING, ModelConfig
+from consilience.model.exact import Linear
 from consilience.model.indexer import Indexer, index_loss
 from consilience.model.kernels.sink_attention import Keys, sink_attention
 from consilience.model.layout import Layout
@@ -31,15 +33,13 @@ class Attention(nn.Module):
         self.num_heads, self.width = heads, width
         self.groups, self.rank = config.o_groups, config.o_lora_rank
         self.eps = config.rms_norm_eps
-        self.wq_a = nn.Linear(d, config.q_lora_rank, bias=False, dtype=dtype)
+        self.wq_a = Linear(d, config.q_lora_rank, dtype)
         self.q_norm = RMSNorm(config.q_lora_rank, self.eps, dtype)
-        self.wq_b = nn.Linear(config.q_lora_rank, heads * width, bias=False, dtype=dtype)
-        self.wkv = nn.Linear(d, width, bias=False, dtype=dtype)
+        self.wq_b = Linear(config.q_lora_rank, heads * width, dtype)
+        self.wkv = Linear(d, width, dtype)
         self.kv_norm = RMSNorm(width, self.eps, dtype)
-        self.wo_a = nn.Linear(
-            heads * width // self.groups, self.groups * config.o_lora_rank, bias=False, dtype=dtype
-        )
-        self.wo_b = nn.Linear(self.groups * config.o_lora_rank, d, bias=False, dtype=dtype)
+        self.wo_a = Linear(heads * width // self.groups, self.groups * config.o_lora_rank, dtype)
+        self.wo_b = Linear(self.groups * config.o_lora_rank, d, dtype)
         self.attn_sink = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
         self.compressor = None if ratio == SLIDING else Compressor(config, width, ratio, dtype)
         self.indexer = Indexer(config, dtype) if ratio == CSA_RATIO else None
@@ -64,9 +64,15 @@ class Attention(nn.Module):
             layout.trace.add_visible(layout.windows[self.ratio], layout.is_valid, keys.picks)
 
         output = rotate(output, rotation.conj()[:, :, None])
-        grouped = output.reshape(num_rows * num_tokens, self.groups, -1).transpose(0, 1)
-        low = torch.bmm(grouped, self.wo_a.weight.view(self.groups, self.rank, -1).transpose(1, 2))
-        return self.wo_b(low.transpose(0, 1).reshape(num_rows, num_tokens, -1))
+        low = self._grouped(output.reshape(num_rows * num_tokens, self.groups, -1))
+        return self.wo_b(low.view(num_rows, num_tokens, -1))
+
+    def _grouped(self, output: Tensor) -> Tensor:
+        """Every group of heads through its own rows of wo_a: [R, groups, in] -> [R, groups · rank]."""
+        weight = self.wo_a.weight.view(self.groups, self.rank, -1)
+        if exact.is_on():
+            return torch.cat([exact.linear(x, w) for x, w in zip(output.unbind(1), weight)], dim=-1)
+        return torch.bmm(output.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1).flatten(1)
 
     def _window_keys(self, kv: Tensor, layout: Layout, state: LayerState | None) -> Tensor:
         """Window keys [B, offset + T, C] of the layout; for one-token steps the ring [B, ring, C]."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from consilience.model import exact
 from consilience.model.config import CSA_RATIO, ModelConfig
+from consilience.model.exact import Linear
 from consilience.model.layout import Layout, Windows
 from consilience.model.norm import RMSNorm
 from consilience.model.rope import rotate, rotations
@@ -29,8 +31,8 @@ class Compressor(nn.Module):
         self.width = width
         self.is_overlapping = ratio == CSA_RATIO
         series = 2 * width if self.is_overlapping else width
-        self.wkv = nn.Linear(config.hidden_size, series, bias=False, dtype=dtype)
-        self.wgate = nn.Linear(config.hidden_size, series, bias=False, dtype=dtype)
+        self.wkv = Linear(config.hidden_size, series, dtype)
+        self.wgate = Linear(config.hidden_size, series, dtype)
         self.ape = nn.Parameter(torch.zeros(ratio, series, dtype=torch.float32))
         self.norm = RMSNorm(width, config.rms_norm_eps, dtype)
 
@@ -38,8 +40,8 @@ class Compressor(nn.Module):
         """hidden [B, T, D] -> entries [B, M, C]: all visible columns, those of the state included."""
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         x = hidden.to(wide)
-        values = nn.functional.linear(x, self.wkv.weight.to(wide))
-        gates = nn.functional.linear(x, self.wgate.weight.to(wide)) + self.ape[layout.position % self.ratio]
+        values = exact.linear(x, self.wkv.weight.to(wide))
+        gates = exact.linear(x, self.wgate.weight.to(wide)) + self.ape[layout.position % self.ratio]
         windows = layout.windows[self.ratio]
         if state is None:
             entries = self._pool(values, gates, windows, layout, hidden.dtype)
@@ -69,7 +71,7 @@ class Compressor(nn.Module):
             pooled_gates = pooled_gates.masked_fill(~windows.is_present[:, :, None], float("-inf"))
         else:
             pooled_values, pooled_gates = flat_values[windows.source], flat_gates[windows.source]
-        entries = (torch.softmax(pooled_gates, dim=1) * pooled_values).sum(1).to(dtype)
+        entries = exact.by_tiles(_pooled, pooled_gates, pooled_values).to(dtype)
         turn = rotations(windows.position, layout.frequencies[True])
         return rotate(self.norm(entries), turn)
 
@@ -90,3 +92,8 @@ class Compressor(nn.Module):
         slot = position[row, token] % ring
         state.values[row, slot] = values[row, token]
         state.gates[row, slot] = gates[row, token]
+
+
+def _pooled(gates: Tensor, values: Tensor) -> Tensor:
+    """Weighted sum over the slots, a softmax a channel: [E, S, C] each -> [E, C]."""
+    return (torch.softmax(gates, dim=1) * values).sum(1)

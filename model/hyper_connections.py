@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from consilience.model import exact
 from consilience.model.config import ModelConfig
 from consilience.model.kernels import hyper_connections as fused
 
@@ -131,6 +132,8 @@ class HyperConnection(nn.Module):
         if fused.is_available(streams, self.fn):
             sizes = {"rounds": self.rounds, "eps": self.eps, "norm_eps": self.norm_eps}
             return fused.read(streams, self.fn, self.base, self.scale, **sizes)
+        if exact.is_on():
+            return tuple(x[: len(streams)] for x in self.read_plainly(exact.padded(streams)))  # type: ignore[return-value]
         return self.read_plainly(streams)
 
     def read_plainly(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +141,7 @@ class HyperConnection(nn.Module):
         n = self.num_streams
         flat = streams.flatten(1).to(self.fn.dtype)
         inverse_rms = torch.rsqrt(flat.square().mean(-1) + self.norm_eps)
-        mixes = (self.fn @ flat.t()) * inverse_rms
+        mixes = exact.linear(flat, self.fn).t() * inverse_rms
         base = self.base[:, None]
         pre = torch.sigmoid(self.scale[0] * mixes[:n] + base[:n]) + self.eps
         post = 2 * torch.sigmoid(self.scale[1] * mixes[n : 2 * n] + base[n : 2 * n])
@@ -174,8 +177,11 @@ class HeadCollapse(nn.Module):
             return fused.collapse(
                 streams, self.fn, self.base, self.scale, eps=self.eps, norm_eps=self.norm_eps
             )
+        return exact.by_tiles(self._collapse, streams)
+
+    def _collapse(self, streams: Tensor) -> Tensor:
         flat = streams.flatten(1).to(self.fn.dtype)
         inverse_rms = torch.rsqrt(flat.square().mean(-1) + self.norm_eps)
-        mixes = (self.fn @ flat.t()) * inverse_rms
+        mixes = exact.linear(flat, self.fn).t() * inverse_rms
         weights = torch.sigmoid(self.scale * mixes + self.base[:, None]) + self.eps
         return _read(streams, weights)

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from consilience.model import exact
 from consilience.model.compressor import Compressor
 from consilience.model.config import CSA_RATIO, ModelConfig
+from consilience.model.exact import Linear
+from consilience.model.kernels.exact_attention import exact_scores
 from consilience.model.kernels.sink_attention import Keys, Stretch, entry_mass, stretches, visible_columns
 from consilience.model.layout import Layout
 from consilience.model.rope import rotate
@@ -54,8 +57,8 @@ class Indexer(nn.Module):
         self.width = config.index_head_dim
         self.topk = config.index_topk
         self.sees_all = False
-        self.wq_b = nn.Linear(config.q_lora_rank, self.num_heads * self.width, bias=False, dtype=dtype)
-        self.weights_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False, dtype=dtype)
+        self.wq_b = Linear(config.q_lora_rank, self.num_heads * self.width, dtype)
+        self.weights_proj = Linear(config.hidden_size, self.num_heads, dtype)
         self.compressor = Compressor(config, self.width, CSA_RATIO, dtype)
 
     def keys(self, hidden: Tensor, layout: Layout, state: CompressorState | None) -> Tensor:
@@ -80,6 +83,8 @@ class Indexer(nn.Module):
         if self.sees_all or windows.num_columns <= self.topk:
             return None
         rows, num_tokens = layout.position.shape
+        if exact.is_on():
+            return self._best(exact_scores(index.query, index.weight, index.keys, windows))
         block = max(1, BUFFER // (rows * self.num_heads * windows.num_columns))
         picks = torch.full((rows, num_tokens, self.topk), -1, device=layout.position.device)
         for start in range(0, num_tokens, block):
@@ -91,10 +96,16 @@ class Indexer(nn.Module):
             seen = column >= windows.first[:, start:stop, None]
             seen &= column < windows.stop[:, start:stop, None]
             scores = index.scores(start, stop, columns).masked_fill_(~seen, float("-inf"))
-            best = top_k(scores, min(self.topk, columns))
-            best = torch.where(scores.gather(2, best) > float("-inf"), best, columns).sort(dim=-1).values
-            picks[:, start:stop, : best.shape[2]] = torch.where(best < columns, best, -1)
+            best = self._best(scores)
+            picks[:, start:stop, : best.shape[2]] = best
         return picks
+
+    def _best(self, scores: Tensor) -> Tensor:
+        """Columns of the K highest scores [B, n, M] above -inf, ascending, then -1."""
+        columns = scores.shape[2]
+        best = top_k(scores, min(self.topk, columns))
+        best = torch.where(scores.gather(2, best) > float("-inf"), best, columns).sort(dim=-1).values
+        return torch.where(best < columns, best, -1)
 
 
 def index_loss(

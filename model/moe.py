@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from consilience.model import exact
 from consilience.model.config import ModelConfig
+from consilience.model.exact import Linear
 from consilience.model.forward_trace import Trace
 
 
@@ -41,9 +43,8 @@ class Gate(nn.Module):
     def forward(self, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [R, D], token_ids [R] -> weights [R, K] fp32, experts [R, K] int64, scores [R, E]."""
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logits = functional.linear(hidden.to(wide), self.weight.to(wide))
-        # Below a logit of -87 softplus leaves fp32; the floor keeps the root's slope finite there.
-        scores = functional.softplus(logits).clamp(min=torch.finfo(wide).tiny).sqrt()
+        logits = exact.linear(hidden.to(wide), self.weight.to(wide))
+        scores = exact.by_tiles(_affinity, logits)
         if self.is_hash:
             experts = self.tid2eid[token_ids]
         else:
@@ -51,6 +52,11 @@ class Gate(nn.Module):
         chosen = scores.gather(1, experts)
         weights = chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * self.scaling
         return weights, experts, scores
+
+
+def _affinity(logits: Tensor) -> Tensor:
+    # Below a logit of -87 softplus leaves fp32; the floor keeps the root's slope finite there.
+    return functional.softplus(logits).clamp(min=torch.finfo(logits.dtype).tiny).sqrt()
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -61,11 +67,11 @@ def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """
     is_aligned = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
     has_grouped = rows.dtype == torch.bfloat16 or (rows.dtype == torch.float32 and rows.device.type == "cpu")
-    if is_aligned and has_grouped and rows.shape[0]:
+    if is_aligned and has_grouped and rows.shape[0] and not exact.is_on():
         ends = counts.cumsum(0).to(torch.int32)
         return functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
     pieces = rows.split(counts.tolist())
-    return torch.cat([functional.linear(piece, weight[e]) for e, piece in enumerate(pieces)])
+    return torch.cat([exact.linear(piece, weight[e]) for e, piece in enumerate(pieces)])
 
 
 class _Gated(torch.autograd.Function):
@@ -93,7 +99,7 @@ class _Gated(torch.autograd.Function):
 
 def gated(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """silu(min(gate, limit)) · clamp(up, ±limit): the gate is clamped from above only."""
-    return _Gated.apply(gate, up, limit)  # type: ignore[return-value]
+    return exact.by_tiles(lambda g, u: _Gated.apply(g, u, limit), gate, up)  # type: ignore[return-value]
 
 
 class Experts(nn.Module):
@@ -134,9 +140,9 @@ class SharedExperts(nn.Module):
         super().__init__()
         d, i = config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
         self.limit = config.swiglu_limit
-        self.w1 = nn.Linear(d, i, bias=False, dtype=dtype)
-        self.w2 = nn.Linear(i, d, bias=False, dtype=dtype)
-        self.w3 = nn.Linear(d, i, bias=False, dtype=dtype)
+        self.w1 = Linear(d, i, dtype)
+        self.w2 = Linear(i, d, dtype)
+        self.w3 = Linear(d, i, dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[R, D] -> [R, D]."""

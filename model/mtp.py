@@ -6,9 +6,10 @@ R tokens (flattened), N streams, D model width.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from consilience.model.config import ModelConfig
+from consilience.model.exact import Linear
 from consilience.model.hyper_connections import HeadCollapse
 from consilience.model.layout import Layout
 from consilience.model.norm import RMSNorm
@@ -26,8 +27,8 @@ class MTPBlock(Block):
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype | None) -> None:
         super().__init__(config, layer, dtype)
         width, eps = config.hidden_size, config.rms_norm_eps
-        self.e_proj = nn.Linear(width, width, bias=False, dtype=dtype)
-        self.h_proj = nn.Linear(width, width, bias=False, dtype=dtype)
+        self.e_proj = Linear(width, width, dtype)
+        self.h_proj = Linear(width, width, dtype)
         self.enorm = RMSNorm(width, eps, dtype)
         self.hnorm = RMSNorm(width, eps, dtype)
         self.hc_head = HeadCollapse(config)

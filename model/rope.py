@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from consilience.model import exact
 from consilience.model.config import ModelConfig
 
 
@@ -39,8 +40,9 @@ def inverse_frequencies(
 
 def rotations(position: Tensor, frequencies: Tensor) -> Tensor:
     """Unit complex rotations [..., R/2] for integer positions [...]; angles are fp32 products."""
-    angles = position.to(torch.float32)[..., None] * frequencies
-    return torch.polar(torch.ones_like(angles), angles)
+    angles = (position.to(torch.float32)[..., None] * frequencies).flatten(0, -2)
+    unit = exact.by_tiles(lambda a: torch.polar(torch.ones_like(a), a), angles)
+    return unit.view(*position.shape, len(frequencies))
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -55,5 +57,13 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     if wide.dtype == torch.float64:
         rotation = rotation.to(torch.complex128)
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+    turned = torch.view_as_real(_product(pairs, rotation)).flatten(-2).to(x.dtype)
     return torch.cat((plain, turned), dim=-1)
+
+
+def _product(pairs: Tensor, rotation: Tensor) -> Tensor:
+    """pairs · rotation. In exact mode from single operations, each rounded once: a fused one may round otherwise."""
+    if not exact.is_on():
+        return pairs * rotation
+    a, b, c, d = pairs.real, pairs.imag, rotation.real, rotation.imag
+    return torch.complex(a * c - b * d, a * d + b * c)

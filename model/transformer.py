@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from consilience.model.attention import Attention
 from consilience.model.config import ModelConfig
+from consilience.model.exact import Linear
 from consilience.model.forward_trace import Trace
 from consilience.model.hyper_connections import HeadCollapse, HyperConnection
 from consilience.model.layout import Layout, chunk_layout, packed_layout
@@ -55,7 +56,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer, dtype) for layer in range(config.num_hidden_layers))
         self.hc_head = HeadCollapse(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        self.head = Linear(config.hidden_size, config.vocab_size, dtype)
         from consilience.model.mtp import MTPBlock  # it is a Block
 
         first, count = config.num_hidden_layers, config.num_nextn_predict_layers

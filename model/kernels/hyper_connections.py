@@ -13,6 +13,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from consilience.model import exact
 from consilience.model.kernels.compiled import library
 
 MOST_STREAMS = 8
@@ -59,7 +60,10 @@ class _Read(torch.autograd.Function):
     ):
         num_tokens, n, width = streams.shape
         is_whole = rounds > 0
-        mixes = torch.mm(fn, streams.view(num_tokens, -1).t())
+        if exact.is_on():
+            mixes = exact.linear(streams.view(num_tokens, -1), fn).t().contiguous()
+        else:
+            mixes = torch.mm(fn, streams.view(num_tokens, -1).t())
         new = streams.new_empty
         layer_input, pre, inverse = new(num_tokens, width), new(num_tokens, n), new(num_tokens)
         post, comb = (new(num_tokens, n), new(num_tokens, n, n)) if is_whole else (new(0), new(0))

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from consilience.model import exact
+
 KEEP_BYTES = 64 * 2**20
 """Below this size the log-probabilities of all tokens are kept for backward; above, chunks are recomputed."""
 
@@ -88,7 +90,10 @@ class _LinearLogprob(torch.autograd.Function):
             size = rows.stop - start
             logp = kept[rows] if is_kept else buffers[1, :size]
             p = buffers[0, :size]
-            log_softmax_(project(hidden[rows], W, logp, temperature), p)
+            if exact.is_on():
+                logp.copy_(exact.log_softmax(exact.linear(hidden[rows].to(dtype), W) / temperature))
+            else:
+                log_softmax_(project(hidden[rows], W, logp, temperature), p)
             torch.exp(logp, out=p)
             logprob[rows] = logp.gather(1, target_ids[rows, None].long()).squeeze(1)
             entropy[rows] = -torch.linalg.vecdot(p, logp)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from consilience.model import exact
+from consilience.model.kernels.exact_attention import exact_attention
 from consilience.model.layout import Layout, Windows
 
 BUFFER = 1 << 22  # logits a stretch may hold; 16 MiB in fp32
@@ -172,6 +174,19 @@ def _probabilities(
     return torch.softmax(buffer, dim=-1, out=buffer), views, each
 
 
+def _by_stretches(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Tensor:
+    output = torch.empty_like(query)
+    for part in stretches(keys, query.shape[1], query.shape[0], query.shape[2]):
+        here = slice(part.start, part.stop)
+        scaled = _wide(query[:, here]) * scale
+        p, views, each = _probabilities(scaled, keys, sink, part)
+        result = torch.zeros_like(scaled)
+        for view, key in zip(views.of(p), each):
+            result.view(*view.shape[:2], -1).baddbmm_(view, key)
+        output[:, here] = result
+    return output
+
+
 class _SinkAttention(torch.autograd.Function):
     """Explicit backward that computes each stretch's probabilities anew."""
 
@@ -179,15 +194,8 @@ class _SinkAttention(torch.autograd.Function):
     def forward(ctx, query, window, entries, picks, sink, scale, place):  # type: ignore[override]
         # Tensors reach `ctx` through save_for_backward alone, where checkpointing can see them.
         keys = replace(place, window=window, entries=entries, picks=picks)
-        output = torch.empty_like(query)
-        for part in stretches(keys, query.shape[1], query.shape[0], query.shape[2]):
-            here = slice(part.start, part.stop)
-            scaled = _wide(query[:, here]) * scale
-            p, views, each = _probabilities(scaled, keys, sink, part)
-            result = torch.zeros_like(scaled)
-            for view, key in zip(views.of(p), each):
-                result.view(*view.shape[:2], -1).baddbmm_(view, key)
-            output[:, here] = result
+        forward = exact_attention if exact.is_on() else _by_stretches
+        output = forward(query, keys, sink, scale)
         ctx.save_for_backward(query, window, entries, picks, sink, output)
         ctx.scale, ctx.place = scale, place
         return output
@@ -282,7 +290,8 @@ def sink_attention(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Ten
     its ring [B, ring, C].
     """
     if keys.layout.is_step:
-        return _step(query, keys, sink, scale)
+        step = exact_attention if exact.is_on() else _step
+        return step(query, keys, sink, scale)
     place = replace(keys, window=None, entries=None, picks=None)
     return _SinkAttention.apply(query, keys.window, keys.entries, keys.picks, sink, scale, place)  # type: ignore[return-value]
 
