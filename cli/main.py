@@ -18,10 +18,12 @@ from types import FrameType
 from consilience.cli.verbs import PURPOSE, VERBS
 from consilience.conf.errors import ConfigError, ConsilienceError
 from consilience.conf.fields import fields_of, nearest
+from consilience.conf.overrides import own_setting
 from consilience.conf.schema import Config
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPT, EXIT_TERMINATED = 1, 2, 130, 143
 RESUMABLE = ("run", "sft", "grpo", "distill", "evaluate")
+PASSED = ("run.from=", "run.resume=", "from=", "resume=")  # said once, not again by whoever goes on
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def parse(arguments: Sequence[str]) -> Command:
     verb = words.pop(0) if words else "help"
     if verb not in PURPOSE:
         raise ConfigError(f"unknown verb '{verb}'; {nearest(verb, PURPOSE)}")
-    return Command(verb, tuple(words), config_dir, is_debug)
+    return Command(verb, tuple(own_setting(verb, word) for word in words), config_dir, is_debug)
 
 
 def _call(command: Command, verbs: Mapping[str, str]) -> int:
@@ -130,7 +132,7 @@ def _fail(error: Exception, code: int, is_debug: bool) -> int:
 
 
 def _resume_line(arguments: Sequence[str]) -> str:
-    words = [word for word in arguments if not word.startswith(("run.from=", "run.resume="))]
+    words = [word for word in arguments if not word.startswith(PASSED)]
     if not any(word in RESUMABLE for word in words[:1]):
         return "consilience: interrupted"
     return f"consilience: interrupted; finished stages are kept, go on with: consilience {shlex.join(words)}"

@@ -42,7 +42,24 @@ def normalise(override: str, options: Mapping[str, Sequence[str]]) -> str:
     if "." not in key:
         raise ConfigError(f"unknown group '{key}'; {nearest(key, options)}")
     check_key(key)
+    if "^" in value and "'" not in value:  # 2^20: outside quotes Hydra's grammar has no such sign
+        value = f"'{value}'"
     return f"++{key}={value}"
+
+
+def own_setting(verb: str, override: str) -> str:
+    """`plan context=1M` as `plan plan.context=1M`: a verb's own group may be left out.
+
+    ConfigError if the key is neither a setting of that group nor a group.
+    """
+    groups = fields_of(Config)
+    key, equals, _ = override.partition("=")
+    if verb not in groups or not equals or key in groups or not key.isidentifier():
+        return override
+    own = fields_of(groups[verb][1])
+    if key not in own:
+        raise ConfigError(f"unknown setting '{key}' of {verb}; {nearest(key, [*own, *groups])}")
+    return f"{verb}.{override}"
 
 
 def _choose(group: str, option: str, options: Sequence[str]) -> str:

@@ -103,7 +103,7 @@ def slow(cfg):
     Path(sys.argv[1]).touch()
     time.sleep(60)
 
-words = ["run", "run.name=a.b", "run.from=base", "grpo.lr=0.1", "task.seed= 3"]
+words = ["run", "run.name=a.b", "run.from=base", "resume=true", "grpo.lr=0.1", "task.seed= 3"]
 sys.exit(main(words, {"run": "__main__:slow"}))
 """
 
