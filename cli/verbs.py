@@ -19,6 +19,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "generate": "consilience.cli.generate:generate",
         "chat": "consilience.cli.chat:chat",
         "report": "consilience.cli.pipeline:report",
+        "plan": "consilience.cli.plan:plan",
         "doctor": "consilience.cli.doctor:doctor",
     }
 )
@@ -33,6 +34,7 @@ PURPOSE: Mapping[str, str] = MappingProxyType(
         "generate": "answers of a checkpoint, printed",
         "chat": "talk to a checkpoint",
         "report": "check and print the report of a finished run",
+        "plan": "parameters, FLOPs and bytes of a model, beside V3.2 (model=flash context=1M plot=FILE.png)",
         "doctor": "what this machine has, and which engine, sandbox and device each stage will use",
         "help": "this text, or the settings of one group: consilience help grpo",
     }

@@ -13,8 +13,10 @@ from pathlib import Path
 from consilience.conf.errors import ConfigError
 from consilience.conf.fields import nearest, read_record
 from consilience.conf.schema import Config, DomainConfig, SftConfig
+from consilience.conf.token_count import token_count
 
 PER_DOMAIN_GROUPS = ("sft", "grpo", "rollout", "optimizer")
+PLOT_FORMATS = (".png", ".svg", ".pdf")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -28,6 +30,7 @@ def check_rules(cfg: Config) -> Config:
     _check_model(cfg)
     _check_sandbox(cfg)
     _check_files(cfg)
+    _check_plan(cfg)
     if not NAME.fullmatch(cfg.run.name):
         raise ConfigError(
             f"run.name is '{cfg.run.name}', but it names a folder: letters, digits, '_', '.', '-', at most 64"
@@ -206,6 +209,17 @@ def _check_files(cfg: Config) -> None:
             )
 
 
+def _check_plan(cfg: Config) -> None:
+    if cfg.plan.context is not None:
+        token_count(cfg.plan.context, "plan.context")
+    if cfg.plan.plot is not None:
+        path = Path(cfg.plan.plot)
+        if path.suffix.lower() not in PLOT_FORMATS:
+            raise ConfigError(f"plan.plot is '{path}'; its name must end in {', '.join(PLOT_FORMATS)}")
+        if not path.parent.is_dir():
+            raise ConfigError(f"plan.plot is '{path}', but there is no folder '{path.parent}'")
+
+
 def _check_reward(key: str, path: str) -> None:
     source, colon, function = path.rpartition(":")
     if not colon or not source or not function.isidentifier():
@@ -219,5 +233,6 @@ def _checkpoints(cfg: Config) -> Iterable[tuple[str, str | None]]:
         yield f"{group}.init", getattr(cfg, group).init
     yield "evaluate.checkpoint", cfg.evaluate.checkpoint
     yield "generate.checkpoint", cfg.generate.checkpoint
+    yield "plan.checkpoint", cfg.plan.checkpoint
     for name, teacher in cfg.teachers.registry.items():
         yield f"teachers.registry.{name}.checkpoint", teacher.checkpoint

@@ -322,6 +322,17 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """What `plan` counts and draws."""
+
+    context: str | None = setting(
+        None, "context length: 4096, 64K (64,000), 64Ki or 2^16 (65,536), 1M; null: the model's longest"
+    )
+    checkpoint: str | None = setting(None, "folder with the model's config.json; null: group model")
+    plot: str | None = setting(None, "PNG, SVG or PDF file for a picture of cost against context length")
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What is written down and shown."""
 
@@ -371,5 +382,6 @@ class Config:
     cluster: ClusterConfig = setting(ClusterConfig, "Ray")
     evaluate: EvaluateConfig = setting(EvaluateConfig, "held-out measurement")
     generate: GenerateConfig = setting(GenerateConfig, "what generate and chat sample from")
+    plan: PlanConfig = setting(PlanConfig, "what plan counts and draws")
     log: LogConfig = setting(LogConfig, "what is written down")
     run: RunConfig = setting(RunConfig, "the run folder")
