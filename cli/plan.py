@@ -34,6 +34,7 @@ from consilience.model.weights import (
     mtp_weights,
     num_active_parameters,
     num_parameters,
+    released_layout,
     training_bytes,
     weight_bytes,
 )
@@ -79,6 +80,8 @@ def planned_model(cfg: Config) -> tuple[str, ModelConfig]:
         raise ConfigError(
             f"'{path}' is no JSON file: {error}; give a checkpoint's own config.json"
         ) from error
+    if not isinstance(row, dict):
+        raise ConfigError(f"'{path}' holds no table of fields; give a checkpoint's own config.json")
     return Path(cfg.plan.checkpoint).resolve().name, ModelConfig.from_json_dict(row)
 
 
@@ -105,7 +108,7 @@ def _context(config: ModelConfig, asked: str | None, tokens: int) -> str:
 
 def _parameters(config: ModelConfig) -> Table:
     weights, mtp = main_weights(config), mtp_weights(config)
-    total, released = num_parameters(weights), next(iter(LAYOUTS))
+    total, released = num_parameters(weights), released_layout(config)
     unit, prefix = _unit(weight_bytes(weights, released))
     table = _table("Parameters", "part", "parameters", "share", "a token uses", f"released, {prefix}B")
 
@@ -128,7 +131,7 @@ def _parameters(config: ModelConfig) -> Table:
 def _memory(config: ModelConfig) -> Table:
     main, mtp = main_weights(config), mtp_weights(config)
     groups = {"model": main, "with MTP": [*main, *mtp]} if mtp else {"model": main}
-    unit, prefix = _unit(weight_bytes(main, next(iter(LAYOUTS))))
+    unit, prefix = _unit(weight_bytes(main, released_layout(config)))
     table = _table(f"Memory of weights and of training, {prefix}B", "what", *groups)
     for layout in LAYOUTS:
         sizes = (weight_bytes(weights, layout) for weights in groups.values())

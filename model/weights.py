@@ -33,10 +33,7 @@ LAYOUTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "FP32": {"expert": "fp32", "fp8": "fp32", "bf16": "fp32"},
     }
 )
-"""Name of a checkpoint layout -> what its tensors are stored as, where that is not `Weight.format`.
-
-The first is that of the released models, the second that of the Base checkpoints.
-"""
+"""Name of a checkpoint layout -> what its tensors are stored as, where that is not `Weight.format`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +171,11 @@ def num_parameters(weights: Iterable[Weight]) -> int:
 def num_active_parameters(weights: Iterable[Weight]) -> int:
     """Parameters one token touches: its experts, the head, not the embedding (specification 1.1)."""
     return sum(w.num_active_parameters for w in weights)
+
+
+def released_layout(config: ModelConfig) -> str:
+    """The layout of its own files: FP8 experts in Base checkpoints, FP4 where the config does not say."""
+    return "FP8" if config.expert_dtype == "fp8" else "FP8, FP4 experts"
 
 
 def weight_bytes(weights: Iterable[Weight], layout: str) -> int:

@@ -109,10 +109,13 @@ def test_wrong_input_is_one_line_and_exit_code_2(words, said, capsys):
     assert said in captured.err and captured.err.count("\n") == 1
 
 
-def test_a_config_that_is_no_json_is_refused(tmp_path, capsys):
-    (tmp_path / "config.json").write_text("{")
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "is no JSON file"), ("[1]", "no table of fields"), ("{}", "field")]
+)
+def test_a_config_that_is_not_one_is_refused(text, said, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(text)
     assert main(["plan", f"checkpoint={tmp_path}"]) == 2
-    assert "is no JSON file" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 def test_a_verb_may_leave_out_the_name_of_its_own_group():

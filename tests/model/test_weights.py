@@ -16,6 +16,7 @@ from consilience.model.weights import (
     mtp_weights,
     num_active_parameters,
     num_parameters,
+    released_layout,
     training_bytes,
     weight_bytes,
 )
@@ -23,7 +24,7 @@ from consilience.training.optimizers import Owner, V4Optimizer, owner_of, parame
 
 torch.set_num_threads(1)
 
-RELEASED, BASE, BF16, FP32 = LAYOUTS
+RELEASED, BASE, _, FP32 = LAYOUTS
 
 
 def part_of(name):
@@ -98,6 +99,11 @@ def test_the_released_files_have_as_many_tensors_and_bytes_as_counted_in_the_rea
     flash, pro = ([*main_weights(c), *mtp_weights(c)] for c in (FLASH, PRO))
     assert f"{weight_bytes(flash, RELEASED) / 1e9:.1f}" == "159.6"
     assert f"{weight_bytes(pro, RELEASED) / 2**30:.0f}" == "805"
+
+
+def test_base_checkpoints_keep_their_experts_in_fp8():
+    assert released_layout(FLASH) == released_layout(replace(FLASH, expert_dtype="fp4")) == RELEASED
+    assert released_layout(replace(FLASH, expert_dtype="fp8")) == BASE
 
 
 def test_bytes_of_each_format_by_hand(smallest):
