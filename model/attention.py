@@ -19,6 +19,7 @@ from consilience.model.indexer import Indexer, index_loss
 from consilience.model.kernels.sink_attention import Keys, sink_attention
 from consilience.model.layout import Layout
 from consilience.model.norm import RMSNorm, rms
+from consilience.model.quantization import OFF, kv_values
 from consilience.model.rope import rotate
 from consilience.model.state import LayerState
 
@@ -26,11 +27,13 @@ from consilience.model.state import LayerState
 class Attention(nn.Module):
     """Shared-KV attention over the window and the compressed entries, with a sink per head."""
 
+    quantization = OFF
+
     def __init__(self, config: ModelConfig, ratio: int, dtype: torch.dtype | None) -> None:
         super().__init__()
         d, heads, width = config.hidden_size, config.num_attention_heads, config.head_dim
         self.ratio, self.window = ratio, config.sliding_window
-        self.num_heads, self.width = heads, width
+        self.num_heads, self.width, self.num_rope = heads, width, config.qk_rope_head_dim
         self.groups, self.rank = config.o_groups, config.o_lora_rank
         self.eps = config.rms_norm_eps
         self.wq_a = Linear(d, config.q_lora_rank, dtype)
@@ -52,6 +55,8 @@ class Attention(nn.Module):
         query = self.wq_b(latent).view(num_rows, num_tokens, self.num_heads, self.width)
         query = rotate(rms(query, self.eps), rotation[:, :, None])
         kv = rotate(self.kv_norm(self.wkv(hidden)), rotation)
+        if self.quantization.kv:
+            kv = kv_values(kv, self.num_rope)
 
         keys = Keys(layout, self.window, self._window_keys(kv, layout, state))
         if self.compressor is not None:

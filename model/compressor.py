@@ -13,6 +13,7 @@ from consilience.model.config import CSA_RATIO, ModelConfig
 from consilience.model.exact import Linear
 from consilience.model.layout import Layout, Windows
 from consilience.model.norm import RMSNorm
+from consilience.model.quantization import OFF, index_values, kv_values
 from consilience.model.rope import rotate, rotations
 from consilience.model.state import CompressorState
 
@@ -25,8 +26,14 @@ class Compressor(nn.Module):
     to the pooled value is fp32.
     """
 
-    def __init__(self, config: ModelConfig, width: int, ratio: int, dtype: torch.dtype | None) -> None:
+    quantization = OFF
+
+    def __init__(
+        self, config: ModelConfig, width: int, ratio: int, dtype: torch.dtype | None, *, is_index: bool = False
+    ) -> None:
         super().__init__()
+        self.is_index = is_index
+        self.num_rope = config.qk_rope_head_dim
         self.ratio = ratio
         self.width = width
         self.is_overlapping = ratio == CSA_RATIO
@@ -73,7 +80,10 @@ class Compressor(nn.Module):
             pooled_values, pooled_gates = flat_values[windows.source], flat_gates[windows.source]
         entries = exact.by_tiles(_pooled, pooled_gates, pooled_values).to(dtype)
         turn = rotations(windows.position, layout.frequencies[True])
-        return rotate(self.norm(entries), turn)
+        entries = rotate(self.norm(entries), turn)
+        if self.is_index:
+            return index_values(entries) if self.quantization.indexer else entries
+        return kv_values(entries, self.num_rope) if self.quantization.kv else entries
 
     def _remember(self, state: CompressorState, values: Tensor, gates: Tensor, layout: Layout) -> None:
         """Write the newest raw projections into the ring."""

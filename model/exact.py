@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 TILE = 32  # rows of every product; also a multiple of every vector width
 KEY_TILE = 64  # keys that attention takes at once
+ALIGNMENT = 64  # bytes
 
 _is_on: ContextVar[bool] = ContextVar("exact_mode", default=False)
 
@@ -43,11 +45,26 @@ def padded(x: Tensor) -> Tensor:
     return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x
 
 
-def by_tiles(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """A function of rows, on whole tiles in exact mode: [n, …] each -> [n, …]."""
+def by_tiles(function: Callable[..., Any], *tensors: Tensor) -> Any:
+    """A function of rows, on whole tiles in exact mode: [n, …] each -> [n, …], or a tuple of such.
+
+    A GPU picks its kernels by the whole shape, so there every tile is computed by itself; on a CPU it is
+    enough that no vector instruction meets the end of the data in the middle of a tile.
+    """
     if not is_on():
         return function(*tensors)
-    return function(*(padded(t) for t in tensors))[: tensors[0].shape[0]]
+    size = tensors[0].shape[0]
+    whole = [padded(t) for t in tensors]
+    if not whole[0].is_cuda:
+        return _rows(function(*whole), size)
+    parts = [function(*tile) for tile in zip(*(t.split(TILE) for t in whole))]
+    if isinstance(parts[0], tuple):
+        return _rows(tuple(torch.cat(each) for each in zip(*parts)), size)
+    return torch.cat(parts)[:size]
+
+
+def _rows(found: Any, size: int) -> Any:
+    return tuple(x[:size] for x in found) if isinstance(found, tuple) else found[:size]
 
 
 class _TiledLinear(torch.autograd.Function):
@@ -55,6 +72,8 @@ class _TiledLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         rows = padded(x).contiguous()
+        if rows.data_ptr() % ALIGNMENT:
+            rows = rows.clone()  # libraries choose other kernels for data that is not aligned
         out = rows.new_empty(rows.shape[0], weight.shape[0])
         for tile, target in zip(rows.split(TILE), out.split(TILE)):
             torch.mm(tile, weight.t(), out=target)

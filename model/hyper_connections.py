@@ -132,9 +132,7 @@ class HyperConnection(nn.Module):
         if fused.is_available(streams, self.fn):
             sizes = {"rounds": self.rounds, "eps": self.eps, "norm_eps": self.norm_eps}
             return fused.read(streams, self.fn, self.base, self.scale, **sizes)
-        if exact.is_on():
-            return tuple(x[: len(streams)] for x in self.read_plainly(exact.padded(streams)))  # type: ignore[return-value]
-        return self.read_plainly(streams)
+        return exact.by_tiles(self.read_plainly, streams)
 
     def read_plainly(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The definition of `read`, operation by operation."""
@@ -155,8 +153,8 @@ class HyperConnection(nn.Module):
         if fused.is_available(streams, output, comb):
             return fused.write(streams, output, post, comb)
         wide = streams.to(comb.dtype).contiguous()
-        written = _Write.apply(wide, output.to(comb.dtype).contiguous(), post, comb)
-        return written.to(streams.dtype)  # type: ignore[union-attr]
+        written = exact.by_tiles(_Write.apply, wide, output.to(comb.dtype).contiguous(), post, comb)
+        return written.to(streams.dtype)
 
 
 class HeadCollapse(nn.Module):

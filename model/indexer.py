@@ -18,6 +18,7 @@ from consilience.model.exact import Linear
 from consilience.model.kernels.exact_attention import exact_scores
 from consilience.model.kernels.sink_attention import Keys, Stretch, entry_mass, stretches, visible_columns
 from consilience.model.layout import Layout
+from consilience.model.quantization import OFF, fake_bf16, index_values
 from consilience.model.rope import rotate
 from consilience.model.state import CompressorState
 from consilience.model.top_k import top_k
@@ -27,11 +28,12 @@ BUFFER = 1 << 22  # matches a block of queries may hold
 
 @dataclass(frozen=True)
 class IndexQueries:
-    """query [B, T, H, C], turned; weight [B, T, H], scaled; keys [B, M, C]."""
+    """query [B, T, H, C], turned; weight [B, T, H], scaled; keys [B, M, C]; whether scores are cut to bf16."""
 
     query: Tensor
     weight: Tensor
     keys: Tensor
+    is_cut: bool = False
 
     def scores(self, start: int, stop: int, columns: int) -> Tensor:
         """I[t, i] = Σ_h w_h · ReLU(q_h · K_i) of queries start … stop - 1: [B, n, columns], fp32 or wider."""
@@ -40,7 +42,8 @@ class IndexQueries:
         rows, num_queries, heads, _ = query.shape
         match = torch.bmm(query.to(wide).flatten(1, 2), keys.to(wide).transpose(1, 2)).relu_()
         match = match.view(rows, num_queries, heads, columns)
-        return (match * self.weight[:, start:stop, :, None].to(wide)).sum(2)
+        scores = (match * self.weight[:, start:stop, :, None].to(wide)).sum(2)
+        return fake_bf16(scores) if self.is_cut else scores
 
 
 class Indexer(nn.Module):
@@ -51,6 +54,8 @@ class Indexer(nn.Module):
     (the warm-up stage) nothing is left out.
     """
 
+    quantization = OFF
+
     def __init__(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.num_heads = config.index_n_heads
@@ -59,7 +64,7 @@ class Indexer(nn.Module):
         self.sees_all = False
         self.wq_b = Linear(config.q_lora_rank, self.num_heads * self.width, dtype)
         self.weights_proj = Linear(config.hidden_size, self.num_heads, dtype)
-        self.compressor = Compressor(config, self.width, CSA_RATIO, dtype)
+        self.compressor = Compressor(config, self.width, CSA_RATIO, dtype, is_index=True)
 
     def keys(self, hidden: Tensor, layout: Layout, state: CompressorState | None) -> Tensor:
         """Index keys [B, M, C]; advances the state."""
@@ -70,8 +75,10 @@ class Indexer(nn.Module):
         num_rows, num_tokens = hidden.shape[:2]
         query = self.wq_b(latent).view(num_rows, num_tokens, self.num_heads, self.width)
         query = rotate(query, layout.compressed_rotation[:, :, None])
+        if self.quantization.indexer:
+            query = index_values(query)
         weight = self.weights_proj(hidden) * (self.num_heads**-0.5 * self.width**-0.5)
-        return IndexQueries(query, weight, keys)
+        return IndexQueries(query, weight, keys, self.quantization.index_scores)
 
     @torch.no_grad()
     def pick(self, index: IndexQueries, layout: Layout) -> Tensor | None:
@@ -84,7 +91,8 @@ class Indexer(nn.Module):
             return None
         rows, num_tokens = layout.position.shape
         if exact.is_on():
-            return self._best(exact_scores(index.query, index.weight, index.keys, windows))
+            scores = exact_scores(index.query, index.weight, index.keys, windows)
+            return self._best(fake_bf16(scores) if index.is_cut else scores)
         block = max(1, BUFFER // (rows * self.num_heads * windows.num_columns))
         picks = torch.full((rows, num_tokens, self.topk), -1, device=layout.position.device)
         for start in range(0, num_tokens, block):

@@ -13,6 +13,7 @@ from consilience.model import exact
 from consilience.model.config import ModelConfig
 from consilience.model.exact import Linear
 from consilience.model.forward_trace import Trace
+from consilience.model.quantization import OFF, fake_mxfp4
 
 
 class Gate(nn.Module):
@@ -50,13 +51,17 @@ class Gate(nn.Module):
         else:
             experts = (scores.detach() + self.bias).topk(self.topk, dim=-1).indices
         chosen = scores.gather(1, experts)
-        weights = chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * self.scaling
+        weights = exact.by_tiles(_shares, chosen) * self.scaling
         return weights, experts, scores
 
 
 def _affinity(logits: Tensor) -> Tensor:
     # Below a logit of -87 softplus leaves fp32; the floor keeps the root's slope finite there.
     return functional.softplus(logits).clamp(min=torch.finfo(logits.dtype).tiny).sqrt()
+
+
+def _shares(chosen: Tensor) -> Tensor:
+    return chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -105,6 +110,8 @@ def gated(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 class Experts(nn.Module):
     """Routed experts, stacked: w1 (gate), w3 (up) [E, I, D]; w2 (down) [E, D, I]."""
 
+    quantization = OFF
+
     def __init__(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
         super().__init__()
         e, i, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
@@ -112,6 +119,7 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(e, i, d, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(e, d, i, dtype=dtype))
         self.w3 = nn.Parameter(torch.empty(e, i, d, dtype=dtype))
+        self._rounded: tuple[tuple, tuple[Tensor, ...]] | None = None
 
     def forward(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [R, D], weights, experts [R, K] -> output [R, D], tokens per expert [E].
@@ -123,14 +131,27 @@ class Experts(nn.Module):
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=self.w1.shape[0])
         rows = hidden.index_select(0, order // topk)
-        active = gated(
-            grouped_linear(rows, self.w1, counts), grouped_linear(rows, self.w3, counts), self.limit
-        )
+        w1, w2, w3 = self.weights()
+        active = gated(grouped_linear(rows, w1, counts), grouped_linear(rows, w3, counts), self.limit)
         active = active * weights.flatten().index_select(0, order)[:, None].to(active.dtype)
-        down = grouped_linear(active, self.w2, counts)
+        down = grouped_linear(active, w2, counts)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel(), device=order.device)
-        return down.index_select(0, inverse).view(num_tokens, topk, -1).sum(1), counts
+        mine = down.index_select(0, inverse).view(num_tokens, topk, -1)
+        return exact.by_tiles(lambda x: x.sum(1), mine), counts
+
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """w1, w2, w3 as they compute: in FP4 where that is switched on, kept while no gradient is wanted."""
+        masters = (self.w1, self.w2, self.w3)
+        if not self.quantization.experts:
+            return masters
+        if torch.is_grad_enabled():
+            return tuple(fake_mxfp4(w) for w in masters)  # type: ignore[return-value]
+        versions = tuple((w.data_ptr(), w._version) for w in masters)
+        if self._rounded is None or self._rounded[0] != versions:
+            self._rounded = (versions, tuple(fake_mxfp4(w) for w in masters))
+        return self._rounded[1]  # type: ignore[return-value]
 
 
 class SharedExperts(nn.Module):

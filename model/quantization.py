@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from consilience.conf.errors import ConfigError
+from consilience.model import exact
 from consilience.model.number_formats import E2M1, E4M3, FP4_BLOCK, MiniFloat, blocks, choose_scale, round_to
 
 
@@ -30,14 +31,12 @@ class Quantization:
     indexer        the indexer's queries and keys, rotated by Hadamard, in FP4 blocks of 32
     index_scores   index scores cut to bfloat16 before top-k
     kv             window and compressed KV entries, all but their rope channels, in FP8 blocks of 64
-    linear_inputs  inputs of the matrices that the checkpoint quantises, in FP8 blocks of 128
     """
 
     experts: bool = False
     indexer: bool = False
     index_scores: bool = False
     kv: bool = False
-    linear_inputs: bool = False
 
     @classmethod
     def from_name(cls, name: str) -> Quantization:
@@ -47,6 +46,7 @@ class Quantization:
         return PRESETS[name]
 
 
+KV_BLOCK = 64
 OFF = Quantization()
 FP4 = Quantization(experts=True, indexer=True, index_scores=True, kv=True)
 PRESETS = {"off": OFF, "fp4": FP4}
@@ -68,6 +68,17 @@ def fake_fp8(x: Tensor, width: int) -> Tensor:
     KV's rope channels stay as they are: pass the others alone. The last block ends with C.
     """
     return _StraightThrough.apply(x, width, E4M3)  # type: ignore[return-value]
+
+
+def kv_values(x: Tensor, num_rope: int) -> Tensor:
+    """KV entries [..., C] as the released model stores them: FP8 in blocks of 64 but for the rope channels."""
+    plain = x.shape[-1] - num_rope
+    return torch.cat((fake_fp8(x[..., :plain], KV_BLOCK), x[..., plain:]), dim=-1) if plain else x
+
+
+def index_values(x: Tensor) -> Tensor:
+    """Index queries or keys [..., C]: rotated by Hadamard, then FP4."""
+    return fake_fp4(hadamard(x))
 
 
 def fake_bf16(x: Tensor) -> Tensor:
@@ -110,9 +121,10 @@ def hadamard(x: Tensor) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = x.reshape(-1, width).to(wide)
     # A lone row would go through a matrix-vector product, which sums in another order than a batch does.
-    lone = rows.shape[0] == 1
-    product = (rows.expand(2, -1) if lone else rows) @ _signs(width, wide, x.device)
-    return (product[: rows.shape[0]] * width**-0.5).view(x.shape).to(x.dtype)
+    lone, signs = rows.shape[0] == 1, _signs(width, wide, x.device)
+    rows = rows.expand(2, -1) if lone else rows
+    product = exact.linear(rows, signs) if exact.is_on() else rows @ signs
+    return (product[: 1 if lone else None] * width**-0.5).view(x.shape).to(x.dtype)
 
 
 @cache

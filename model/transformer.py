@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from consilience.conf.errors import ConfigError
 from consilience.model.attention import Attention
 from consilience.model.config import ModelConfig
 from consilience.model.exact import Linear
@@ -16,6 +17,7 @@ from consilience.model.hyper_connections import HeadCollapse, HyperConnection
 from consilience.model.layout import Layout, chunk_layout, packed_layout
 from consilience.model.moe import MoE
 from consilience.model.norm import RMSNorm
+from consilience.model.quantization import Quantization
 from consilience.model.state import DecodeState, LayerState
 
 
@@ -61,6 +63,19 @@ class Transformer(nn.Module):
 
         first, count = config.num_hidden_layers, config.num_nextn_predict_layers
         self.mtp = nn.ModuleList(MTPBlock(config, first + depth, dtype) for depth in range(count))
+
+    def quantize(self, quantization: Quantization) -> None:
+        """From now on every part computes with the values it would have as stored (specification 12.4).
+
+        Parameters stay the unrounded masters and get gradients straight through. ConfigError if the
+        indexer's width has no Hadamard transform.
+        """
+        width = self.config.index_head_dim
+        if quantization.indexer and width & (width - 1):
+            raise ConfigError(f"FP4 index keys need an index_head_dim that is a power of two, found {width}")
+        for module in self.modules():
+            if hasattr(module, "quantization"):
+                module.quantization = quantization
 
     def hidden(
         self,

@@ -36,9 +36,11 @@ finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 def same_bits(a, b):
-    """Same type, shape and bits: unlike torch.equal, 0 is not -0 and NaN is NaN."""
-    integer = INTEGERS[a.element_size()]
-    return a.dtype == b.dtype and torch.equal(a.cpu().view(integer), b.cpu().view(integer))
+    """Same type, shape and bits: unlike torch.equal, 0 is not -0 and NaN is NaN (a GPU's has other bits)."""
+    integer, a, b = INTEGERS[a.element_size()], a.cpu(), b.cpu()
+    if a.dtype != b.dtype or not torch.equal(a.isnan(), b.isnan()):
+        return False
+    return torch.equal(*(torch.where(x.isnan(), 0, x.view(integer)) for x in (a, b)))
 
 
 def e8m0(exponents):

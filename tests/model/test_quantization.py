@@ -251,7 +251,6 @@ def test_presets_and_their_names():
         "indexer": True,
         "index_scores": True,
         "kv": True,
-        "linear_inputs": False,
     }
     with pytest.raises(ConfigError, match="found quantization 'fp8'; allowed: off, fp4"):
         Quantization.from_name("fp8")
