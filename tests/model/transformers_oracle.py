@@ -90,8 +90,9 @@ def hf_name(official: str) -> str:
 
 def hf_config(config: ModelConfig):
     """The DeepseekV4Config that says what `config` says."""
-    from transformers import DeepseekV4Config
+    from transformers import DeepseekV4Config, logging
 
+    logging.set_verbosity_error()  # it warns of every YaRN factor that is not the ratio of two lengths
     hca = {ratio for ratio in config.compress_ratios if ratio not in KINDS}
     assert len(hca) <= 1, "transformers has one ratio for all HCA layers"
     yarn = {
@@ -171,7 +172,7 @@ def take_lowest_of_equals(twin) -> None:
             position = args[2]
             entry = torch.arange(last.scores.shape[-1])
             hidden = entry >= ((position + 1) // module.compress_rate)[..., None]
-            ranked = last.scores.masked_fill(hidden, float("-inf")).sort(-1, descending=True, stable=True)
+            ranked = last.scores.masked_fill(hidden, float("-inf")).sort(dim=-1, descending=True, stable=True)
             picks = ranked.indices[..., : module.index_topk]
             return picks.masked_fill(hidden.expand_as(ranked.values).gather(-1, picks), -1)
 
