@@ -216,7 +216,7 @@ def _recompose(config, found: Found) -> None:
         pooled = found[f"{i}.attn.compressor.norm"]
         start = torch.arange(pooled.shape[1]) * ratio
         found.setdefault(f"{i}.entries", rotate(pooled, rotations(start, frequencies)))
-        if ratio != CSA_RATIO:
+        if f"{i}.attn.indexer.compressor.norm" not in found:  # not CSA, or it attends to all
             continue
         query = found[f"{i}.attn.indexer.wq_b"].unflatten(-1, (config.index_n_heads, -1))
         query = rotate(query, rotations(torch.arange(length), frequencies)[:, None])
