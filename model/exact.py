@@ -105,7 +105,10 @@ class Linear(nn.Linear):
 
 def log_softmax(logits: Tensor) -> Tensor:
     """Log-softmax over the last axis of [n, V]; sampler and trainer read their log-probabilities here."""
-    return by_tiles(_log_softmax, logits)
+    missing = -logits.shape[-1] % (ALIGNMENT // logits.element_size()) if is_on() else 0
+    # A GPU sums a row by vectors from where it is aligned on, so every row must begin alike.
+    whole = nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
+    return by_tiles(_log_softmax, whole)[:, : logits.shape[-1]]
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

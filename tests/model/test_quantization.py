@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consilience.conf.errors import ConfigError
+from consilience.model.exact import exact_mode
 from consilience.model.number_formats import (
     decode_fp8,
     decode_mxfp4,
@@ -214,11 +215,12 @@ def test_the_hadamard_transform_leaves_products_of_queries_and_keys_alone():
 
 def test_a_row_rotates_alike_alone_and_in_any_batch():
     x = draw(600, 128)
-    together = hadamard(x)
-    for num_rows in (1, 2, 3, 7, 64, 599):
-        assert same_bits(hadamard(x[:num_rows]), together[:num_rows])
-    assert same_bits(hadamard(x[5]), together[5])
-    assert same_bits(hadamard(x.view(6, 100, 128)).view(600, 128), together)
+    with exact_mode(DEVICE.type == "cuda"):  # there the library picks its kernel by the number of rows
+        together = hadamard(x)
+        for num_rows in (1, 2, 3, 7, 64, 599):
+            assert same_bits(hadamard(x[:num_rows]), together[:num_rows])
+        assert same_bits(hadamard(x[5]), together[5])
+        assert same_bits(hadamard(x.view(6, 100, 128)).view(600, 128), together)
 
 
 def test_the_hadamard_transform_keeps_bfloat16_and_rounds_once():
