@@ -39,8 +39,9 @@ class TrainEngine(Protocol):
     ) -> dict[str, float]:
         """Clip, update, clear. Returns {"grad_norm": …, "lr": …}. EngineError if not finite.
 
-        expert_load  layer -> [E] tokens each expert received in this step (`Trace.expert_load`);
-                     moves the router biases by rule. None leaves them.
+        expert_load  layer -> [E] tokens each expert received in this step (`Trace.expert_load`, MTP's
+                     layers numbered on after the trunk's); moves the router biases by rule. None
+                     leaves them.
         """
         ...
 

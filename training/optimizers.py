@@ -162,6 +162,15 @@ def update_gate_bias(bias: Tensor, load: Tensor, speed: float = 1e-3) -> None:
     bias.add_(torch.sign(load.mean() - load).to(bias.dtype), alpha=speed)
 
 
+def gate_bias_names(model: nn.Module) -> dict[int, str]:
+    """Layer -> name of its router bias, layers as `MoE.layer` counts them: MTP's follow the trunk's."""
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    trunk = [int(found[1]) for name in names if (found := re.match(r"layers\.(\d+)\.", name))]
+    first = {"layers": 0, "mtp": max(trunk, default=-1) + 1}
+    biases = (re.fullmatch(r"(layers|mtp)\.(\d+)\.ffn\.gate\.bias", name) for name in names)
+    return {first[found[1]] + int(found[2]): found[0] for found in biases if found}
+
+
 class V4Optimizer:
     """Muon and AdamW over one model, and the bias rule. One learning rate for both (12.2)."""
 

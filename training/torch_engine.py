@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.conf.errors import CheckpointError, EngineError
-from consilience.training.optimizers import V4Optimizer, parameter_groups
+from consilience.training.optimizers import V4Optimizer, gate_bias_names, parameter_groups
 from consilience.training.random_state import random_state_tensors, restore_random_state
 from consilience.training.tensor_files import read_tensors, write_tensors
 
@@ -64,6 +64,7 @@ class TorchEngine:
             update_rms=s.update_rms,
             bias_speed=s.bias_speed,
         )
+        self._bias_names = gate_bias_names(model)
 
     def forward_backward(
         self,
@@ -150,8 +151,8 @@ class TorchEngine:
 
     def _bias_loads(self, expert_load: Mapping[int, Tensor] | None) -> dict[str, Tensor]:
         """Layer numbers to names of router biases; hash layers have none."""
-        named = {f"layers.{layer}.ffn.gate.bias": load for layer, load in (expert_load or {}).items()}
-        return {name: load for name, load in named.items() if name in self.optimizer.groups.rule}
+        names = self._bias_names
+        return {names[layer]: load for layer, load in (expert_load or {}).items() if layer in names}
 
     def _clear(self) -> None:
         for parameter in self.model.parameters():

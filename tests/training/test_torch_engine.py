@@ -15,8 +15,20 @@ from consilience.training.torch_engine import OPTIMIZER_FILE, OptimizerSettings,
 torch.set_num_threads(1)
 
 
+def block(has_bias):
+    """A layer of which the router alone is there; a hash router has no bias."""
+    layer = nn.Module()
+    layer.ffn = nn.Module()
+    layer.ffn.gate = nn.Module()
+    if has_bias:
+        layer.ffn.gate.bias = nn.Parameter(torch.zeros(3), requires_grad=False)
+    else:
+        layer.ffn.gate.register_buffer("tid2eid", torch.zeros(16, 2, dtype=torch.int64))
+    return layer
+
+
 class Small(nn.Module):
-    """Embedding and head, and a router bias that only the rule moves."""
+    """Embedding and head, a hash layer, and router biases that only the rule moves, MTP's among them."""
 
     def __init__(self):
         super().__init__()
@@ -24,11 +36,8 @@ class Small(nn.Module):
         self.embed = nn.Embedding(16, 8)
         self.norm = nn.RMSNorm(8)
         self.head = nn.Linear(8, 16, bias=False)
-        gate = nn.Module()
-        gate.bias = nn.Parameter(torch.zeros(3), requires_grad=False)
-        ffn, layer = nn.Module(), nn.Module()
-        ffn.gate, layer.ffn = gate, ffn
-        self.layers = nn.ModuleList([layer])
+        self.layers = nn.ModuleList([block(False), block(True)])
+        self.mtp = nn.ModuleList([block(True)])
 
     def forward(self, ids):
         return self.head(self.norm(self.embed(ids)))
@@ -169,8 +178,14 @@ def test_gradients_are_clipped_to_the_global_norm_and_the_full_norm_is_reported(
 def test_expert_loads_by_layer_move_the_router_bias_and_hash_layers_are_passed_over():
     engine = TorchEngine(Small(), OptimizerSettings(bias_speed=0.5))
     engine.forward_backward(lambda m, x: (m(x).mean(), {}), torch.arange(4), {})
-    engine.step(expert_load={0: torch.tensor([9, 0, 3]), 5: torch.tensor([1, 1])})
-    assert engine.model.layers[0].ffn.gate.bias.tolist() == [-0.5, 0.5, 0.5]
+    loads = {0: torch.tensor([1, 1]), 1: torch.tensor([9, 0, 3]), 2: torch.tensor([4, 4, 4])}
+    engine.step(expert_load=loads)
+    assert engine.model.layers[1].ffn.gate.bias.tolist() == [-0.5, 0.5, 0.5]
+    assert engine.model.mtp[0].ffn.gate.bias.tolist() == [0, 0, 0]
+    engine.forward_backward(lambda m, x: (m(x).mean(), {}), torch.arange(4), {})
+    engine.step(expert_load={2: torch.tensor([0, 1, 5])})  # layer 2 of a trunk of two is mtp.0
+    assert engine.model.layers[1].ffn.gate.bias.tolist() == [-0.5, 0.5, 0.5]
+    assert engine.model.mtp[0].ffn.gate.bias.tolist() == [0.5, 0.5, -0.5]
 
 
 def test_the_learning_rate_returned_is_the_scaled_one():
