@@ -107,7 +107,7 @@ def supervised_step(
 ) -> dict[str, float]:
     """One update on `packed`: mean weighted NLL plus, where asked for, the auxiliary losses."""
     micro_batches = split_micro_batches(packed, max(settings.micro_tokens, packed.token_ids.shape[1]))
-    denominator = packed.loss_weight
+    denominator, num_samples = packed.loss_weight, len(packed.lengths)
     wants_losses = settings.balance_weight > 0 or settings.indexer_weight > 0
     trace = Trace(wants_losses=wants_losses)
 
@@ -119,11 +119,11 @@ def supervised_step(
         loss = nll / denominator
         part = 1.0 / len(micro_batches)
         for weight, terms in (
-            (settings.balance_weight, trace.balance_loss),
-            (settings.indexer_weight, trace.indexer_loss),
+            (settings.balance_weight / num_samples, trace.balance_loss),
+            (settings.indexer_weight * part, trace.indexer_loss),
         ):
             if weight and terms:
-                loss = loss + weight * part * sum(terms)
+                loss = loss + weight * sum(terms)
         sums = {"nll": float(nll.detach()), "tokens": float(at.weight.numel())}
         if trace.indexer_loss:
             sums["indexer_kl"] = part * float(sum(t.detach() for t in trace.indexer_loss))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Trace:
     """Counts over the valid tokens of one or more forwards (accumulated).
 
-    expert_load          layer -> [E] tokens sent to each expert
+    expert_load          layer -> [E] tokens sent to each expert; MTP's layers follow the trunk's
     is_hash              layer -> whether its router is the hash table
     hca_attended         visible HCA entries, summed over queries
     csa_visible          visible CSA entries, summed over queries
@@ -29,7 +29,7 @@ class Trace:
     stream_spread        mean over tokens of the distance between residual streams at the last
                          layer, relative to their norm (0 would mean identical streams)
     wants_losses         compute the auxiliary losses below (with gradients)
-    balance_loss         sequence-wise balance loss of each learned router (report 2.1)
+    balance_loss         balance loss of each learned router, summed over samples (report 2.1)
     indexer_loss         KL(main attention ‖ index scores) of each CSA layer (V3.2 report, 2.1)
     """
 

@@ -10,6 +10,7 @@ B rows, T tokens in a row, W sliding window, M compressed entries, m compression
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ from consilience.model.rope import inverse_frequencies, rotations
 
 if TYPE_CHECKING:
     from consilience.model.forward_trace import Trace
+    from consilience.model.routing import Routing
     from consilience.model.state import DecodeState
 
 
@@ -74,6 +76,14 @@ class Layout:
     lengths: Tensor | None = None
     ring_seen: Tensor | None = None
     trace: Trace | None = field(default=None, compare=False)
+    routing: Routing | None = field(default=None, compare=False)
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """[R] number of the sample that each flattened token belongs to, -1 for padding."""
+        starts = (self.position == 0) & self.is_valid
+        starts[:, 0] = True
+        return torch.where(self.is_valid.flatten(), starts.flatten().cumsum(0) - 1, -1)
 
     @property
     def is_step(self) -> bool:

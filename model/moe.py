@@ -14,14 +14,33 @@ from consilience.model.config import ModelConfig
 from consilience.model.exact import Linear
 from consilience.model.forward_trace import Trace
 from consilience.model.quantization import OFF, fake_mxfp4
+from consilience.model.routing import Routing
+
+FEW = 2048  # up to so many scores a sort costs no more than a check for ties
+
+
+def top_experts(selection: Tensor, topk: int) -> Tensor:
+    """Experts [R, K] int64 with the largest selection scores [R, E], falling; of equals the lowest first.
+
+    `torch.topk` gives the same where no two scores are equal, but promises no order among equals.
+    """
+    if selection.device.type != "cpu" or selection.numel() <= FEW:
+        return selection.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
+    largest, experts = selection.topk(min(topk + 1, selection.shape[1]), dim=-1)
+    is_tied = largest[:, 1:] == largest[:, :-1]
+    experts = experts[:, :topk]
+    if is_tied.any():
+        rows = is_tied.any(1).nonzero()[:, 0]
+        experts[rows] = selection[rows].sort(dim=-1, descending=True, stable=True).indices[:, :topk]
+    return experts
 
 
 class Gate(nn.Module):
     """Router: scores s = sqrt(softplus(W h)) in fp32.
 
     Learned layers take the top K of s + bias (bias moves by rule, not by gradient, and only
-    selects). Hash layers look the experts up by token id. Both weight by s, normalised over the
-    chosen ones, times the scaling factor.
+    selects); of equals the lowest index. Hash layers look the experts up by token id. Both weight by
+    s, normalised over the chosen ones, times the scaling factor.
     """
 
     tid2eid: Tensor
@@ -41,15 +60,23 @@ class Gate(nn.Module):
                 torch.zeros(config.n_routed_experts, dtype=torch.float32), requires_grad=False
             )
 
-    def forward(self, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [R, D], token_ids [R] -> weights [R, K] fp32, experts [R, K] int64, scores [R, E]."""
+    def forward(
+        self, hidden: Tensor, token_ids: Tensor, fixed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [R, D], token_ids [R] -> weights [R, K] fp32, experts [R, K] int64, scores [R, E].
+
+        fixed [R, K] int64: experts that a learned router takes instead of its own choice, -1 where the
+        token chooses. Their weights are made from the scores of now.
+        """
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logits = exact.linear(hidden.to(wide), self.weight.to(wide))
         scores = exact.by_tiles(_affinity, logits)
         if self.is_hash:
             experts = self.tid2eid[token_ids]
         else:
-            experts = (scores.detach() + self.bias).topk(self.topk, dim=-1).indices
+            experts = top_experts(scores.detach() + self.bias, self.topk)
+            if fixed is not None:
+                experts = torch.where(fixed >= 0, fixed, experts)
         chosen = scores.gather(1, experts)
         weights = exact.by_tiles(_shares, chosen) * self.scaling
         return weights, experts, scores
@@ -181,31 +208,51 @@ class MoE(nn.Module):
         self.shared_experts = SharedExperts(config, dtype)
 
     def forward(
-        self, hidden: Tensor, token_ids: Tensor, is_valid: Tensor, trace: Trace | None, rows: int
+        self,
+        hidden: Tensor,
+        token_ids: Tensor,
+        sample: Tensor | None = None,
+        trace: Trace | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
-        """hidden [R, D], token_ids, is_valid [R]; `rows` = sequences, for the balance loss -> [R, D]."""
-        weights, experts, scores = self.gate(hidden, token_ids)
+        """hidden [R, D], token_ids [R] -> [R, D].
+
+        sample [R]  sample that each token belongs to, -1 for padding; read with a `trace` only
+        routing     takes the learned router's choices down, or prescribes them
+        """
+        if self.gate.is_hash:
+            routing = None
+        shape = (hidden.shape[0], self.gate.topk)
+        fixed = None if routing is None else routing.prescribed(self.layer, shape, hidden.device)
+        weights, experts, scores = self.gate(hidden, token_ids, fixed)
+        if routing is not None and fixed is None:
+            routing.take_down(self.layer, experts)
         output, _ = self.experts(hidden, weights, experts)
         if trace is not None:
-            num_experts = scores.shape[1]
-            load = torch.bincount(experts[is_valid].flatten(), minlength=num_experts)
+            assert sample is not None
+            load = torch.bincount(experts[sample >= 0].flatten(), minlength=scores.shape[1])
             trace.add_load(self.layer, load, is_hash=self.gate.is_hash)
             if trace.wants_losses and not self.gate.is_hash:
-                trace.balance_loss.append(balance_loss(scores, experts, is_valid, rows))
+                trace.balance_loss.append(balance_loss(scores, experts, sample))
         return output + self.shared_experts(hidden)
 
 
-def balance_loss(scores: Tensor, experts: Tensor, is_valid: Tensor, rows: int) -> Tensor:
-    """Sequence-wise balance loss Σ_e f_e P_e, averaged over rows (V3 report, equations 17-20).
+def balance_loss(scores: Tensor, experts: Tensor, sample: Tensor) -> Tensor:
+    """Sequence-wise balance loss Σ_e f_e P_e of each sample, summed over samples (V3 report, eq. 17-20).
 
-    scores [R, E], experts [R, K], is_valid [R], R = rows · T. f_e = E / (K T) · count_e over the
-    sequence, P_e = mean over its tokens of s_e / Σ_j s_j.
+    scores [R, E], experts [R, K], sample [R] the sample of each token, -1 for padding -> scalar.
+    f_e = E / (K T) · count_e over the sample's T tokens, P_e = mean over them of s_e / Σ_j s_j. A sum,
+    so that the caller divides by the samples of a step however its rows are cut.
     """
     num_experts, topk = scores.shape[1], experts.shape[1]
-    valid = is_valid.view(rows, -1)
-    length = valid.sum(1).clamp(min=1)
-    share = (scores / scores.sum(-1, keepdim=True)).view(rows, -1, num_experts)
-    mean_share = (share * valid[:, :, None]).sum(1) / length[:, None]
-    hits = functional.one_hot(experts, num_experts).sum(1).view(rows, -1, num_experts)
-    frequency = (hits * valid[:, :, None]).sum(1) * (num_experts / topk) / length[:, None]
-    return (frequency * mean_share).sum(1).mean()
+    token = (sample >= 0).nonzero()[:, 0]
+    owner = sample[token]
+    num_samples = int(owner.max()) + 1 if owner.numel() else 0
+    length = torch.bincount(owner, minlength=num_samples).clamp(min=1)[:, None]
+    hits = torch.bincount(
+        (owner[:, None] * num_experts + experts[token]).flatten(), minlength=num_samples * num_experts
+    ).view(num_samples, num_experts)
+    frequency = (hits * num_experts).to(scores.dtype) / (topk * length)
+    share = (scores / scores.sum(-1, keepdim=True))[token]
+    mean_share = share.new_zeros(num_samples, num_experts).index_add(0, owner, share) / length
+    return (frequency * mean_share).sum()

@@ -5,6 +5,8 @@ B rows, T tokens, V vocabulary, D model width, N streams, R = B·T flattened tok
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from consilience.model.layout import Layout, chunk_layout, packed_layout
 from consilience.model.moe import MoE
 from consilience.model.norm import RMSNorm
 from consilience.model.quantization import Quantization
+from consilience.model.routing import Routing
 from consilience.model.state import DecodeState, LayerState
 
 
@@ -40,7 +43,8 @@ class Block(nn.Module):
         output = self.attn(self.attn_norm(x).view(num_rows, num_tokens, -1), layout, state)
         streams = self.hc_attn.write(streams, output.flatten(0, 1), post, comb)
         x, post, comb = self.hc_ffn.read(streams)
-        output = self.ffn(self.ffn_norm(x), token_ids, layout.is_valid.flatten(), layout.trace, num_rows)
+        sample = None if layout.trace is None else layout.sample
+        output = self.ffn(self.ffn_norm(x), token_ids, sample, layout.trace, layout.routing)
         return self.hc_ffn.write(streams, output, post, comb)
 
 
@@ -86,16 +90,18 @@ class Transformer(nn.Module):
         state: DecodeState | None = None,
         lengths: Tensor | None = None,
         trace: Trace | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
         """Last-layer hidden states after head collapse and final norm: [B, T, D].
 
         token_ids [B, T]. Without a state: packed rows, `segment_ids` [B, T] (-1 = padding; default
         one sample a row) and `position_ids` [B, T] restarting at 0 in each segment. With a state:
         the chunk continues it, row b by lengths[b] tokens (default T), right-padded; the state
-        advances in place. EngineError if the state is too short.
+        advances in place. EngineError if the state is too short. `routing` takes the learned routers'
+        choices down, or prescribes them.
         """
         streams, _ = self.streams(
-            token_ids, segment_ids, position_ids, state=state, lengths=lengths, trace=trace
+            token_ids, segment_ids, position_ids, state=state, lengths=lengths, trace=trace, routing=routing
         )
         return self.norm(self.hc_head(streams)).view(*token_ids.shape, -1)
 
@@ -108,9 +114,11 @@ class Transformer(nn.Module):
         state: DecodeState | None = None,
         lengths: Tensor | None = None,
         trace: Trace | None = None,
+        routing: Routing | None = None,
     ) -> tuple[Tensor, Layout]:
         """Residual streams after the last block [B·T, N, D], and the layout; arguments as `hidden`."""
         layout = self._layout(token_ids, segment_ids, position_ids, state, lengths, trace)
+        layout = layout if routing is None else replace(layout, routing=routing)
         flat_ids = token_ids.flatten()
         streams = self.embed(flat_ids)[:, None].expand(-1, self.config.hc_mult, -1)
         for index, block in enumerate(self.layers):

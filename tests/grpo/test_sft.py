@@ -37,6 +37,7 @@ class GradientKeeper(TorchEngine):
     """Keeps the gradients of the last step; the parameters stay where they are."""
 
     def step(self, lr_scale=1.0, expert_load=None):
+        self.expert_load = {layer: load.tolist() for layer, load in (expert_load or {}).items()}
         self.gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         self._clear()
         return {"grad_norm": 0.0, "lr": lr_scale}
@@ -95,14 +96,28 @@ def test_a_target_without_weight_changes_no_gradient():
     assert not torch.allclose(one["head.weight"], paid["head.weight"], atol=1e-4)
 
 
-def test_micro_batches_leave_the_gradient_of_a_step_unchanged():
+@pytest.mark.parametrize("balance_weight", [0.0, 3.0])
+def test_micro_batches_leave_the_gradient_of_a_step_unchanged(balance_weight):
     packed = packed_of(EXAMPLES)
-    assert len(packed.token_ids) >= 4
-    whole, all_at_once = gradients(packed, micro_tokens=100_000)
-    cut, row_by_row = gradients(packed, micro_tokens=32)
+    assert len(packed.token_ids) >= 4 and len({*packed.rows.tolist()}) < len(EXAMPLES)
+    whole, all_at_once = gradients(packed, micro_tokens=100_000, balance_weight=balance_weight)
+    cut, row_by_row = gradients(packed, micro_tokens=32, balance_weight=balance_weight)
     assert whole.keys() == cut.keys() and row_by_row["nll"] == pytest.approx(all_at_once["nll"], rel=1e-6)
     for name in whole:  # fp32 sums in another order
         torch.testing.assert_close(cut[name], whole[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_step_counts_the_load_of_all_its_tokens_and_of_no_padding():
+    packed = packed_of(EXAMPLES)
+    num_tokens = sum(len(e.token_ids) for e in EXAMPLES)
+    assert packed.token_ids.size > num_tokens
+    loads = []
+    for micro_tokens in (100_000, 32):
+        engine = GradientKeeper(model())
+        supervised_step(engine, packed, SupervisedSettings(1, 64, micro_tokens=micro_tokens), 0)
+        loads.append(engine.expert_load)
+    assert loads[0] == loads[1] and set(loads[0]) == {0, 1}
+    assert all(sum(load) == num_tokens * CONFIG.num_experts_per_tok for load in loads[0].values())
 
 
 def test_auxiliary_losses_add_gradient_only_where_they_are_asked_for():

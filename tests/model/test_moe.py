@@ -9,7 +9,21 @@ from torch.nn.functional import silu
 
 from consilience.model.config import TINY
 from consilience.model.forward_trace import Trace
-from consilience.model.moe import Experts, Gate, MoE, SharedExperts, balance_loss, gated, grouped_linear
+from consilience.model.initialize import initialize
+from consilience.model.moe import (
+    FEW,
+    Experts,
+    Gate,
+    MoE,
+    SharedExperts,
+    balance_loss,
+    gated,
+    grouped_linear,
+    top_experts,
+)
+from consilience.model.state import DecodeState
+from consilience.model.transformer import Transformer
+from consilience.training.optimizers import update_gate_bias
 
 torch.set_num_threads(1)
 
@@ -162,34 +176,188 @@ def test_the_shared_expert_has_the_same_form_clamp_included():
 def test_the_block_adds_the_shared_expert_once_and_counts_only_valid_tokens(layer):
     moe = filled(MoE(CONFIG, layer, None))
     hidden, ids = torch.randn(6, 8), torch.tensor([3, 3, 0, 10, 7, 1])
-    valid = torch.tensor([True, True, False, True, False, True])
+    sample = torch.tensor([0, 0, -1, 1, -1, 1])
     trace = Trace(wants_losses=True)
-    out = moe(hidden, ids, valid, trace, rows=2)
+    out = moe(hidden, ids, sample, trace)
     weights, chosen, _ = moe.gate(hidden, ids)
     torch.testing.assert_close(out, loop(moe.experts, hidden, weights, chosen) + moe.shared_experts(hidden))
-    assert torch.equal(trace.expert_load[layer], torch.bincount(chosen[valid].flatten(), minlength=5))
+    load = torch.bincount(chosen[sample >= 0].flatten(), minlength=5)
+    assert torch.equal(trace.expert_load[layer], load)
     assert trace.is_hash == {layer: layer == 0} and len(trace.balance_loss) == layer
+    assert torch.equal(out, moe(hidden, ids))
+
+
+TIES = [
+    ([1.0, 3.0, 3.0, 2.0, 3.0], [1, 2, 4, 3, 0]),  # a tie among the chosen, at the border, beyond it
+    ([0.0, -0.0, 0.0, -0.0, 0.0], [0, 1, 2, 3, 4]),
+    ([2.0, 1.0, 2.0, 1.0, 2.0], [0, 2, 4, 1, 3]),
+    ([float("-inf")] * 3 + [1.0, 1.0], [3, 4, 0, 1, 2]),
+    ([5.0, 4.0, 3.0, 2.0, 1.0], [0, 1, 2, 3, 4]),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_rows", [1, FEW])  # the sort, and the check of torch.topk
+@pytest.mark.parametrize("topk", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("scores", "order"), TIES)
+def test_of_equal_scores_the_lowest_index_is_taken_first(scores, order, topk, num_rows, dtype):
+    selection = torch.tensor([scores], dtype=dtype).expand(num_rows, -1)
+    assert top_experts(selection, topk).tolist() == [order[:topk]] * num_rows
+
+
+@pytest.mark.parametrize(("num_experts", "topk"), [(5, 2), (256, 6)])
+def test_both_ways_to_the_top_agree_with_a_sort_of_pairs_among_many_ties(num_experts, topk):
+    g = torch.Generator().manual_seed(0)
+    rows = FEW // num_experts + 40
+    coarse = torch.randint(12, (rows, num_experts), generator=g) / 4 - 1  # 12 values: every row has ties
+    fine = torch.rand(rows, num_experts, generator=g, dtype=torch.float64)  # 2^-53 apart: none has
+    for selection in (coarse, fine):
+        expected = [
+            sorted(range(num_experts), key=lambda e, row=row: (-row[e], e))[:topk]
+            for row in selection.tolist()
+        ]
+        assert selection.numel() > FEW and top_experts(selection, topk).tolist() == expected
+        one_by_one = torch.cat([top_experts(row[None], topk) for row in selection])
+        assert one_by_one.tolist() == expected
+    assert torch.equal(top_experts(fine, topk), fine.topk(topk).indices)
+
+
+def test_a_router_whose_scores_are_all_equal_takes_the_first_experts():
+    gate = filled(Gate(CONFIG, is_hash=False, dtype=None))
+    with torch.no_grad():
+        gate.weight.zero_()
+        gate.bias.copy_(torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]))
+    for num_tokens in (1, FEW):
+        ids = torch.zeros(num_tokens, dtype=torch.long)
+        _, experts, _ = gate(torch.randn(num_tokens, 8), ids)
+        assert experts.tolist() == [[1, 3]] * num_tokens
+
+
+def test_prescribed_experts_are_taken_where_given_and_weighted_by_the_scores_of_now():
+    gate = filled(Gate(CONFIG, is_hash=False, dtype=None))
+    hidden, ids = torch.randn(4, 8), torch.zeros(4, dtype=torch.long)
+    _, own, scores = gate(hidden, ids)
+    fixed = torch.tensor([[4, 0], [-1, -1], [2, 3], [-1, -1]])
+    weights, experts, again = gate(hidden, ids, fixed)
+    assert torch.equal(experts, torch.stack([fixed[0], own[1], fixed[2], own[3]]))
+    assert torch.equal(again, scores)
+    chosen = scores.gather(1, experts)
+    torch.testing.assert_close(weights, 1.5 * chosen / chosen.sum(1, keepdim=True))
 
 
 def test_balance_loss_worked_by_hand():
     # Two tokens, E = 2, K = 1, both to expert 0: f = (2/1 · 2/2, 0) = (2, 0); P_0 = (3/4 + 1/2) / 2.
     scores = torch.tensor([[3.0, 1.0], [1.0, 1.0]])
-    both = torch.ones(2, dtype=torch.bool)
-    assert balance_loss(scores, torch.tensor([[0], [0]]), both, rows=1).item() == pytest.approx(2 * 0.625)
+    first, each = torch.tensor([[0], [0]]), torch.tensor([[0], [1]])
+    together, apart, padded = torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([0, -1])
+    assert balance_loss(scores, first, together).item() == pytest.approx(2 * 0.625)
     # One each: f = (1, 1), and the shares sum to 1.
-    assert balance_loss(scores, torch.tensor([[0], [1]]), both, rows=1).item() == pytest.approx(1.0)
-    # As two sequences: f = (2, 0) · (3/4, 1/4) and (0, 2) · (1/2, 1/2), averaged.
-    assert balance_loss(scores, torch.tensor([[0], [1]]), both, rows=2).item() == pytest.approx((1.5 + 1) / 2)
-    # The second token is padding.
-    first = torch.tensor([True, False])
-    assert balance_loss(scores, torch.tensor([[0], [1]]), first, rows=1).item() == pytest.approx(1.5)
+    assert balance_loss(scores, each, together).item() == pytest.approx(1.0)
+    # As two samples: f = (2, 0) · (3/4, 1/4) and (0, 2) · (1/2, 1/2), summed.
+    assert balance_loss(scores, each, apart).item() == pytest.approx(1.5 + 1)
+    # The second token is padding; then both are.
+    assert balance_loss(scores, each, padded).item() == pytest.approx(1.5)
+    assert balance_loss(scores, each, torch.tensor([-1, -1])).item() == 0
+
+
+def test_balance_loss_of_packed_samples_is_the_sum_over_samples_alone_whatever_lies_between():
+    g = torch.Generator().manual_seed(0)
+    scores = torch.rand(40, 4, generator=g, dtype=torch.float64).requires_grad_()
+    experts = scores.detach().topk(2).indices
+    sample = torch.tensor([0] * 7 + [1] * 12 + [-1] * 6 + [4] * 1 + [5] * 11 + [-1] * 3)  # 2, 3: no tokens
+    packed = balance_loss(scores, experts, sample)
+    (gradient,) = torch.autograd.grad(packed, scores)
+    alone = [
+        balance_loss(scores[sample == s], experts[sample == s], sample.new_zeros(int((sample == s).sum())))
+        for s in (0, 1, 4, 5)
+    ]
+    torch.testing.assert_close(packed, sum(alone), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, torch.autograd.grad(sum(alone), scores)[0], rtol=1e-12, atol=1e-15)
+    assert not gradient[sample < 0].any()
+
+
+def test_every_token_knows_its_sample_in_packed_rows_and_on_a_decode_state(smallest):
+    model = initialize(Transformer(smallest), 0)
+    seen = []
+    model.layers[2].ffn.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[2]))
+    segments = torch.tensor([[0, 0, 0, 1, 1, -1], [3, 3, 4, 5, 5, 5]])
+    with torch.no_grad():
+        model.hidden(torch.zeros(2, 6, dtype=torch.long), segments, trace=Trace())
+        assert seen.pop().tolist() == [0, 0, 0, 1, 1, -1, 2, 2, 3, 4, 4, 4]
+        state = DecodeState.allocate(smallest, 2, 24)
+        for lengths in ([3, 4], [4, 2]):
+            chunk = torch.zeros(2, 4, dtype=torch.long)
+            model.hidden(chunk, state=state, lengths=torch.tensor(lengths), trace=Trace())
+        assert seen[0].tolist() == [0, 0, 0, -1, 1, 1, 1, 1] and seen[1].tolist() == [
+            0,
+            0,
+            0,
+            0,
+            1,
+            1,
+            -1,
+            -1,
+        ]
+        model.hidden(chunk[:, :1], state=state)
+        assert seen[2] is None  # nobody counts
+
+
+def test_the_models_balance_loss_of_a_packed_row_is_that_of_its_samples_alone(smallest):
+    model = initialize(Transformer(smallest), 0).double()
+    g = torch.Generator().manual_seed(0)
+    samples = [torch.randint(53, (n,), generator=g) for n in (9, 1, 14)]
+    ids = torch.cat([*samples, torch.zeros(4, dtype=torch.long)])[None]
+    segments = torch.tensor([[0] * 9 + [1] * 1 + [2] * 14 + [-1] * 4])
+
+    def losses(token_ids, segment_ids=None):
+        trace = Trace(wants_losses=True)
+        model.hidden(token_ids, segment_ids, trace=trace)
+        return torch.stack(trace.balance_loss)
+
+    packed = losses(ids, segments)
+    assert packed.shape == (3,)  # the learned routers of four layers
+    alone = sum(losses(sample[None]) for sample in samples)
+    torch.testing.assert_close(packed, alone, rtol=1e-10, atol=0)
+    whole = losses(ids[:, :24])
+    assert ((whole - packed / 3).abs() > 1e-3).all()  # one sequence instead of three: another number
 
 
 def test_balance_loss_falls_towards_one_as_routing_evens_out():
     g = torch.Generator().manual_seed(0)
     uneven = torch.rand(400, 4, generator=g) + torch.tensor([1.0, 0, 0, 0])
     even = torch.rand(400, 4, generator=g)
-    losses = [
-        balance_loss(s, s.topk(2).indices, torch.ones(400, dtype=torch.bool), 1) for s in (uneven, even)
-    ]
+    one = torch.zeros(400, dtype=torch.long)
+    losses = [balance_loss(s, s.topk(2).indices, one) for s in (uneven, even)]
     assert losses[0] > 1.1 and abs(losses[1] - 1) < 0.02
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_bias_rule_drives_a_lopsided_router_to_balance_without_touching_its_scores(seed):
+    """Only the rule moves anything: V3's speed 0.001, the load of one batch a step."""
+    g = torch.Generator().manual_seed(seed)
+    gate = Gate(replace(CONFIG, n_routed_experts=8), is_hash=False, dtype=None)
+    with torch.no_grad():
+        gate.weight.copy_(0.2 * torch.randn(8, 8, generator=g))
+        gate.weight[:, 0] += torch.linspace(-0.4, 0.4, 8)
+    ids = torch.zeros(512, dtype=torch.long)
+
+    def load():
+        hidden = torch.randn(512, 8, generator=g)
+        hidden[:, 0] = 1.0
+        with torch.no_grad():
+            return torch.bincount(gate(hidden, ids)[1].flatten(), minlength=8)
+
+    def excess(steps):
+        """The fullest expert's load over the mean, less 1, averaged over steps."""
+        found = []
+        for _ in range(steps):
+            counts = load()
+            found.append(float(counts.max() / counts.float().mean()) - 1)
+            update_gate_bias(gate.bias, counts)
+        return sum(found) / steps
+
+    before = excess(20)
+    excess(600)
+    after = excess(20)
+    # 512 · 2 / 8 = 128 a mean expert: chance alone puts the fullest of 8 about 1.4 · 10 / 128 = 0.11 above.
+    assert before > 0.5 and after < 0.2
