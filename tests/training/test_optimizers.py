@@ -6,8 +6,18 @@ from torch import nn
 
 from consilience.conf.errors import CheckpointError, EngineError
 from consilience.model.config import ModelConfig
+from consilience.model.forward_trace import Trace
+from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer
-from consilience.training.optimizers import Owner, V4Optimizer, owner_of, parameter_groups, update_gate_bias
+from consilience.training.muon import newton_schulz
+from consilience.training.optimizers import (
+    Owner,
+    V4Optimizer,
+    gate_bias_names,
+    owner_of,
+    parameter_groups,
+    update_gate_bias,
+)
 
 torch.set_num_threads(1)
 
@@ -238,17 +248,113 @@ def test_state_of_another_model_is_refused_by_name():
         optimizer.load_state_tensors(state | {"adamw.exp_avg.norm.weight": torch.zeros(9)})
 
 
-def test_the_whole_v4_model_is_owned():
-    config = ModelConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, head_dim=8,
-        qk_rope_head_dim=4, q_lora_rank=8, o_groups=2, o_lora_rank=4, sliding_window=8,
-        compress_ratios=(0, 4, 8), index_n_heads=2, index_head_dim=8, index_topk=2,
-        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, num_hash_layers=1,
-    )  # fmt: skip
-    model = Transformer(config)
-    groups = parameter_groups(model, o_groups=config.o_groups)
-    owned = [p.name for p in groups.muon] + [*groups.adamw, *groups.adamw_decayed, *groups.rule]
-    assert sorted(owned) == sorted(name for name, _ in model.named_parameters())
-    assert {p.name: p.row_blocks for p in groups.muon} == {
-        p.name: p.row_blocks for p in parameter_groups(model).muon
-    }
+CONFIG = ModelConfig(
+    vocab_size=32, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, head_dim=8,
+    qk_rope_head_dim=4, q_lora_rank=8, o_groups=2, o_lora_rank=4, sliding_window=8,
+    compress_ratios=(0, 4, 8), index_n_heads=2, index_head_dim=8, index_topk=2,
+    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, num_hash_layers=1,
+    num_nextn_predict_layers=1, mtp_compress_ratios=(0,),
+)  # fmt: skip
+
+
+def whole_model():
+    """All three attention kinds, both routers, and the MTP block, with random values and gradients."""
+    model = initialize(Transformer(CONFIG), 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            if parameter.requires_grad:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+BLOCK_OWNERS = {  # the table of section 12.2, by name
+    "attn_norm.weight ffn_norm.weight attn.q_norm.weight attn.kv_norm.weight attn.attn_sink": Owner.ADAMW,
+    "hc_attn.base hc_attn.scale hc_ffn.base hc_ffn.scale": Owner.ADAMW,
+    "hc_attn.fn hc_ffn.fn attn.wq_a.weight attn.wq_b.weight attn.wkv.weight": Owner.MUON,
+    "attn.wo_a.weight attn.wo_b.weight ffn.gate.weight": Owner.MUON,
+    "ffn.experts.w1 ffn.experts.w2 ffn.experts.w3": Owner.MUON,
+    "ffn.shared_experts.w1.weight ffn.shared_experts.w2.weight ffn.shared_experts.w3.weight": Owner.MUON,
+}
+COMPRESSOR_OWNERS = {"wkv.weight wgate.weight": Owner.MUON, "ape norm.weight": Owner.ADAMW}
+OWN_NAMES = {
+    "embed.weight head.weight": Owner.ADAMW_DECAYED,
+    "norm.weight hc_head.base hc_head.scale": Owner.ADAMW,
+    "hc_head.fn layers.1.attn.indexer.wq_b.weight layers.1.attn.indexer.weights_proj.weight": Owner.MUON,
+    "mtp.0.e_proj.weight mtp.0.h_proj.weight mtp.0.hc_head.fn": Owner.MUON,
+    "mtp.0.enorm.weight mtp.0.hnorm.weight mtp.0.norm.weight mtp.0.hc_head.base": Owner.ADAMW,
+    "mtp.0.hc_head.scale": Owner.ADAMW,
+    "layers.1.ffn.gate.bias layers.2.ffn.gate.bias mtp.0.ffn.gate.bias": Owner.RULE,
+    "layers.0.ffn.gate.tid2eid": Owner.FROZEN,
+}
+
+
+def expected_owners():
+    blocks = ("layers.0.", "layers.1.", "layers.2.", "mtp.0.")
+    compressors = [f"layers.{part}compressor." for part in ("1.attn.", "1.attn.indexer.", "2.attn.")]
+    tables = [("", OWN_NAMES), *((b, BLOCK_OWNERS) for b in blocks)]
+    tables += [(c, COMPRESSOR_OWNERS) for c in compressors]
+    return {prefix + n: owner for prefix, t in tables for names, owner in t.items() for n in names.split()}
+
+
+def test_every_parameter_of_the_whole_model_has_the_owner_of_the_table():
+    model, expected = whole_model(), expected_owners()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert {name: owner_of(name) for name in tensors} == expected
+    groups = parameter_groups(model)
+    found = {p.name: Owner.MUON for p in groups.muon}
+    for owner, names in (
+        (Owner.ADAMW, groups.adamw),
+        (Owner.ADAMW_DECAYED, groups.adamw_decayed),
+        (Owner.RULE, groups.rule),
+    ):
+        found |= dict.fromkeys(names, owner)
+    assert found | {"layers.0.ffn.gate.tid2eid": Owner.FROZEN} == expected and not groups.frozen
+    given = parameter_groups(model, o_groups=CONFIG.o_groups)
+    assert [p.row_blocks for p in groups.muon] == [p.row_blocks for p in given.muon]
+
+
+def logical_matrices(name, tensor):
+    """Section 12.2 by hand: what is orthogonalised on its own."""
+    if name.endswith("attn.wo_a.weight"):
+        return [*tensor.view(2, 4, 16)]  # a group reads 2 heads of 8 channels
+    if name.startswith("layers.1.") and name.endswith(("compressor.wkv.weight", "compressor.wgate.weight")):
+        return [*tensor.chunk(2)]  # CSA: previous window, current window
+    if name.endswith(("hc_attn.fn", "hc_ffn.fn")):
+        return [tensor[:4], tensor[4:8], tensor[8:]]  # pre, post, comb
+    return [*tensor] if tensor.ndim == 3 else [tensor]  # an expert each
+
+
+def test_every_logical_matrix_of_the_whole_model_moves_as_if_it_were_alone():
+    """Against V4's Algorithm 1 on each in fp64; fp32 and 1e-3 of an update apart, where a wrong cut is ~1."""
+    model = whole_model()
+    optimizer = V4Optimizer(parameter_groups(model), lr=0.1, weight_decay=0.1)
+    before = {p.name: (p.parameter.detach().clone(), p.parameter.grad.clone()) for p in optimizer.groups.muon}
+    optimizer.step()
+    counts = {}
+    for name, (weight, gradient) in before.items():
+        after = logical_matrices(name, model.get_parameter(name).detach())
+        parts = list(zip(after, logical_matrices(name, weight), logical_matrices(name, gradient)))
+        counts[name] = len(parts)
+        for found, w, g in parts:
+            nesterov = g.double() * 1.95  # momentum starts at G: G + 0.95 G
+            update = newton_schulz(nesterov[None])[0] * 0.18 * max(w.shape) ** 0.5
+            expected = w.double() * (1 - 0.1 * 0.1) - 0.1 * update
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3 * 0.1 * 0.18, msg=name)
+    assert counts["layers.0.attn.wo_a.weight"] == counts["mtp.0.attn.wo_a.weight"] == 2
+    assert counts["layers.1.attn.indexer.compressor.wkv.weight"] == 2
+    assert counts["layers.2.attn.compressor.wkv.weight"] == 1
+    assert counts["mtp.0.hc_attn.fn"] == 3 and counts["mtp.0.ffn.experts.w3"] == 4
+    assert counts["mtp.0.e_proj.weight"] == counts["hc_head.fn"] == 1
+
+
+def test_the_rule_reaches_every_learned_router_and_no_hash_router():
+    model = whole_model()
+    names = {1: "layers.1.ffn.gate.bias", 2: "layers.2.ffn.gate.bias", 3: "mtp.0.ffn.gate.bias"}
+    assert gate_bias_names(model) == names
+    trace = Trace()
+    ids = torch.randint(32, (2, 9))
+    streams, layout = model.streams(ids, trace=trace)
+    model.mtp_hidden(streams, ids, layout)
+    assert {layer for layer, is_hash in trace.is_hash.items() if not is_hash} == set(names)
