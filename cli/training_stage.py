@@ -14,7 +14,7 @@ from consilience.conf.errors import ConfigError
 from consilience.conf.schema import Config, OptimizerConfig
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.training.checkpoint import CheckpointMeta, read_meta
-from consilience.training.metrics import FanOut, MetricsLog, read_metrics
+from consilience.training.metrics import FanOut, MetricsLog, read_metrics, surviving
 from consilience.training.stage_checkpoints import StageCheckpoints
 from consilience.training.stage_clock import StageClock
 from consilience.training.torch_engine import OptimizerSettings, TorchEngine
@@ -127,7 +127,7 @@ def micro_tokens(cfg: Config, row_tokens: int) -> int:
 
 def curves_of(context: StageContext, titles: Mapping[str, str]) -> dict[str, Any]:
     """Chart title -> {stage: [[step, …], [value, …]]} from the stage's metrics.jsonl."""
-    rows = read_metrics(context.folder.metrics)
+    rows = surviving(read_metrics(context.folder.metrics))
     return {
         title: {context.name: [[r["step"] for r in rows], [r.get(key) for r in rows]]}
         for title, key in titles.items()

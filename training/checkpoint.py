@@ -4,7 +4,7 @@
     model-00001-of-0000N.safetensors, model.safetensors.index.json
     tokenizer.json                 where the model has one
     consilience.json               CheckpointMeta and the sha256 of every file but the weights
-    state/                         optimiser and random state, where training goes on
+    state/                         optimiser and random state, where training goes on; tensors of the stage
 
 Everything is written into a sibling folder, flushed to the disk and renamed. Whatever stops that
 (a full disk, Ctrl-C, a kill), the checkpoint that was there before stays as it was.
@@ -40,12 +40,14 @@ from consilience.training.tensor_files import (
     check_tensors,
     index_text,
     read_shards,
+    read_tensors,
     shards,
     write_tensors,
 )
 
 SCHEMA = 1
 META, CONFIG, TOKENIZER, STATE = "consilience.json", "config.json", "tokenizer.json", "state"
+STAGE_FILE = "stage.safetensors"
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -119,12 +121,14 @@ def save_checkpoint(
     meta: CheckpointMeta,
     engine: TrainEngine | None = None,
     *,
+    stage_tensors: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = 4 << 30,
     model_format: ModelFormat | None = None,
     disk: Disk | None = None,
 ) -> CheckpointMeta:
     """Write the checkpoint and return its meta with digest and files filled in.
 
+    stage_tensors  what the stage needs to go on beside engine and cursor, for `read_stage_tensors`
     CheckpointError when the disk is full or cannot be written; an older checkpoint in `folder` is
     then untouched and nothing else is left behind.
     """
@@ -133,7 +137,8 @@ def save_checkpoint(
     try:
         restore_folder(folder)
         beside = folder_beside(folder)
-        meta = _write(beside, model, tokenizer_path, meta, engine, max_shard_bytes, model_format, disk)
+        own = stage_tensors or {}
+        meta = _write(beside, model, tokenizer_path, meta, engine, own, max_shard_bytes, model_format, disk)
         disk.publish(beside, folder)
     except BaseException as error:
         if beside is not None:
@@ -150,6 +155,7 @@ def _write(
     tokenizer_path: Path | None,
     meta: CheckpointMeta,
     engine: TrainEngine | None,
+    stage_tensors: Mapping[str, Tensor],
     max_shard_bytes: int,
     model_format: ModelFormat,
     disk: Disk,
@@ -167,6 +173,9 @@ def _write(
         disk.copy(Path(tokenizer_path), beside / TOKENIZER)
     if engine is not None:
         engine.save(beside / STATE)
+    if stage_tensors:
+        (beside / STATE).mkdir(exist_ok=True)
+        disk.write_tensors(beside / STATE / STAGE_FILE, stage_tensors)
     shard_files = set(weight_map.values())
     others = [p for p in sorted(beside.rglob("*")) if p.is_file() and p.name not in shard_files]
     meta = replace(
@@ -225,6 +234,14 @@ def load_engine_state(folder: Path, engine: TrainEngine) -> None:
     engine.load(folder / STATE)
 
 
+def read_stage_tensors(folder: Path) -> dict[str, Tensor]:
+    """The `stage_tensors` of a checkpoint, {} where it was saved without any; verified."""
+    name = f"{STATE}/{STAGE_FILE}"
+    files = {n: sha for n, sha in read_meta(folder).files.items() if n == name}
+    _verify_files(Path(folder), files)
+    return read_tensors(Path(folder) / name) if files else {}
+
+
 def read_meta(folder: Path) -> CheckpointMeta:
     """`consilience.json` alone. CheckpointError when the folder is missing or no checkpoint."""
     folder = Path(folder)
@@ -266,13 +283,36 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def prune_checkpoints(checkpoints: Path, keep: int) -> None:
-    """Remove all but the `keep` (at least 1) latest step folders."""
-    found = sorted(p for p in Path(checkpoints).iterdir() if _STEP.fullmatch(p.name))
-    for folder in found[: -max(keep, 1)]:
-        doomed = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")  # a half-removed folder is debris
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed)
+def prune_checkpoints(checkpoints: Path, keep: int, points_every: int = 0) -> None:
+    """Remove all but the `keep` (at least 1) latest step folders, and as many latest rollback points.
+
+    points_every  rollback points are the multiples of so many steps; 0: there are none
+    """
+    found = _step_folders(checkpoints)
+    points = [step for step in found if points_every and step % points_every == 0]
+    kept = {*list(found)[-max(keep, 1) :], *points[-max(keep, 1) :]}
+    for step, folder in found.items():
+        if step not in kept:
+            _remove(folder)
+
+
+def remove_later_checkpoints(checkpoints: Path, step: int) -> None:
+    """Remove the step folders of more than `step` updates, latest first."""
+    for later, folder in reversed(_step_folders(checkpoints).items()):
+        if later > step:
+            _remove(folder)
+
+
+def _step_folders(checkpoints: Path) -> dict[int, Path]:
+    """Updates -> folder, ascending."""
+    named = ((_STEP.fullmatch(p.name), p) for p in Path(checkpoints).iterdir())
+    return dict(sorted((int(found[1]), p) for found, p in named if found))
+
+
+def _remove(folder: Path) -> None:
+    doomed = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")  # a half-removed folder is debris
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def _verify_files(folder: Path, files: Mapping[str, str]) -> None:

@@ -14,6 +14,8 @@ from consilience.conf.errors import RunError
 from consilience.training.durable_files import write_text_atomically
 from consilience.training.plain_json import plain
 
+ROLLED_BACK_FROM = "rolled_back_from"  # key of a row that marks a return to its step
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutRow:
@@ -151,6 +153,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             ) from error
         rows.append(row)
     return rows
+
+
+def surviving(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the updates that led to the end: without those that a stage went back over.
+
+    A row of step n with ROLLED_BACK_FROM says that what came before it and lies beyond step n was undone.
+    """
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        if ROLLED_BACK_FROM in row:
+            kept = [earlier for earlier in kept if earlier["step"] <= row["step"]]
+        else:
+            kept.append(row)
+    return kept
 
 
 def _line(row: Mapping[str, Any]) -> str:

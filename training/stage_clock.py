@@ -5,9 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 OTHER = "other"
+
+
+@dataclass
+class Span:
+    """Seconds of one phase; 0 until it has ended."""
+
+    seconds: float = 0.0
 
 
 class StageClock:
@@ -32,15 +40,17 @@ class StageClock:
         self._since = now()
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Seconds inside the block belong to `name`."""
+    def phase(self, name: str) -> Iterator[Span]:
+        """Seconds inside the block belong to `name`; the span says how many, inner phases left out."""
         self._settle()
         self._open.append(name)
+        span, before = Span(), self._seconds.get(name, 0.0)
         try:
-            yield
+            yield span
         finally:
             self._settle()
             self._open.pop()
+            span.seconds = self._seconds[name] - before
 
     def add_tokens(self, kind: str, num_tokens: int) -> None:
         """Count tokens under a kind ("train", "sampled", "prefill")."""

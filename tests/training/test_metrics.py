@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from consilience.conf.errors import RunError
-from consilience.training.metrics import FanOut, MemorySink, MetricsLog, RolloutRow, read_metrics
+from consilience.training.metrics import FanOut, MemorySink, MetricsLog, RolloutRow, read_metrics, surviving
 
 
 def write(path, steps, **kwargs):
@@ -87,3 +87,22 @@ def test_sinks_receive_everything_in_order():
     for sink in sinks:
         assert sink.rows == [{"step": 1, "loss": 2.0}] and sink.samples == [(1, row)] and sink.is_finished
     assert json.loads(row.cells()["reward_parts"]) == {"a": None, "b": 2.0}
+
+
+def test_rows_that_a_stage_went_back_over_do_not_survive_also_after_a_resume(tmp_path):
+    path = tmp_path / "m.jsonl"
+    write(path, [1, 2, 3, 4])
+    log = MetricsLog(path)
+    log.scalars(2, {"rolled_back_from": 4})
+    log.scalars(3, {"loss": 30.0})
+    log.scalars(4, {"loss": 40.0})
+    log.finish()
+    assert [(row["step"], row["loss"]) for row in surviving(read_metrics(path))] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 30.0),
+        (4, 40.0),
+    ]
+    write(path, [4], resume_step=3)
+    assert [row["loss"] for row in surviving(read_metrics(path))] == [1.0, 0.5, 30.0, 0.25]
+    assert len(read_metrics(path)) == 6  # 1 2 3, the marker, 3 4: what was undone stays on record

@@ -138,3 +138,59 @@ def test_weights_of_another_shape_and_damaged_files_are_refused_by_name(tmp_path
     weights.write_bytes(data)
     with pytest.raises(CheckpointError, match="digest"):
         stage(tmp_path).resume()
+
+
+def steps_in(checkpoints):
+    return sorted(int(p.name.removeprefix("step-")) for p in checkpoints.folder.iterdir())
+
+
+def test_rollback_points_are_saved_by_step_and_the_newest_two_outlive_later_saves(tmp_path):
+    checkpoints = stage(tmp_path, every_s=1e9, points_every=4)
+    for step in range(1, 13):
+        checkpoints.save_if_due(step, {})
+    assert steps_in(checkpoints) == [8, 12]
+    for step in (13, 14, 15):
+        checkpoints.save(step, {})
+    assert steps_in(checkpoints) == [8, 12, 14, 15]
+
+
+@pytest.mark.parametrize(("step", "point"), [(12, 8), (15, 8), (16, 12), (3, 0), (7, 0)])
+def test_the_way_back_leads_over_the_last_point_to_the_one_before_or_to_the_start(tmp_path, step, point):
+    checkpoints = stage(tmp_path, every_s=1e9, points_every=4)
+    kept = {}
+    for number in range(0, step + 1, 4):
+        checkpoints.save(number, {"at": number}, {"7.1": torch.tensor([[number]], dtype=torch.int16)})
+        moments = checkpoints.engine.optimizer.state_tensors()
+        kept[number] = state_of(checkpoints.engine), {n: t.clone() for n, t in moments.items()}
+        update(checkpoints.engine, number)
+    checkpoints.save(step, {"at": "late"})
+    assert checkpoints.go_back(step) == (point, {"at": point})
+    weights, optimizer = kept[point]
+    found = state_of(checkpoints.engine)
+    assert all(torch.equal(found[n], weights[n]) for n in weights)
+    again = checkpoints.engine.optimizer.state_tensors()
+    assert all(torch.equal(again[n], optimizer[n]) for n in optimizer)
+    assert checkpoints.tensors["7.1"].tolist() == [[point]]
+    assert steps_in(checkpoints) == [point]
+
+
+def test_without_a_point_there_is_no_way_back(tmp_path):
+    checkpoints = stage(tmp_path, every_s=1e9, points_every=4)
+    checkpoints.save(9, {})
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*step-000004; there is step-000009"):
+        checkpoints.go_back(9)
+    assert steps_in(checkpoints) == [9]
+
+
+def test_the_stages_tensors_come_back_and_damage_to_them_is_seen(tmp_path):
+    checkpoints = stage(tmp_path)
+    folder = checkpoints.save(1, {}, {"7.1": torch.arange(6, dtype=torch.int16).view(3, 2)})
+    again = stage(tmp_path)
+    again.resume()
+    assert torch.equal(again.tensors["7.1"], torch.arange(6, dtype=torch.int16).view(3, 2))
+    (folder / "state" / "stage.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match=r"stage.safetensors was changed or damaged"):
+        stage(tmp_path).resume()
+    checkpoints.save(2, {})
+    again.resume()
+    assert again.tensors == {}

@@ -17,13 +17,14 @@ def test_phases_sum_to_the_wall_time_and_nested_ones_are_not_counted_twice():
     time = Time()
     clock = StageClock(now=time)
     time.now += 1
-    with clock.phase("rollout"):
+    with clock.phase("rollout") as outer:
         time.now += 4
-        with clock.phase("publish"):
+        with clock.phase("publish") as inner:
             time.now += 2
         time.now += 1
     with clock.phase("train"):
         time.now += 2
+    assert (outer.seconds, inner.seconds) == (5, 2)
     report = clock.report()
     assert report["phases"] == {"other": 1, "rollout": 5, "publish": 2, "train": 2}
     assert report["wall_s"] == 10 and report["share"]["rollout"] == 0.5
