@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from consilience.cli.training_stage import (
     start_folder,
 )
 from consilience.conf.schema import Config, SftConfig
-from consilience.grpo.sft import Example, SupervisedSettings, train_supervised
+from consilience.grpo.sft import SupervisedSettings, train_supervised
+from consilience.grpo.supervised_batches import Example
 from consilience.model.config import PRESETS, ModelConfig
 from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer
@@ -29,6 +30,7 @@ from consilience.rollout.prompts import conversation_ids
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.tasks.corpus import Conversation, base_texts, join_episodes
 from consilience.tasks.recall import recall_texts
+from consilience.training.anticipatory_routing import AnticipatoryRouting, AnticipatorySettings
 from consilience.training.checkpoint import load_checkpoint
 from consilience.training.packing import row_length
 
@@ -97,9 +99,20 @@ def _supervised(
         )
         context.progress.start(context.name, settings.steps, "step")
         context.progress.advance(parts["start"])
-        result = train_supervised(parts["engine"], groups, schedule, **shared(parts))
-        folder = parts["checkpoints"].save(settings.steps, {"clock": parts["clock"].state()})
-    return result_of(context, parts, folder, {"train_tokens": result["train_tokens"]}) | {
+        checkpoints = parts["checkpoints"]
+        anticipatory = AnticipatoryRouting(
+            AnticipatorySettings(**asdict(settings.anticipatory)),
+            settings.steps,
+            parts["cursor"].get("anticipatory"),
+            checkpoints.tensors,
+        )
+        result = train_supervised(
+            parts["engine"], groups, schedule, anticipatory=anticipatory, **shared(parts)
+        )
+        cursor = {"clock": parts["clock"].state(), "anticipatory": anticipatory.cursor()}
+        folder = checkpoints.save(settings.steps, cursor)
+    counted = {"train_tokens": result["train_tokens"]} | anticipatory.report()
+    return result_of(context, parts, folder, counted) | {
         "curves": curves_of(context, {"training loss": "nll"})
     }
 

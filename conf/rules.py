@@ -162,6 +162,12 @@ def _check_rows(sft: SftConfig, key: str) -> None:
         raise ConfigError(
             f"{key}.row_tokens is {sft.row_tokens}, more than a step's {sft.tokens_per_step} tokens"
         )
+    quiet, back = sft.anticipatory.quiet_steps, sft.anticipatory.rollback_steps
+    if quiet < 2 * back:
+        raise ConfigError(
+            f"{key}.anticipatory.quiet_steps is {quiet}, but a spike lies up to 2 · rollback_steps = "
+            f"{2 * back} steps ahead after a rollback and must be met with it on; raise it to {2 * back}"
+        )
 
 
 def _too_many_parts(key: str, parts: int, prompts: int) -> None:

@@ -104,6 +104,28 @@ class SpecialistConfig:
 
 
 @dataclass(frozen=True)
+class AnticipatoryConfig:
+    """Experts chosen by older weights after a loss spike (report 4.2.3). All numbers here are our own."""
+
+    mode: str = setting(
+        "off",
+        "after_spike: watch the loss, go back, route so until it is quiet; always: from the start",
+        choices=("off", "after_spike", "always"),
+    )
+    delay: int = setting(
+        8, "age of the weights that choose; 0 changes nothing but the cost", unit="steps", low=0, high=1000
+    )
+    window: int = setting(64, "losses that the next one is compared with", unit="steps", low=8, high=100_000)
+    threshold: float = setting(
+        6.0, "a loss so many robust deviations above their median is a spike", above=0, high=1000
+    )
+    rollback_steps: int = setting(
+        50, "between checkpoints to go back to; a rollback is one to two times as long", unit="steps", low=1
+    )
+    quiet_steps: int = setting(200, "without a spike until routing is plain again", unit="steps", low=1)
+
+
+@dataclass(frozen=True)
 class SftConfig:
     """Supervised training on worked solutions; also the shape of group `base`."""
 
@@ -131,6 +153,7 @@ class SftConfig:
     shares: dict[str, float] = setting(
         {}, "domain -> relative share of a step's tokens (base); domains not named count 1"
     )
+    anticipatory: AnticipatoryConfig = setting(AnticipatoryConfig, "experts chosen by older weights")
     init: str | None = setting(None, "checkpoint folder to start from; null: the stage before it")
 
 

@@ -6,31 +6,29 @@ small weight; a specialist sees its own, assistant tokens only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from consilience.conf.errors import ConfigError
+from consilience.grpo.supervised_batches import Example, SupervisedBatches
 from consilience.model.forward_trace import Trace
 from consilience.model.kernels.linear_logprob import linear_logprob
+from consilience.model.routing import Routing
+from consilience.training.anticipatory_routing import (
+    AnticipatoryRouting,
+    AnticipatorySettings,
+    Choices,
+    look_up_choices,
+    routings,
+)
 from consilience.training.engine import TrainEngine
 from consilience.training.forward import hidden_at_loss
-from consilience.training.metrics import MetricsSink
-from consilience.training.packing import PackedRows, pack, split_micro_batches
+from consilience.training.metrics import ROLLED_BACK_FROM, MetricsSink
+from consilience.training.packing import PackedRows, split_micro_batches
 from consilience.training.progress import Progress
 from consilience.training.schedule import warmup_constant_cosine
 from consilience.training.stage_checkpoints import StageCheckpoints
 from consilience.training.stage_clock import StageClock
-
-
-@dataclass(frozen=True)
-class Example:
-    """One encoded conversation: token ids and loss weights (0 = no loss) of equal length."""
-
-    token_ids: Sequence[int]
-    loss_weight: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -63,57 +61,82 @@ def train_supervised(
     clock: StageClock,
     progress: Progress,
     start: int = 0,
+    anticipatory: AnticipatoryRouting | None = None,
 ) -> dict[str, Any]:
     """Train for `settings.steps` updates; every step takes each group's share of its tokens.
 
     Returns {"train_tokens", "final_nll"}. The examples of a step depend on (seed, step) alone, so a
-    resumed run sees what the uninterrupted one saw. ConfigError: a group with a share has no examples.
+    resumed run sees what the uninterrupted one saw, and one that went back sees the same again.
+    anticipatory  whether and after what the routing of a step is prescribed; None: plain routing
+    ConfigError: a group with a share has no examples.
     """
-    streams = [_Stream(group, settings.seed + index) for index, group in enumerate(groups)]
-    weights = settings.shares or (1.0,) * len(groups)
-    shares = [settings.tokens_per_step * weight / sum(weights) for weight in weights]
-    for number, (group, share) in enumerate(zip(groups, shares)):
-        if share > 0 and not group:
-            raise ConfigError(
-                f"supervised training: group {number} of {len(groups)} has no examples; raise num_examples "
-                "to at least episodes, or set the group's share to 0"
-            )
-    largest = streams[shares.index(max(shares))]
-    nll = float("nan")
-    for step in range(settings.steps):
-        chosen = [example for stream, share in zip(streams, shares) for example in stream.take(share)]
-        # Where the examples before were longer than their steps, this step's share is already spent.
-        chosen = chosen or [largest.next()]
-        if step < start:
-            continue
-        packed = pack(
-            [e.token_ids for e in chosen],
-            [e.loss_weight for e in chosen],
-            quantum=32,
-            max_row_tokens=settings.row_tokens,
-        )
-        with clock.phase("train"):
-            report = supervised_step(engine, packed, settings, step)
+    anticipatory = anticipatory or AnticipatoryRouting(AnticipatorySettings(), settings.steps)
+    batches = SupervisedBatches(
+        groups,
+        tokens_per_step=settings.tokens_per_step,
+        row_tokens=settings.row_tokens,
+        shares=settings.shares,
+        seed=settings.seed,
+    )
+
+    def look_up(ahead: int) -> Choices:
+        return look_up_choices(engine.model, micro_batches_of(batches.at(ahead), settings))
+
+    def save(write: Callable[..., Any], step: int) -> None:
+        cursor = {"clock": clock.state(), "anticipatory": anticipatory.cursor()}
+        write(step, cursor, anticipatory.tensors())
+
+    checkpoints.points_every = anticipatory.points_every
+    if start == 0 and checkpoints.points_every:
+        save(checkpoints.save, 0)
+    step, nll = start, float("nan")
+    while step < settings.steps:
+        choices = anticipatory.choices(step, look_up, clock)
+        packed = batches.at(step)
+        with clock.phase("train") as span:
+            report = supervised_step(engine, packed, settings, step, choices)
         clock.add_tokens("train", packed.num_tokens)
         nll = report["nll"]
-        log.scalars(step + 1, report)
-        progress.advance(1, nll=nll)
-        checkpoints.save_if_due(step + 1, {"clock": clock.state()})
+        log.scalars(step + 1, report | anticipatory.account(span.seconds))
+        if anticipatory.must_go_back(nll):
+            to, was = checkpoints.go_back(step)
+            anticipatory.go_back(step, to, nll, was["anticipatory"], checkpoints.tensors)
+            save(checkpoints.save, to)
+            log.scalars(to, {ROLLED_BACK_FROM: step + 1, "nll_of_spike": nll})
+            progress.advance(to - step)
+            step = to
+        else:
+            step += 1
+            batches.forget(step)
+            progress.advance(1, nll=nll)
+            save(checkpoints.save_if_due, step)
     return {"train_tokens": clock.state()["tokens"].get("train", 0), "final_nll": nll}
 
 
+def micro_batches_of(packed: PackedRows, settings: SupervisedSettings) -> list[PackedRows]:
+    """Row slices of at most `micro_tokens`; a row wider than that is one of its own."""
+    return split_micro_batches(packed, max(settings.micro_tokens, packed.token_ids.shape[1]))
+
+
 def supervised_step(
-    engine: TrainEngine, packed: PackedRows, settings: SupervisedSettings, step: int
+    engine: TrainEngine,
+    packed: PackedRows,
+    settings: SupervisedSettings,
+    step: int,
+    choices: Choices | None = None,
 ) -> dict[str, float]:
-    """One update on `packed`: mean weighted NLL plus, where asked for, the auxiliary losses."""
-    micro_batches = split_micro_batches(packed, max(settings.micro_tokens, packed.token_ids.shape[1]))
+    """One update on `packed`: mean weighted NLL plus, where asked for, the auxiliary losses.
+
+    choices  layer -> [R, K] experts that the learned routers take; None: their own
+    """
+    micro_batches = micro_batches_of(packed, settings)
     denominator, num_samples = packed.loss_weight, len(packed.lengths)
     wants_losses = settings.balance_weight > 0 or settings.indexer_weight > 0
     trace = Trace(wants_losses=wants_losses)
 
-    def loss_fn(model: Any, micro: PackedRows):
+    def loss_fn(model: Any, routed: tuple[PackedRows, Routing | None]):
         trace.balance_loss, trace.indexer_loss = [], []
-        at = hidden_at_loss(model, micro, trace)
+        at = hidden_at_loss(model, routed[0], trace, routed[1])
         out = linear_logprob(at.hidden, model.head.weight, at.target_ids)
         nll = -(out.logprob * at.weight).sum()
         loss = nll / denominator
@@ -129,7 +152,8 @@ def supervised_step(
             sums["indexer_kl"] = part * float(sum(t.detach() for t in trace.indexer_loss))
         return loss, sums
 
-    report = engine.forward_backward(loss_fn, micro_batches, {"nll": denominator})
+    routed = list(zip(micro_batches, routings(choices, micro_batches)))
+    report = engine.forward_backward(loss_fn, routed, {"nll": denominator})
     scale = warmup_constant_cosine(
         step,
         num_steps=settings.steps,
@@ -138,34 +162,3 @@ def supervised_step(
         final_scale=settings.final_scale,
     )
     return report | engine.step(scale, trace.expert_load)
-
-
-class _Stream:
-    """Examples in a seeded order, reshuffled every epoch."""
-
-    def __init__(self, examples: Sequence[Example], seed: int) -> None:
-        self._examples = examples
-        self._rng = np.random.default_rng(seed)
-        self._order: Iterator[int] = iter(())
-        self._surplus = 0.0
-
-    def take(self, num_tokens: float) -> list[Example]:
-        """The next examples, until all taken so far hold at least `num_tokens` for each call.
-
-        What one call takes too much the next takes less, so that shares hold on average.
-        """
-        chosen: list[Example] = []
-        held = self._surplus
-        while held < num_tokens:
-            chosen.append(self.next())
-            held += len(chosen[-1].token_ids)
-        self._surplus = held - num_tokens
-        return chosen
-
-    def next(self) -> Example:
-        """The next example, whatever its length. There must be at least one."""
-        index = next(self._order, None)
-        if index is None:
-            self._order = iter(self._rng.permutation(len(self._examples)).tolist())
-            index = next(self._order)
-        return self._examples[index]

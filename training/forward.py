@@ -29,11 +29,13 @@ class LossPositions:
     arrays: dict[str, Tensor]
 
 
-def hidden_at_loss(model: Any, packed: PackedRows, trace: Any = None) -> LossPositions:
+def hidden_at_loss(model: Any, packed: PackedRows, trace: Any = None, routing: Any = None) -> LossPositions:
     """Run `model.hidden` over packed rows and keep the positions with a loss weight above 0."""
     device = next(model.parameters()).device
     rows = packed.to_torch(device)
-    hidden = model.hidden(rows["token_ids"], rows["segment_ids"], rows["position_ids"], trace=trace)
+    hidden = model.hidden(
+        rows["token_ids"], rows["segment_ids"], rows["position_ids"], trace=trace, routing=routing
+    )
     where = (rows["loss_mask"].flatten() > 0).nonzero()[:, 0]
 
     def at(value: Tensor) -> Tensor:

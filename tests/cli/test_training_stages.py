@@ -11,7 +11,7 @@ from consilience.cli import supervised_stages as supervised
 from consilience.cli.stage import StageContext
 from consilience.conf.errors import ConfigError
 from consilience.conf.load import from_plain
-from consilience.grpo.sft import Example
+from consilience.grpo.supervised_batches import Example
 from consilience.rollout.fake_worker import byte_tokenizer
 from consilience.tasks.corpus import Conversation
 from consilience.tasks.fake_domain import FakeDomain
@@ -228,3 +228,15 @@ def test_the_same_settings_train_the_same_model_and_another_seed_another(trained
     assert supervised.run_base(context(cfg, tmp_path / "a", "base"))["digest"] == base["digest"]
     other = replace(cfg, run=replace(cfg.run, seed=9))
     assert supervised.run_base(context(other, tmp_path / "b", "base"))["digest"] != base["digest"]
+
+
+def test_anticipatory_routing_is_a_setting_whose_cost_the_result_states(trained, tmp_path):
+    _, cfg, base, _ = trained
+    assert "anticipatory" not in base
+    ahead = replace(cfg.base.anticipatory, mode="always", delay=0)
+    other = replace(cfg, base=replace(cfg.base, anticipatory=ahead))
+    result = supervised.run_base(context(other, tmp_path, "base"))
+    assert result["digest"] == base["digest"]  # the weights of now choose what they would have chosen
+    cost = result["anticipatory"]
+    assert cost["steps"] == 2 and cost["rollbacks"] == [] and cost["overhead"] > 0
+    assert result["time"]["phases"]["look_ahead"] == pytest.approx(cost["extra_s"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from consilience.conf.errors import ConfigError
-from consilience.grpo.sft import Example, SupervisedSettings, supervised_step, train_supervised
+from consilience.grpo.sft import SupervisedSettings, supervised_step, train_supervised
+from consilience.grpo.supervised_batches import Example
 from consilience.model.config import TINY
 from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer
@@ -201,7 +202,7 @@ def batches_of(folder, groups, settings):
         clock=StageClock(),
         progress=SilentProgress(),
     )
-    return engine.batches
+    return [[packed for packed, _ in batch] for batch in engine.batches]
 
 
 @pytest.mark.parametrize(("shares", "expected"), [((), 1.0), ((3.0, 1.0), 3.0)])

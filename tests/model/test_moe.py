@@ -196,22 +196,27 @@ TIES = [
 ]
 
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("num_rows", [1, FEW])  # the sort, and the check of torch.topk
 @pytest.mark.parametrize("topk", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(("scores", "order"), TIES)
-def test_of_equal_scores_the_lowest_index_is_taken_first(scores, order, topk, num_rows, dtype):
-    selection = torch.tensor([scores], dtype=dtype).expand(num_rows, -1)
+def test_of_equal_scores_the_lowest_index_is_taken_first(scores, order, topk, num_rows, dtype, device):
+    selection = torch.tensor([scores], dtype=dtype, device=device).expand(num_rows, -1)
     assert top_experts(selection, topk).tolist() == [order[:topk]] * num_rows
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("num_experts", "topk"), [(5, 2), (256, 6)])
-def test_both_ways_to_the_top_agree_with_a_sort_of_pairs_among_many_ties(num_experts, topk):
+def test_both_ways_to_the_top_agree_with_a_sort_of_pairs_among_many_ties(num_experts, topk, device):
     g = torch.Generator().manual_seed(0)
     rows = FEW // num_experts + 40
     coarse = torch.randint(12, (rows, num_experts), generator=g) / 4 - 1  # 12 values: every row has ties
     fine = torch.rand(rows, num_experts, generator=g, dtype=torch.float64)  # 2^-53 apart: none has
-    for selection in (coarse, fine):
+    for selection in (coarse.to(device), fine.to(device)):
         expected = [
             sorted(range(num_experts), key=lambda e, row=row: (-row[e], e))[:topk]
             for row in selection.tolist()
