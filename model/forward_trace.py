@@ -6,7 +6,6 @@ A forward given a `Trace` fills it in; without one nothing is computed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
 from typing import TYPE_CHECKING
 
 from torch import Tensor

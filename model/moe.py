@@ -167,7 +167,6 @@ class Experts(nn.Module):
         mine = down.index_select(0, inverse).view(num_tokens, topk, -1)
         return exact.by_tiles(lambda x: x.sum(1), mine), counts
 
-
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """w1, w2, w3 as they compute: in FP4 where that is switched on, kept while no gradient is wanted."""
         masters = (self.w1, self.w2, self.w3)
