@@ -6,35 +6,15 @@ Source: `config.json` of the released checkpoints; report section 4.2.1 for the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from consilience.conf.errors import ConfigError
+from consilience.model.config_json import SIZES, read_fields
+from consilience.model.config_layouts import write_official, write_transformers
 
 SLIDING = 0
 CSA_RATIO = 4
-
-_POSITIVE = [
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "head_dim",
-    "qk_rope_head_dim",
-    "q_lora_rank",
-    "o_groups",
-    "o_lora_rank",
-    "sliding_window",
-    "index_n_heads",
-    "index_head_dim",
-    "index_topk",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "n_shared_experts",
-    "hc_mult",
-    "hc_sinkhorn_iters",
-]
 
 
 @dataclass(frozen=True)
@@ -88,7 +68,7 @@ class ModelConfig:
     expert_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
+        for name in (*SIZES, "qk_rope_head_dim"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"model: {name} is {getattr(self, name)}; it must be at least 1")
         for message, is_ok in self._checks():
@@ -154,52 +134,19 @@ class ModelConfig:
 
     def to_json_dict(self) -> dict[str, Any]:
         """The released `config.json` layout (rope_scaling as a table, MTP's ratio appended)."""
-        row = asdict(self)
-        scaling = {
-            "type": "yarn",
-            "factor": row.pop("rope_factor"),
-            "original_max_position_embeddings": row.pop("rope_original_length"),
-            "beta_fast": row.pop("rope_beta_fast"),
-            "beta_slow": row.pop("rope_beta_slow"),
-        }
-        row["compress_ratios"] = [*self.compress_ratios, *row.pop("mtp_compress_ratios")]
-        if self.expert_dtype is None:
-            row.pop("expert_dtype")
-        return {
-            "architectures": ["DeepseekV4ForCausalLM"],
-            "model_type": "deepseek_v4",
-            **row,
-            "rope_scaling": scaling,
-            "hidden_act": "silu",
-            "scoring_func": "sqrtsoftplus",
-            "topk_method": "noaux_tc",
-            "norm_topk_prob": True,
-            "tie_word_embeddings": False,
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-        }
+        return write_official(asdict(self))
+
+    def to_transformers_dict(self) -> dict[str, Any]:
+        """The `config.json` that `transformers` saves; ConfigError where it cannot say what this is."""
+        return write_transformers(asdict(self))
 
     @classmethod
     def from_json_dict(cls, row: Mapping[str, Any]) -> ModelConfig:
-        """Inverse of `to_json_dict`; ConfigError names a missing field."""
-        names = {f.name for f in fields(cls)}
-        values = {k: v for k, v in row.items() if k in names}
-        scaling = row.get("rope_scaling") or {}
-        keys = {
-            "rope_factor": "factor",
-            "rope_original_length": "original_max_position_embeddings",
-            "rope_beta_fast": "beta_fast",
-            "rope_beta_slow": "beta_slow",
-        }
-        values |= {ours: scaling[theirs] for ours, theirs in keys.items() if theirs in scaling}
+        """From either layout (`config_json.read_fields`); ConfigError names a missing or foreign field."""
         try:
-            num_layers = values["num_hidden_layers"]
-            ratios = tuple(values["compress_ratios"])
-            values["compress_ratios"] = ratios[:num_layers]
-            values["mtp_compress_ratios"] = ratios[num_layers:]
-            return cls(**values)
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"model config.json: missing or wrong field ({error})") from error
+            return cls(**read_fields(row))
+        except ConfigError as error:
+            raise ConfigError(f"model config.json: {error}") from error
 
 
 def _alternate(first: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
