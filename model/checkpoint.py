@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from consilience.conf.errors import CheckpointError
+from consilience.model.config import ModelConfig
 from consilience.model.transformer import Transformer
 
 _EXPERTS = re.compile(r"^(.*\.ffn\.experts)\.(w[123])$")
@@ -24,18 +26,32 @@ def official_name(name: str) -> str:
     return re.sub(r"(hc_attn|hc_ffn|hc_head)\.(fn|base|scale)$", r"\1_\2", name)
 
 
+def official_parts(name: str, tensor: Tensor, first_expert: int = 0) -> dict[str, Tensor]:
+    """The released tensors that the parameter `name` is made of: itself, or one for each expert.
+
+    first_expert is the number of the first one in the stack, where a rank holds some of them only.
+    """
+    match = _EXPERTS.match(name)
+    if not match:
+        return {official_name(name): tensor}
+    prefix, part = match.groups()
+    return {f"{prefix}.{number}.{part}.weight": expert for number, expert in enumerate(tensor, first_expert)}
+
+
 def to_official(model: Transformer) -> dict[str, Tensor]:
     """All tensors of the model under official names, detached, sharing memory."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        match = _EXPERTS.match(name)
-        if match:
-            prefix, part = match.groups()
-            for index, expert in enumerate(tensor):
-                tensors[f"{prefix}.{index}.{part}.weight"] = expert
-        else:
-            tensors[official_name(name)] = tensor
+        tensors |= official_parts(name, tensor)
     return tensors
+
+
+@lru_cache(maxsize=4)
+def expected_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Official name -> shape of every tensor that a checkpoint of this model holds, in their order."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return {name: tuple(tensor.shape) for name, tensor in to_official(model).items()}
 
 
 @torch.no_grad()
