@@ -20,6 +20,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "chat": "consilience.cli.chat:chat",
         "report": "consilience.cli.pipeline:report",
         "plan": "consilience.cli.plan:plan",
+        "convert": "consilience.cli.convert:convert",
         "doctor": "consilience.cli.doctor:doctor",
     }
 )
@@ -35,6 +36,7 @@ PURPOSE: Mapping[str, str] = MappingProxyType(
         "chat": "talk to a checkpoint",
         "report": "check and print the report of a finished run",
         "plan": "parameters, FLOPs and bytes of a model, beside V3.2 (model=flash context=1M plot=FILE.png)",
+        "convert": "weights from one layout to another (source=DIR target=DIR layout=official experts=fp4)",
         "doctor": "what this machine has, and which engine, sandbox and device each stage will use",
         "help": "this text, or the settings of one group: consilience help grpo",
     }

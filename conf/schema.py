@@ -356,6 +356,30 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
+class ConvertConfig:
+    """What `convert` reads and writes; each may be written without its group: `convert source=DIR`."""
+
+    source: str | None = setting(None, "folder of weights in any layout; must be given")
+    target: str | None = setting(None, "folder to write, which must not exist; must be given")
+    layout: str = setting(
+        "official",
+        "official: quantised as released; native: released names, for training here and vLLM; transformers",
+        choices=("official", "native", "transformers"),
+    )
+    experts: str | None = setting(
+        None,
+        "how layout=official stores routed experts; null: as the source does, else fp4",
+        choices=("fp4", "fp8", "bf16"),
+    )
+    dtype: str = setting("bfloat16", "type of what is not quantised", choices=("bfloat16", "float32"))
+    like: str | None = setting(
+        None,
+        "released folder the source was trained from: its scales, files and config are kept where they fit",
+    )
+    max_shard_bytes: int = setting(4 << 30, "largest file, unless one tensor is larger", unit="bytes", low=1)
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What is written down and shown."""
 
@@ -406,5 +430,6 @@ class Config:
     evaluate: EvaluateConfig = setting(EvaluateConfig, "held-out measurement")
     generate: GenerateConfig = setting(GenerateConfig, "what generate and chat sample from")
     plan: PlanConfig = setting(PlanConfig, "what plan counts and draws")
+    convert: ConvertConfig = setting(ConvertConfig, "what convert reads and writes")
     log: LogConfig = setting(LogConfig, "what is written down")
     run: RunConfig = setting(RunConfig, "the run folder")

@@ -81,7 +81,7 @@ def write_release(
     dtype: torch.dtype = torch.bfloat16,
     like: ReleasedCheckpoint | None = None,
     max_shard_bytes: int = 4 << 30,
-    on_block: Callable[[str, int], None] = lambda name, num_bytes: None,
+    on_block: Callable[[str, int, int], None] = lambda name, num_bytes, total_bytes: None,
 ) -> None:
     """Shards, index and config.json into the empty folder, neither flushed nor published.
 
@@ -89,7 +89,7 @@ def write_release(
               None: as `like` or the checkpoint read stores them, else as config says, else "fp4"
     dtype     of what is not quantised; what V4 keeps in fp32 stays that
     like      checkpoint whose scales, files and config.json are kept where nothing differs
-    on_block  called after each block with the tensor's official name and the bytes written
+    on_block  called after each block: the tensor's official name, the bytes written, the bytes in all
 
     One block of rows is in memory beside the source. CheckpointError if `like` is another model, if a
     value cannot be stored in the form asked for, or MXFP4 experts do not fit FP8 without loss.
@@ -115,12 +115,12 @@ def write_release(
             if slot.scale is None:
                 rows = source.read(name, first, last).to(slot.dtype)
                 writer.write_rows(slot.stored, slot.first_row + first, rows)
-                on_block(name, rows.nbytes)
+                on_block(name, rows.nbytes, writer.total_bytes)
                 continue
             codes, scale = _quantised(source, name, first, last, slot, like)
             writer.write_rows(slot.stored, first, codes)
             writer.write_rows(slot.scale, first // TILES[slot.form][0], scale)
-            on_block(name, codes.nbytes + scale.nbytes)
+            on_block(name, codes.nbytes + scale.nbytes, writer.total_bytes)
     writer.close()
     _write_tables(folder, source, writer, given, is_same, (layout, experts, dtype))
 

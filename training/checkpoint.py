@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from consilience.conf.errors import CheckpointError, ConsilienceError
 from consilience.training.durable_files import (
+    flush_folder,
     folder_beside,
     fsync_file,
-    fsync_folder,
     is_disk_full,
     replace_folder,
     restore_folder,
@@ -176,20 +176,22 @@ def _write(
     if stage_tensors:
         (beside / STATE).mkdir(exist_ok=True)
         disk.write_tensors(beside / STATE / STAGE_FILE, stage_tensors)
-    shard_files = set(weight_map.values())
-    others = [p for p in sorted(beside.rglob("*")) if p.is_file() and p.name not in shard_files]
-    meta = replace(
-        meta,
-        digest=model_format.digest(tensors),
-        files={path.relative_to(beside).as_posix(): _sha256(path) for path in others},
-    )
-    disk.write_text(beside / META, json.dumps(asdict(meta), indent=1))
-    for path in beside.rglob("*"):
-        if path.is_file():
-            disk.sync(path)
-        else:
-            fsync_folder(path)
-    fsync_folder(beside)
+    meta = replace(meta, digest=model_format.digest(tensors))
+    return seal_folder(beside, meta, set(weight_map.values()), disk)
+
+
+def seal_folder(
+    folder: Path, meta: CheckpointMeta, shards: Set[str], disk: Disk | None = None
+) -> CheckpointMeta:
+    """Write `consilience.json` over what lies in a folder, the shards left out, and flush all of it.
+
+    The meta comes back with `files` filled in; its digest is the caller's.
+    """
+    disk = disk or Disk()
+    others = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in shards]
+    meta = replace(meta, files={path.relative_to(folder).as_posix(): _sha256(path) for path in others})
+    disk.write_text(folder / META, json.dumps(asdict(meta), indent=1))
+    flush_folder(folder, disk.sync)
     return meta
 
 
@@ -199,9 +201,14 @@ def load_checkpoint(
     """The model of a checkpoint folder and its meta.
 
     The weights keep the type they were written in; no random number is drawn. `verify` recomputes
-    the weights digest and the sha256 of the small files. CheckpointError names file and tensor.
+    the weights digest and the sha256 of the small files. A folder that was not saved here (no
+    `consilience.json`) is read as a released or transformers checkpoint, in the type of its embedding; its
+    meta is that of stage "released". CheckpointError names file and tensor.
     """
-    folder, model_format = Path(folder), model_format or v4_format()
+    folder = Path(folder)
+    if model_format is None and (folder / CONFIG).is_file() and not (folder / META).is_file():
+        return _load_released(folder)
+    model_format = model_format or v4_format()
     meta = read_meta(folder)
     config = read_config(folder)
     tensors, weight_map = read_shards(folder)
@@ -219,6 +226,21 @@ def load_checkpoint(
         _verify_files(folder, {n: d for n, d in meta.files.items() if not n.startswith(f"{STATE}/")})
     model_format.load_official(model, tensors)
     return model, meta
+
+
+def _load_released(folder: Path) -> tuple[nn.Module, CheckpointMeta]:
+    from consilience.model.checkpoint import to_official
+    from consilience.model.digest import weights_digest
+    from consilience.model.released_checkpoint import open_checkpoint
+    from consilience.model.released_loading import load_released
+    from consilience.model.transformer import Transformer
+
+    checkpoint = open_checkpoint(folder)
+    with torch.device("meta"):
+        config = replace(checkpoint.config, expert_dtype=None)  # what is in memory is not quantised
+        model = Transformer(config, checkpoint.entries["embed.weight"].payload.dtype)
+    load_released(model, checkpoint)
+    return model, CheckpointMeta("released", seed=0, step=0, digest=weights_digest(to_official(model)))
 
 
 def load_engine_state(folder: Path, engine: TrainEngine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,6 +38,16 @@ def fsync_folder(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def flush_folder(folder: Path, flush_file: Callable[[Path], None] = fsync_file) -> None:
+    """Every file and folder below is on the disk when this returns, and the folder itself."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            flush_file(path)
+        else:
+            fsync_folder(path)
+    fsync_folder(folder)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from consilience.conf.errors import CheckpointError
-
-INDEX = "model.safetensors.index.json"
+from consilience.model.shards import INDEX, read_index
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -61,7 +60,7 @@ def read_shards(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     CheckpointError names the file, and the tensor where one is missing, doubled or not in the index.
     """
-    weight_map = _read_index(folder / INDEX)
+    weight_map = read_index(folder / INDEX)
     tensors: dict[str, Tensor] = {}
     for file_name in sorted(set(weight_map.values())):
         found = read_tensors(folder / file_name)
@@ -101,25 +100,6 @@ def check_tensors(
                 f"{folder / weight_map[name]}: tensor {name} has type {_dtype(tensor)}, the model of "
                 f"config.json needs {_dtype(wanted)}; convert the weights first"
             )
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise ValueError("weight_map is not a table of file names")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} is missing; the folder is no checkpoint or not a complete one"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); restore or remake the checkpoint") from error
-    outside = [file for file in weight_map.values() if Path(file).name != file]
-    if outside:
-        raise CheckpointError(
-            f"{path}: shard {outside[0]} lies outside the checkpoint folder; it is not used"
-        )
-    return weight_map
 
 
 def _own_memory(tensor: Tensor) -> Tensor:

@@ -254,11 +254,16 @@ def test_another_model_is_not_written_like_this_one(tmp_path, rough_model):
 def test_progress_adds_up_to_the_bytes_written(tmp_path):
     checkpoint = open_checkpoint(write_official(tmp_path / "in"))
     seen = {}
-    count = lambda name, size: seen.update({name: seen.get(name, 0) + size})
+    total = sum(t.nbytes for t in release_tensors().values())
+
+    def count(name, size, of):
+        assert of == total
+        seen[name] = seen.get(name, 0) + size
+
     (tmp_path / "out").mkdir()
     write_release(tmp_path / "out", from_checkpoint(checkpoint), on_block=count)
     assert list(seen) == list(checkpoint.entries)
-    assert sum(seen.values()) == sum(t.nbytes for t in release_tensors().values())
+    assert sum(seen.values()) == total
 
 
 # --- what others load ---

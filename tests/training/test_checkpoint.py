@@ -14,9 +14,11 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from synthetic_release import release_config, release_tensors, write_folder
 from torch import nn
 
 from consilience.conf.errors import CheckpointError
+from consilience.model.checkpoint import to_official
 from consilience.model.config import ModelConfig
 from consilience.model.digest import weights_digest
 from consilience.model.forward_trace import Trace
@@ -412,3 +414,15 @@ def test_the_v4_model_resumes_bit_for_bit_with_muon_adamw_and_moved_router_biase
     train_v4(resumed, 2, first=2)
     assert same(straight.model, resumed.model)
     assert straight.model.layers[1].ffn.gate.bias.any()
+
+
+def test_a_released_folder_is_where_a_stage_may_start(tmp_path):
+    tensors = {n: t for n, t in release_tensors(experts="fp8").items() if not n.startswith("mtp.")}
+    folder = write_folder(tmp_path / "base", tensors, release_config(experts="fp8"))
+    model, meta = load_checkpoint(folder)
+    assert (meta.stage, meta.step) == ("released", 0) and meta.digest == weights_digest(to_official(model))
+    assert model.embed.weight.dtype == torch.bfloat16 and model.config.expert_dtype is None
+    saved = save_checkpoint(tmp_path / "saved", model, None, CheckpointMeta("sft", 0, 1, parent=meta.digest))
+    assert saved.digest == meta.digest
+    again, _ = load_checkpoint(tmp_path / "saved")
+    assert again.config == model.config
