@@ -1,5 +1,6 @@
 """Reading: every layout under one set of names, values exact, parts equal to the whole's."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,10 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from consilience.conf.errors import CheckpointError
 from consilience.model.checkpoint import expected_shapes, to_official
+from consilience.model.config import FLASH
+from consilience.model.release_plan import plan_slots, shard_slots
 from consilience.model.released_checkpoint import blocks_of, open_checkpoint
+from consilience.model.shards import INDEX, ShardWriter
 from consilience.training.checkpoint import CheckpointMeta, save_checkpoint
 
 torch.set_num_threads(1)
@@ -149,6 +153,22 @@ def test_of_dspark_the_trunk_is_read_and_the_stages_are_left_out(tmp_path):
         for n in ("attn.wkv.scale", "attn.wkv.weight", "confidence", "main_proj.scale", "main_proj.weight")
     )  # fmt: skip
     assert checkpoint.read("norm.weight").shape == (256,)
+
+
+def test_the_released_flash_file_by_file(tmp_path):
+    """Listing of the real one: 69,187 tensors in 46 shards, 159.6 GB. Headers are real, contents sparse."""
+    slots = plan_slots(expected_shapes(FLASH), "official", "fp4", torch.bfloat16, None)
+    writer = ShardWriter(tmp_path)
+    for file_name, tensors in shard_slots(slots, 3_500_000_000):
+        writer.lay_out(file_name, tensors)
+    assert len(writer.weight_map) == 69_187 and len(set(writer.weight_map.values())) == 46
+    assert f"{writer.total_bytes / 1e9:.1f}" == "159.6"
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": writer.weight_map}))
+    (tmp_path / "config.json").write_text(json.dumps(FLASH.to_json_dict()))
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.config == replace(FLASH, expert_dtype="fp4") and not checkpoint.left_out
+    last = checkpoint.read("mtp.0.ffn.experts.255.w2.weight", slice(4000, 4096))
+    assert last.shape == (96, 2048) and not last.any()
 
 
 def hf_model(dtype=torch.float32):

@@ -21,6 +21,7 @@ from consilience.model.transformer import Transformer
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +34,14 @@ def on_meta(config, dtype):
         return Transformer(config, dtype)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_model_built_on_meta_is_made_and_filled(checkpoint, dtype):
+def test_a_model_built_on_meta_is_made_and_filled(checkpoint, dtype, device):
     model = on_meta(checkpoint.config, dtype)
     model.embed.weight.requires_grad_(False)
-    load_released(model, checkpoint)
+    load_released(model, checkpoint, device=device)
+    assert {t.device.type for t in model.state_dict().values()} == {device}
+    model.cpu()
     assert not model.embed.weight.requires_grad and model.head.weight.requires_grad
     for name, tensor in to_official(model).items():
         wide = "hc_" in name or name.endswith(("sink", "ape", "bias"))
