@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synthetic_release import RELEASED, release_tensors, write_official
-from test_released_checkpoint import dspark, hf_model
+from synthetic_release import RELEASED, dspark, hf_model, release_tensors, write_official
 
 from consilience.cli.main import main
 from consilience.model.checkpoint import to_official

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 from safetensors.torch import save_file
+from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from consilience.model.checkpoint import expected_shapes
 from consilience.model.config import TINY
@@ -127,3 +128,26 @@ def write_official(folder, config=RELEASED, seed=0, num_shards=3, experts="fp4",
     """The whole of it in a folder."""
     tensors = release_tensors(config, seed, experts=experts, **kwargs)
     return write_folder(folder, tensors, release_config(config, experts), num_shards)
+
+
+def dspark(folder):
+    """Three stages under mtp.*, of other tensors than a V4 block; 3 ratios more than layers."""
+    tensors = {n: t for n, t in release_tensors().items() if not n.startswith("mtp.")}
+    for stage in range(3):
+        tensors[f"mtp.{stage}.main_proj.weight"] = torch.ones(256, 768, dtype=torch.float8_e4m3fn)
+        tensors[f"mtp.{stage}.main_proj.scale"] = torch.ones(2, 6, dtype=torch.float8_e8m0fnu)
+        tensors[f"mtp.{stage}.attn.wkv.weight"] = torch.ones(64, 256, dtype=torch.float8_e4m3fn)
+        tensors[f"mtp.{stage}.attn.wkv.scale"] = torch.ones(1, 2, dtype=torch.float8_e8m0fnu)
+        tensors[f"mtp.{stage}.confidence"] = torch.tensor(0.5)
+    ratios = [*RELEASED.compress_ratios, 0, 0, 0]
+    return write_folder(folder, tensors, release_config(compress_ratios=ratios))
+
+
+def hf_model(dtype=torch.float32):
+    """The same sizes as transformers' own model, random weights."""
+    torch.manual_seed(0)
+    model = DeepseekV4ForCausalLM(DeepseekV4Config(**RELEASED.to_transformers_dict())).to(dtype)
+    for layer in model.model.layers:
+        if hasattr(layer.mlp.gate, "tid2eid"):
+            layer.mlp.gate.tid2eid.random_(RELEASED.n_routed_experts)
+    return model

@@ -7,8 +7,15 @@ import pytest
 import torch
 import transformers.quantizers.quantizer_finegrained_fp8 as hf_fp8
 from safetensors.torch import load_file
-from synthetic_release import RELEASED, release_config, release_tensors, write_folder, write_official
-from test_released_checkpoint import dspark, hf_model
+from synthetic_release import (
+    RELEASED,
+    dspark,
+    hf_model,
+    release_config,
+    release_tensors,
+    write_folder,
+    write_official,
+)
 from transformers import DeepseekV4ForCausalLM, FineGrainedFP8Config
 
 from consilience.conf.errors import CheckpointError

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import save_file
 from synthetic_release import (
     RELEASED,
+    dspark,
+    hf_model,
     release_config,
     release_tensors,
     write_folder,
     write_official,
 )
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from consilience.conf.errors import CheckpointError
 from consilience.model.checkpoint import expected_shapes, to_official
@@ -132,19 +133,6 @@ def test_a_file_without_mtp_tensors_is_the_trunk(tmp_path):
     assert not any(name.startswith("mtp.") for name in checkpoint.entries)
 
 
-def dspark(folder):
-    """Three stages under mtp.*, of other tensors than a V4 block; 3 ratios more than layers."""
-    tensors = {n: t for n, t in release_tensors().items() if not n.startswith("mtp.")}
-    for stage in range(3):
-        tensors[f"mtp.{stage}.main_proj.weight"] = torch.ones(256, 768, dtype=torch.float8_e4m3fn)
-        tensors[f"mtp.{stage}.main_proj.scale"] = torch.ones(2, 6, dtype=torch.float8_e8m0fnu)
-        tensors[f"mtp.{stage}.attn.wkv.weight"] = torch.ones(64, 256, dtype=torch.float8_e4m3fn)
-        tensors[f"mtp.{stage}.attn.wkv.scale"] = torch.ones(1, 2, dtype=torch.float8_e8m0fnu)
-        tensors[f"mtp.{stage}.confidence"] = torch.tensor(0.5)
-    ratios = [*RELEASED.compress_ratios, 0, 0, 0]
-    return write_folder(folder, tensors, release_config(compress_ratios=ratios))
-
-
 def test_of_dspark_the_trunk_is_read_and_the_stages_are_left_out(tmp_path):
     checkpoint = open_checkpoint(dspark(tmp_path))
     assert checkpoint.config.num_nextn_predict_layers == 0
@@ -169,15 +157,6 @@ def test_the_released_flash_file_by_file(tmp_path):
     assert checkpoint.config == replace(FLASH, expert_dtype="fp4") and not checkpoint.left_out
     last = checkpoint.read("mtp.0.ffn.experts.255.w2.weight", slice(4000, 4096))
     assert last.shape == (96, 2048) and not last.any()
-
-
-def hf_model(dtype=torch.float32):
-    torch.manual_seed(0)
-    model = DeepseekV4ForCausalLM(DeepseekV4Config(**RELEASED.to_transformers_dict())).to(dtype)
-    for layer in model.model.layers:
-        if hasattr(layer.mlp.gate, "tid2eid"):
-            layer.mlp.gate.tid2eid.random_(RELEASED.n_routed_experts)
-    return model
 
 
 def assert_is(checkpoint, model):
