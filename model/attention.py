@@ -51,9 +51,10 @@ class Attention(nn.Module):
         """hidden [B, T, D] (normed) -> [B, T, D]. Advances the layer's state when one is given."""
         num_rows, num_tokens, _ = hidden.shape
         rotation = layout.sliding_rotation if self.ratio == SLIDING else layout.compressed_rotation
+        for_heads = rotation[:, :, None]
         latent = self.q_norm(self.wq_a(hidden))
         query = self.wq_b(latent).view(num_rows, num_tokens, self.num_heads, self.width)
-        query = rotate(rms(query, self.eps), rotation[:, :, None])
+        query = rms(query, self.eps, for_heads)
         kv = rotate(self.kv_norm(self.wkv(hidden)), rotation)
         if self.quantization.kv:
             kv = kv_values(kv, self.num_rope)
@@ -68,7 +69,7 @@ class Attention(nn.Module):
         if self.compressor is not None and layout.trace is not None:
             layout.trace.add_visible(layout.windows[self.ratio], layout.is_valid, keys.picks)
 
-        output = rotate(output, rotation.conj()[:, :, None])
+        output = rotate(output, for_heads, is_inverse=True)
         low = self._grouped(output.reshape(num_rows * num_tokens, self.groups, -1))
         return self.wo_b(low.view(num_rows, num_tokens, -1))
 

@@ -29,7 +29,13 @@ class Compressor(nn.Module):
     quantization = OFF
 
     def __init__(
-        self, config: ModelConfig, width: int, ratio: int, dtype: torch.dtype | None, *, is_index: bool = False
+        self,
+        config: ModelConfig,
+        width: int,
+        ratio: int,
+        dtype: torch.dtype | None,
+        *,
+        is_index: bool = False,
     ) -> None:
         super().__init__()
         self.is_index = is_index

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from consilience.model import exact
+from consilience.model.kernels.norm_rotate import is_available, norm_rotate
+from consilience.model.rope import rotate
 
 
 class _Rms(torch.autograd.Function):
@@ -26,17 +28,21 @@ class _Rms(torch.autograd.Function):
         return torch.addcmul(grad, y, inner, value=-1).mul_(scale), None
 
 
-def rms(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) over the last axis, in fp32 (fp64 stays), returned in x's dtype."""
-    return _normed(x, eps).to(x.dtype)
-
-
-def _normed(x: Tensor, eps: float) -> Tensor:
+def plain_norm(x: Tensor, eps: float) -> Tensor:
+    """The definition: x / sqrt(mean(x²) + eps) over the last axis, in fp32 (fp64 stays)."""
     wide = x if x.dtype == torch.float64 else x.float()
     if not exact.is_on():
         return _Rms.apply(wide, eps)  # type: ignore[return-value]
     rows = exact.by_tiles(lambda rows: _Rms.apply(rows, eps), wide.reshape(-1, x.shape[-1]))
     return rows.view(x.shape)
+
+
+def rms(x: Tensor, eps: float, rotation: Tensor | None = None) -> Tensor:
+    """`plain_norm` in x's dtype; then, given a rotation, `rotate` by it."""
+    if is_available(x, rotation):
+        return norm_rotate(x, None, rotation, eps)
+    normed = plain_norm(x, eps).to(x.dtype)
+    return normed if rotation is None else rotate(normed, rotation)
 
 
 class RMSNorm(nn.Module):
@@ -49,5 +55,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width] in x's dtype."""
-        normed = _normed(x, self.eps)
+        if is_available(x) and self.weight.dtype == x.dtype:
+            return norm_rotate(x, self.weight, None, self.eps)
+        normed = plain_norm(x, self.eps)
         return (normed * self.weight.to(normed.dtype)).to(x.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from consilience.model import exact
 from consilience.model.config import ModelConfig
+from consilience.model.kernels.norm_rotate import is_available, norm_rotate
 
 
 def inverse_frequencies(
@@ -45,12 +46,15 @@ def rotations(position: Tensor, frequencies: Tensor) -> Tensor:
     return unit.view(*position.shape, len(frequencies))
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate the last R channels of x as interleaved pairs.
+def rotate(x: Tensor, rotation: Tensor, *, is_inverse: bool = False) -> Tensor:
+    """Rotate the last R channels of x as interleaved pairs, or back.
 
-    x [..., C]; rotation [..., R/2] broadcasts over x's leading axes; pass `rotation.conj()` for
-    the inverse. Computed in fp32 (fp64 stays), returned in x's dtype.
+    x [..., C]; rotation [..., R/2] broadcasts over x's leading axes. Computed in fp32 (fp64 stays),
+    returned in x's dtype.
     """
+    if is_available(x, rotation):
+        return norm_rotate(x, None, rotation, None, is_inverse=is_inverse)
+    rotation = rotation.conj() if is_inverse else rotation
     width = 2 * rotation.shape[-1]
     plain, turned = x[..., :-width], x[..., -width:]
     wide = turned if x.dtype == torch.float64 else turned.float()
@@ -62,7 +66,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def _product(pairs: Tensor, rotation: Tensor) -> Tensor:
-    """pairs · rotation. In exact mode from single operations, each rounded once: a fused one may round otherwise."""
+    """pairs · rotation. In exact mode from single operations: a fused one may round otherwise."""
     if not exact.is_on():
         return pairs * rotation
     a, b, c, d = pairs.real, pairs.imag, rotation.real, rotation.imag

@@ -17,6 +17,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from torch import Tensor
+
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 COMPILE_TIMEOUT_S = 120
 
@@ -38,6 +40,24 @@ def library(name: str) -> ctypes.CDLL | str:
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         return f"{compiler} does not make {source.name} into a library: {detail.strip()[:300]}"
+
+
+def call(name: str, function: str, *arguments: Tensor | int | float | None) -> None:
+    """Call `function` of library `name`: tensors as pointers (None: null), int as C long, float as float."""
+    handle = library(name)
+    assert isinstance(handle, ctypes.CDLL)
+    found = getattr(handle, function)
+    found.restype = None
+    found(*(_as_c(value) for value in arguments))
+
+
+def _as_c(value: Tensor | int | float | None):
+    if value is None:
+        return ctypes.c_void_p(None)
+    if isinstance(value, Tensor):
+        assert value.is_contiguous()
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_long(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
 def _compile(compiler: str, source: Path, target: Path) -> None:

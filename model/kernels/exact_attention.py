@@ -92,7 +92,10 @@ def exact_scores(query: Tensor, weight: Tensor, keys: Tensor, windows: Windows) 
     rows, num_tokens, heads, width = query.shape
     row = padded(torch.arange(rows, device=query.device).repeat_interleave(num_tokens))
     wide = torch.promote_types(query.dtype, torch.float32)
-    flat, weights = padded(query.reshape(-1, heads, width).to(wide)), padded(weight.reshape(-1, heads).to(wide))
+    flat, weights = (
+        padded(query.reshape(-1, heads, width).to(wide)),
+        padded(weight.reshape(-1, heads).to(wide)),
+    )
     first, stop = padded(windows.first.flatten()), padded(windows.stop.flatten())
     scores = flat.new_full((flat.shape[0], keys.shape[1] + 1), float("-inf"))
     for start in range(0, flat.shape[0], TILE):

@@ -146,8 +146,7 @@ class _Views:
 
     def of(self, buffer: Tensor) -> list[Tensor]:
         return [
-            buffer.view(*shape, buffer.shape[-1])[:, :, part]
-            for shape, part in zip(self.shapes, self.slices)
+            buffer.view(*shape, buffer.shape[-1])[:, :, part] for shape, part in zip(self.shapes, self.slices)
         ]
 
 

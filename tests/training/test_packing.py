@@ -168,7 +168,7 @@ def test_input_that_cannot_be_packed_says_which_sample_and_why(call, error, says
 def test_five_thousand_short_samples_pack_in_fifty_milliseconds():
     tokens, masks, values = random_samples(np.random.default_rng(2).integers(10, 120, 5000))
     best = min(
-        _cpu_seconds(lambda: pack(tokens, masks, {"v": values}, max_row_tokens=1024)) for _ in range(5)
+        _cpu_seconds(lambda: pack(tokens, masks, {"v": values}, max_row_tokens=1024)) for _ in range(15)
     )
     assert best < 0.05
 
