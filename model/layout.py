@@ -36,7 +36,7 @@ class Windows:
     position [E]        of the window's first token, for RoPE
     num_columns         M
     first, stop [B, T]  a query sees the columns first … stop - 1
-    ratio, earlier      no query t sees a column at or beyond (earlier + t + 1) // ratio
+    ratio, earlier      no valid query t sees a column at or beyond (earlier + t + 1) // ratio
     """
 
     row: Tensor
@@ -51,7 +51,7 @@ class Windows:
     earlier: int
 
     def columns_before(self, token: int) -> int:
-        """Columns that queries before `token` can see at most."""
+        """Columns that valid queries before `token` can see at most."""
         return min(self.num_columns, (self.earlier + token) // self.ratio)
 
 
@@ -131,8 +131,10 @@ def _packed_windows(ratio: int, position: Tensor, is_valid: Tensor) -> Windows:
     )
 
 
-def _chunk_windows(ratio: int, position: Tensor, is_valid: Tensor, ring: int, end: int) -> Windows:
-    """Entries of a row are numbered by position; `end` = the longest row's length after this chunk."""
+def _chunk_windows(
+    ratio: int, position: Tensor, is_valid: Tensor, ring: int, earlier: int, end: int
+) -> Windows:
+    """Entries of a row are numbered by position; `earlier`, `end` = the longest row before and after."""
     row, token, source, is_present = _closing(ratio, position, is_valid, ring)
     stop = (position + 1) // ratio
     last = position[row, token]
@@ -146,7 +148,7 @@ def _chunk_windows(ratio: int, position: Tensor, is_valid: Tensor, ring: int, en
         first=torch.zeros_like(stop),
         stop=stop,
         ratio=ratio,
-        earlier=end,
+        earlier=earlier,
     )
 
 
@@ -180,9 +182,10 @@ def chunk_layout(
     window = config.sliding_window
     token = torch.arange(num_tokens, device=state.position.device)
     position = state.position[:, None] + token
+    earlier = int(state.position.max())
     if lengths is None:
         is_valid = torch.ones_like(position, dtype=torch.bool)
-        end = int(state.position.max()) + num_tokens
+        end = earlier + num_tokens
     else:
         is_valid = token < lengths[:, None]
         end = int((state.position + lengths).max())
@@ -195,7 +198,7 @@ def chunk_layout(
         frequencies=frequencies,
         offset=window,
         oldest=window + token - position.clamp(max=window - 1),
-        windows={m: _chunk_windows(m, position, is_valid, rings[m], end) for m in config.ratios},
+        windows={m: _chunk_windows(m, position, is_valid, rings[m], earlier, end) for m in config.ratios},
         state=state,
         lengths=lengths,
         ring_seen=_ring_seen(position, state, window) if num_tokens == 1 and lengths is None else None,

@@ -41,13 +41,13 @@ SMALLEST = replace(
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def smallest():
     """The config of the small models here; `dataclasses.replace` varies it."""
     return SMALLEST
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rough_model():
     """rough_model(config, seed=0, dtype=None): a model with every parameter away from its start."""
 

@@ -28,7 +28,7 @@ def layout_of(segments, positions=None):
     segments = torch.as_tensor(segments)
     if positions is None:
         positions = torch.arange(segments.shape[1]).expand_as(segments)
-    return packed_layout(CONFIG, FREQUENCIES, segments, torch.as_tensor(positions), None)
+    return packed_layout(CONFIG, segments, torch.as_tensor(positions), None)
 
 
 def compressor(ratio, seed=0):
@@ -105,9 +105,9 @@ def packed(length):
 
 @pytest.mark.parametrize("ratio", [3, 4])
 def test_a_query_sees_entry_i_once_all_its_tokens_have_come(ratio):
-    visible = packed(12).windows[ratio].bias[0] == 0
-    for t in range(12):
-        assert visible[t].tolist() == [i < (t + 1) // ratio for i in range(12 // ratio)], t
+    windows = packed(12).windows[ratio]
+    assert not windows.first.any()
+    assert windows.stop.tolist() == [[(t + 1) // ratio for t in range(12)]]
 
 
 def test_entries_belong_to_their_segment_and_start_at_its_own_positions():
@@ -121,9 +121,8 @@ def test_entries_belong_to_their_segment_and_start_at_its_own_positions():
         [0, 0],
     )
     assert windows.source[1, 4:].tolist() == [6, 7, 8, 9] and not windows.is_present[:, :4].any()
-    visible = windows.bias[0] == 0
-    assert visible.any(1).nonzero()[:, 0].tolist() == [3, 4, 5, 9, 10]
-    assert visible[5].tolist() == [True, False] and visible[9].tolist() == [False, True]
+    seen = [(t, a, b) for t, (a, b) in enumerate(zip(windows.first[0].tolist(), windows.stop[0].tolist()))]
+    assert [x for x in seen if x[1] < x[2]] == [(3, 0, 1), (4, 0, 1), (5, 0, 1), (9, 1, 2), (10, 1, 2)]
 
 
 def test_without_a_closed_window_there_is_no_entry():
