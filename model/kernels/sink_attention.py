@@ -1,4 +1,4 @@
-"""Attention over a sliding window and compressed entries with one sink logit per head; keys are the values too.
+"""Attention over a sliding window and compressed entries with a sink logit per head; keys are values too.
 
 p = softmax over (visible keys, sink) of q·k·scale; output = Σ p·k. The sink joins the denominator with
 value 0 (report 2.3.3, equation 27). Queries are worked on in stretches whose logits fit a buffer of bounded
@@ -58,7 +58,7 @@ class Stretch:
     columns: int
 
 
-def stretches(keys: Keys, num_queries: int, rows: int, heads: int) -> Iterator[Stretch]:
+def stretches(keys: Keys, num_queries: int, rows: int, heads: int, buffer: int = BUFFER) -> Iterator[Stretch]:
     """Cut T queries: blocks of W, as many at once as the buffer allows, and what is left at the end."""
     size, offset, start = keys.size, keys.layout.offset, 0
     gathered = keys.entries.shape[2] * keys.picks.shape[2] if keys.gathers else 0  # type: ignore[union-attr]
@@ -69,7 +69,7 @@ def stretches(keys: Keys, num_queries: int, rows: int, heads: int) -> Iterator[S
         blocks = 1
         if length == size and span == 2 * size:
             per_query = rows * (heads * (span + _num_columns(keys, num_queries) + 1) + gathered)
-            blocks = max(1, min((num_queries - start) // size, BUFFER // (per_query * size)))
+            blocks = max(1, min((num_queries - start) // size, buffer // (per_query * size)))
         stop = start + blocks * length
         yield Stretch(start, stop, blocks, key, span, _num_columns(keys, stop))
         start = stop
@@ -154,6 +154,10 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def _scaled(query: Tensor, scale: float) -> Tensor:
+    return (_wide(query) * scale).contiguous()
+
+
 def _probabilities(
     query: Tensor, keys: Keys, sink: Tensor, part: Stretch
 ) -> tuple[Tensor, _Views, list[Tensor]]:
@@ -173,11 +177,11 @@ def _probabilities(
     return torch.softmax(buffer, dim=-1, out=buffer), views, each
 
 
-def _by_stretches(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Tensor:
+def _by_stretches(query: Tensor, keys: Keys, sink: Tensor, scale: float, buffer: int) -> Tensor:
     output = torch.empty_like(query)
-    for part in stretches(keys, query.shape[1], query.shape[0], query.shape[2]):
+    for part in stretches(keys, query.shape[1], query.shape[0], query.shape[2], buffer):
         here = slice(part.start, part.stop)
-        scaled = _wide(query[:, here]) * scale
+        scaled = _scaled(query[:, here], scale)
         p, views, each = _probabilities(scaled, keys, sink, part)
         result = torch.zeros_like(scaled)
         for view, key in zip(views.of(p), each):
@@ -190,13 +194,15 @@ class _SinkAttention(torch.autograd.Function):
     """Explicit backward that computes each stretch's probabilities anew."""
 
     @staticmethod
-    def forward(ctx, query, window, entries, picks, sink, scale, place):  # type: ignore[override]
+    def forward(ctx, query, window, entries, picks, sink, scale, place, buffer):  # type: ignore[override]
         # Tensors reach `ctx` through save_for_backward alone, where checkpointing can see them.
         keys = replace(place, window=window, entries=entries, picks=picks)
-        forward = exact_attention if exact.is_on() else _by_stretches
-        output = forward(query, keys, sink, scale)
+        if exact.is_on():
+            output = exact_attention(query, keys, sink, scale)
+        else:
+            output = _by_stretches(query, keys, sink, scale, buffer)
         ctx.save_for_backward(query, window, entries, picks, sink, output)
-        ctx.scale, ctx.place = scale, place
+        ctx.scale, ctx.place, ctx.buffer = scale, place, buffer
         return output
 
     @staticmethod
@@ -207,9 +213,9 @@ class _SinkAttention(torch.autograd.Function):
         d_window = torch.zeros(window.shape, dtype=_wide(window[:0]).dtype, device=window.device)
         d_entries = None if entries is None else torch.zeros_like(entries, dtype=d_window.dtype)
         d_sink = torch.zeros_like(sink)
-        for part in stretches(keys, query.shape[1], query.shape[0], query.shape[2]):
+        for part in stretches(keys, query.shape[1], query.shape[0], query.shape[2], ctx.buffer):
             here = slice(part.start, part.stop)
-            scaled, upstream = _wide(query[:, here]) * ctx.scale, _wide(grad[:, here]).contiguous()
+            scaled, upstream = _scaled(query[:, here], ctx.scale), _wide(grad[:, here]).contiguous()
             p, views, each = _probabilities(scaled, keys, sink, part)
             d_p = torch.empty_like(p)
             d_p[..., -1] = 0
@@ -229,7 +235,7 @@ class _SinkAttention(torch.autograd.Function):
                 assert d_entries is not None
                 _add_entries(d_entries, d_keys[1], keys, part)
         d_entries = None if entries is None else d_entries.to(entries.dtype)  # type: ignore[union-attr]
-        return d_query, d_window.to(window.dtype), d_entries, None, d_sink, None, None
+        return d_query, d_window.to(window.dtype), d_entries, None, d_sink, None, None, None
 
 
 def _add_window(d_window: Tensor, d_key: Tensor, part: Stretch) -> None:
@@ -269,7 +275,7 @@ def _step(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Tensor:
     if part.columns:
         each.append(_entry_keys(keys, part))
         seen.append(keys.picks[:, 0] >= 0 if keys.gathers else visible_columns(keys, part)[:, 0])  # type: ignore[index]
-    scaled = (_wide(query) * scale).view(rows, heads, width)
+    scaled = _scaled(query, scale).view(rows, heads, width)
     each = [_wide(key).contiguous() for key in each]
     sinks = sink.to(scaled.dtype).view(1, heads, 1).expand(rows, -1, -1)
     logits = torch.cat([*(torch.bmm(scaled, key.transpose(1, 2)) for key in each), sinks], dim=-1)
@@ -282,22 +288,23 @@ def _step(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Tensor:
     return output.view(query.shape).to(query.dtype)  # type: ignore[union-attr]
 
 
-def sink_attention(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Tensor:
+def sink_attention(query: Tensor, keys: Keys, sink: Tensor, scale: float, buffer: int = BUFFER) -> Tensor:
     """Attention of query [B, T, H, C] on `keys`, sink [H] -> [B, T, H, C] in the query's dtype.
 
     Logits and softmax are fp32 for half-precision inputs. On a decode state's single step the window is
-    its ring [B, ring, C].
+    its ring [B, ring, C]. `buffer` bounds the logits held at once, but never below those of W queries.
     """
     if keys.layout.is_step:
         step = exact_attention if exact.is_on() else _step
         return step(query, keys, sink, scale)
     place = replace(keys, window=None, entries=None, picks=None)
-    return _SinkAttention.apply(query, keys.window, keys.entries, keys.picks, sink, scale, place)  # type: ignore[return-value]
+    tensors = (query, keys.window, keys.entries, keys.picks, sink)
+    return _SinkAttention.apply(*tensors, scale, place, buffer)  # type: ignore[return-value]
 
 
 def entry_mass(query: Tensor, keys: Keys, sink: Tensor, scale: float, part: Stretch) -> Tensor:
     """Probability on each compressed entry of one stretch, summed over heads: [B, n, columns]."""
-    scaled = _wide(query[:, part.start : part.stop]) * scale
+    scaled = _scaled(query[:, part.start : part.stop], scale)
     p, _, _ = _probabilities(scaled, keys, sink, part)
     return p[..., part.span : -1].sum(2)
 
