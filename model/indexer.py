@@ -45,6 +45,19 @@ class IndexQueries:
         scores = (match * self.weight[:, start:stop, :, None].to(wide)).sum(2)
         return fake_bf16(scores) if self.is_cut else scores
 
+    def scores_of(self, start: int, stop: int, picks: Tensor) -> Tensor:
+        """The same scores at picks [B, n, K] alone; those of -1 mean nothing."""
+        query, width = self.query[:, start:stop], self.keys.shape[2]
+        wide = torch.promote_types(query.dtype, torch.float32)
+        rows, num_queries, heads, _ = query.shape
+        first = torch.arange(rows, device=picks.device)[:, None, None] * self.keys.shape[1]
+        keys = self.keys.reshape(-1, width).index_select(0, (picks.clamp(min=0) + first).flatten())
+        keys = keys.view(rows * num_queries, -1, width).to(wide)
+        match = torch.bmm(query.to(wide).flatten(0, 1), keys.transpose(1, 2)).relu_()
+        weight = self.weight[:, start:stop, :, None].to(wide)
+        scores = (match.view(rows, num_queries, heads, -1) * weight).sum(2)
+        return fake_bf16(scores) if self.is_cut else scores
+
 
 class Indexer(nn.Module):
     """Scores every visible entry and keeps the K highest.
@@ -81,10 +94,11 @@ class Indexer(nn.Module):
         return IndexQueries(query, weight, keys, self.quantization.index_scores)
 
     @torch.no_grad()
-    def pick(self, index: IndexQueries, layout: Layout) -> Tensor | None:
+    def pick(self, index: IndexQueries, layout: Layout, buffer: int = BUFFER) -> Tensor | None:
         """Columns [B, T, K] of the K highest visible scores, ascending, -1 where fewer are visible.
 
-        None where every visible entry is attended to. Ties take the lowest index.
+        None where every visible entry is attended to. Ties take the lowest index. `buffer` bounds the
+        matches held at once, but never below those of one query a row.
         """
         windows = layout.windows[CSA_RATIO]
         if self.sees_all or windows.num_columns <= self.topk:
@@ -93,7 +107,7 @@ class Indexer(nn.Module):
         if exact.is_on():
             scores = exact_scores(index.query, index.weight, index.keys, windows)
             return self._best(fake_bf16(scores) if index.is_cut else scores)
-        block = max(1, BUFFER // (rows * self.num_heads * windows.num_columns))
+        block = max(1, buffer // (rows * self.num_heads * windows.num_columns))
         picks = torch.full((rows, num_tokens, self.topk), -1, device=layout.position.device)
         for start in range(0, num_tokens, block):
             stop = min(start + block, num_tokens)
@@ -117,7 +131,10 @@ class Indexer(nn.Module):
 
 
 def index_loss(
-    index: IndexQueries, attention: tuple[Tensor, Keys, Tensor, float], is_valid: Tensor
+    index: IndexQueries,
+    attention: tuple[Tensor, Keys, Tensor, float],
+    is_valid: Tensor,
+    buffer: int = BUFFER,
 ) -> Tensor:
     """Mean KL(target ‖ softmax(scores)) over valid queries that see at least one candidate entry.
 
@@ -128,7 +145,8 @@ def index_loss(
     """
     query, keys, sink, scale = attention
     total, count = torch.zeros((), device=query.device), torch.zeros((), device=query.device)
-    for part in stretches(keys, query.shape[1], query.shape[0], max(query.shape[2], index.query.shape[2])):
+    heads = max(query.shape[2], index.query.shape[2])
+    for part in stretches(keys, query.shape[1], query.shape[0], heads, buffer):
         if part.columns:
             arguments = (index, query, keys, sink, scale, part, is_valid)
             kl, used = checkpoint(_stretch_loss, *arguments, use_reentrant=False)  # type: ignore[misc]
@@ -149,13 +167,11 @@ def _stretch_loss(
     here = slice(part.start, part.stop)
     with torch.no_grad():
         mass = entry_mass(query, keys, sink, scale, part)
-        picks = None if keys.picks is None else keys.picks[:, here]
-        seen = picks >= 0 if keys.gathers else visible_columns(keys, part)  # type: ignore[operator]
     if keys.gathers:
-        columns = keys.windows.columns_before(part.stop)  # type: ignore[union-attr]
-        scores = index.scores(part.start, part.stop, columns).gather(2, picks.clamp(min=0))  # type: ignore[union-attr]
+        picks = keys.picks[:, here]  # type: ignore[index]
+        seen, scores = picks >= 0, index.scores_of(part.start, part.stop, picks)
     else:
-        scores = index.scores(part.start, part.stop, part.columns)
+        seen, scores = visible_columns(keys, part), index.scores(part.start, part.stop, part.columns)
     return divergence(mass, scores, seen & is_valid[:, here, None])
 
 

@@ -8,7 +8,6 @@ import torch
 from consilience.model.attention import Attention
 from consilience.model.forward_trace import Trace
 from consilience.model.layout import packed_layout
-from consilience.model.rope import inverse_frequencies
 
 torch.set_num_threads(1)
 
@@ -23,9 +22,8 @@ def layer(config, ratio, seed=0):
 
 
 def run(module, config, hidden, trace=None):
-    frequencies = {c: inverse_frequencies(config, is_compressed=c) for c in (False, True)}
     steps = torch.arange(hidden.shape[1]).expand(hidden.shape[:2])
-    return module(hidden, packed_layout(config, frequencies, torch.zeros_like(steps), steps, trace), None)
+    return module(hidden, packed_layout(config, torch.zeros_like(steps), steps, trace), None)
 
 
 def reach(module, config, length, query):
@@ -56,10 +54,15 @@ def test_a_compressed_layer_sees_complete_blocks_too(ratio, query, seen, smalles
     assert reach(layer(config, ratio), config, 24, query) == seen
 
 
-def test_top_k_narrows_what_a_csa_query_sees(smallest):
+@pytest.mark.parametrize("length", [24, 48])  # 6 entries: others are masked; 12: the picked one is gathered
+def test_top_k_narrows_what_a_csa_query_sees(length, smallest):
     config = replace(smallest, sliding_window=6, index_topk=1)
-    seen = reach(layer(config, 4), config, 24, 23)
-    assert set(range(18, 24)) < set(seen) and 4 <= len([t for t in seen if t < 18]) <= 8
+    module = layer(config, 4)
+    seen = reach(module, config, length, length - 1)
+    earlier = [t for t in seen if t < length - 6]
+    assert set(range(length - 6, length)) < set(seen) and 4 <= len(earlier) <= 8
+    module.indexer.sees_all = True
+    assert reach(module, config, length, length - 1) == [*range(length)]
 
 
 def test_heads_reach_only_their_group_s_rows_of_the_low_rank_output(smallest):

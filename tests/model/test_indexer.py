@@ -1,4 +1,4 @@
-"""Scores, the top-k rule with its ties, and a loss that reaches the indexer alone."""
+"""Scores, the picks with their ties, and a loss that reaches the indexer alone."""
 
 from dataclasses import replace
 
@@ -6,71 +6,98 @@ import pytest
 import torch
 
 from consilience.model.forward_trace import Trace
-from consilience.model.indexer import Indexer, index_loss
-from consilience.model.layout import packed_layout
+from consilience.model.indexer import Indexer, IndexQueries, divergence, index_loss
+from consilience.model.kernels.sink_attention import Keys
+from consilience.model.layout import chunk_layout, packed_layout
 from consilience.model.rope import inverse_frequencies, rotate, rotations
+from consilience.model.state import DecodeState
 
 torch.set_num_threads(1)
 
-NONE = float("-inf")
+
+def packed(config, length=50):
+    """A row of one sample, a row of two with padding behind: 50 tokens each, 12 and 6 + 5 entries."""
+    second = length - 27
+    position = torch.stack((torch.arange(length), torch.tensor([*range(24), *range(second), 0, 0, 0])))
+    segment = torch.tensor([[0] * length, [0] * 24 + [1] * second + [-1] * 3])
+    return packed_layout(config, segment, position, None)
 
 
-def indexer(config, topk):
-    return Indexer(replace(config, index_topk=topk), None)
+def continued(config, length=50):
+    state = DecodeState.allocate(config, 3, length)
+    state.position[:] = torch.tensor([length - 9, 0, 17])
+    return chunk_layout(config, state, 9, torch.tensor([9, 7, 0]), None)
 
 
-@pytest.mark.parametrize(
-    ("scores", "topk", "chosen"),
-    [
-        ([3.0, 1.0, 2.0, 0.0], 2, [0, 2]),
-        ([0.0, 0.0, 0.0, 0.0], 2, [0, 1]),  # ReLU makes exact ties: the lowest index wins
-        ([1.0, 0.0, 5.0, 0.0, 0.0], 3, [0, 1, 2]),
-        ([0.0, 2.0, 2.0, 2.0, 1.0], 2, [1, 2]),
-        ([-1.0, -3.0, -2.0], 2, [0, 2]),  # weights may be negative, so scores may be
-        ([5.0, NONE, NONE, NONE], 2, [0]),  # picks that are not visible are dropped
-        ([NONE, NONE, NONE], 2, []),
-        ([NONE, -7.0, 4.0], 3, [1, 2]),  # no more entries than k: all visible ones
-    ],
-)
-def test_top_k_takes_the_highest_visible_scores_and_the_lowest_index_of_equals(
-    scores, topk, chosen, smallest
-):
-    picked = indexer(smallest, topk).select(torch.tensor(scores)[None, None])
-    assert picked[0, 0].nonzero()[:, 0].tolist() == chosen
+def draw_index(layout, heads=3, width=4, seed=0, dtype=torch.float64):
+    """Index queries of small integers: many scores are equal to the last bit, and all sums are exact."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randint(-1, 2, shape, generator=g).to(dtype)
+    rows, length = layout.position.shape
+    keys = draw(rows, layout.windows[4].num_columns, width)
+    return IndexQueries(draw(rows, length, heads, width), draw(rows, length, heads), keys)
 
 
-def test_top_k_equals_a_stable_sort_on_many_ties(smallest):
-    g = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 4, (50, 7, 20), generator=g).float()
-    scores[torch.rand(50, 7, 20, generator=g) < 0.3] = NONE
-    picked = indexer(smallest, 6).select(scores)
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :6]
-    expected = torch.zeros_like(picked).scatter(-1, order, True) & (scores > NONE)
-    assert torch.equal(picked, expected)
+def brute_force_picks(index, windows, topk):
+    """One query at a time: the visible columns by falling score, then rising index; the first `topk`."""
+    rows, length = windows.stop.shape
+    picks = torch.full((rows, length, topk), -1)
+    for b in range(rows):
+        match = torch.einsum("thc,mc->thm", index.query[b], index.keys[b]).relu()
+        scores = torch.einsum("thm,th->tm", match, index.weight[b])
+        for t in range(length):
+            columns = range(int(windows.first[b, t]), min(int(windows.stop[b, t]), windows.num_columns))
+            best = sorted(sorted(columns, key=lambda i: (-scores[t, i].item(), i))[:topk])
+            picks[b, t, : len(best)] = torch.tensor(best, dtype=torch.long)
+    return picks
+
+
+@pytest.mark.parametrize("where", [packed, continued])
+@pytest.mark.parametrize("topk", [1, 3, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_picks_equal_those_by_brute_force_whatever_the_buffer(where, topk, dtype, smallest):
+    config = replace(smallest, index_topk=topk)
+    module, layout = Indexer(config, None), where(config)
+    index = draw_index(layout, dtype=dtype)
+    expected = brute_force_picks(index, layout.windows[4], topk)
+    assert torch.equal(module.pick(index, layout), expected)
+    for buffer in (1, 500):
+        assert torch.equal(module.pick(index, layout, buffer), expected)
+    assert (expected >= 0).any() and (expected < 0).any()
+
+
+def test_nothing_is_picked_where_every_visible_entry_is_attended_to(smallest):
+    layout = packed(smallest)
+    index = draw_index(layout)
+    assert Indexer(replace(smallest, index_topk=12), None).pick(index, layout) is None
+    module = Indexer(replace(smallest, index_topk=11), None)
+    assert module.pick(index, layout) is not None
+    module.sees_all = True
+    assert module.pick(index, layout) is None
 
 
 def test_scores_are_the_weighted_sum_of_rectified_matches(smallest):
     module = Indexer(smallest, torch.float64).double()
-    frequencies = {c: inverse_frequencies(smallest, is_compressed=c) for c in (False, True)}
-    segments = torch.zeros(1, 12, dtype=torch.long)
-    layout = packed_layout(smallest, frequencies, segments, torch.arange(12)[None], None)
+    frequencies = inverse_frequencies(smallest, is_compressed=True)
+    layout = packed_layout(smallest, torch.zeros(1, 12, dtype=torch.long), torch.arange(12)[None], None)
     g = torch.Generator().manual_seed(2)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=g)
     hidden, latent, keys = draw(1, 12, 24), draw(1, 12, 20), draw(1, 3, 12)
     with torch.no_grad():
-        scores = module.scores(hidden, latent, keys, layout)[0]
+        index = module.queries(hidden, latent, keys, layout)
+        expected = torch.empty(12, 3, dtype=torch.float64)
         for t in range(12):
             q = (module.wq_b.weight @ latent[0, t]).view(6, 12)
-            q = rotate(q, rotations(torch.tensor(t), frequencies[True]))
+            q = rotate(q, rotations(torch.tensor(t), frequencies))
             w = module.weights_proj.weight @ hidden[0, t]
             for i in range(3):
-                expected = (
-                    sum(w[h] * max(float(q[h] @ keys[0, i]), 0.0) for h in range(6)) * 6**-0.5 * 12**-0.5
-                )
-                if i < (t + 1) // 4:
-                    torch.testing.assert_close(scores[t, i], expected, rtol=0, atol=1e-12)
-                else:
-                    assert scores[t, i] == NONE
+                matches = (w[h] * max(float(q[h] @ keys[0, i]), 0.0) for h in range(6))
+                expected[t, i] = sum(matches) * 6**-0.5 * 12**-0.5
+        torch.testing.assert_close(index.scores(0, 12, 3)[0], expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(index.scores(5, 9, 2)[0], expected[5:9, :2], rtol=0, atol=1e-12)
+        picks = torch.tensor([2, 0, -1]).expand(1, 4, 3)
+        found = index.scores_of(5, 9, picks)[0, :, :2]
+        torch.testing.assert_close(found, expected[5:9, [2, 0]], rtol=0, atol=1e-12)
 
 
 def parts(model):
@@ -82,21 +109,21 @@ def parts(model):
     )
 
 
-@pytest.mark.parametrize("topk", [3, 100])
+@pytest.mark.parametrize("topk", [2, 3, 100])  # gathered, masked, all visible
 def test_the_language_model_loss_reaches_everything_but_the_indexer(topk, smallest, rough_model):
     model = rough_model(replace(smallest, index_topk=topk))
-    tokens = torch.randint(smallest.vocab_size, (2, 40))
+    tokens = torch.randint(smallest.vocab_size, (1, 70))
     model(tokens, trace=Trace(wants_losses=True)).square().sum().backward()
     inside, outside = parts(model)
     assert len(inside) == 2 * 6 and all(g is None for g in inside.values())
     assert [n for n, g in outside.items() if g is None] == [f"layers.{i}.ffn.gate.bias" for i in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("topk", [3, 100])
+@pytest.mark.parametrize("topk", [2, 3, 100])  # gathered, masked, all visible
 def test_the_index_loss_reaches_the_indexer_alone(topk, smallest, rough_model):
     model = rough_model(replace(smallest, index_topk=topk))
     trace = Trace(wants_losses=True)
-    model(torch.randint(smallest.vocab_size, (2, 40)), trace=trace)
+    model(torch.randint(smallest.vocab_size, (1, 70)), trace=trace)
     assert len(trace.indexer_loss) == 2
     torch.stack(trace.indexer_loss).sum().backward()
     inside, outside = parts(model)
@@ -107,9 +134,9 @@ def test_the_index_loss_reaches_the_indexer_alone(topk, smallest, rough_model):
 def test_following_the_index_loss_lowers_it(smallest, rough_model):
     model = rough_model(replace(smallest, index_topk=100))
     tokens = torch.randint(smallest.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if ".indexer." in n], lr=0.03)
+    optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if ".indexer." in n], lr=0.05)
     values = []
-    for _ in range(12):
+    for _ in range(8):
         trace = Trace(wants_losses=True)
         model(tokens, trace=trace)
         loss = torch.stack(trace.indexer_loss).sum()
@@ -120,43 +147,121 @@ def test_following_the_index_loss_lowers_it(smallest, rough_model):
     assert values[-1] < 0.6 * values[0]
 
 
-def dense_loss(probabilities, scores, is_selected, is_valid):
-    """Section 5.3, one query at a time: KL(p ‖ softmax(I)) over the selected entries."""
-    terms = []
+def test_the_rest_of_the_model_does_not_notice_the_index_loss(smallest, rough_model):
+    """Logits and every gradient outside the indexer, bit for bit, with the loss added and without."""
+    tokens = torch.randint(smallest.vocab_size, (2, 70))
+    runs = []
+    for is_on in (False, True):
+        model = rough_model(replace(smallest, index_topk=2))
+        trace = Trace(wants_losses=is_on)
+        logits = model(tokens, trace=trace)
+        loss = logits.square().mean()
+        (loss + torch.stack(trace.indexer_loss).sum() if is_on else loss).backward()
+        runs.append((logits, parts(model)))
+    (logits, (_, without)), (same_logits, (inside, outside)) = runs
+    assert torch.equal(logits, same_logits) and all(g.any() for g in inside.values())
+    for name, grad in without.items():
+        assert grad is None or torch.equal(grad, outside[name]), name
+
+
+@pytest.mark.parametrize("topk", [2, 3, 100])
+def test_packed_samples_have_the_loss_they_have_alone(topk, smallest, rough_model):
+    model = rough_model(replace(smallest, index_topk=topk), dtype=torch.float64)
+    tokens = torch.randint(smallest.vocab_size, (1, 96), generator=torch.Generator().manual_seed(1))
+
+    def losses(ids, segments=None):
+        trace = Trace(wants_losses=True)
+        model(ids, segments, trace=trace)
+        return torch.stack(trace.indexer_loss)
+
+    segments = torch.tensor([[0] * 71 + [1] * 21 + [-1] * 4])
+    together, first, second = losses(tokens, segments), losses(tokens[:, :71]), losses(tokens[:, 71:92])
+    # Mean over the queries that see an entry: all but the first three of a sample.
+    expected = (68 * first + 18 * second) / (68 + 18)
+    torch.testing.assert_close(together, expected, rtol=0, atol=1e-12)
+
+
+def test_in_the_warm_up_all_visible_entries_are_candidates(smallest, rough_model):
+    tokens = torch.randint(smallest.vocab_size, (1, 40))
+
+    def run(topk, sees_all):
+        model, trace = rough_model(replace(smallest, index_topk=topk)), Trace(wants_losses=True)
+        for layer in model.layers:
+            if layer.attn.indexer is not None:
+                layer.attn.indexer.sees_all = sees_all
+        return model(tokens, trace=trace), torch.stack(trace.indexer_loss), trace.csa_dropped
+
+    warm, everything, sparse = run(2, True), run(100, False), run(2, False)
+    assert torch.equal(warm[0], everything[0]) and torch.equal(warm[1], everything[1])
+    assert warm[2] == 0 < sparse[2] and not torch.equal(sparse[1], warm[1])
+
+
+def test_a_bf16_model_has_its_index_loss_in_fp32(smallest, rough_model):
+    tokens = torch.randint(smallest.vocab_size, (1, 40))
+    trace = Trace(wants_losses=True)
+    rough_model(replace(smallest, index_topk=2), dtype=torch.bfloat16)(tokens, trace=trace)
+    assert all(x.dtype == torch.float32 and x.isfinite() for x in trace.indexer_loss)
+
+
+# ---- the loss against section 5.3, one query at a time ----------------------------------------
+
+
+def dense_loss(index, query, keys, sink, scale, is_valid):
+    """Mean of KL(p ‖ softmax(I)) over queries with candidates; window and sink are in p's denominator."""
+    layout, windows, terms = keys.layout, keys.windows, []
     for b, t in is_valid.nonzero().tolist():
-        chosen = is_selected[b, t].nonzero()[:, 0]
-        if not len(chosen):
+        candidates = range(int(windows.first[b, t]), int(windows.stop[b, t]))
+        if keys.picks is not None:
+            candidates = [i for i in keys.picks[b, t].tolist() if i >= 0]
+        if not len(candidates):
             continue
-        p = probabilities[b, t][:, chosen].sum(0)
+        near = keys.window[b, int(layout.oldest[b, t]) : layout.offset + t + 1]
+        chosen = torch.tensor(list(candidates))
+        p = torch.zeros(len(candidates), dtype=torch.float64)
+        for h in range(query.shape[2]):
+            window, entries = (x @ query[b, t, h] * scale for x in (near, keys.entries[b, chosen]))
+            p += torch.softmax(torch.cat((entries, window, sink[h : h + 1])), 0)[: len(candidates)]
         p = p / p.sum()
-        q = torch.softmax(scores[b, t, chosen], 0)
-        terms.append((p * (p / q).log()).sum())
+        scores = (index.keys[b, chosen] @ index.query[b, t].T).relu() @ index.weight[b, t]
+        terms.append((p * (p / torch.softmax(scores, 0)).log()).sum())
     return torch.stack(terms).mean()
 
 
-def test_index_loss_and_its_gradient_equal_the_dense_twin_in_fp64():
+@pytest.mark.parametrize("window", [1, 6])
+@pytest.mark.parametrize(("topk", "length"), [(None, 50), (3, 50), (2, 76)])
+@pytest.mark.parametrize("where", [packed, continued])
+def test_index_loss_and_its_gradient_equal_the_dense_twin_in_fp64(where, topk, length, window, smallest):
+    config = replace(smallest, index_topk=topk or 100, sliding_window=window)
+    layout = where(config, length)
     g = torch.Generator().manual_seed(4)
-    draw = lambda *shape: torch.rand(*shape, dtype=torch.float64, generator=g)
-    probabilities = 0.1 * draw(2, 9, 3, 5)  # what the window and the sink hold is not here: no row sums to 1
-    is_visible = torch.arange(5) < ((torch.arange(9) + 1) // 2)[:, None]
-    is_selected = is_visible & (draw(2, 9, 5) < 0.7)
-    is_valid = torch.ones(2, 9, dtype=torch.bool)
-    is_valid[1, 6:] = False
-    scores = (4 * draw(2, 9, 5) - 2).masked_fill(~is_visible, NONE).requires_grad_()
-    ours = index_loss(probabilities, scores, is_selected, is_valid)
-    twin = dense_loss(probabilities, scores, is_selected, is_valid)
-    torch.testing.assert_close(ours, twin, rtol=0, atol=1e-12)
-    found, expected = (torch.autograd.grad(y, scores)[0] for y in (ours, twin))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=g)
+    rows, length = layout.position.shape
+    windows = layout.windows[4]
+    index = IndexQueries(draw(rows, length, 2, 3), draw(rows, length, 2), draw(rows, windows.num_columns, 3))
+    picks = Indexer(config, None).pick(index, layout)
+    entries, near = draw(rows, windows.num_columns, 5), draw(rows, layout.offset + length, 5)
+    keys = Keys(layout, window, near, entries, windows, picks)
+    assert keys.gathers == (topk == 2) and (picks is None) == (topk is None)
+    leaves = [index.query, index.weight, index.keys]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    attention = (draw(rows, length, 4, 5), keys, draw(4), 0.5)
+    twin = dense_loss(index, *attention, layout.is_valid)
+    for buffer in (1 << 22, 1):
+        ours = index_loss(index, attention, layout.is_valid, buffer)
+        torch.testing.assert_close(ours, twin, rtol=0, atol=1e-12)
+        grads = [torch.autograd.grad(y, leaves, retain_graph=True) for y in (ours, twin)]
+        for found, expected in zip(*grads):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_index_loss_by_hand_is_zero_at_the_target_and_for_no_query():
-    probabilities = torch.tensor([0.1, 0.3]).view(1, 1, 1, 2)
-    everything, valid = torch.ones(1, 1, 2, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool)
-    target = torch.tensor([0.25, 0.75]).log().view(1, 1, 2)
-    assert index_loss(probabilities, target, everything, valid).item() == pytest.approx(0, abs=1e-7)
-    even = index_loss(probabilities, torch.zeros(1, 1, 2), everything, valid).item()
+def test_divergence_by_hand_is_zero_at_the_target_and_without_candidates():
+    mass = torch.tensor([0.1, 0.3, 7.0]).view(1, 1, 3)
+    candidates = torch.tensor([True, True, False]).view(1, 1, 3)
+    target = torch.tensor([0.25, 0.75, 5.0]).log().view(1, 1, 3)
+    kl, count = divergence(mass, target, candidates)
+    assert (kl.item(), count.item()) == (pytest.approx(0, abs=1e-7), 1)
+    kl, _ = divergence(mass, torch.zeros(1, 1, 3), candidates)
     expected = 0.25 * torch.tensor(0.5).log() + 0.75 * torch.tensor(1.5).log()
-    assert even == pytest.approx(expected.item(), abs=1e-7)
-    assert index_loss(probabilities, target, everything, ~valid).item() == 0
-    assert index_loss(probabilities, target, ~everything, valid).item() == 0
+    assert kl.item() == pytest.approx(expected.item(), abs=1e-7)
+    assert [x.item() for x in divergence(mass, target, candidates & False)] == [0, 0]
