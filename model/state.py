@@ -10,6 +10,7 @@ S slots (sequences), W sliding window, C head width, P blocks of the pool, A blo
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,8 +41,8 @@ class BlockPool:
         """`count` free blocks. EngineError if there are fewer: nothing is taken then."""
         if count > len(self.free):
             raise EngineError(
-                f"the decode state needs {count} more blocks, {len(self.free)} of {len(self.holders) - 1} are "
-                "free; run fewer sequences at once or allocate more blocks"
+                f"the decode state needs {count} more blocks, {len(self.free)} of {len(self.holders) - 1} "
+                "are free; run fewer sequences at once or allocate more blocks"
             )
         taken = [self.free.pop() for _ in range(count)]
         for block in taken:
@@ -107,8 +108,9 @@ class DecodeState:
     """Decode state of S sequences; `position` [S] counts the tokens each has consumed.
 
     tables [S, A] block of each stretch of `block_tokens` tokens. Rows are independent: `view` narrows
-    to a contiguous range without copying. A row is emptied by setting its position to 0: no mask
-    reaches what stays behind. With `lookahead` = n, a row may be set back by up to n + 1 tokens.
+    to a contiguous range without copying. With `lookahead` = n, a row may be set back, by
+    lowering its position, to n + 1 tokens below the longest it has been, also after a fork. `free` empties a
+    row; one that shares no blocks may also be emptied by position 0: no mask reaches what stays behind.
     """
 
     def __init__(
@@ -207,17 +209,22 @@ class DecodeState:
 
     def reserve(self, row: int, length: int) -> None:
         """Give `row` blocks up to `length` tokens. EngineError, and no change, where that is impossible."""
+        wanted = self._num_blocks(length)
+        held = self.owned[row]
+        if wanted > len(held):
+            new = self.pool.take(wanted - len(held))
+            self.tables[row, len(held) : wanted] = torch.tensor(new, device=self.tables.device)
+            held += new
+
+    def _num_blocks(self, length: int) -> int:
+        """Blocks that `length` tokens take. EngineError where no row can have so many."""
         wanted = -(-length // self.block_tokens)
         if wanted > self.tables.shape[1]:
             raise EngineError(
                 f"a sequence of {length} tokens was asked for, the decode state holds "
                 f"{self.tables.shape[1] * self.block_tokens}; raise rollout.max_length"
             )
-        held = self.owned[row]
-        if wanted > len(held):
-            new = self.pool.take(wanted - len(held))
-            self.tables[row, len(held) : wanted] = torch.tensor(new, device=self.tables.device)
-            held += new
+        return wanted
 
     def free(self, row: int) -> None:
         """Empty the row and give its blocks back."""
@@ -244,22 +251,24 @@ class DecodeState:
     def fork(self, source: list[int], target: list[int]) -> None:
         """Row target[i] becomes a copy of row source[i] that goes its own way.
 
-        The fixed-size part and the block being filled are copied, complete blocks are shared. Targets
-        lose what they held; the two lists must not overlap. A target gets as many blocks as its source.
+        Blocks that setting back cannot reach are shared; the rest, and the fixed-size part, are copied.
+        Targets lose what they held; the two lists must not overlap. A target gets as many blocks as its
+        source. EngineError where the pool has too few: the targets are empty then.
         """
         if not source:
             return
         for row in target:
             self.free(row)
         lengths = self.position[source].tolist()
+        num_shared = [max(n - self.lookahead - 1, 0) // self.block_tokens for n in lengths]
+        own = self.pool.take(sum(len(self.owned[o]) - n for o, n in zip(source, num_shared)))
         copies: list[tuple[int, int]] = []
-        for row, origin, length in zip(target, source, lengths):
-            shared = self.owned[origin][: length // self.block_tokens]
-            own = self.pool.take(len(self.owned[origin]) - len(shared))
-            self.pool.share(shared)
-            self.owned[row] += shared + own
-            if own:
-                copies.append((self.owned[origin][len(shared)], own[0]))
+        for row, origin, length, shared in zip(target, source, lengths, num_shared):
+            held = self.owned[origin]
+            self.pool.share(held[:shared])
+            new, own = own[: len(held) - shared], own[len(held) - shared :]
+            self.owned[row] += held[:shared] + new
+            copies += zip(held[shared : self._num_blocks(length)], new)
         self.tables[target] = self._table(target)
         self.position[target] = self.position[source]
         old, new = [a for a, _ in copies], [b for _, b in copies]
@@ -270,7 +279,10 @@ class DecodeState:
                 pages[new] = pages[old]
 
     def move(self, source: list[int], target: list[int]) -> None:
-        """Rows source[i] become rows target[i] with their blocks; the sources are left empty."""
+        """Rows source[i] become rows target[i] with their blocks; the sources are left empty.
+
+        Targets lose what they held; the two lists must not overlap.
+        """
         if not source:
             return
         for row, origin in zip(target, source):
@@ -291,40 +303,53 @@ class DecodeState:
 
     def export_row(self, row: int) -> dict[str, Tensor]:
         """All that sequence `row` needs to go on: position, rings and entries, by name."""
-        length = int(self.position[row])
-        used = torch.tensor(self.owned[row][: -(-length // self.block_tokens)], dtype=torch.long)
-        tensors = {"position": self.position[row : row + 1].clone()}
-        for index, layer in enumerate(self.layers):
-            for number, ring in enumerate(layer.rings()):
-                tensors[f"layers.{index}.rings.{number}"] = ring[row].clone()
-            for number, pages in enumerate(layer.pages()):
-                tensors[f"layers.{index}.pages.{number}"] = pages[used.to(pages.device)]
-        return tensors
+        used = self._blocks(row, int(self.position[row]))
+        places = self._places(row).items()
+        return {name: place[used] if ".pages." in name else place.clone() for name, place in places}
 
-    def import_row(self, row: int, tensors: dict[str, Tensor]) -> None:
-        """Inverse of `export_row`, into any row of a state of the same model.
+    def import_row(self, row: int, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `export_row`, into any row of a state of the same model and lookahead.
 
-        The row gets blocks as needed. EngineError, and no change, if a tensor is missing or does not fit.
+        The row loses what it held; it keeps as many blocks as it had, and gets more as needed. EngineError,
+        and no change, where a tensor is missing, unknown or does not fit, or the sequence is too long; where
+        the pool is exhausted, the row is left empty.
         """
-        places: dict[str, Tensor] = {"position": self.position[row : row + 1]}
-        for index, layer in enumerate(self.layers):
-            places |= {f"layers.{index}.rings.{n}": ring[row] for n, ring in enumerate(layer.rings())}
-            places |= {f"layers.{index}.pages.{n}": pages for n, pages in enumerate(layer.pages())}
+        places = self._places(row)
+        for name in sorted(tensors.keys() - places.keys()):
+            raise EngineError(
+                f"saved decode state: this model knows no {name}; it was saved by another model"
+            )
+        length = 0
         for name, place in places.items():
             found = tensors.get(name)
-            is_page = ".pages." in name
-            fits = found is not None and found.dtype == place.dtype
-            if not fits or (found.shape[1:] if is_page else found.shape) != place.shape[is_page:]:
+            shape = (self._num_blocks(length), *place.shape[1:]) if ".pages." in name else tuple(place.shape)
+            if found is None or (found.dtype, tuple(found.shape)) != (place.dtype, shape):
                 what = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
                 raise EngineError(
-                    f"saved decode state: {name} is {what}, this model needs {place.dtype} "
-                    f"{tuple(place.shape)}; it was saved by another model"
+                    f"saved decode state: {name} is {what}, this model needs {place.dtype} {shape}; it was "
+                    "saved by another model or with another lookahead"
                 )
-        length = int(tensors["position"])
-        self.reserve(row, length)
-        used = self.owned[row][: -(-length // self.block_tokens)]
+            if name == "position":
+                length = int(found)
+        wanted = max(length, self.capacity(row))
+        self.free(row)
+        self.reserve(row, wanted)
+        used = self._blocks(row, length)
         for name, place in places.items():
             if ".pages." in name:
                 place[used] = tensors[name].to(place.device)
             else:
                 place.copy_(tensors[name])
+
+    def _places(self, row: int) -> dict[str, Tensor]:
+        """Where the tensors of sequence `row` lie, by name, its position first; pages are those of all."""
+        places = {"position": self.position[row : row + 1]}
+        for index, layer in enumerate(self.layers):
+            places |= {f"layers.{index}.rings.{n}": ring[row] for n, ring in enumerate(layer.rings())}
+            places |= {f"layers.{index}.pages.{n}": pages for n, pages in enumerate(layer.pages())}
+        return places
+
+    def _blocks(self, row: int, length: int) -> Tensor:
+        """Numbers of the blocks that hold the row's first `length` tokens."""
+        used = self.owned[row][: self._num_blocks(length)]
+        return torch.tensor(used, dtype=torch.long, device=self.tables.device)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from consilience.model.config import TINY
 from consilience.model.state import DecodeState
 
 torch.set_num_threads(1)
@@ -20,7 +21,7 @@ def near(found, expected):
     return (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def case(smallest, rough_model):
     """(model, ids [3, 61], logits by the full forward). Few Sinkhorn rounds: they save half the time."""
     model = rough_model(replace(smallest, hc_sinkhorn_iters=3)).requires_grad_(False)
@@ -106,29 +107,6 @@ def test_one_token_chunks_with_lengths_equal_the_full_forward(case, lengths):
             assert lengths[b] == 0 or near(logits, full[b, starts[b] : starts[b] + 1])
 
 
-@pytest.mark.parametrize("fork_at", [1, 7, 12, 23])
-def test_a_fork_goes_its_own_way_and_leaves_its_source_alone(case, fork_at):
-    model, tokens, full = case
-    other = tokens.clone()
-    other[:, fork_at:] = random_ids(model.config, 3, 61, seed=31)[:, fork_at:]
-    full_other = model(other)
-    state, parked = (DecodeState.allocate(model.config, 4, 61) for _ in range(2))
-    model(random_ids(model.config, 4, 50, seed=3), state=state)  # stale values everywhere
-    model(random_ids(model.config, 4, 50, seed=4), state=parked)
-    state.position.zero_()
-    view = state.view(1, 2)
-    model(tokens[:1, :fork_at], state=view)
-    assert state.position.tolist() == [0, fork_at, 0, 0]  # a view shares memory with its state
-    parked.copy_from(state, [1], [3])
-    state.copy_from(state, [1, 1], [0, 2])
-    both = torch.stack((tokens[0], other[0], tokens[0]))[:, fork_at : fork_at + 14]
-    found = torch.stack([model(both[:, i : i + 1], state=state.view(0, 3))[:, 0] for i in range(14)], 1)
-    wanted = torch.stack((full[0], full_other[0], full[0]))[:, fork_at : fork_at + 14]
-    assert near(found, wanted)
-    late = model(other[:1, fork_at : fork_at + 14], state=parked.view(3, 4))
-    assert near(late, full_other[:1, fork_at : fork_at + 14])
-
-
 def test_a_slot_whose_position_is_0_remembers_nothing(case):
     model, tokens, full = case
     state = DecodeState.allocate(model.config, 3, 61)
@@ -144,22 +122,81 @@ def test_the_state_decodes_in_fp64_to_rounding(smallest, rough_model):
     torch.testing.assert_close(fed(model, state, tokens, [7, 8, 9, 30]), model(tokens), rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_rows_may_be_set_back_and_go_on_with_other_tokens(lookahead, smallest, rough_model):
+    """Every position up to 25, so all borders of window 6, CSA 4 and HCA 12; every number of tokens.
+
+    fp64: what differs is what was forgotten.
+    """
+    model = rough_model(replace(smallest, hc_sinkhorn_iters=2), dtype=torch.float64).requires_grad_(False)
+    cases = [(start, back) for start in range(26) for back in range(1, lookahead + 2)]
+    starts, backs = torch.tensor(cases).unbind(1)
+    tokens = random_ids(smallest, len(cases), 34)
+    state = DecodeState.allocate(model.config, len(cases), 40, lookahead=lookahead, dtype=torch.float64)
+    model(tokens[:, :25], state=state, lengths=starts)
+    # A draft of lookahead + 1 tokens of which all but the last `back` are the sequence's own.
+    own = (torch.arange(lookahead + 1) < lookahead + 1 - backs[:, None]).long()
+    window = starts[:, None] + torch.arange(lookahead + 1)
+    draft = torch.where(own.bool(), tokens.gather(1, window), random_ids(smallest, *window.shape, seed=8))
+    model(draft, state=state)
+    state.position -= backs
+    assert torch.equal(state.position, starts + own.sum(1))
+    full, found, first = model(tokens), [], state.position.clone()
+    for length in (1, 3, 1):  # a step on the ring, a chunk, and a step again
+        here = state.position[:, None] + torch.arange(length)
+        found.append(model(tokens.gather(1, here), state=state))
+    where = first[:, None] + torch.arange(5)
+    expected = full.gather(1, where[..., None].expand(-1, -1, full.shape[2]))
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_narrow_state_decodes_as_near_to_fp64_as_the_full_forward(dtype, smallest, rough_model):
+    """Both round alike in number, in another order: neither error may be half as large again as the other."""
+    tokens = random_ids(smallest, 2, 40)
+    model = rough_model(smallest, dtype=dtype).requires_grad_(False)
+    exact = rough_model(smallest, dtype=torch.float64).requires_grad_(False)(tokens)
+    state = DecodeState.allocate(smallest, 2, 40, dtype=dtype)
+    found = fed(model, state, tokens, [7, 8, 9, 30])
+    assert found.dtype == dtype
+    decoded, full = ((logits - exact).square().mean() for logits in (found, model(tokens)))
+    assert decoded <= 1.5**2 * full
+
+
 def test_the_state_has_the_specified_shapes_and_counts_its_bytes(smallest):
     state = DecodeState.allocate(smallest, 2, 50, dtype=torch.bfloat16)
     sliding, csa, hca, _ = state.layers
     assert sliding.compressor is None and hca.indexer is None
-    assert [tuple(t.shape) for t in csa.tensors()] == [
+    # 50 tokens take 5 blocks of lcm(4, 12) = 12; 2 · 5 of them, and the one that is nobody's.
+    assert (state.block_tokens, state.tables.shape, state.pool.holders) == (12, (2, 5), [0] + [1] * 10)
+    assert [tuple(t.shape) for t in csa.rings()] == [
         (2, 6, 16),
-        (2, 12, 16),  # 50 // 4 entries
-        (2, 8, 32),  # 8 raw tokens of both series
+        (2, 8, 32),  # 8 raw tokens of both series, of the entries and of the index keys
         (2, 8, 32),
-        (2, 12, 12),
         (2, 8, 24),
         (2, 8, 24),
     ]
-    assert [tuple(t.shape) for t in hca.tensors()] == [(2, 6, 16), (2, 4, 16), (2, 12, 16), (2, 12, 16)]
+    assert [tuple(t.shape) for t in csa.pages()] == [(11, 3, 16), (11, 3, 12)]
+    assert [tuple(t.shape) for t in hca.rings()] == [(2, 6, 16), (2, 12, 16), (2, 12, 16)]
+    assert [tuple(t.shape) for t in hca.pages()] == [(11, 1, 16)]
     assert csa.compressor.values.dtype == torch.float32 and csa.compressor.entries.dtype == torch.bfloat16
-    half, full = 2, 4
-    csa_bytes = half * (6 * 16 + 12 * 16 + 12 * 12) + full * 2 * (8 * 32 + 8 * 24)
-    hca_bytes = half * (6 * 16 + 4 * 16) + full * 2 * 12 * 16
-    assert state.num_bytes() == 2 * (8 + half * 6 * 16 + 2 * csa_bytes + hca_bytes)
+    rings = 3 * 2 * 6 * 16 * 2 + 2 * 6 * 16 * 2 + 4 * 2 * (2 * 2 * 8 * 32 + 2 * 2 * 8 * 24 + 2 * 12 * 16)
+    pages = 2 * 11 * (2 * 3 * 16 + 2 * 3 * 12 + 16)
+    assert state.num_bytes() == 8 * (2 + 2 * 5) + rings + pages
+
+
+def test_lookahead_lengthens_the_rings_alone(smallest):
+    plain, ahead = (DecodeState.allocate(smallest, 1, 24, lookahead=n).layers[1] for n in (0, 3))
+    assert [a.shape[1] - p.shape[1] for a, p in zip(ahead.rings(), plain.rings())] == [3] * 5
+    assert [a.shape for a in ahead.pages()] == [p.shape for p in plain.pages()]
+
+
+def test_released_models_have_blocks_of_128_tokens():
+    state = DecodeState.allocate(TINY, 1, 300, num_blocks=2)
+    assert (state.block_tokens, DecodeState.blocks_of(TINY, 256), DecodeState.blocks_of(TINY, 257)) == (
+        128,
+        2,
+        3,
+    )
+    assert [layer.compressor.entries.shape[1] for layer in state.layers[1:]] == [32, 1]
+    assert DecodeState.blocks_of(replace(TINY, compress_ratios=(0, 0, 0)), 257) == 3
