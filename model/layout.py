@@ -36,7 +36,7 @@ class Windows:
     position [E]        of the window's first token, for RoPE
     num_columns         M
     first, stop [B, T]  a query sees the columns first … stop - 1
-    ratio, earlier      no valid query t sees a column at or beyond (earlier + t + 1) // ratio
+    ratio, earlier      no query t sees a column at or beyond (earlier + t + 1) // ratio
     """
 
     row: Tensor
@@ -51,7 +51,7 @@ class Windows:
     earlier: int
 
     def columns_before(self, token: int) -> int:
-        """Columns that valid queries before `token` can see at most."""
+        """Columns that queries before `token` can see at most."""
         return min(self.num_columns, (self.earlier + token) // self.ratio)
 
 
@@ -136,7 +136,8 @@ def _chunk_windows(
 ) -> Windows:
     """Entries of a row are numbered by position; `earlier`, `end` = the longest row before and after."""
     row, token, source, is_present = _closing(ratio, position, is_valid, ring)
-    stop = (position + 1) // ratio
+    # Padding would see past the longest row.
+    stop = ((position + 1) // ratio).clamp(max=end // ratio)
     last = position[row, token]
     return Windows(
         row=row,

@@ -41,7 +41,7 @@ def inverse_frequencies(
 
 def rotations(position: Tensor, frequencies: Tensor) -> Tensor:
     """Unit complex rotations [..., R/2] for integer positions [...]; angles are fp32 products."""
-    angles = (position.to(torch.float32)[..., None] * frequencies).flatten(0, -2)
+    angles = (position.to(torch.float32)[..., None] * frequencies).reshape(-1, len(frequencies))
     unit = exact.by_tiles(lambda a: torch.polar(torch.ones_like(a), a), angles)
     return unit.view(*position.shape, len(frequencies))
 

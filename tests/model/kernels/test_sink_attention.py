@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from consilience.model.exact import exact_mode
 from consilience.model.kernels.sink_attention import Keys, sink_attention, sink_attention_dense, stretches
 from consilience.model.layout import chunk_layout, packed_layout
 from consilience.model.state import DecodeState
@@ -86,6 +87,8 @@ def assert_equals_the_twin(query, keys, sink, buffer=1 << 22):
         *(torch.autograd.grad(y, inputs, upstream, materialize_grads=True) for y in (ours, twin))
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    with torch.no_grad(), exact_mode():
+        torch.testing.assert_close(sink_attention(query, keys, sink, SCALE), twin, rtol=0, atol=1e-13)
 
 
 def test_one_key_and_the_sink_worked_by_hand(config):
@@ -136,6 +139,7 @@ def test_packed_rows_with_picks_equal_the_plain_twin(window, length, num_picks, 
         ([2, 75, 9], 3, None),
         ([50, 4, 33], 23, [23, 1, 0]),
         ([3, 4, 5], 32, [30, 32, 31]),
+        ([3, 20, 40], 20, [20, 0, 1]),  # padding that would see more than there is
     ],
 )
 @pytest.mark.parametrize(("ratio", "num_picks"), [(0, None), (4, None), (12, None), (4, 2), (4, 1)])
@@ -167,8 +171,13 @@ def test_a_single_step_on_the_ring_equals_the_same_token_as_a_chunk(lookahead, r
         for row, start in enumerate(starts):
             for back in range(min(start, 3) + 1):
                 ring[row, (start - back) % (4 + lookahead)] = keys.window[row, 4 - back]
-        on_ring = sink_attention(query, replace(keys, layout=step, window=ring), sink, SCALE)
-        torch.testing.assert_close(on_ring, sink_attention(query, keys, sink, SCALE), rtol=0, atol=1e-13)
+        stepping = replace(keys, layout=step, window=ring)
+        as_chunk = sink_attention(query, keys, sink, SCALE)
+        torch.testing.assert_close(sink_attention(query, stepping, sink, SCALE), as_chunk, rtol=0, atol=1e-13)
+        with exact_mode():
+            exact = sink_attention(query, stepping, sink, SCALE)
+            assert torch.equal(exact, sink_attention(query, keys, sink, SCALE))
+        torch.testing.assert_close(exact, as_chunk, rtol=0, atol=1e-13)
     assert_equals_the_twin(query, keys, sink)
 
 
