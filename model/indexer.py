@@ -28,7 +28,7 @@ BUFFER = 1 << 22  # matches a block of queries may hold
 
 @dataclass(frozen=True)
 class IndexQueries:
-    """query [B, T, H, C], turned; weight [B, T, H], scaled; keys [B, M, C]; whether scores are cut to bf16."""
+    """query [B, T, H, C], turned; weight [B, T, H], scaled; keys [B, M, C]; are scores cut to bf16?"""
 
     query: Tensor
     weight: Tensor
@@ -105,8 +105,9 @@ class Indexer(nn.Module):
             return None
         rows, num_tokens = layout.position.shape
         if exact.is_on():
-            scores = exact_scores(index.query, index.weight, index.keys, windows)
-            return self._best(fake_bf16(scores) if index.is_cut else scores)
+            tiles = exact_scores(index.query, index.weight, index.keys, windows)
+            best = [self._best(fake_bf16(scores) if index.is_cut else scores) for scores in tiles]
+            return torch.cat(best)[: rows * num_tokens].view(rows, num_tokens, -1)
         block = max(1, buffer // (rows * self.num_heads * windows.num_columns))
         picks = torch.full((rows, num_tokens, self.topk), -1, device=layout.position.device)
         for start in range(0, num_tokens, block):
@@ -123,10 +124,10 @@ class Indexer(nn.Module):
         return picks
 
     def _best(self, scores: Tensor) -> Tensor:
-        """Columns of the K highest scores [B, n, M] above -inf, ascending, then -1."""
-        columns = scores.shape[2]
+        """Columns of the K highest scores [..., M] above -inf, ascending, then -1."""
+        columns = scores.shape[-1]
         best = top_k(scores, min(self.topk, columns))
-        best = torch.where(scores.gather(2, best) > float("-inf"), best, columns).sort(dim=-1).values
+        best = torch.where(scores.gather(-1, best) > float("-inf"), best, columns).sort(dim=-1).values
         return torch.where(best < columns, best, -1)
 
 

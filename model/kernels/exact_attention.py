@@ -84,10 +84,10 @@ def _tiles(source: Tensor, row: Tensor, index: Tensor, seen: Tensor) -> Iterator
             yield chosen.view(*place.shape, -1), here
 
 
-def exact_scores(query: Tensor, weight: Tensor, keys: Tensor, windows: Windows) -> Tensor:
-    """Index scores Σ_h w_h · ReLU(q_h · K_i), -inf where not visible: [B, T, M].
+def exact_scores(query: Tensor, weight: Tensor, keys: Tensor, windows: Windows) -> Iterator[Tensor]:
+    """Index scores Σ_h w_h · ReLU(q_h · K_i), -inf where not visible: [n, M] of n tokens after another.
 
-    query [B, T, H, C], weight [B, T, H], keys [B, M, C].
+    query [B, T, H, C], weight [B, T, H], keys [B, M, C]. The last n includes what fills the tile.
     """
     rows, num_tokens, heads, width = query.shape
     row = padded(torch.arange(rows, device=query.device).repeat_interleave(num_tokens))
@@ -97,16 +97,16 @@ def exact_scores(query: Tensor, weight: Tensor, keys: Tensor, windows: Windows) 
         padded(weight.reshape(-1, heads).to(wide)),
     )
     first, stop = padded(windows.first.flatten()), padded(windows.stop.flatten())
-    scores = flat.new_full((flat.shape[0], keys.shape[1] + 1), float("-inf"))
     for start in range(0, flat.shape[0], TILE):
         here = slice(start, start + TILE)
         column = first[here, None] + torch.arange(int((stop - first)[here].max()), device=keys.device)
         seen = column < stop[here, None]
         # What is not seen goes to a column of its own behind the others.
         behind = keys.shape[1]
+        scores = flat.new_full((TILE, behind + 1), float("-inf"))
         place = torch.nn.functional.pad(torch.where(seen, column, behind), (0, KEY_TILE), value=behind)
         for number, (chosen, _) in enumerate(_tiles(keys, row[here], column, seen)):
             match = torch.bmm(flat[here], chosen.to(wide).transpose(1, 2)).relu_() * weights[here, :, None]
             target = place[:, number * KEY_TILE : (number + 1) * KEY_TILE]
-            scores[here].scatter_(1, target, match.sum(1)[:, : target.shape[1]])
-    return scores[: rows * num_tokens, :-1].view(rows, num_tokens, -1)
+            scores.scatter_(1, target, match.sum(1)[:, : target.shape[1]])
+        yield scores[:, :behind]
