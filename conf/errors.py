@@ -14,6 +14,8 @@ ConsilienceError
 └── RunError             a run folder or graph that cannot be used or resumed
 """
 
+from enum import StrEnum
+
 
 class ConsilienceError(Exception):
     """Base of every error this project raises on purpose; the CLI prints it as one line."""
@@ -27,8 +29,34 @@ class TaskError(ConsilienceError):
     """An unknown domain, an unreadable data file, or splits that overlap."""
 
 
+class ProtocolFault(StrEnum):
+    """Which rule of V4's prompt protocol was broken; what a caller branches on."""
+
+    NO_END = "no_end"  # a turn that does not end with end-of-sentence
+    NO_END_THINK = "no_end_think"  # a thinking turn without </think>
+    SPECIAL_TOKEN = "special_token"  # a special token inside reasoning or content
+    BLOCK = "block"  # a tool block whose head, calls or end are not the grammar's
+    CALL = "call"  # a tool call whose head or end is not the grammar's, or that is no call at all
+    PARAMETER = "parameter"  # a parameter without its end, or with one inside its value
+    DUPLICATE = "duplicate"  # a parameter given twice
+    JSON = "json"  # a value that is not JSON, or that JSON cannot hold
+    NAME = "name"  # a tool or parameter name that DSML cannot carry
+    MESSAGE = "message"  # a message with a wrong role, content or continuation
+    TOOLS = "tools"  # tools declared where none may be, or without a name
+    TASK = "task"  # an unknown quick instruction, or one where none may be
+    EFFORT = "effort"  # an effort or a checkpoint family that does not exist
+    UNICODE = "unicode"  # text that UTF-8 cannot hold
+
+
 class ProtocolError(ConsilienceError):
-    """Text or tokens that do not follow V4's prompt protocol."""
+    """Text or tokens that do not follow V4's prompt protocol; `fault` says which rule."""
+
+    def __init__(self, fault: ProtocolFault, message: str) -> None:
+        super().__init__(fault, message)
+        self.fault = fault
+
+    def __str__(self) -> str:
+        return self.args[1]
 
 
 class CheckpointError(ConsilienceError):

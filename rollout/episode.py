@@ -20,7 +20,7 @@ from consilience.rollout.encoding import ParsedTurn, ToolCall, parse_turn, rende
 from consilience.rollout.engine import Completed, Request, SamplingParams
 from consilience.rollout.grading import ExecutedCall, Graded, GradeItem
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.protocol import END_THINK
+from consilience.rollout.protocol import END_THINK, THINK
 from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.sandboxes.protocol import Isolation
@@ -55,10 +55,12 @@ class Episode:
         max_context: int | None = None,
     ) -> None:
         self.job, self.prompt_ids = job, prompt_ids
-        self.thinking = job.effort != "chat"
+        # A quick instruction ends the prompt with its own token: its answer never thinks.
+        self.thinking = prompt_ids[-1:] == (tokenizer.special_ids[THINK],)
         self.state = State.READY
         self.finish: FinishReason | None = None
         self.failure = ""
+        self.fault = ""  # the ProtocolFault of a malformed turn
         self.held: list[str] = []
         self.pending_calls: tuple[ToolCall, ...] = ()
         self._tokenizer, self._max_context = tokenizer, max_context
@@ -120,7 +122,7 @@ class Episode:
             self._last = parse_turn(text, self.thinking)
         except ProtocolError as error:
             self._last = ParsedTurn("", "")
-            self.failure = str(error)
+            self.failure, self.fault = str(error), error.fault.value
             self._end(FinishReason.MALFORMED)
             return
         calls = self._last.tool_calls
@@ -218,7 +220,7 @@ class Episode:
         return self.record(Graded(None, {}, Outcome(OutcomeKind.INFRA, self.failure)))
 
     def _facts(self) -> dict[str, Any]:
-        """Small facts: the job's scalar metadata, turns, calls, and why a turn was malformed."""
+        """Small facts: the job's scalar metadata, turns, calls, a malformed turn's fault and error."""
         facts: dict[str, Any] = {
             key: value
             for key, value in self.job.metadata.items()
@@ -226,7 +228,7 @@ class Episode:
         }
         facts["turns"], facts["tool_calls"] = self._num_turns, len(self._calls)
         if self.finish is FinishReason.MALFORMED:
-            facts["malformed"] = self.failure[:200]
+            facts["malformed"], facts["fault"] = self.failure[:200], self.fault
         return facts
 
     def _end(self, finish: FinishReason) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from consilience.conf.errors import CheckpointError
 from consilience.rollout.encoding import render_messages
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.rollout.tools import declare_tools
@@ -36,3 +39,20 @@ def conversation_ids(
     """
     parts = render_messages(declare_tools(messages, tools), effort, family=family)
     return tokenizer.encode_masked(parts)
+
+
+def checkpoint_family(folder: Path | str) -> str:
+    """ "preview" or "official": which reasoning efforts a released checkpoint knows (v4_model.md 13.3).
+
+    Its name and config.json do not say; the constant that its own encoder defines does. CheckpointError if
+    `folder` has no encoding/encoding_dsv4.py, or that defines neither constant.
+    """
+    file = Path(folder) / "encoding" / "encoding_dsv4.py"
+    try:
+        source = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {file} ({error}); name the family: preview or official") from None
+    for family, constant in (("official", "REASONING_EFFORT_PROMPTS"), ("preview", "REASONING_EFFORT_MAX")):
+        if re.search(rf"^{constant}\b", source, re.MULTILINE):
+            return family
+    raise CheckpointError(f"{file} defines no reasoning effort; name the family: preview or official")

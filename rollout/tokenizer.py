@@ -12,6 +12,7 @@ SFT, rollouts and evaluation all come through `encode_parts`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from pathlib import Path
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BpeTokenizer
 
-from consilience.conf.errors import CheckpointError, ConfigError, ProtocolError
+from consilience.conf.errors import CheckpointError, ConfigError, ProtocolError, ProtocolFault
 from consilience.rollout.protocol import BOS, EOS, PAD, SPECIAL_TOKENS
 
 NUM_BYTES = 256
@@ -144,10 +145,11 @@ class Tokenizer:
 
         Bytes that are not UTF-8 and ids beyond the vocabulary become U+FFFD.
         """
-        if ids and max(ids) >= self.vocab_size:
-            pieces = ["\ufffd" if i >= self.vocab_size else self._full.decode([i], False) for i in ids]
-            return "".join(pieces)
-        return self._full.decode(list(ids), skip_special_tokens=False)
+        runs = itertools.groupby(ids, key=lambda i: i < self.vocab_size)
+        return "".join(
+            self._full.decode(list(run), skip_special_tokens=False) if is_known else "\ufffd" * len(list(run))
+            for is_known, run in runs
+        )
 
     def _runs(self, parts: Iterable[Sequence]) -> Iterator[int | str]:
         """Special ids and the plain text between them."""
@@ -171,4 +173,5 @@ class Tokenizer:
         try:
             return self._plain.encode(text, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError) as error:
-            raise ProtocolError(f"text that is not valid Unicode cannot be tokenised: {error}") from None
+            message = f"text that is not valid Unicode cannot be tokenised: {error}"
+            raise ProtocolError(ProtocolFault.UNICODE, message) from None

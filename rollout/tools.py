@@ -12,7 +12,7 @@ from typing import Any
 
 from consilience.conf.errors import ConfigError, SandboxLost
 from consilience.rollout.boxes import Box
-from consilience.rollout.parsing import ToolCall
+from consilience.rollout.dsml import ToolCall
 from consilience.sandboxes.protocol import ExecResult, ExecStatus
 
 MAX_READ_BYTES = 1 << 20

@@ -1,14 +1,16 @@
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consilience.conf.errors import ProtocolError
+from consilience.conf.errors import ProtocolFault as F
 from consilience.rollout import protocol as p
+from consilience.rollout.dsml import ToolCall
 from consilience.rollout.encoding import (
-    ToolCall,
     continue_with_tool_results,
     encode_messages,
     parse_turn,
@@ -48,6 +50,7 @@ def sha256(text):
 
 def test_the_fixed_texts_are_those_of_the_released_encoders():
     block = p.TOOLS_HEAD + "X" + p.TOOLS_TAIL
+    assert [len(text.encode()) for text in (block, p.EFFORT_A, p.EFFORT_B)] == [990, 476, 528]
     assert sha256(block) == "e94ab52e06cd98339129e1f82052b2249bc2cb11641e2c01d79a6d5b7514fe36"
     assert sha256(p.EFFORT_A) == "f7a24f3b3050d4a83781e9b755b316aae2ec1d9dc87562541d90bcb04d7350f7"
     assert sha256(p.EFFORT_B) == "53fb31b8392ec5b4a926481943efc67636748f137c1a49d493a7af4d4fa55d2c"
@@ -96,14 +99,32 @@ def test_a_tool_call_is_written_as_dsml_with_raw_strings_and_json_for_the_rest()
     )
 
 
-def test_reminder_task_developer_and_response_format_follow_the_table():
+def test_a_quick_instruction_is_one_token_whose_answer_never_thinks():
+    def task(name, **extra):
+        return {**user("U"), "task": name, **extra}
+
+    for name in ("query", "authority", "domain"):
+        assert encode(task(name), assistant("a", "R"), effort="think") == f"[B][U]U<｜{name}｜>a[E]"
+    url = task("read_url", extracted_url=f"http://x/{p.EOS}")
+    assert encode(url, effort="think") == "[B][U]U<｜extracted_url｜>http://x/[E]<｜read_url｜>"
+    assert [part.text for part in render_messages([url], "chat") if part.is_trusted][-2:] == [
+        p.EXTRACTED_URL,
+        "<｜read_url｜>",
+    ]
+    assert encode(task("action"), effort="think") == "[B][U]U[A][t]<｜action｜>"
+    assert encode(task("action"), assistant("Search"), effort="chat") == "[B][U]U[A][/t]<｜action｜>Search[E]"
+    title = {**assistant("A", "R"), "task": "title"}
+    assert encode(user("U"), title, assistant("T"), effort="think") == "[B][U]U[A][t]R[/t]A[E]<｜title｜>T[E]"
+    answer = text_of(
+        part for part in render_messages([task("action"), assistant("Search")], "max") if part.is_target
+    )
+    assert parse_turn(answer, thinking=False).content == "Search"
+
+
+def test_reminder_developer_and_response_format_follow_the_table():
     reminder = {"role": "latest_reminder", "content": "today"}
     assert encode(SYSTEM, reminder, user("U")) == "[B]S[R]today[U]U[A][/t]"
     assert encode(user("U"), reminder) == "[B][U]U[A][/t][R]today"
-    assert encode({**user("U"), "task": "query"}) == "[B][U]U<｜query｜>"
-    assert encode({**user("U"), "task": "action"}, effort="think") == "[B][U]U[A][t]<｜action｜>"
-    title = {**assistant("A", "R"), "task": "title"}
-    assert encode(user("U"), title, assistant("T"), effort="think") == "[B][U]U[A][t]R[/t]A[E]<｜title｜>T[E]"
     developer = {"role": "developer", "content": "D"}
     assert encode(developer, assistant("A"), user("U"), effort="think") == "[B]A[E][U]U[A][t]"
     formatted = encode({**SYSTEM, "response_format": {"type": "ü"}}, user("U"))
@@ -111,8 +132,17 @@ def test_reminder_task_developer_and_response_format_follow_the_table():
     assert formatted == f'[B]S\n\n{heading}{{"type": "ü"}}[U]U[A][/t]'
 
 
-def test_encoding_text_matches_its_recorded_digest():
-    """Encodings that agreed byte for byte with the released encoder when they were recorded."""
+RECORDED = json.loads((Path(__file__).parent / "reference_encodings.json").read_text())
+
+
+@pytest.mark.parametrize("case", RECORDED, ids=range(len(RECORDED)))
+def test_the_encoding_is_the_one_that_the_released_encoder_gave(case):
+    """Conversations of every pair of roles, encoded by the preview's encoding_dsv4.py when recorded."""
+    options = {"family": case["family"], "drop_thinking": case["drop_thinking"]}
+    assert sha256(encode_messages(case["messages"], case["effort"], **options)) == case["sha256"]
+
+
+def test_a_whole_episode_matches_its_recorded_digest():
     system = {**SYSTEM, "tools": [READ, READ], "response_format": {"type": "json"}}
     turn = assistant("see", "why", [call("read", "c", path="p", n=1.5)])
     result = {"role": "tool", "tool_call_id": "c", "content": "12"}
@@ -126,26 +156,47 @@ MAX_SHA = "3781924a769413800f0141368a0eb3e3e6d9af1babd45e4d5d4899f051b58e1f"
 
 
 @pytest.mark.parametrize(
-    "messages, found",
+    "messages, fault, found",
     [
-        ([{"role": "robot", "content": "x"}], "robot"),
-        (["text"], "role"),
-        ([{**user("U"), "tools": [READ]}], "tools"),
-        ([{**user("U"), "task": "dance"}], "dance"),
-        ([user("U"), {**user("V"), "task": "title"}], "title"),
-        ([{"role": "user", "content": 3}], "int"),
-        ([{"role": "developer", "content": ""}], "developer"),
-        ([assistant("a</think>b")], "</think>"),
-        ([assistant("", "<think>")], "<think>"),
-        ([assistant("", calls=[{"function": {"name": "f", "arguments": "{"}}])], "JSON"),
-        ([assistant("", calls=[call('a"b')])], "quotes"),
-        ([assistant("", calls=[call("f", a=f"</{p.DSML}parameter>")])], "escape"),
-        ([{**SYSTEM, "tools": [{"description": "nameless"}]}], "name"),
+        ([{"role": "robot", "content": "x"}], F.MESSAGE, "robot"),
+        (["text"], F.MESSAGE, "role"),
+        ([{"role": ["user"], "content": "x"}], F.MESSAGE, "role"),
+        ([{**user("U"), "tools": [READ]}], F.TOOLS, "user"),
+        ([{**SYSTEM, "tools": READ}], F.TOOLS, "list"),
+        ([{**SYSTEM, "tools": [{"description": "nameless"}]}], F.TOOLS, "name"),
+        ([{**SYSTEM, "response_format": float("nan")}], F.JSON, "finite"),
+        ([{**user("U"), "task": "dance"}], F.TASK, "dance"),
+        ([{**user("U"), "task": ["query"]}], F.TASK, "query"),
+        ([{**SYSTEM, "task": "query"}], F.TASK, "system"),
+        ([user("U"), {**user("V"), "task": "title"}], F.TASK, "title"),
+        ([{**user("U"), "task": "query"}, user("V")], F.TASK, "answer"),
+        ([{**user("U"), "task": "query"}, {"role": "tool", "content": "x"}], F.TASK, "answer"),
+        ([{**user("U"), "extracted_url": "u"}], F.TASK, "read_url"),
+        ([{**assistant("A"), "task": "read_url", "extracted_url": "u"}], F.TASK, "assistant"),
+        ([{"role": "user", "content": 3}], F.MESSAGE, "int"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], F.MESSAGE, "blocks"),
+        ([{"role": "developer", "content": ""}], F.MESSAGE, "developer"),
+        (
+            [{"role": "developer", "content": [None]}, user("U")],
+            F.MESSAGE,
+            "blocks",
+        ),  # forgotten, yet checked
+        ([assistant("a</think>b")], F.SPECIAL_TOKEN, "</think>"),
+        ([assistant("", "<think>")], F.SPECIAL_TOKEN, "<think>"),
+        ([{"role": "assistant", "tool_calls": {"name": "f"}}], F.CALL, "list"),
+        ([assistant("", calls=["f"])], F.CALL, "name"),
+        ([assistant("", calls=[{"function": {"name": "f", "arguments": "[]"}}])], F.CALL, "object"),
+        ([assistant("", calls=[{"function": {"name": "f", "arguments": "{"}}])], F.JSON, "JSON"),
+        ([assistant("", calls=[{"function": {"name": "f", "arguments": "[" * 100_000}}])], F.JSON, "JSON"),
+        ([assistant("", calls=[call('a"b')])], F.NAME, "quotes"),
+        ([assistant("", calls=[call("f", a=float("nan"))])], F.JSON, "finite"),
+        ([assistant("", calls=[call("f", a=f"</{p.DSML}parameter>")])], F.PARAMETER, "escape"),
     ],
 )
-def test_what_the_protocol_cannot_express_is_refused_with_what_was_found(messages, found):
-    with pytest.raises(ProtocolError, match=found):
+def test_what_the_protocol_cannot_express_is_refused_with_fault_and_find(messages, fault, found):
+    with pytest.raises(ProtocolError, match=found) as caught:
         encode_messages(messages, "think")
+    assert caught.value.fault is fault
 
 
 def test_unknown_effort_and_family_are_refused():
@@ -162,23 +213,29 @@ def test_unknown_effort_and_family_are_refused():
 plain = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(
     lambda text: not any(token in text for token in (p.BOS, p.EOS, p.THINK, p.END_THINK, p.DSML))
 )
-names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,10}", fullmatch=True)
-scalars = st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats(allow_nan=False) | plain
-values = st.recursive(
-    scalars.filter(lambda v: v not in (float("inf"), float("-inf"))),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
-    max_leaves=5,
+tricky = st.lists(st.sampled_from([*p.SPECIAL_TOKENS, p.CALLS_OPEN, "\n\n", "<"]) | plain, max_size=4).map(
+    "".join
 )
-calls = st.builds(ToolCall, names, st.dictionaries(names, values, max_size=3))
+arguments = st.dictionaries(
+    st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,10}", fullmatch=True),
+    plain | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.lists(plain, max_size=2),
+    max_size=3,
+)
+calls = st.builds(ToolCall, st.sampled_from(["read", "f.g-h", "名"]), arguments)
 
 
-@settings(max_examples=150, deadline=None)
-@given(plain, plain, st.lists(calls, max_size=3), st.booleans())
-def test_parsing_inverts_encoding(reasoning, content, tool_calls, thinking):
-    message = assistant(content, reasoning, tool_calls)
-    turn = parse_turn(text_of(render_assistant(message, thinking)), thinking)
+@settings(max_examples=200, deadline=None)
+@given(tricky, tricky, st.lists(calls, max_size=3), st.booleans())
+def test_parsing_inverts_encoding_or_the_encoder_refuses(reasoning, content, tool_calls, thinking):
+    try:
+        text = text_of(render_assistant(assistant(content, reasoning, tool_calls), thinking))
+    except ProtocolError as error:
+        assert error.fault is F.SPECIAL_TOKEN
+        assert any(token in reasoning + content for token in (p.BOS, p.EOS, p.THINK, p.END_THINK, p.DSML))
+        return
+    turn = parse_turn(text, thinking)
     assert (turn.reasoning, turn.content) == (reasoning if thinking else "", content)
-    assert list(turn.tool_calls) == tool_calls
+    assert repr(turn.tool_calls) == repr(tuple(tool_calls))
 
 
 @settings(max_examples=60, deadline=None)
@@ -191,6 +248,44 @@ def test_an_episode_with_tools_is_one_append_only_text(reasoning, results, effor
     grown = encode_messages(start, effort) + text_of(render_assistant(turn, thinking))
     grown += continue_with_tool_results(results, thinking)
     assert encode_messages([*start, turn, *tools], effort) == grown
+
+
+turns = st.lists(
+    st.sampled_from(["user", "assistant", "tool", "latest_reminder", "developer", "system"]), max_size=8
+).map(
+    lambda roles: [
+        {**assistant(f"A{i};", f"R{i};"), "role": role, "content": f"{role}{i};"}
+        for i, role in enumerate(roles)
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(turns, st.sampled_from(["chat", "think", "max"]), st.sampled_from(["tools", "keep"]))
+def test_where_nothing_is_forgotten_a_longer_conversation_begins_with_the_shorter(messages, effort, why):
+    """With tools declared, or asked to keep: the token stream of an episode is append-only (5.4)."""
+    messages = [{**SYSTEM, "tools": [READ] if why == "tools" else []}, *messages]
+    whole = encode_messages(messages, effort, drop_thinking=why == "tools")
+    for end, message in enumerate(messages):
+        if message["role"] in ("assistant", "latest_reminder"):
+            assert whole.startswith(encode_messages(messages[:end], effort, drop_thinking=why == "tools"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(turns, st.booleans())
+def test_reasoning_is_kept_everywhere_with_tools_and_since_the_last_user_without(messages, has_tools):
+    declared = [{**SYSTEM, "tools": [READ]}] if has_tools else [SYSTEM]
+    text = encode_messages([*declared, *messages], "think")
+    users = [i for i, m in enumerate(messages) if m["role"] in ("user", "tool", "developer")]
+    for i, message in enumerate(messages):
+        is_current = has_tools or not users or i > users[-1]
+        assert (f"R{i};" in text) == (message["role"] == "assistant" and is_current)
+        if message["role"] == "developer":
+            assert (f"developer{i};" in text) == (has_tools or i >= users[-1])
+        else:
+            assert f"{message['role']}{i};" in text
+    chat = encode_messages([*declared, *messages], "chat")
+    assert not any(f"R{i};" in chat for i in range(len(messages)))
 
 
 def test_only_the_encoders_own_text_is_trusted_and_only_sampled_text_is_a_target():

@@ -80,15 +80,29 @@ def test_tool_results_are_observations_in_one_append_only_stream():
 
 
 @pytest.mark.parametrize(
-    "text", ["no mark", "hm</think>" + dsml("a")[:-5], "hm</think>a</think>b", f"hm</think>x{dsml('a')}y"]
+    "text, fault",
+    [
+        ("no mark", "no_end_think"),
+        ("hm</think>" + dsml("a")[:-5], "block"),
+        ("hm</think>a</think>b", "special_token"),
+        (f"hm</think>x{dsml('a')}y", "block"),
+    ],
 )
-def test_what_does_not_parse_ends_as_malformed_with_nothing_to_reward(text):
+def test_what_does_not_parse_ends_as_malformed_with_its_fault_and_nothing_to_reward(text, fault):
     e = agent()
     complete(e, text)
     assert e.is_done and e.finish is FinishReason.MALFORMED
     item = e.grade_item()
     assert (item.text, item.thinking, item.finish) == ("", "", "malformed")
-    assert e.record(GRADED).metadata["malformed"]
+    facts = e.record(GRADED).metadata
+    assert facts["malformed"] and facts["fault"] == fault
+
+
+def test_the_answer_to_a_quick_instruction_has_no_thinking():
+    job = RolloutJob("s/0/1/2", "s/0/1", "d", "think", ({"role": "user", "content": "go", "task": "action"},))
+    e = Episode(job, prompt_ids(TOKENIZER, job.messages, "think"), TOKENIZER)
+    complete(e, "Search")
+    assert e.finish is FinishReason.STOP and (e.grade_item().text, e.grade_item().thinking) == ("Search", "")
 
 
 def test_a_turn_that_ran_out_of_tokens_ends_the_episode_with_what_it_had_said():

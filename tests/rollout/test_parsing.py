@@ -1,9 +1,13 @@
+import pickle
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consilience.conf.errors import ProtocolError
-from consilience.rollout.parsing import ParsedTurn, ToolCall, parse_turn
+from consilience.conf.errors import ProtocolFault as F
+from consilience.rollout.dsml import ToolCall
+from consilience.rollout.parsing import ParsedTurn, parse_turn
 from consilience.rollout.protocol import DSML as D
 from consilience.rollout.protocol import EOS
 
@@ -20,51 +24,34 @@ def test_a_plain_turn_and_a_turn_with_a_call():
     )
 
 
-def test_strings_are_raw_and_the_rest_is_json():
-    second = f'<{D}parameter name="b" string="false">{{"k": [1, null]}}</{D}parameter>\n'
-    block = BLOCK.replace(PARAMETER, PARAMETER.replace("x", '1 < 2 & "q"\n') + second)
-    (call,) = parse_turn(block + EOS, False).tool_calls
-    assert call.arguments == {"a": '1 < 2 & "q"\n', "b": {"k": [1, None]}}
-
-
-def test_a_call_without_parameters_may_have_the_blank_line_of_the_reference_encoder():
-    for inside in ("", "\n"):
-        text = f'\n\n<{D}tool_calls>\n<{D}invoke name="g">\n{inside}</{D}invoke>\n</{D}tool_calls>{EOS}'
-        assert parse_turn(text, False).tool_calls == (ToolCall("g", {}),)
-
-
 @pytest.mark.parametrize(
-    "text, thinking",
+    "text, thinking, fault",
     [
-        ("no end", False),
-        (f"early{EOS}late{EOS}", False),
-        (f"no mark{EOS}", True),
-        (f"a</think>b</think>c{EOS}", True),
-        (f"a<think>b{EOS}", False),
-        (f"{BLOCK}</think>x{EOS}", True),
-        (f"{BLOCK} and more{EOS}", False),
-        (BLOCK[1:] + EOS, False),  # one newline before the block
-        (f"\n\n<{D}tool_calls>\n</{D}tool_calls>{EOS}", False),
-        (BLOCK.replace(">\n<", "><", 1) + EOS, False),
-        (BLOCK.replace("</" + D + "invoke>\n", "</" + D + "invoke>") + EOS, False),
-        (BLOCK.replace("</" + D + "tool_calls>", "") + EOS, False),
-        (BLOCK.replace('name="f"', "name=f") + EOS, False),
-        (BLOCK.replace('name="f"', 'name=""') + EOS, False),
-        (BLOCK.replace('string="true"', 'string="yes"') + EOS, False),
-        (BLOCK.replace(' string="true"', "") + EOS, False),
-        (BLOCK.replace('"true">x', '"false">x') + EOS, False),
-        (BLOCK.replace('"true">x', '"false">NaN') + EOS, False),
-        (BLOCK.replace('"true">x', '"false">' + "[" * 100_000) + EOS, False),
-        (BLOCK.replace('"true">x', '"false">"\\ud800"') + EOS, False),
-        (BLOCK.replace('"true">x', '"false">' + "9" * 5000) + EOS, False),
-        (BLOCK.replace(f"</{D}parameter>", "") + EOS, False),
-        (BLOCK.replace(CALL, CALL.replace(f"</{D}invoke>", "") + CALL) + EOS, False),
-        (BLOCK.replace(PARAMETER, PARAMETER * 2) + EOS, False),  # the same name twice
+        ("", False, F.NO_END),
+        ("no end", False, F.NO_END),
+        (f"early{EOS}late{EOS}", False, F.SPECIAL_TOKEN),
+        (f"no mark{EOS}", True, F.NO_END_THINK),
+        (f"a</think>b</think>c{EOS}", True, F.SPECIAL_TOKEN),
+        (f"a<think>b{EOS}", False, F.SPECIAL_TOKEN),
+        (f"{BLOCK}</think>x{EOS}", True, F.SPECIAL_TOKEN),
+        (f"{BLOCK} and more{EOS}", False, F.BLOCK),
+        (BLOCK[1:] + EOS, False, F.SPECIAL_TOKEN),  # one newline before the block
+        (f"\n\n<{D}tool_calls>\n</{D}tool_calls>{EOS}", False, F.BLOCK),
+        (BLOCK.replace(">\n<", "><", 1) + EOS, False, F.BLOCK),
+        (BLOCK.replace("</" + D + "tool_calls>", "") + EOS, False, F.BLOCK),
     ],
 )  # fmt: skip
-def test_anything_malformed_is_an_error_and_never_repaired(text, thinking):
-    with pytest.raises(ProtocolError):
+def test_anything_malformed_is_an_error_with_its_fault_and_never_repaired(text, thinking, fault):
+    with pytest.raises(ProtocolError) as caught:
         parse_turn(text, thinking)
+    assert caught.value.fault is fault and str(caught.value)
+
+
+def test_the_typed_error_survives_the_way_between_processes():
+    with pytest.raises(ProtocolError) as caught:
+        parse_turn("no end", False)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.fault, str(copy)) == (F.NO_END, str(caught.value))
 
 
 @settings(max_examples=200, deadline=None)
