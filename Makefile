@@ -3,6 +3,7 @@
 #   make demo               the pipeline, end to end, then the report      (PROFILE=ci: shortened)
 #   make test               the tests of five minutes                      (ROOM=grpo: one folder)
 #   make test-all           the slow ones too
+#   make fuzz               the prompt protocol against damaged input  (FUZZ_S=60 FUZZ_SEED=1)
 #   make check              ruff (lint, format) and pyright
 #   make bench, bench-gpu   every measurement in bench/
 #   make docs               what README and docs/ name exists
@@ -15,6 +16,8 @@ TORCH ?= torch==2.13.0
 PROFILE ?= demo
 ARGS ?=
 ROOM ?=
+FUZZ_S ?= 600
+FUZZ_SEED ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,7 +37,7 @@ step = printf '  %s … ' "$(1)"; began=$$SECONDS; \
 	if $(2) >>$(LOG) 2>&1; then echo "$$((SECONDS - began)) s"; \
 	else echo "failed, see $(LOG):"; tail -n 12 $(LOG); exit 1; fi
 
-.PHONY: setup demo demo-ci test test-all check format bench bench-gpu docs clean
+.PHONY: setup demo demo-ci test test-all fuzz check format bench bench-gpu docs clean
 
 setup: $(STAMP)
 
@@ -58,6 +61,9 @@ test: setup
 
 test-all: setup
 	@$(BIN)/python -m pytest $(if $(ROOM),tests/$(ROOM)) $(ARGS)
+
+fuzz: setup
+	@$(BIN)/python -m consilience.rollout.fuzzing --seconds $(FUZZ_S) --seed $(FUZZ_SEED) --failures tests/rollout/kept_cases $(ARGS)
 
 check: setup
 	@$(BIN)/ruff check .
