@@ -40,6 +40,8 @@ from consilience.rollout.tokenizer import Tokenizer
 
 Case = Mapping[str, Any]
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 _RESPELLED = re.compile(
     f'(?P<head><{p.DSML}parameter name="[^"\n]+" string=")(?P<is_text>true|false)">(?P<value>.*?)'
     f'(?P<tail></{p.DSML}parameter>)|(?P<open><{p.DSML}invoke name="[^"\n]+">\n)(?=</{p.DSML}invoke>)',
@@ -167,7 +169,7 @@ def _respell(found: re.Match[str]) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    return not any(0xD800 <= ord(character) < 0xE000 for character in text)
+    return not _SURROGATE.search(text)
 
 
 def _official(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -145,6 +145,8 @@ class Tokenizer:
 
         Bytes that are not UTF-8 and ids beyond the vocabulary become U+FFFD.
         """
+        if not ids or max(ids) < self.vocab_size:
+            return self._full.decode(list(ids), skip_special_tokens=False)
         runs = itertools.groupby(ids, key=lambda i: i < self.vocab_size)
         return "".join(
             self._full.decode(list(run), skip_special_tokens=False) if is_known else "\ufffd" * len(list(run))

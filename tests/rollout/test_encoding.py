@@ -1,5 +1,6 @@
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -286,6 +287,28 @@ def test_reasoning_is_kept_everywhere_with_tools_and_since_the_last_user_without
             assert f"{message['role']}{i};" in text
     chat = encode_messages([*declared, *messages], "chat")
     assert not any(f"R{i};" in chat for i in range(len(messages)))
+
+
+@pytest.mark.parametrize("kind", ["turns", "results", "reminders", "text"])
+def test_encoding_takes_time_linear_in_the_conversation(kind):
+    """Eight times the messages take eight times as long; sixteen leaves room for caches, 64 is squared."""
+
+    def conversation(n):
+        results = [{"role": "tool", "tool_call_id": f"c{i}", "content": "x"} for i in reversed(range(n))]
+        return {
+            "turns": [user("x"), assistant("y", "z")] * n,
+            "results": [assistant("", calls=[call("f", f"c{i}") for i in range(n)]), *results],
+            "reminders": [{"role": "latest_reminder", "content": "x"}] * n,
+            "text": [user("<" * 100 * n)],
+        }[kind]
+
+    def cpu_s(messages):
+        began = time.process_time()
+        encode_messages(messages, "think")
+        return time.process_time() - began
+
+    small, large = conversation(500), conversation(4000)
+    assert min(cpu_s(large) for _ in range(3)) < 16 * min(cpu_s(small) for _ in range(3)) + 0.02
 
 
 def test_only_the_encoders_own_text_is_trusted_and_only_sampled_text_is_a_target():
