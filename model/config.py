@@ -5,6 +5,7 @@ Source: `config.json` of the released checkpoints; report section 4.2.1 for the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from consilience.model.config_layouts import write_official, write_transformers
 
 SLIDING = 0
 CSA_RATIO = 4
+SLIDING_ONLY_BLOCK = 128  # a model without compressed layers stores nothing in its blocks
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,11 @@ class ModelConfig:
     def ratios(self) -> tuple[int, ...]:
         """Distinct non-zero compression ratios, ascending."""
         return tuple(sorted({r for r in self.compress_ratios if r != SLIDING}))
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens a block of the decode state stands for: whole entries of every layer (report 3.5)."""
+        return math.lcm(*self.ratios) if self.ratios else SLIDING_ONLY_BLOCK
 
     def ratio_of(self, layer: int) -> int:
         """Compression ratio of a layer; MTP blocks are counted behind the trunk's layers."""

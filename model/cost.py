@@ -133,8 +133,13 @@ def report_state_bytes(parts: Mapping[str, int]) -> int:
 
 
 def allocated_bytes(config: ModelConfig, num_slots: int, max_length: int, element_bytes: int) -> int:
-    """What `DecodeState.allocate` takes: entries in the activations' type, tails in fp32 or wider."""
+    """What `DecodeState.allocate` takes: entries in the activations' type, tails in fp32 or wider.
+
+    Entries lie in whole blocks, one more than the sequences need; each sequence has a position and a
+    table of its blocks, 8 bytes each.
+    """
     entry, key = config.head_dim * element_bytes, config.index_head_dim * element_bytes
-    parts = state_bytes(config, max_length, StateFormat(entry, key, max(4, element_bytes)))
-    position = 8
-    return num_slots * (position + sum(parts.values()))
+    parts = state_bytes(config, config.block_tokens, StateFormat(entry, key, max(4, element_bytes)))
+    own = parts.pop("window") + parts.pop("compressor tails")
+    num_blocks = -(-max_length // config.block_tokens)
+    return num_slots * (8 + 8 * num_blocks + own) + (num_slots * num_blocks + 1) * sum(parts.values())

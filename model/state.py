@@ -9,7 +9,6 @@ S slots (sequences), W sliding window, C head width, P blocks of the pool, A blo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,11 +19,6 @@ from consilience.conf.errors import EngineError
 from consilience.model.config import CSA_RATIO, SLIDING, ModelConfig
 from consilience.model.layout import ring_size
 
-SLIDING_ONLY_BLOCK = 128  # tokens; a model without compressed layers stores nothing in its blocks
-
-
-def _block_tokens(config: ModelConfig) -> int:
-    return math.lcm(*config.ratios) if config.ratios else SLIDING_ONLY_BLOCK
 
 
 class BlockPool:
@@ -148,7 +142,7 @@ class DecodeState:
         num_blocks  size of the pool; rows then get blocks by `reserve`. None: every row has all its
                     blocks at once.
         """
-        block_tokens = _block_tokens(config)
+        block_tokens = config.block_tokens
         per_row = cls.blocks_of(config, max_length)
         pool = BlockPool(num_slots * per_row if num_blocks is None else num_blocks)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -180,7 +174,7 @@ class DecodeState:
     @staticmethod
     def blocks_of(config: ModelConfig, length: int) -> int:
         """Blocks that a sequence of `length` tokens takes."""
-        return -(-length // _block_tokens(config))
+        return -(-length // config.block_tokens)
 
     @property
     def num_slots(self) -> int:
