@@ -73,8 +73,8 @@ def measure(model: Transformer, is_exact: bool) -> str:
             whole = log_softmax(model(ids)[:, PROMPT:].float().flatten(0, 1)).view_as(found)
     tokens, trained = ROWS * STEPS, TRAIN[0] * TRAIN[1]
     return (
-        f"{'exact' if is_exact else 'fast':6s} training {trained / step_s:9,.0f} tokens/s, {peak:5.2f} GiB above the "
-        f"weights; decoding {tokens / decode_s:8,.0f} tokens/s (prefill included); "
+        f"{'exact' if is_exact else 'fast':6s} training {trained / step_s:9,.0f} tokens/s, {peak:5.2f} GiB "
+        f"above the weights; decoding {tokens / decode_s:8,.0f} tokens/s (prefill included); "
         f"mismatch {(found - whole).abs().max().item():.3g}"
     )
 

@@ -1,4 +1,4 @@
-"""Multi-token prediction: one more block that predicts the token after the next (specification 10; V3 report 2.2).
+"""Multi-token prediction: a block that predicts the token after the next (specification 10; V3 report 2.2).
 
 R tokens (flattened), N streams, D model width.
 """

@@ -71,7 +71,7 @@ def fake_fp8(x: Tensor, width: int) -> Tensor:
 
 
 def kv_values(x: Tensor, num_rope: int) -> Tensor:
-    """KV entries [..., C] as the released model stores them: FP8 in blocks of 64 but for the rope channels."""
+    """KV entries [..., C] as the released model stores them: FP8 in blocks of 64, rope channels apart."""
     plain = x.shape[-1] - num_rope
     return torch.cat((fake_fp8(x[..., :plain], KV_BLOCK), x[..., plain:]), dim=-1) if plain else x
 

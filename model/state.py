@@ -20,7 +20,6 @@ from consilience.model.config import CSA_RATIO, SLIDING, ModelConfig
 from consilience.model.layout import ring_size
 
 
-
 class BlockPool:
     """Which blocks are free, and how many sequences hold each of the others. Block 0 is nobody's.
 

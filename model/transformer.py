@@ -79,7 +79,7 @@ class Transformer(nn.Module):
             raise ConfigError(f"FP4 index keys need an index_head_dim that is a power of two, found {width}")
         for module in self.modules():
             if hasattr(module, "quantization"):
-                module.quantization = quantization
+                setattr(module, "quantization", quantization)  # noqa: B010 (nn.Module's typing wants tensors)
 
     def hidden(
         self,

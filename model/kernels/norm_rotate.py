@@ -13,7 +13,7 @@ from consilience.model.kernels.compiled import call, library
 
 
 def is_available(x: Tensor, rotation: Tensor | None = None) -> bool:
-    """Whether these can go through the compiled kernel: fp32 on the CPU, a rotation a token, a compiler found.
+    """Whether the compiled kernel takes these: fp32 on the CPU, a rotation a token, a compiler found.
 
     rotation [..., R/2] has the leading axes of x, or 1 in place of the last of them (the heads).
     """

@@ -23,7 +23,8 @@ CONFIGS = {
         n_routed_experts=5, moe_intermediate_size=22, index_head_dim=10, index_topk=12, hc_mult=3,
     ),
     "mini's widths": replace(
-        MINI, num_hidden_layers=3, compress_ratios=(0, 4, 128), num_hash_layers=1, index_topk=16, vocab_size=512
+        MINI, num_hidden_layers=3, compress_ratios=(0, 4, 128), num_hash_layers=1, index_topk=16,
+        vocab_size=512,
     ),
 }  # fmt: skip
 
@@ -106,7 +107,9 @@ def test_the_trainer_s_log_probability_is_the_sampler_s_to_the_last_bit(temperat
     ids = random_ids(config, 3, 70)
     with exact_mode():
         hidden = model.hidden(ids)
-        trained = linear_logprob(hidden[:, 49:-1].flatten(0, 1), model.head.weight, ids[:, 50:].flatten(), temperature=temperature)
+        trained = linear_logprob(
+            hidden[:, 49:-1].flatten(0, 1), model.head.weight, ids[:, 50:].flatten(), temperature=temperature
+        )
         state = DecodeState.allocate(config, 3, 70)
         model.hidden(ids[:, :49], state=state)
         sampled = []
