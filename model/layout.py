@@ -9,7 +9,7 @@ B rows, T tokens in a row, W sliding window, M compressed entries, m compression
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -88,6 +88,12 @@ class Layout:
     @property
     def is_step(self) -> bool:
         return self.ring_seen is not None
+
+    def without_last(self) -> Layout:
+        """The same packed rows, the last valid token of every sample no longer counted as valid."""
+        is_followed = torch.zeros_like(self.is_valid)
+        is_followed[:, :-1] = self.is_valid[:, 1:] & (self.position[:, 1:] == self.position[:, :-1] + 1)
+        return replace(self, is_valid=self.is_valid & is_followed)
 
 
 def ring_size(ratio: int) -> int:

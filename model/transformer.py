@@ -138,12 +138,14 @@ class Transformer(nn.Module):
     ) -> list[Tensor]:
         """Hidden states [B, T, D] of each prediction block over packed rows: block i predicts t + 2 + i.
 
-        streams and layout as `streams` returned them; next_ids [B, T] = the token after each. is_detached:
-        gradients stop before the trunk and the embedding, only the prediction blocks learn.
+        streams and layout as `streams` returned them; next_ids [B, T] = the token after each, anything for
+        the last of a sample: no other token sees it. is_detached: gradients stop before the trunk and the
+        embedding, only the prediction blocks learn.
         """
         hidden = []
         streams = streams.detach() if is_detached else streams
         for depth, block in enumerate(self.mtp):
+            layout = layout.without_last()
             ids = nn.functional.pad(next_ids[:, depth:], (0, depth)).flatten()
             embedding = self.embed(ids)
             found, streams = block.predict(  # type: ignore[operator]

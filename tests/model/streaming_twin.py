@@ -189,18 +189,33 @@ def twin_weights(model):
     }
 
 
+def twin_block(c, w, layer, x, tokens, record=None):
+    """Streams [T, N, D] -> [T, N, D] through `layers.{layer}`."""
+    p = f"layers.{layer}"
+    attend = lambda y: twin_attention(c, w, layer, normed(y, w[f"{p}.attn_norm.weight"]), record)
+    x = twin_connection(c, w, f"{p}.hc_attn", x, attend)
+    feed = lambda y: twin_moe(c, w, layer, normed(y, w[f"{p}.ffn_norm.weight"]), tokens)
+    return twin_connection(c, w, f"{p}.hc_ffn", x, feed)
+
+
+def twin_collapse(c, w, x, prefix=""):
+    """Streams [T, N, D] -> [T, D]: head collapse and norm, the trunk's or those of `prefix`."""
+    flat = x.flatten(1)
+    m = (flat @ w[f"{prefix}hc_head_fn"].T) / (flat.square().mean(1, keepdim=True) + c.rms_norm_eps).sqrt()
+    a = torch.sigmoid(w[f"{prefix}hc_head_scale"] * m + w[f"{prefix}hc_head_base"]) + c.hc_eps
+    return normed(torch.einsum("tn,tnd->td", a, x), w[f"{prefix}norm.weight"])
+
+
+def twin_streams(model, tokens, w, record=None):
+    """Residual streams [T, N, D] after the trunk's last layer."""
+    c = model.config
+    x = w["embed.weight"][tokens][:, None].expand(-1, c.hc_mult, -1)
+    for layer in range(c.num_hidden_layers):
+        x = twin_block(c, w, layer, x, tokens, record)
+    return x
+
+
 def twin_logits(model, tokens, w=None, record=None):
     """Logits [T, V] fp64 of one sequence; `w` as `twin_weights` makes it."""
-    c = model.config
     w = twin_weights(model) if w is None else w
-    x = w["embed.weight"][tokens][:, None].expand(-1, c.hc_mult, -1)
-    for i in range(c.num_hidden_layers):
-        p = f"layers.{i}"
-        attend = lambda y: twin_attention(c, w, i, normed(y, w[f"{p}.attn_norm.weight"]), record)  # noqa: B023
-        x = twin_connection(c, w, f"{p}.hc_attn", x, attend)
-        feed = lambda y: twin_moe(c, w, i, normed(y, w[f"{p}.ffn_norm.weight"]), tokens)  # noqa: B023
-        x = twin_connection(c, w, f"{p}.hc_ffn", x, feed)
-    flat = x.flatten(1)
-    m = (flat @ w["hc_head_fn"].T) / (flat.square().mean(1, keepdim=True) + c.rms_norm_eps).sqrt()
-    a = torch.sigmoid(w["hc_head_scale"] * m + w["hc_head_base"]) + c.hc_eps
-    return normed(torch.einsum("tn,tnd->td", a, x), w["norm.weight"]) @ w["head.weight"].T
+    return twin_collapse(model.config, w, twin_streams(model, tokens, w, record)) @ w["head.weight"].T
