@@ -54,6 +54,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         mini_batches=settings.mini_batches,
         chunk_tokens=settings.chunk_tokens,
         normalisation=settings.normalisation,
+        mtp_weight=settings.mtp_weight,
         row_tokens=settings.row_tokens,
         micro_tokens=micro_tokens(cfg, settings.row_tokens),
         warmup=settings.warmup,

@@ -70,6 +70,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         kl_beta=settings.kl_beta,
         mask_delta=settings.mask_delta,
         temperature=settings.temperature,
+        mtp_weight=settings.mtp_weight,
         row_tokens=settings.row_tokens,
         micro_tokens=micro_tokens(cfg, settings.row_tokens),
         warmup=settings.warmup,

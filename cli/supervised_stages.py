@@ -22,7 +22,7 @@ from consilience.cli.training_stage import (
 from consilience.conf.schema import Config, SftConfig
 from consilience.grpo.sft import SupervisedSettings, train_supervised
 from consilience.grpo.supervised_batches import Example
-from consilience.model.config import PRESETS, ModelConfig
+from consilience.model.config import PRESETS, SLIDING, ModelConfig
 from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer
 from consilience.rollout.encoding import encode_messages
@@ -94,6 +94,8 @@ def _supervised(
             final_scale=settings.decay,
             balance_weight=settings.balance_weight,
             indexer_weight=settings.indexer_weight,
+            mtp_weight=settings.mtp_weight,
+            mtp_decay_weight=settings.mtp_decay_weight,
             shares=shares,
             seed=cfg.run.seed,
         )
@@ -132,7 +134,8 @@ def model_config(cfg: Config, tokenizer: Tokenizer) -> ModelConfig:
     rows = tokenizer.padded_vocab_size(16)
     overrides = cfg.model.overrides()
     overrides["vocab_size"] = max(rows, overrides.get("vocab_size", 0))
-    overrides |= {"num_nextn_predict_layers": 0, "mtp_compress_ratios": ()}
+    num_blocks = overrides.get("num_nextn_predict_layers", preset.num_nextn_predict_layers)
+    overrides["mtp_compress_ratios"] = (SLIDING,) * num_blocks
     return replace(preset, **overrides, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
 
 

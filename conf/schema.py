@@ -47,6 +47,9 @@ class ModelConfig:
     moe_intermediate_size: int | None = setting(None, "width inside an expert", low=1)
     num_hash_layers: int | None = setting(None, "first layers routed by a hash of the token", low=0)
     hc_mult: int | None = setting(None, "hyper-connection streams N", low=1)
+    num_nextn_predict_layers: int | None = setting(
+        None, "MTP blocks: each predicts one token further ahead", low=0, high=8
+    )
     max_position_embeddings: int | None = setting(None, "longest stream", unit="tokens", low=1)
 
     def overrides(self) -> dict[str, Any]:
@@ -150,6 +153,8 @@ class SftConfig:
     )
     indexer_weight: float = setting(0.0, "weight of the indexer's own loss", low=0, high=100)
     balance_weight: float = setting(0.0, "weight of the sequence-wise balance loss", low=0, high=100)
+    mtp_weight: float = setting(0.3, "weight of the MTP blocks' loss, if the model has any", low=0, high=10)
+    mtp_decay_weight: float = setting(0.1, "the same while the learning rate decays", low=0, high=10)
     shares: dict[str, float] = setting(
         {}, "domain -> relative share of a step's tokens (base); domains not named count 1"
     )
@@ -174,6 +179,9 @@ class GrpoConfig:
         above=0,
     )
     temperature: float = setting(1.0, "sampling temperature", above=0, high=10)
+    mtp_weight: float = setting(
+        0.1, "weight of the loss that keeps MTP blocks, and nothing else, in step", low=0, high=10
+    )
     lr: float = setting(3e-4, "peak learning rate", above=0, high=10)
     warmup: int = setting(2, "steps of linear warm-up", unit="steps", low=0)
     row_tokens: int = setting(512, "length of a packed row", unit="tokens", low=16)
@@ -214,6 +222,9 @@ class DistillConfig:
         "tokens",
         "denominator: loss tokens of the mini-batch, or of each teacher",
         choices=("tokens", "teacher"),
+    )
+    mtp_weight: float = setting(
+        0.1, "weight of the loss that keeps MTP blocks, and nothing else, in step", low=0, high=10
     )
     row_tokens: int = setting(512, "length of a packed row", unit="tokens", low=16)
     init: str | None = setting(None, "checkpoint folder of the student's start; null: the base stage")

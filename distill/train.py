@@ -26,7 +26,7 @@ from consilience.teachers.hidden_store import HiddenStore
 from consilience.teachers.registry import TeacherRegistry
 from consilience.teachers.scheduler import ScoreReport, ScoreRequest, TeacherScheduler
 from consilience.training.engine import TrainEngine
-from consilience.training.forward import hidden_at_loss, sample_order
+from consilience.training.forward import hidden_at_loss, mtp_loss, sample_order
 from consilience.training.metrics import MetricsSink, RolloutRow
 from consilience.training.packing import PackedRows, pack, row_length, split_micro_batches
 from consilience.training.progress import Progress
@@ -43,6 +43,7 @@ class DistillSettings:
     mini_batches: int = 2
     chunk_tokens: int = 256
     normalisation: str = "tokens"
+    mtp_weight: float = 0.1
     row_tokens: int = 512
     micro_tokens: int = 8192
     warmup: int = 2
@@ -170,6 +171,8 @@ def train_phase(
     total["kl"] = {name: part["kl"] / part["tokens"] for name, part in sums.items()}
     total["top1_agreement"] = {name: p["top1_agreement"] / p["tokens"] for name, p in sums.items()}
     total["student_entropy"] = {name: p["student_entropy"] / p["tokens"] for name, p in sums.items()}
+    if any("mtp_loss" in part for part in sums.values()):
+        total["mtp_loss"] = {name: part["mtp_loss"] / part["tokens"] for name, part in sums.items()}
     return total
 
 
@@ -190,7 +193,7 @@ def _segment(
     kl_by_sample: dict[str, float] = {}
 
     def loss_fn(model: Any, micro: PackedRows):
-        at = hidden_at_loss(model, micro, trace)
+        at = hidden_at_loss(model, micro, trace, wants_mtp=settings.mtp_weight > 0, is_detached=True)
         order = sample_order(at)
         target = torch.cat([states[s] for s in order]).to(at.hidden.device)
         out = distill_loss(
@@ -207,7 +210,12 @@ def _segment(
             stop = start + states[s].shape[0]
             kl_by_sample[records[s].uid] = float(out.tokens.kl[start:stop].mean())
             start = stop
-        return out.loss, out.sums
+        if not at.ahead:
+            return out.loss, out.sums
+        # The blocks follow the trunk: its own samples are their targets, and nothing else learns from it.
+        ahead = mtp_loss(at, model.head.weight.detach())
+        loss = out.loss + settings.mtp_weight * ahead / denominator
+        return loss, out.sums | {"mtp_loss": float(ahead.detach())}
 
     # A row widened for a long episode is a micro-batch of its own.
     budget = max(settings.micro_tokens, packed.token_ids.shape[1])

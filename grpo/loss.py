@@ -96,7 +96,8 @@ def grpo_loss(
 def shares(sums: dict[str, float]) -> dict[str, float]:
     """Summed `sums` as the figures to report: shares and means over tokens (masked share over samples)."""
     tokens, samples = max(sums["tokens"], 1.0), max(sums["samples"], 1.0)
-    return {
+    found = {"mtp_loss": sums["mtp_loss"] / tokens} if "mtp_loss" in sums else {}
+    return found | {
         "clip_share": sums["clipped"] / tokens,
         "mean_abs_log_ratio": sums["abs_log_ratio"] / tokens,
         "max_abs_log_ratio": sums["max_abs_log_ratio"],

@@ -22,7 +22,7 @@ from consilience.training.anticipatory_routing import (
     routings,
 )
 from consilience.training.engine import TrainEngine
-from consilience.training.forward import hidden_at_loss
+from consilience.training.forward import hidden_at_loss, mtp_loss
 from consilience.training.metrics import ROLLED_BACK_FROM, MetricsSink
 from consilience.training.packing import PackedRows, split_micro_batches
 from consilience.training.progress import Progress
@@ -36,6 +36,7 @@ class SupervisedSettings:
     """steps; tokens_per_step and micro_tokens in padded tokens; schedule; auxiliary loss weights.
 
     shares  relative share of each group (domain) in the tokens of a step; empty: equal shares
+    mtp_weight, mtp_decay_weight  of the prediction blocks' loss, before and in the rate's decay
     """
 
     steps: int
@@ -47,6 +48,8 @@ class SupervisedSettings:
     final_scale: float = 0.1
     balance_weight: float = 0.0
     indexer_weight: float = 0.0
+    mtp_weight: float = 0.3
+    mtp_decay_weight: float = 0.1
     shares: tuple[float, ...] = ()
     seed: int = 0
 
@@ -133,10 +136,13 @@ def supervised_step(
     denominator, num_samples = packed.loss_weight, len(packed.lengths)
     wants_losses = settings.balance_weight > 0 or settings.indexer_weight > 0
     trace = Trace(wants_losses=wants_losses)
+    decay_steps = min(settings.decay_steps, max(settings.steps - settings.warmup, 0))
+    is_decaying = step >= settings.steps - decay_steps
+    mtp_weight = settings.mtp_decay_weight if is_decaying else settings.mtp_weight
 
     def loss_fn(model: Any, routed: tuple[PackedRows, Routing | None]):
         trace.balance_loss, trace.indexer_loss = [], []
-        at = hidden_at_loss(model, routed[0], trace, routed[1])
+        at = hidden_at_loss(model, routed[0], trace, routed[1], wants_mtp=mtp_weight > 0)
         out = linear_logprob(at.hidden, model.head.weight, at.target_ids)
         nll = -(out.logprob * at.weight).sum()
         loss = nll / denominator
@@ -150,15 +156,19 @@ def supervised_step(
         sums = {"nll": float(nll.detach()), "tokens": float(at.weight.numel())}
         if trace.indexer_loss:
             sums["indexer_kl"] = part * float(sum(t.detach() for t in trace.indexer_loss))
+        if at.ahead:
+            ahead = mtp_loss(at, model.head.weight)
+            loss = loss + mtp_weight * ahead / denominator
+            sums["mtp_loss"] = float(ahead.detach())
         return loss, sums
 
     routed = list(zip(micro_batches, routings(choices, micro_batches)))
-    report = engine.forward_backward(loss_fn, routed, {"nll": denominator})
+    report = engine.forward_backward(loss_fn, routed, {"nll": denominator, "mtp_loss": denominator})
     scale = warmup_constant_cosine(
         step,
         num_steps=settings.steps,
         warmup_steps=min(settings.warmup, settings.steps),
-        decay_steps=min(settings.decay_steps, max(settings.steps - settings.warmup, 0)),
+        decay_steps=decay_steps,
         final_scale=settings.final_scale,
     )
     return report | engine.step(scale, trace.expert_load)

@@ -22,7 +22,7 @@ from consilience.rollout.phases import Sampler, publish, sample_phase
 from consilience.rollout.records import FinishReason, RolloutRecord
 from consilience.rollout.store import RolloutStore
 from consilience.training.engine import TrainEngine
-from consilience.training.forward import hidden_at_loss
+from consilience.training.forward import hidden_at_loss, mtp_loss
 from consilience.training.metrics import MetricsSink, RolloutRow
 from consilience.training.packing import PackedRows, pack, row_length, split_micro_batches
 from consilience.training.progress import Progress
@@ -40,6 +40,7 @@ class GrpoSettings:
     clip_epsilon: float = 0.2
     kl_beta: float = 1e-3
     mask_delta: float = 0.1
+    mtp_weight: float = 0.1
     temperature: float = 1.0
     row_tokens: int = 512
     micro_tokens: int = 8192
@@ -148,7 +149,7 @@ def _mini_batch(
             ref = linear_logprob(
                 there.hidden, reference.head.weight, there.target_ids, temperature=settings.temperature
             ).logprob  # type: ignore[union-attr, arg-type]
-        at = hidden_at_loss(model, micro, trace)
+        at = hidden_at_loss(model, micro, trace, wants_mtp=settings.mtp_weight > 0, is_detached=True)
         logprob = linear_logprob(
             at.hidden, model.head.weight, at.target_ids, temperature=settings.temperature
         ).logprob
@@ -164,7 +165,12 @@ def _mini_batch(
             mask_delta=settings.mask_delta,
         )
         sums = combine(sums, out.sums) if sums else dict(out.sums)
-        return out.loss, {}
+        if not at.ahead:
+            return out.loss, {}
+        # The blocks follow the trunk: its own samples are their targets, and nothing else learns from it.
+        ahead = mtp_loss(at, model.head.weight.detach(), settings.temperature)
+        sums = combine(sums, {"mtp_loss": float(ahead.detach())})
+        return out.loss + settings.mtp_weight * ahead / packed.num_loss_tokens, {}
 
     # A row widened for a long episode is a micro-batch of its own.
     budget = max(settings.micro_tokens, packed.token_ids.shape[1])

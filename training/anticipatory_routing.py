@@ -169,7 +169,7 @@ def look_up_choices(model: Any, micro_batches: Sequence[PackedRows]) -> Choices:
     found: list[Routing] = []
     for micro in micro_batches:
         found.append(Routing())
-        hidden_at_loss(model, micro, routing=found[-1])
+        hidden_at_loss(model, micro, routing=found[-1], wants_mtp=True)
     return {layer: torch.cat([r.experts[layer] for r in found]) for layer in found[0].experts}
 
 

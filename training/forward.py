@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.training.packing import PackedRows
+
+
+@dataclass(frozen=True)
+class BlockPositions:
+    """What one prediction block's loss sees: hidden [n, D], target_ids [n], weight [n] fp32."""
+
+    hidden: Tensor
+    target_ids: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -19,7 +29,8 @@ class LossPositions:
     """What a token loss sees of one micro-batch.
 
     hidden [n, D]; target_ids [n] the token each position predicts; weight [n] fp32 loss weight;
-    sample_index [n] sample of the whole packing; arrays name -> [n] fp32 per-target values.
+    sample_index [n] sample of the whole packing; arrays name -> [n] fp32 per-target values;
+    ahead  the same of each prediction block, where they were asked for and the model has any.
     """
 
     hidden: Tensor
@@ -27,27 +38,69 @@ class LossPositions:
     weight: Tensor
     sample_index: Tensor
     arrays: dict[str, Tensor]
+    ahead: tuple[BlockPositions, ...] = ()
 
 
-def hidden_at_loss(model: Any, packed: PackedRows, trace: Any = None, routing: Any = None) -> LossPositions:
-    """Run `model.hidden` over packed rows and keep the positions with a loss weight above 0."""
+def hidden_at_loss(
+    model: Any,
+    packed: PackedRows,
+    trace: Any = None,
+    routing: Any = None,
+    *,
+    wants_mtp: bool = False,
+    is_detached: bool = False,
+) -> LossPositions:
+    """Run the model over packed rows and keep the positions with a loss weight above 0.
+
+    wants_mtp    run the prediction blocks too, on the trunk's streams of this forward
+    is_detached  gradients of what they find stop before the trunk and the embedding
+    """
     device = next(model.parameters()).device
     rows = packed.to_torch(device)
-    hidden = model.hidden(
+    streams, layout = model.streams(
         rows["token_ids"], rows["segment_ids"], rows["position_ids"], trace=trace, routing=routing
     )
     where = (rows["loss_mask"].flatten() > 0).nonzero()[:, 0]
+    ahead = ()
+    if wants_mtp:
+        found = model.mtp_hidden(streams, rows["target_ids"], layout, is_detached=is_detached)
+        ahead = tuple(_ahead(rows, hidden, depth) for depth, hidden in enumerate(found, 1))
 
     def at(value: Tensor) -> Tensor:
         return value.flatten()[where]
 
     return LossPositions(
-        hidden=hidden.flatten(0, 1).index_select(0, where),
+        hidden=model.norm(model.hc_head(streams)).index_select(0, where),
         target_ids=at(rows["target_ids"]),
         weight=at(rows["loss_mask"]),
         sample_index=at(rows["sample_index"]).long(),
         arrays={name: at(rows[name]) for name in packed.arrays},
+        ahead=ahead,
     )
+
+
+def _ahead(rows: dict[str, Tensor], hidden: Tensor, depth: int) -> BlockPositions:
+    """Where block `depth` (from 1) has a loss: `depth` places before the trunk's, in the same sample.
+
+    hidden [B, T, D] of the block. Position t predicts what the trunk predicts at t + depth.
+    """
+    here, there = slice(None, -depth), slice(depth, None)
+    segment, weight = rows["segment_ids"], rows["loss_mask"][:, there]
+    row, token = ((weight > 0) & (segment[:, here] == segment[:, there])).nonzero(as_tuple=True)
+    return BlockPositions(hidden[row, token], rows["target_ids"][row, token + depth], weight[row, token])
+
+
+def mtp_loss(at: LossPositions, head: Tensor, temperature: float = 1.0) -> Tensor:
+    """Sum form of the prediction blocks' loss: weighted −log p of their targets, mean over the blocks.
+
+    Its denominator is that of the trunk's own loss, as in V3's report, equations 24 and 25. head [V, D],
+    detached where only the blocks shall learn. 0 without blocks.
+    """
+    losses = [
+        -(linear_logprob(b.hidden, head, b.target_ids, temperature=temperature).logprob * b.weight).sum()
+        for b in at.ahead
+    ]
+    return sum(losses, torch.zeros((), device=head.device)) / max(len(losses), 1)
 
 
 def sample_order(positions: LossPositions) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class OptimizerSettings:
     beta1, beta2, eps   AdamW
     momentum, update_rms   Muon's μ and γ
     bias_speed     step of the router biases
-    grad_clip      largest global gradient norm; 0 switches clipping off
+    grad_clip      largest global gradient norm, of the prediction blocks and of all else; 0: no clipping
     kind           "muon" (with AdamW for what Muon leaves) or "adamw" for every parameter
     """
 
@@ -107,19 +107,22 @@ class TorchEngine:
         grads = {n: p.grad for n, p in self.optimizer.parameters.items() if p.grad is not None}
         if not grads:
             raise EngineError(f"step {self.num_steps}: no gradient to apply; call forward_backward first")
-        norms = torch._foreach_norm(list(grads.values()))  # pyright: ignore[reportPrivateImportUsage]
-        grad_norm = float(torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms])))
+        norms = dict(zip(grads, torch._foreach_norm(list(grads.values()))))  # pyright: ignore[reportPrivateImportUsage]
+        grad_norm = _total(norms.values())
         if not math.isfinite(grad_norm):
-            worst = [name for name, norm in zip(grads, norms) if not math.isfinite(float(norm))]
+            worst = [name for name, norm in norms.items() if not math.isfinite(float(norm))]
             self._clear()
             raise EngineError(
                 f"step {self.num_steps}: the gradient of {worst[0] if worst else 'the model'} is not finite "
                 f"({len(worst)} of {len(grads)} tensors); no parameter was changed. Lower the learning rate "
                 "or resume from the last checkpoint"
             )
-        clip = self.settings.grad_clip
-        if clip and grad_norm > clip:
-            torch._foreach_mul_(list(grads.values()), clip / grad_norm)  # pyright: ignore[reportPrivateImportUsage]
+        # A loss that only the prediction blocks learn from must not shorten the trunk's step.
+        ahead = [name for name in grads if name.startswith("mtp.")]
+        for names in (ahead, [name for name in grads if not name.startswith("mtp.")]):
+            own, clip = _total(norms[name] for name in names), self.settings.grad_clip
+            if clip and own > clip:
+                torch._foreach_mul_([grads[name] for name in names], clip / own)  # pyright: ignore[reportPrivateImportUsage]
         lr = self.optimizer.step(lr_scale, self._bias_loads(expert_load))
         self._clear()
         self.num_steps += 1
@@ -157,3 +160,9 @@ class TorchEngine:
     def _clear(self) -> None:
         for parameter in self.model.parameters():
             parameter.grad = None
+
+
+def _total(norms: Iterable[Tensor]) -> float:
+    """Global norm from the norms of single tensors; 0 for none."""
+    values = [norm.double() for norm in norms]
+    return float(torch.linalg.vector_norm(torch.stack(values))) if values else 0.0

@@ -72,7 +72,9 @@ def test_the_model_takes_the_tokenizers_vocabulary_and_never_less():
     assert (found.bos_token_id, found.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
     assert supervised.model_config(config(model={**MODEL, "vocab_size": 1000}), tokenizer).vocab_size == 1000
     assert supervised.model_config(config(model={**MODEL, "vocab_size": 100}), tokenizer).vocab_size == rows
-    assert found.num_nextn_predict_layers == 0
+    assert (found.num_nextn_predict_layers, found.mtp_compress_ratios) == (0, ())
+    ahead = supervised.model_config(config(model={**MODEL, "num_nextn_predict_layers": 2}), tokenizer)
+    assert (ahead.num_nextn_predict_layers, ahead.mtp_compress_ratios) == (2, (0, 0))
 
 
 def test_optimizer_settings_are_the_configured_ones():

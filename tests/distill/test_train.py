@@ -44,6 +44,7 @@ CONFIG = replace(
     moe_intermediate_size=8,
     initializer_range=0.2,  # so that teachers of different seeds really disagree
 )
+AHEAD = replace(CONFIG, num_nextn_predict_layers=1, mtp_compress_ratios=(0,))
 META = CheckpointMeta(stage="distill", seed=3, step=0, special_tokens={"<bos>": 0})
 SEEDS = {"code": 1, "math": 2}
 
@@ -153,6 +154,21 @@ def test_kl_falls_when_the_student_trains(registry, tmp_path):
     assert engine.num_steps == 8
     for name in SEEDS:
         assert kl[-1][name] < 0.7 * kl[0][name], name
+
+
+def test_the_prediction_block_follows_the_student_and_the_student_does_not_notice(registry, tmp_path):
+    ends, found = {}, []
+    for weight in (0.0, 3.0):
+        engine = TorchEngine(initialize(Transformer(AHEAD), 0), OptimizerSettings(lr=0.01, grad_clip=0.05))
+        teachers = side(registry, tmp_path / str(weight))
+        for _ in range(3):
+            report = phase(engine, samples(), teachers, warmup=0, mtp_weight=weight)
+            assert ("mtp_loss" in report) == (weight > 0)
+            found += [report["mtp_loss"]] if weight else []
+        ends[weight] = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
+    assert all(torch.equal(p, ends[3.0][n]) for n, p in ends[0.0].items() if not n.startswith("mtp."))
+    assert not torch.equal(ends[0.0]["mtp.0.e_proj.weight"], ends[3.0]["mtp.0.e_proj.weight"])
+    assert all(found[-1][name] < found[0][name] for name in SEEDS)
 
 
 def test_a_student_equal_to_its_teacher_has_no_kl_and_no_gradient(registry, tmp_path):

@@ -31,6 +31,7 @@ CONFIG = replace(
     n_routed_experts=4,
     moe_intermediate_size=8,
 )
+AHEAD = replace(CONFIG, num_nextn_predict_layers=1, mtp_compress_ratios=(0,))
 META = CheckpointMeta(stage="sft", seed=3, step=0, special_tokens={"<bos>": 0})
 
 
@@ -129,6 +130,48 @@ def test_auxiliary_losses_add_gradient_only_where_they_are_asked_for():
     assert any("indexer" in n for n in names) and any("gate" in n for n in names)
     assert "indexer_kl" in with_indexer and "indexer_kl" not in report
     assert with_indexer["nll"] == pytest.approx(report["nll"], rel=1e-6)
+
+
+def test_the_prediction_block_s_loss_is_reported_and_weighs_three_tenths_then_one():
+    """Worked through plain logits: position t predicts t + 2. It teaches block and trunk."""
+    ids = numbers(3, 12)
+    packed = packed_of([example(*ids)])
+
+    def step(at, **settings):
+        engine = GradientKeeper(initialize(Transformer(AHEAD), 0))
+        settings = SupervisedSettings(10, 64, warmup=0, decay_steps=4, **settings)
+        return supervised_step(engine, packed, settings, at), engine.gradients
+
+    with torch.no_grad():
+        m = initialize(Transformer(AHEAD), 0)
+        streams, layout = m.streams(torch.tensor([ids]))
+        hidden = m.mtp_hidden(streams, torch.tensor([[*ids[1:], 0]]), layout)[0][0]
+        logp = torch.log_softmax(m.head(hidden).double(), -1)
+    by_hand = -sum(float(logp[t, ids[t + 2]]) for t in range(10)) / 11  # the trunk's own denominator
+    early, at_first = step(5)
+    late, at_last = step(6)
+    assert early["mtp_loss"] == pytest.approx(by_hand, rel=1e-5) == late["mtp_loss"]
+    assert early["loss"] == pytest.approx(early["nll"] + 0.3 * by_hand, rel=1e-5)
+    assert late["loss"] == pytest.approx(late["nll"] + 0.1 * by_hand, rel=1e-5)
+    none, without = step(5, mtp_weight=0.0)
+    assert "mtp_loss" not in none and not any(n.startswith("mtp.") for n in without)
+    for name in ("mtp.0.e_proj.weight", "mtp.0.ffn.gate.weight"):
+        torch.testing.assert_close(at_first[name], 3 * at_last[name], rtol=1e-4, atol=1e-7)
+    for name in ("embed.weight", "head.weight", "layers.1.attn.wkv.weight"):
+        share = at_first[name] - without[name]  # the loss of the block reaches the trunk, by its weight
+        torch.testing.assert_close(share, 3 * (at_last[name] - without[name]), rtol=1e-2, atol=1e-6)
+        assert share.norm() > 0.01 * without[name].norm()
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_the_prediction_block_s_loss_falls_when_it_is_trained(kind):
+    engine = TorchEngine(initialize(Transformer(AHEAD), 0), OptimizerSettings(lr=0.01, kind=kind))
+    packed = packed_of(EXAMPLES)
+    found = [
+        supervised_step(engine, packed, SupervisedSettings(30, 64, warmup=0), step)["mtp_loss"]
+        for step in range(30)
+    ]
+    assert found[-1] < 0.5 * found[0]
 
 
 def run(folder, *, steps=6, every_s=1e9, seed=0, stop_at=None, settings=None):

@@ -41,6 +41,7 @@ CONFIG = replace(
     n_routed_experts=4,
     moe_intermediate_size=8,
 )
+AHEAD = replace(CONFIG, num_nextn_predict_layers=1, mtp_compress_ratios=(0,))
 META = CheckpointMeta(stage="grpo", seed=3, step=0, special_tokens={"<bos>": 0})
 PROMPT = (3, 9, 17, 18)
 GRADED = Outcome(OutcomeKind.GRADED)
@@ -147,6 +148,23 @@ def test_log_probs_of_a_tempered_sampler_are_compared_at_its_temperature():
     records = [tempered(r) for r in FOUR]
     assert gradients(records, temperature=0.5)[1]["mismatch_max"] < 1e-4
     assert gradients(records)[1]["mismatch_max"] > 1e-3
+
+
+def test_the_prediction_block_follows_the_trunk_and_the_trunk_does_not_notice():
+    """Five phases with and without its loss: parameters of the trunk equal to the bit, clipping included."""
+    ends, losses = {}, []
+    for weight in (0.0, 3.0):
+        torch.manual_seed(0)
+        engine = TorchEngine(initialize(Transformer(AHEAD), 0), OptimizerSettings(lr=0.01, grad_clip=0.05))
+        for _ in range(5):
+            report = phase(engine, FOUR, mtp_weight=weight, warmup=0)
+            losses += [report["mtp_loss"]] if weight else []
+            assert ("mtp_loss" in report) == (weight > 0)
+        ends[weight] = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
+    assert all(torch.equal(p, ends[3.0][n]) for n, p in ends[0.0].items() if not n.startswith("mtp."))
+    assert not torch.equal(ends[0.0]["mtp.0.e_proj.weight"], ends[3.0]["mtp.0.e_proj.weight"])
+    assert losses[-1] < losses[0]
+    assert "mtp_loss" not in phase(engine_of(), FOUR)  # a model without blocks
 
 
 def test_only_the_first_mini_batch_measures_the_mismatch():

@@ -10,7 +10,7 @@ from consilience.model.config import TINY
 from consilience.model.forward_trace import Trace
 from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer
-from consilience.training.forward import hidden_at_loss, sample_order
+from consilience.training.forward import hidden_at_loss, mtp_loss, sample_order
 from consilience.training.packing import pack, split_micro_batches
 
 torch.set_num_threads(1)
@@ -103,3 +103,77 @@ def test_rows_without_any_loss_give_no_position():
     packed = pack([np.array([1, 2, 3])], [np.zeros(3)], quantum=4, max_row_tokens=4)
     found = hidden_at_loss(MODEL, packed)
     assert found.hidden.shape == (0, 32) and found.target_ids.numel() == 0 and sample_order(found) == []
+
+
+# ---- prediction blocks ----
+
+TWO_BLOCKS = replace(CONFIG, num_nextn_predict_layers=2, mtp_compress_ratios=(0, 4))
+AHEAD = initialize(Transformer(TWO_BLOCKS), 0)
+
+
+def test_targets_of_the_blocks_worked_by_hand():
+    """Token 7 is predicted from 5 and 6 by the trunk, from 5 (with 6) by block 1; 8 from 5 by block 2."""
+    ids, weights = [[5, 6, 7, 8], [9, 10], [11]], [[0, 0, 1, 0.5], [0, 1], [1]]
+    packed = pack(ids, weights, quantum=8, max_row_tokens=8)
+    assert packed.token_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11, 0]]
+    with torch.no_grad():
+        found = hidden_at_loss(AHEAD, packed, wants_mtp=True)
+        streams, layout = AHEAD.streams(torch.tensor([ids[0]]))
+        first, second = AHEAD.mtp_hidden(streams, torch.tensor([[6, 7, 8, 0]]), layout)
+        by_hand = torch.tensor(0.0)
+        for block, expected in zip(found.ahead, ([(0, 7, 1.0), (1, 8, 0.5)], [(0, 8, 0.5)]), strict=True):
+            own = first if block is found.ahead[0] else second
+            assert block.target_ids.tolist() == [target for _, target, _ in expected]
+            assert block.weight.tolist() == [weight for _, _, weight in expected]
+            for hidden, (t, target, weight) in zip(block.hidden, expected):
+                torch.testing.assert_close(hidden, own[0, t], rtol=0, atol=1e-5)  # fp32, other shapes
+                by_hand -= weight * torch.log_softmax(AHEAD.head(own[0, t]), -1)[target]
+        loss = mtp_loss(found, AHEAD.head.weight)
+    assert float(loss) == pytest.approx(float(by_hand) / 2, rel=1e-5)  # the mean over two blocks
+
+
+def test_the_blocks_loss_of_packed_rows_is_that_of_the_samples_alone(samples):
+    ids, masks, _ = samples
+    packed = pack(ids, masks, quantum=8, max_row_tokens=48)
+    model = initialize(Transformer(TWO_BLOCKS), 0).double()
+    found = hidden_at_loss(model, packed, wants_mtp=True)
+    alone = [pack([i], [m], quantum=1, max_row_tokens=48) for i, m in zip(ids, masks)]
+    singles = [hidden_at_loss(model, one, wants_mtp=True) for one in alone]
+    head = model.head.weight
+    expected = sum(mtp_loss(one, head).item() for one in singles)
+    assert mtp_loss(found, head).item() == pytest.approx(expected, rel=1e-12)
+    counts = [sum(len(one.ahead[depth].weight) for one in singles) for depth in (0, 1)]
+    assert [len(block.weight) for block in found.ahead] == counts
+    # Samples 0, 1, 2 and 4 have a loss on all but their first third; token 1 is out of block 1's reach, …
+    lasts = [[n - max(n // 3, depth + 2) for n in (21, 40, 3, 33)] for depth in (0, 1)]
+    assert counts == [sum(row) for row in lasts]
+    gradients = [torch.autograd.grad(mtp_loss(found, head), p)[0] for p in (model.embed.weight, head)]
+    total = sum((mtp_loss(one, head) for one in singles), torch.zeros((), dtype=torch.float64))
+    for ours, theirs in zip(gradients, torch.autograd.grad(total, (model.embed.weight, head))):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_a_detached_loss_leaves_every_gradient_of_the_trunk_as_it_was_to_the_bit(samples):
+    ids, masks, _ = samples
+    packed = pack(ids, masks, quantum=8, max_row_tokens=48)
+    runs = {}
+    for weight in (0.0, 5.0):
+        AHEAD.zero_grad()
+        at = hidden_at_loss(AHEAD, packed, wants_mtp=True, is_detached=True)
+        (at.hidden.sum() + weight * mtp_loss(at, AHEAD.head.weight.detach())).backward()
+        runs[weight] = {n: p.grad.clone() for n, p in AHEAD.named_parameters() if p.grad is not None}
+    assert all(torch.equal(g, runs[5.0][n]) for n, g in runs[0.0].items() if not n.startswith("mtp."))
+    changed = {n for n, g in runs[5.0].items() if n.startswith("mtp.") and g.any()}
+    assert {"mtp.0.e_proj.weight", "mtp.1.h_proj.weight", "mtp.1.hc_head.fn"} <= changed
+    AHEAD.zero_grad()
+
+
+def test_without_blocks_or_unasked_nothing_is_found_and_nothing_computed(samples):
+    ids, masks, _ = samples
+    packed = pack(ids, masks, quantum=8, max_row_tokens=48)
+    assert hidden_at_loss(MODEL, packed, wants_mtp=True).ahead == ()
+    traces = [Trace(), Trace()]
+    for trace, wants_mtp in zip(traces, (False, True)):
+        with torch.no_grad():
+            hidden_at_loss(AHEAD, packed, trace, wants_mtp=wants_mtp)
+    assert [sorted(trace.expert_load) for trace in traces] == [[0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]

@@ -224,3 +224,26 @@ def test_state_of_another_model_names_the_file_and_the_tensor(tmp_path):
     (tmp_path / "random.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"random.safetensors is missing"):
         engine.load(tmp_path)
+
+
+def test_prediction_blocks_are_clipped_apart_from_the_rest():
+    class Ahead(Small):
+        def __init__(self):
+            super().__init__()
+            block = nn.Module()
+            block.e_proj = nn.Linear(8, 8, bias=False)
+            self.mtp = nn.ModuleList([block])
+
+    steps = {}
+    for size in (0.0, 1000.0):
+        engine = TorchEngine(Ahead(), OptimizerSettings(grad_clip=1.0, kind="adamw", eps=1.0))
+        before = engine.model.state_dict()["embed.weight"].clone()
+
+        def loss_fn(model, _, size=size):
+            loss = 3 * model.embed.weight.sum() + size * model.mtp[0].e_proj.weight.sum()
+            return loss, {}
+
+        engine.forward_backward(loss_fn, None, {})
+        engine.step()
+        steps[size] = engine.model.state_dict()["embed.weight"] - before
+    assert torch.equal(steps[0.0], steps[1000.0]) and steps[0.0].any()
