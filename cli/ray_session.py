@@ -73,6 +73,7 @@ def rollout_pool(
         "tokenizer_path": str(tokenizer.resolve()),
         "max_rows": cfg.rollout.max_batch,
         "max_length": cfg.rollout.max_length,
+        "speculative": cfg.rollout.speculative,
         "sandbox": sandbox_spec(cfg),
         "warm": cfg.sandbox.warm,
         "uses_per_box": cfg.sandbox.uses_per_box,

@@ -20,11 +20,13 @@ def build_worker(
     reward_timeout_s: float,
     reward_processes: int,
     needs_boxes: bool,
+    speculative: bool = False,
 ) -> RolloutWorker:
     """A RolloutWorker over the native engine with random weights; real ones arrive by `publish`.
 
     model      config.json fields
     sandbox    SandboxSpec of agent boxes and of the judge's box
+    speculative  the prediction block drafts; EngineError if the model has none
     rewards    (reward path, needs sandbox) pairs to load before the first episode
     Raises what a part that can never work raises: RewardError, SandboxUnavailable.
     """
@@ -40,7 +42,7 @@ def build_worker(
 
     torch.set_grad_enabled(False)
     policy = initialize(Transformer(ModelConfig.from_json_dict(model)), seed=0)
-    engine = NativeEngine(policy, max_rows=max_rows, max_length=max_length)
+    engine = NativeEngine(policy, max_rows=max_rows, max_length=max_length, speculative=speculative)
     grader = RewardGrader(timeout_s=reward_timeout_s, num_processes=reward_processes, sandbox=sandbox)
     boxes = BlockingPool(sandbox, max(warm, 1), uses_per_box) if needs_boxes else None
     try:

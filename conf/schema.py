@@ -198,6 +198,9 @@ class RolloutConfig:
     max_batch: int = setting(128, "streams a worker decodes at once", unit="streams", low=1, speed_only=True)
     threads_per_worker: int = setting(1, "CPU threads of a worker", unit="threads", low=1, speed_only=True)
     max_length: int = setting(1024, "longest stream, prompt included", unit="tokens", low=16)
+    speculative: bool = setting(
+        False, "the MTP block drafts, the model verifies: same distribution, other tokens for a seed"
+    )
 
 
 @dataclass(frozen=True)

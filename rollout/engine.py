@@ -60,7 +60,10 @@ class Completed:
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """Counters a driver shows and checks. Times in seconds, sizes in tokens."""
+    """Counters a driver shows and checks. Times in seconds, sizes in tokens.
+
+    drafted_tokens, accepted_tokens  of speculative decoding: drafts made, and those that stood
+    """
 
     weight_version: int
     digest: str
@@ -71,6 +74,8 @@ class EngineState:
     sampled_tokens: int
     prefill_s: float
     decode_s: float
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class RolloutEngine(Protocol):
@@ -81,7 +86,7 @@ class RolloutEngine(Protocol):
         ...
 
     def step(self) -> list[Completed]:
-        """Advance every running request by one token (admitting waiting ones first); what finished."""
+        """Advance every running request by a token or more (admitting waiting ones first); what finished."""
         ...
 
     def release(self, uids: Sequence[str]) -> None:

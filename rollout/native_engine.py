@@ -11,7 +11,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,19 +22,11 @@ from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
 from consilience.rollout.engine import Completed, EngineState, Request
 from consilience.rollout.publishing import verify
+from consilience.rollout.sampling import draw, tempered
+from consilience.rollout.speculative import NUM_UNIFORMS, SpeculativeState
+from consilience.rollout.stream import Stream
 
 MIN_SHARED_PREFIX = 32  # tokens; below this a fork costs more than it saves
-
-
-@dataclass
-class _Stream:
-    """One running turn: its request, random numbers (one a token it may sample) and what it has sampled."""
-
-    request: Request
-    uniforms: np.ndarray
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
 
 
 class NativeEngine:
@@ -44,6 +35,7 @@ class NativeEngine:
     max_rows   sequences held at once, running and waiting for tools together
     max_length tokens a sequence may reach
     prefill_tokens  padded tokens of one prefill call
+    speculative  the model's MTP block drafts: fewer steps, the same distribution, other tokens for a seed
     """
 
     def __init__(
@@ -54,6 +46,7 @@ class NativeEngine:
         max_length: int,
         prefill_tokens: int = 8192,
         version: int = 0,
+        speculative: bool = False,
     ) -> None:
         self.model = model.eval()
         self.max_rows = max_rows
@@ -61,16 +54,18 @@ class NativeEngine:
         self.prefill_tokens = prefill_tokens
         weight = model.head.weight
         self._prefix_slot = 2 * max_rows
-        self._state = DecodeState.allocate(
+        num_slots, num_rows = 2 * max_rows + 1, max_rows + 1
+        self._speculative = SpeculativeState(model, num_slots, max_length, num_rows) if speculative else None
+        self._state = self._speculative or DecodeState.allocate(
             model.config,
-            2 * max_rows + 1,
+            num_slots,
             max_length,
-            num_blocks=(max_rows + 1) * DecodeState.blocks_of(model.config, max_length),
+            num_blocks=num_rows * DecodeState.blocks_of(model.config, max_length),
             device=weight.device,
             dtype=weight.dtype,
         )
         self._prefix: tuple[int, ...] = ()
-        self._running: list[_Stream] = []
+        self._running: list[Stream] = []
         self._last = torch.zeros(max_rows, dtype=torch.long, device=weight.device)
         self._held: dict[str, tuple[int, int]] = {}  # uid -> (slot, last token, not yet fed)
         self._resuming: dict[str, tuple[int, int]] = {}  # uid of a waiting continuation -> the same
@@ -182,6 +177,8 @@ class NativeEngine:
             sampled_tokens=self._counts["sampled_tokens"],
             prefill_s=self._seconds["prefill_s"],
             decode_s=self._seconds["decode_s"],
+            drafted_tokens=self._speculative.drafted if self._speculative else 0,
+            accepted_tokens=self._speculative.accepted if self._speculative else 0,
         )
 
     # ---- admission ----------------------------------------------------------------------------
@@ -196,15 +193,15 @@ class NativeEngine:
         while self._waiting and (self._waiting[0].parent is not None or self._num_free > 0):
             resumed = [r for r in self._waiting if r.parent is not None]
             if resumed:
-                batch = self._take(resumed)
+                batch = self._choose(resumed)
                 self._prefill_resumed(batch)
             else:
-                batch = self._take(list(self._waiting)[: self._num_free])
+                batch = self._choose(list(self._waiting)[: self._num_free])
                 self._prefill_new(batch)
             done += self._retire()
         return done
 
-    def _take(self, candidates: list[Request]) -> list[Request]:
+    def _choose(self, candidates: list[Request]) -> list[Request]:
         """The longest run of candidates whose padded prompts fit one prefill call."""
         chosen: list[Request] = []
         longest, prompts = 0, set()
@@ -275,10 +272,8 @@ class NativeEngine:
         self._prefix = ()
         self._state.free(self._prefix_slot)
         self._state.reserve(self._prefix_slot, common)
-        view = self._state.view(self._prefix_slot, self._prefix_slot + 1)
-        self.model.hidden(torch.tensor([low[:common]], device=self._last.device), state=view)
+        self._extend(self._prefix_slot, [low[:common]])
         self._prefix = low[:common]
-        self._counts["prefill_tokens"] += common
         return common
 
     def _extend(self, first: int, prompts: list[tuple[int, ...]]) -> Tensor:
@@ -289,8 +284,11 @@ class NativeEngine:
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
         tokens = torch.from_numpy(ids).to(self._last.device)
-        view = self._state.view(first, first + len(prompts))
-        hidden = self.model.hidden(tokens, state=view, lengths=lengths)
+        if self._speculative:
+            hidden = self._speculative.feed(first, tokens, lengths)
+        else:
+            view = self._state.view(first, first + len(prompts))
+            hidden = self.model.hidden(tokens, state=view, lengths=lengths)
         self._counts["prefill_tokens"] += int(lengths.sum())
         rows = torch.arange(len(prompts), device=hidden.device)
         return self.model.head(hidden[rows, lengths - 1])
@@ -298,64 +296,57 @@ class NativeEngine:
     def _start(self, batch: list[Request], logits: Tensor, room: list[int]) -> None:
         """Run `batch` from its first logits [rows, V]; `room` = tokens each row's stream can still take."""
         for request, most in zip(batch, room):
-            uniforms = np.random.Generator(np.random.Philox(key=request.sampling.seed))
-            num_tokens = min(request.sampling.max_tokens, most)
-            self._running.append(_Stream(request, uniforms.random(num_tokens)))
+            numbers = NUM_UNIFORMS if self._speculative else 1
+            self._running.append(Stream.start(request, min(request.sampling.max_tokens, most), numbers))
         self._sample(logits, len(self._running) - len(batch))
 
     # ---- decoding -----------------------------------------------------------------------------
 
     def _decode(self) -> list[Completed]:
         count = len(self._running)
-        hidden = self.model.hidden(self._last[:count, None], state=self._state.view(0, count))
-        self._sample(self.model.head(hidden[:, 0]), 0)
+        if self._speculative:
+            self._sample_ahead(self._speculative)
+        else:
+            hidden = self.model.hidden(self._last[:count, None], state=self._state.view(0, count))
+            self._sample(self.model.head(hidden[:, 0]), 0)
         return self._retire()
 
     def _sample(self, logits: Tensor, first: int) -> None:
-        """Draw one token for running rows first.. from logits [rows, V]: by inverse CDF."""
+        """Draw one token for running rows first.. from logits [rows, V]."""
         streams = self._running[first:]
-        temperature = np.array([s.request.sampling.temperature for s in streams], dtype=np.float32)
-        uniform = np.array([s.uniforms[len(s.tokens)] for s in streams])
-        scale = torch.from_numpy(np.where(temperature > 0, temperature, 1.0)).to(logits)
-        logprobs = torch.log_softmax(logits.float() / scale[:, None], dim=-1)
-        cumulative = logprobs.double().exp().cumsum(-1)
-        target = torch.from_numpy(uniform).to(cumulative)[:, None] * cumulative[:, -1:]
-        sampled = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-        is_greedy = torch.from_numpy(temperature <= 0).to(logits.device)
-        chosen = torch.where(is_greedy, logits.argmax(-1), sampled)
+        uniform = torch.from_numpy(np.array([s.coming(1)[0, 0] for s in streams]))
+        logprobs, probabilities = tempered(logits, _temperatures(streams))
+        chosen = draw(probabilities, uniform)
         self._last[first : first + len(streams)] = chosen
-        chosen_logprobs = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
-        if not all(map(math.isfinite, chosen_logprobs)):
-            raise EngineError(
-                f"weights of version {self._version} give logits that are not finite; publish a checkpoint "
-                "from before the training step that broke them, and restart the engine"
-            )
-        for stream, token, logprob in zip(streams, chosen.tolist(), chosen_logprobs):
-            stream.tokens.append(token)
-            stream.logprobs.append(logprob)
-            stream.versions.append(self._version)
-        self._counts["sampled_tokens"] += len(streams)
+        self._take(streams, chosen[:, None], logprobs.gather(1, chosen[:, None]), [1] * len(streams))
+
+    def _sample_ahead(self, speculative: SpeculativeState) -> None:
+        """One or two tokens for every running row."""
+        streams = self._running
+        found = speculative.round(
+            self._last[: len(streams)],
+            _temperatures(streams),
+            torch.from_numpy(np.stack([s.coming(2) for s in streams])),
+            torch.tensor([s.num_left > 1 for s in streams], device=self._last.device),
+        )
+        kept = self._take(streams, found.tokens, found.logprobs, found.num_found.tolist())
+        self._last[: len(streams)] = speculative.settle(found, kept)
+
+    def _take(self, streams: list[Stream], tokens: Tensor, logprobs: Tensor, counts: list[int]) -> list[int]:
+        """Give stream i the first counts[i] of tokens[i]; how many each one took."""
+        rows = zip(streams, tokens.tolist(), logprobs.tolist(), counts)
+        taken = [s.take(ids[:n], values[:n], self._version) for s, ids, values, n in rows]
+        self._counts["sampled_tokens"] += sum(taken)
+        return taken
 
     def _retire(self) -> list[Completed]:
         """Take finished streams out of the running rows; hold or free them."""
         done: list[Completed] = []
         holes: list[int] = []
         for row, stream in enumerate(self._running):
-            sampling = stream.request.sampling
-            is_stop = stream.tokens[-1] in sampling.stop_ids
-            if not is_stop and len(stream.tokens) < len(stream.uniforms):
-                continue
-            holes.append(row)
-            finish = "stop" if is_stop else "length"
-            done.append(
-                Completed(
-                    stream.request.uid,
-                    tuple(stream.tokens),
-                    tuple(stream.logprobs),
-                    tuple(stream.versions),
-                    finish,
-                )
-            )
+            if not stream.num_left:
+                holes.append(row)
+                done.append(stream.completed())
         if holes:
             self._close_rows(holes)
         return done
@@ -379,3 +370,8 @@ class NativeEngine:
         for source, target in zip(movers, targets):
             self._running[target] = self._running[source]
         del self._running[remaining:]
+
+
+def _temperatures(streams: list[Stream]) -> Tensor:
+    """[R] fp32, on the host."""
+    return torch.tensor([s.request.sampling.temperature for s in streams], dtype=torch.float32)
