@@ -19,7 +19,8 @@ import torch
 
 from consilience.cli.supervised_stages import encode
 from consilience.conf.load import compose
-from consilience.grpo.sft import Example, SupervisedSettings, supervised_step
+from consilience.grpo.sft import SupervisedSettings, supervised_step
+from consilience.grpo.supervised_batches import Example
 from consilience.model.config import PRESETS
 from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from consilience.conf.errors import ConfigError
-from consilience.grpo.sft import SupervisedSettings, supervised_step, train_supervised
+from consilience.grpo.sft import SupervisedSettings, micro_batches_of, supervised_step, train_supervised
 from consilience.grpo.supervised_batches import Example
 from consilience.model.config import TINY
 from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer
+from consilience.training.anticipatory_routing import look_up_choices
 from consilience.training.checkpoint import CheckpointMeta
 from consilience.training.fake_engine import FakeTrainEngine
 from consilience.training.metrics import MemorySink
@@ -161,6 +162,22 @@ def test_the_prediction_block_s_loss_is_reported_and_weighs_three_tenths_then_on
         share = at_first[name] - without[name]  # the loss of the block reaches the trunk, by its weight
         torch.testing.assert_close(share, 3 * (at_last[name] - without[name]), rtol=1e-2, atol=1e-6)
         assert share.norm() > 0.01 * without[name].norm()
+
+
+def test_anticipatory_routing_prescribes_the_prediction_block_s_choices_too():
+    """Choices of the same weights change nothing; those of other weights change the block's gradient."""
+    packed, settings = packed_of(EXAMPLES), SupervisedSettings(10, 64, warmup=0)
+    found = []
+    for source in (None, 0, 1):
+        engine, choices = GradientKeeper(initialize(Transformer(AHEAD), 0)), None
+        if source is not None:
+            other = initialize(Transformer(AHEAD), source)
+            choices = look_up_choices(other, micro_batches_of(packed, settings))
+            assert sorted(choices) == [1, 2]  # one learned router in the trunk, one in the block
+        report = supervised_step(engine, packed, settings, 0, choices)
+        found.append((report["mtp_loss"], engine.gradients["mtp.0.ffn.gate.weight"]))
+    assert found[0][0] == found[1][0] != found[2][0]
+    assert torch.equal(found[0][1], found[1][1]) and not torch.equal(found[0][1], found[2][1])
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
