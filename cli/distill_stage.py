@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
     pool = rollout_pool(cfg, model.config, start / TOKENIZER, domains)  # type: ignore[arg-type]
     hidden = HiddenStore(context.folder.path / "hidden_states")
     heads = HeadCache(device_of(cfg))
-    side = TeacherSide(registry, TeacherScheduler(registry, load_model_teacher, hidden), hidden, heads)
+    load = partial(load_model_teacher, quantization=cfg.engine.quantization)
+    side = TeacherSide(registry, TeacherScheduler(registry, load, hidden), hidden, heads)
     schedule = DistillSettings(
         steps=settings.steps,
         mini_batches=settings.mini_batches,

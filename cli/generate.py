@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from consilience.cli.talk import Talker
 from consilience.conf.errors import RunError
 from consilience.conf.schema import Config
+from consilience.model.quantization import Quantization
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.training.checkpoint import latest_checkpoint, load_checkpoint
 from consilience.training.run_folder import RunFolder
@@ -40,6 +41,7 @@ def open_talker(cfg: Config) -> tuple[Talker, Path]:
 
     folder = find_checkpoint(cfg)
     model, _ = load_checkpoint(folder)
+    cast("Transformer", model).quantize(Quantization.from_name(cfg.engine.quantization))
     settings = cfg.generate
     rows = max(2, min(settings.num, 16))
     engine = NativeEngine(cast("Transformer", model), max_rows=rows, max_length=cfg.rollout.max_length)

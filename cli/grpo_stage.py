@@ -21,6 +21,7 @@ from consilience.cli.training_stage import (
 )
 from consilience.grpo.train import GrpoSettings, train_grpo
 from consilience.model.config import ModelConfig
+from consilience.model.quantization import Quantization
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
     model, meta = load_checkpoint(start)
     reference, _ = load_checkpoint(start, verify=False)
     reference.requires_grad_(False).to(device_of(cfg))
+    reference.quantize(Quantization.from_name(cfg.engine.quantization))  # type: ignore[operator]
     tokenizer = Tokenizer.load(start)
     domains, num_workers = domains_of(cfg), None
     if context.threads is not None:  # beside others: workers of its own, for its own domain

@@ -74,6 +74,8 @@ def rollout_pool(
         "max_rows": cfg.rollout.max_batch,
         "max_length": cfg.rollout.max_length,
         "speculative": cfg.rollout.speculative,
+        "exact": cfg.engine.exact,
+        "quantization": cfg.engine.quantization,
         "sandbox": sandbox_spec(cfg),
         "warm": cfg.sandbox.warm,
         "uses_per_box": cfg.sandbox.uses_per_box,

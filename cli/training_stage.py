@@ -12,6 +12,7 @@ import torch
 from consilience.cli.stage import StageContext
 from consilience.conf.errors import ConfigError
 from consilience.conf.schema import Config, OptimizerConfig
+from consilience.model.quantization import Quantization
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.training.checkpoint import CheckpointMeta, read_meta
 from consilience.training.metrics import FanOut, MetricsLog, read_metrics, surviving
@@ -54,8 +55,8 @@ def open_stage(context: StageContext, model: Any, lr: float, tokenizer_path: Pat
     if threads := context.threads or cfg.engine.threads:
         torch.set_num_threads(threads)
     context.folder.create()
-    model.to(device_of(cfg))
-    engine = TorchEngine(model, optimizer_settings(cfg.optimizer, lr))
+    model.to(device_of(cfg)).quantize(Quantization.from_name(cfg.engine.quantization))
+    engine = TorchEngine(model, optimizer_settings(cfg.optimizer, lr), exact=cfg.engine.exact)
     tokenizer = Tokenizer.load(tokenizer_path)
     meta = CheckpointMeta(
         stage=context.name,

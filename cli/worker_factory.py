@@ -21,12 +21,15 @@ def build_worker(
     reward_processes: int,
     needs_boxes: bool,
     speculative: bool = False,
+    exact: bool = False,
+    quantization: str = "off",
 ) -> RolloutWorker:
     """A RolloutWorker over the native engine with random weights; real ones arrive by `publish`.
 
     model      config.json fields
     sandbox    SandboxSpec of agent boxes and of the judge's box
     speculative  the prediction block drafts; EngineError if the model has none
+    exact, quantization  how the model computes, as the trainer's does (`engine.exact`, `engine.quantization`)
     rewards    (reward path, needs sandbox) pairs to load before the first episode
     Raises what a part that can never work raises: RewardError, SandboxUnavailable.
     """
@@ -34,6 +37,7 @@ def build_worker(
 
     from consilience.model.config import ModelConfig
     from consilience.model.initialize import initialize
+    from consilience.model.quantization import Quantization
     from consilience.model.transformer import Transformer
     from consilience.rewards.grader import RewardGrader
     from consilience.rollout.native_engine import NativeEngine
@@ -42,7 +46,9 @@ def build_worker(
 
     torch.set_grad_enabled(False)
     policy = initialize(Transformer(ModelConfig.from_json_dict(model)), seed=0)
-    engine = NativeEngine(policy, max_rows=max_rows, max_length=max_length, speculative=speculative)
+    policy.quantize(Quantization.from_name(quantization))
+    settings = {"max_rows": max_rows, "max_length": max_length, "speculative": speculative, "exact": exact}
+    engine = NativeEngine(policy, **settings)
     grader = RewardGrader(timeout_s=reward_timeout_s, num_processes=reward_processes, sandbox=sandbox)
     boxes = BlockingPool(sandbox, max(warm, 1), uses_per_box) if needs_boxes else None
     try:

@@ -315,6 +315,12 @@ class EngineConfig:
         0, "CPU threads of the trainer; 0: all cores", unit="threads", low=0, speed_only=True
     )
     micro_batch_rows: int = setting(8, "packed rows of one forward pass", unit="rows", low=1, speed_only=True)
+    exact: bool = setting(
+        False, "trainer and rollout workers agree on log-probabilities to the last bit; several times slower"
+    )
+    quantization: str = setting(
+        "off", "fp4: train and sample with experts, index keys and KV as stored", choices=("off", "fp4")
+    )
 
 
 @dataclass(frozen=True)

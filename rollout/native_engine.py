@@ -18,6 +18,7 @@ from torch import Tensor
 
 from consilience.conf.errors import CheckpointError, EngineError, WeightsRefused
 from consilience.model.checkpoint import load_official
+from consilience.model.exact import exact_mode
 from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
 from consilience.rollout.engine import Completed, EngineState, Request
@@ -36,6 +37,7 @@ class NativeEngine:
     max_length tokens a sequence may reach
     prefill_tokens  padded tokens of one prefill call
     speculative  the model's MTP block drafts: fewer steps, the same distribution, other tokens for a seed
+    exact      decode in exact mode: the trainer's log-probabilities, to the last bit (`model/exact.py`)
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class NativeEngine:
         prefill_tokens: int = 8192,
         version: int = 0,
         speculative: bool = False,
+        exact: bool = False,
     ) -> None:
         self.model = model.eval()
+        self.exact = exact
         self.max_rows = max_rows
         self.max_length = max_length
         self.prefill_tokens = prefill_tokens
@@ -137,6 +141,10 @@ class NativeEngine:
     @torch.no_grad()
     def step(self) -> list[Completed]:
         """See `RolloutEngine.step`."""
+        with exact_mode(self.exact):
+            return self._step()
+
+    def _step(self) -> list[Completed]:
         started = time.perf_counter()
         done = self._admit()
         admitted = time.perf_counter()

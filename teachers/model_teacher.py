@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from consilience.model.quantization import Quantization
 from consilience.model.transformer import Transformer
 from consilience.teachers.heads import head_digest
 from consilience.teachers.registry import TeacherRecord
@@ -79,10 +80,15 @@ def load_model_teacher(
     device: torch.device | str = "cpu",
     row_tokens: int = 512,
     batch_tokens: int = 8192,
+    quantization: str = "off",
 ) -> ModelTeacher:
-    """A teacher from its checkpoint: the loader a run hands to the scheduler."""
+    """A teacher from its checkpoint: the loader a run hands to the scheduler.
+
+    quantization  "fp4" where the teacher was trained so (`Transformer.quantize`)
+    """
     model, meta = load_checkpoint(record.checkpoint)
     transformer = cast(Transformer, model.to(device))
+    transformer.quantize(Quantization.from_name(quantization))
     return ModelTeacher(
         record.name, transformer, meta.digest, row_tokens=row_tokens, batch_tokens=batch_tokens
     )

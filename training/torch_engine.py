@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.conf.errors import CheckpointError, EngineError
+from consilience.model.exact import exact_mode
 from consilience.training.optimizers import V4Optimizer, gate_bias_names, parameter_groups
 from consilience.training.random_state import random_state_tensors, restore_random_state
 from consilience.training.tensor_files import read_tensors, write_tensors
@@ -45,12 +46,21 @@ class OptimizerSettings:
 
 
 class TorchEngine:
-    """Holds the model, its gradients and its optimiser. `num_steps` counts finished updates."""
+    """Holds the model, its gradients and its optimiser. `num_steps` counts finished updates.
+
+    exact: losses are computed in exact mode, in which the trainer's log-probabilities are the sampler's.
+    """
 
     def __init__(
-        self, model: nn.Module, settings: OptimizerSettings | None = None, *, o_groups: int | None = None
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings | None = None,
+        *,
+        o_groups: int | None = None,
+        exact: bool = False,
     ) -> None:
         self.model = model
+        self.exact = exact
         self.settings = settings or OptimizerSettings()
         self.num_steps = 0
         s = self.settings
@@ -83,7 +93,8 @@ class TorchEngine:
         sums: dict[str, float] = {"loss": 0.0}
         try:
             for index, micro_batch in enumerate(micro_batches):
-                loss, reported = loss_fn(self.model, micro_batch)
+                with exact_mode(self.exact):
+                    loss, reported = loss_fn(self.model, micro_batch)
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     raise EngineError(
