@@ -94,6 +94,7 @@ def _supervised(
             final_scale=settings.decay,
             balance_weight=settings.balance_weight,
             indexer_weight=settings.indexer_weight,
+            indexer_warmup=settings.indexer_warmup,
             mtp_weight=settings.mtp_weight,
             mtp_decay_weight=settings.mtp_decay_weight,
             shares=shares,

@@ -152,6 +152,9 @@ class SftConfig:
         0.0, "loss weight of tokens the model would not sample (prompts, tool results)", low=0, high=1
     )
     indexer_weight: float = setting(0.0, "weight of the indexer's own loss", low=0, high=100)
+    indexer_warmup: int = setting(
+        0, "first steps with dense attention in which the indexers alone learn", unit="steps", low=0
+    )
     balance_weight: float = setting(0.0, "weight of the sequence-wise balance loss", low=0, high=100)
     mtp_weight: float = setting(0.3, "weight of the MTP blocks' loss, if the model has any", low=0, high=10)
     mtp_decay_weight: float = setting(0.1, "the same while the learning rate decays", low=0, high=10)

@@ -10,8 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from consilience.grpo.supervised_batches import Example, SupervisedBatches
+from consilience.model.config import CSA_RATIO
 from consilience.model.forward_trace import Trace
+from consilience.model.indexer import warming_up
 from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.model.routing import Routing
 from consilience.training.anticipatory_routing import (
@@ -36,6 +40,7 @@ class SupervisedSettings:
     """steps; tokens_per_step and micro_tokens in padded tokens; schedule; auxiliary loss weights.
 
     shares  relative share of each group (domain) in the tokens of a step; empty: equal shares
+    indexer_warmup  first steps in which attention is dense and the indexers alone learn
     mtp_weight, mtp_decay_weight  of the prediction blocks' loss, before and in the rate's decay
     """
 
@@ -48,6 +53,7 @@ class SupervisedSettings:
     final_scale: float = 0.1
     balance_weight: float = 0.0
     indexer_weight: float = 0.0
+    indexer_warmup: int = 0
     mtp_weight: float = 0.3
     mtp_decay_weight: float = 0.1
     shares: tuple[float, ...] = ()
@@ -97,7 +103,10 @@ def train_supervised(
         choices = anticipatory.choices(step, look_up, clock)
         packed = batches.at(step)
         with clock.phase("train") as span:
-            report = supervised_step(engine, packed, settings, step, choices)
+            if step < settings.indexer_warmup:
+                report = indexer_warmup_step(engine, packed, settings, step)
+            else:
+                report = supervised_step(engine, packed, settings, step, choices)
         clock.add_tokens("train", packed.num_tokens)
         nll = report["nll"]
         log.scalars(step + 1, report | anticipatory.account(span.seconds))
@@ -133,7 +142,7 @@ def supervised_step(
     choices  layer -> [R, K] experts that the learned routers take; None: their own
     """
     micro_batches = micro_batches_of(packed, settings)
-    denominator, num_samples = packed.loss_weight, len(packed.lengths)
+    denominator, num_samples, num_queries = packed.loss_weight, len(packed.lengths), index_queries(packed)
     wants_losses = settings.balance_weight > 0 or settings.indexer_weight > 0
     trace = Trace(wants_losses=wants_losses)
     decay_steps = min(settings.decay_steps, max(settings.steps - settings.warmup, 0))
@@ -141,21 +150,18 @@ def supervised_step(
     mtp_weight = settings.mtp_decay_weight if is_decaying else settings.mtp_weight
 
     def loss_fn(model: Any, routed: tuple[PackedRows, Routing | None]):
-        trace.balance_loss, trace.indexer_loss = [], []
+        trace.start_losses()
         at = hidden_at_loss(model, routed[0], trace, routed[1], wants_mtp=mtp_weight > 0)
         out = linear_logprob(at.hidden, model.head.weight, at.target_ids)
         nll = -(out.logprob * at.weight).sum()
         loss = nll / denominator
-        part = 1.0 / len(micro_batches)
-        for weight, terms in (
-            (settings.balance_weight / num_samples, trace.balance_loss),
-            (settings.indexer_weight * part, trace.indexer_loss),
-        ):
-            if weight and terms:
-                loss = loss + weight * sum(terms)
+        if settings.balance_weight and trace.balance_loss:
+            loss = loss + settings.balance_weight / num_samples * sum(trace.balance_loss)
         sums = {"nll": float(nll.detach()), "tokens": float(at.weight.numel())}
         if trace.indexer_loss:
-            sums["indexer_kl"] = part * float(sum(t.detach() for t in trace.indexer_loss))
+            index_kl = trace.summed_indexer_loss()
+            sums["indexer_kl"] = float(index_kl.detach())
+            loss = loss + settings.indexer_weight * index_kl / num_queries
         if at.ahead:
             ahead = mtp_loss(at, model.head.weight)
             loss = loss + mtp_weight * ahead / denominator
@@ -163,12 +169,43 @@ def supervised_step(
         return loss, sums
 
     routed = list(zip(micro_batches, routings(choices, micro_batches)))
-    report = engine.forward_backward(loss_fn, routed, {"nll": denominator, "mtp_loss": denominator})
-    scale = warmup_constant_cosine(
+    denominators = {"nll": denominator, "mtp_loss": denominator, "indexer_kl": num_queries}
+    report = engine.forward_backward(loss_fn, routed, denominators)
+    return report | engine.step(_rate(settings, step), trace.expert_load)
+
+
+def _rate(settings: SupervisedSettings, step: int) -> float:
+    return warmup_constant_cosine(
         step,
         num_steps=settings.steps,
         warmup_steps=min(settings.warmup, settings.steps),
-        decay_steps=decay_steps,
+        decay_steps=min(settings.decay_steps, max(settings.steps - settings.warmup, 0)),
         final_scale=settings.final_scale,
     )
-    return report | engine.step(scale, trace.expert_load)
+
+
+def index_queries(packed: PackedRows) -> float:
+    """Queries that see at least one CSA entry: the denominator of the indexer's loss (1 if there is none)."""
+    return float(max(1, sum(max(int(n) - (CSA_RATIO - 1), 0) for n in packed.lengths)))
+
+
+def indexer_warmup_step(
+    engine: TrainEngine, packed: PackedRows, settings: SupervisedSettings, step: int
+) -> dict[str, float]:
+    """One update of the indexers alone, towards what dense attention attends to (V3.2 report, 2.1)."""
+    num_queries = index_queries(packed)
+    trace = Trace(wants_losses=True)
+
+    def loss_fn(model: Any, micro: PackedRows):
+        trace.start_losses()
+        at = hidden_at_loss(model, micro, trace)
+        with torch.no_grad():
+            out = linear_logprob(at.hidden, model.head.weight, at.target_ids)
+        index_kl = trace.summed_indexer_loss()
+        sums = {"nll": float(-(out.logprob * at.weight).sum()), "tokens": float(at.weight.numel())}
+        return index_kl / num_queries, sums | {"indexer_kl": float(index_kl.detach())}
+
+    denominators = {"nll": packed.loss_weight, "indexer_kl": num_queries}
+    with warming_up(engine.model):
+        report = engine.forward_backward(loss_fn, micro_batches_of(packed, settings), denominators)
+        return report | engine.step(_rate(settings, step))

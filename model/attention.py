@@ -118,5 +118,7 @@ class Attention(nn.Module):
             if wants_loss and layout.windows[CSA_RATIO].num_columns:
                 detached = replace(keys, window=keys.window.detach(), entries=keys.entries.detach())  # type: ignore[union-attr]
                 attention = (query.detach(), detached, self.attn_sink.detach(), self.width**-0.5)
-                layout.trace.indexer_loss.append(index_loss(index, attention, layout.is_valid))  # type: ignore[union-attr]
+                loss, num_queries = index_loss(index, attention, layout.is_valid)
+                layout.trace.indexer_loss.append(loss)  # type: ignore[union-attr]
+                layout.trace.indexer_queries.append(num_queries)  # type: ignore[union-attr]
         return keys

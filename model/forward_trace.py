@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from consilience.model.config import CSA_RATIO
@@ -29,7 +30,8 @@ class Trace:
                          layer, relative to their norm (0 would mean identical streams)
     wants_losses         compute the auxiliary losses below (with gradients)
     balance_loss         balance loss of each learned router, summed over samples (report 2.1)
-    indexer_loss         KL(main attention ‖ index scores) of each CSA layer (V3.2 report, 2.1)
+    indexer_loss         mean KL(main attention ‖ index scores) of each CSA layer (V3.2 report, 2.1)
+    indexer_queries      queries each of those is a mean over
     """
 
     expert_load: dict[int, Tensor] = field(default_factory=dict)
@@ -41,6 +43,18 @@ class Trace:
     wants_losses: bool = False
     balance_loss: list[Tensor] = field(default_factory=list)
     indexer_loss: list[Tensor] = field(default_factory=list)
+    indexer_queries: list[Tensor] = field(default_factory=list)
+
+    def start_losses(self) -> None:
+        """Forget the losses of the micro-batch before; counts stay."""
+        self.balance_loss, self.indexer_loss, self.indexer_queries = [], [], []
+
+    def summed_indexer_loss(self) -> Tensor:
+        """Indexer losses of this forward, summed over layers and queries."""
+        if not self.indexer_loss:
+            return torch.zeros(())
+        terms = [loss * number for loss, number in zip(self.indexer_loss, self.indexer_queries)]
+        return torch.stack(terms).sum()
 
     def add_load(self, layer: int, load: Tensor, *, is_hash: bool) -> None:
         """Accumulate one layer's tokens per expert [E]."""

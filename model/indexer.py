@@ -5,6 +5,8 @@ B rows, T queries, M entries, H index heads, C index width, K picks of a query.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -136,8 +138,8 @@ def index_loss(
     attention: tuple[Tensor, Keys, Tensor, float],
     is_valid: Tensor,
     buffer: int = BUFFER,
-) -> Tensor:
-    """Mean KL(target ‖ softmax(scores)) over valid queries that see at least one candidate entry.
+) -> tuple[Tensor, Tensor]:
+    """Mean KL(target ‖ softmax(scores)) over valid queries that see a candidate entry, and their number.
 
     The target is the main attention's probability on each candidate, window and sink in the denominator,
     summed over heads and L1-normalised (specification 5.3); candidates are the picks where the indexer
@@ -152,7 +154,7 @@ def index_loss(
             arguments = (index, query, keys, sink, scale, part, is_valid)
             kl, used = checkpoint(_stretch_loss, *arguments, use_reentrant=False)  # type: ignore[misc]
             total, count = total + kl, count + used
-    return total / count.clamp(min=1)
+    return total / count.clamp(min=1), count
 
 
 def _stretch_loss(
@@ -188,3 +190,22 @@ def divergence(mass: Tensor, scores: Tensor, is_candidate: Tensor) -> tuple[Tens
     log_index = torch.log_softmax(scores.masked_fill(~is_candidate, -1e30), dim=-1)
     kl = torch.special.xlogy(target, target) - target * log_index.clamp(min=-1e4)
     return (kl.sum(-1) * is_used).sum(), is_used.sum()
+
+
+@contextmanager
+def warming_up(model: nn.Module) -> Iterator[None]:
+    """The indexers' warm-up stage (V3.2 report, 2.1): attention sees every entry, only indexers learn."""
+    indexers = [module for module in model.modules() if isinstance(module, Indexer)]
+    learning = {parameter for indexer in indexers for parameter in indexer.parameters()}
+    frozen = [p for p in model.parameters() if p.requires_grad and p not in learning]
+    try:
+        for indexer in indexers:
+            indexer.sees_all = True
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for indexer in indexers:
+            indexer.sees_all = False
+        for parameter in frozen:
+            parameter.requires_grad_(True)

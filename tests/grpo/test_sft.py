@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from consilience.conf.errors import ConfigError
-from consilience.grpo.sft import SupervisedSettings, micro_batches_of, supervised_step, train_supervised
+from consilience.grpo.sft import (
+    SupervisedSettings,
+    indexer_warmup_step,
+    micro_batches_of,
+    supervised_step,
+    train_supervised,
+)
 from consilience.grpo.supervised_batches import Example
 from consilience.model.config import TINY
 from consilience.model.initialize import initialize
@@ -99,12 +105,16 @@ def test_a_target_without_weight_changes_no_gradient():
     assert not torch.allclose(one["head.weight"], paid["head.weight"], atol=1e-4)
 
 
-@pytest.mark.parametrize("balance_weight", [0.0, 3.0])
-def test_micro_batches_leave_the_gradient_of_a_step_unchanged(balance_weight):
-    packed = packed_of(EXAMPLES)
+@pytest.mark.parametrize(("balance_weight", "indexer_weight"), [(0.0, 0.0), (3.0, 2.0)])
+def test_micro_batches_leave_the_gradient_of_a_step_unchanged(balance_weight, indexer_weight):
+    packed, weights = (
+        packed_of(EXAMPLES),
+        {"balance_weight": balance_weight, "indexer_weight": indexer_weight},
+    )
     assert len(packed.token_ids) >= 4 and len({*packed.rows.tolist()}) < len(EXAMPLES)
-    whole, all_at_once = gradients(packed, micro_tokens=100_000, balance_weight=balance_weight)
-    cut, row_by_row = gradients(packed, micro_tokens=32, balance_weight=balance_weight)
+    whole, all_at_once = gradients(packed, micro_tokens=100_000, **weights)
+    cut, row_by_row = gradients(packed, micro_tokens=32, **weights)
+    assert row_by_row.get("indexer_kl", 0) == pytest.approx(all_at_once.get("indexer_kl", 0), rel=1e-5)
     assert whole.keys() == cut.keys() and row_by_row["nll"] == pytest.approx(all_at_once["nll"], rel=1e-6)
     for name in whole:  # fp32 sums in another order
         torch.testing.assert_close(cut[name], whole[name], rtol=1e-3, atol=1e-6, msg=name)
@@ -131,6 +141,42 @@ def test_auxiliary_losses_add_gradient_only_where_they_are_asked_for():
     assert any("indexer" in n for n in names) and any("gate" in n for n in names)
     assert "indexer_kl" in with_indexer and "indexer_kl" not in report
     assert with_indexer["nll"] == pytest.approx(report["nll"], rel=1e-6)
+
+
+def test_warming_up_moves_the_indexers_towards_dense_attention_and_nothing_else():
+    packed = packed_of([example(*numbers(i, 30)) for i in range(4)])
+    narrow = initialize(Transformer(replace(CONFIG, index_topk=2)), 0)
+    settings = SupervisedSettings(40, 64, warmup=0, indexer_warmup=30, indexer_weight=1.0)
+    engine = TorchEngine(narrow, OptimizerSettings(lr=0.02, weight_decay=0.1))
+    before = {n: p.detach().clone() for n, p in narrow.named_parameters()}
+    trained = {n for n, p in narrow.named_parameters() if p.requires_grad}
+    found = [indexer_warmup_step(engine, packed, settings, step)["indexer_kl"] for step in range(30)]
+    assert found[-1] < 0.5 * found[0]
+    moved = {n for n, p in narrow.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if ".indexer." in n}
+    assert {n for n, p in narrow.named_parameters() if p.requires_grad} == trained
+    assert not any(m.sees_all for m in narrow.modules() if hasattr(m, "sees_all"))
+
+
+def test_a_stage_warms_up_first_and_trains_everything_after(tmp_path):
+    engine, log = TorchEngine(model()), MemorySink()
+    checkpoints = StageCheckpoints(tmp_path, engine, None, META, every_s=1e9)
+    settings = SupervisedSettings(4, 64, row_tokens=32, indexer_warmup=2, indexer_weight=0.5)
+    heads = []
+    log.scalars = lambda step, row, scalars=log.scalars: (
+        heads.append(engine.model.head.weight.detach().clone()),
+        scalars(step, row),
+    )
+    train_supervised(
+        engine,
+        [EXAMPLES],
+        settings,
+        checkpoints=checkpoints,
+        log=log,
+        clock=StageClock(),
+        progress=SilentProgress(),
+    )
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
 
 
 def test_the_prediction_block_s_loss_is_reported_and_weighs_three_tenths_then_one():
