@@ -231,14 +231,17 @@ def test_in_fp32_log_probs_are_those_of_the_full_forward_to_1e_5():
 def test_in_exact_mode_log_probs_are_those_of_the_full_forward_bit_for_bit():
     model = policy(loudness=0.3, gain=1.0).float()
     requests = [request(f"r{n}", prompt(n, n), max_tokens=25) for n in (1, 7, 30)]
-    with exact_mode():
-        e = engine(model)
-        done = run(e, *requests)
-        for r in requests:
-            ids = done[r.uid].token_ids
-            logp = log_softmax(model(torch.tensor([[*r.prompt_ids, *ids]]))[0, len(r.prompt_ids) - 1 : -1])
-            assert done[r.uid].logprobs == tuple(logp.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist())
-            assert done[r.uid] == run(engine(model), r)[r.uid]  # alone: the same tokens, the same bits
+    e = engine(model, exact=True)
+    done = run(e, *requests)
+    for r in requests:
+        ids = done[r.uid].token_ids
+        with exact_mode():
+            logits = model(torch.tensor([[*r.prompt_ids, *ids]]))[0, len(r.prompt_ids) - 1 : -1]
+            expected = log_softmax(logits).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        assert done[r.uid].logprobs == tuple(expected.tolist())
+        assert (
+            done[r.uid] == run(engine(model, exact=True), r)[r.uid]
+        )  # alone: the same tokens, the same bits
     assert 0 < e.state().accepted_tokens < e.state().drafted_tokens
 
 
