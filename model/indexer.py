@@ -30,7 +30,7 @@ BUFFER = 1 << 22  # matches a block of queries may hold
 
 @dataclass(frozen=True)
 class IndexQueries:
-    """query [B, T, H, C], turned; weight [B, T, H], scaled; keys [B, M, C]; are scores cut to bf16?"""
+    """query [B, T, H, C], turned; weight [B, T, H] fp32, scaled; keys [B, M, C]; are scores cut to bf16?"""
 
     query: Tensor
     weight: Tensor
@@ -92,7 +92,9 @@ class Indexer(nn.Module):
         query = rotate(query, layout.compressed_rotation[:, :, None])
         if self.quantization.indexer:
             query = index_values(query)
-        weight = self.weights_proj(hidden) * (self.num_heads**-0.5 * self.width**-0.5)
+        weight = self.weights_proj(hidden)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight = weight.to(wide) * (self.num_heads**-0.5 * self.width**-0.5)
         return IndexQueries(query, weight, keys, self.quantization.index_scores)
 
     @torch.no_grad()

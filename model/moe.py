@@ -113,12 +113,13 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, gate: Tensor, up: Tensor, limit: float) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.limit = limit
+        gate, up = _wide(gate), _wide(up)
         return functional.silu(gate.clamp(max=limit)).mul_(up.clamp(-limit, limit))
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        gate, up = ctx.saved_tensors
-        limit = ctx.limit
+        dtype, limit = ctx.saved_tensors[0].dtype, ctx.limit
+        gate, up = (_wide(x) for x in ctx.saved_tensors)
         clamped = gate.clamp(max=limit)
         sigmoid = torch.sigmoid(clamped)
         silu = clamped * sigmoid
@@ -126,11 +127,15 @@ class _Gated(torch.autograd.Function):
         # silu' = sigmoid + silu (1 - sigmoid)
         slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
         d_gate = slope.mul_(grad).mul_(up.clamp(-limit, limit)).masked_fill_(gate > limit, 0)
-        return d_gate, d_up, None
+        return d_gate.to(dtype), d_up.to(dtype), None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def gated(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """silu(min(gate, limit)) · clamp(up, ±limit): the gate is clamped from above only."""
+    """silu(min(gate, limit)) · clamp(up, ±limit), fp32 or wider: the gate is clamped from above only."""
     return exact.by_tiles(lambda g, u: _Gated.apply(g, u, limit), gate, up)  # type: ignore[return-value]
 
 
@@ -149,7 +154,7 @@ class Experts(nn.Module):
         self._rounded: tuple[tuple, tuple[Tensor, ...]] | None = None
 
     def forward(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [R, D], weights, experts [R, K] -> output [R, D], tokens per expert [E].
+        """hidden [R, D], weights, experts [R, K] -> output [R, D] fp32 or wider, tokens per expert [E].
 
         Pairs are sorted by expert, tokens in order within each, so results do not depend on timing.
         """
@@ -161,11 +166,12 @@ class Experts(nn.Module):
         w1, w2, w3 = self.weights()
         active = gated(grouped_linear(rows, w1, counts), grouped_linear(rows, w3, counts), self.limit)
         active = active * weights.flatten().index_select(0, order)[:, None].to(active.dtype)
-        down = grouped_linear(active, w2, counts)
+        down = grouped_linear(active.to(hidden.dtype), w2, counts)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel(), device=order.device)
         mine = down.index_select(0, inverse).view(num_tokens, topk, -1)
-        return exact.by_tiles(lambda x: x.sum(1), mine), counts
+        wide = active.dtype
+        return exact.by_tiles(lambda x: x.sum(1, dtype=wide), mine), counts
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """w1, w2, w3 as they compute: in FP4 where that is switched on, kept while no gradient is wanted."""
@@ -193,7 +199,7 @@ class SharedExperts(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[R, D] -> [R, D]."""
-        return self.w2(gated(self.w1(hidden), self.w3(hidden), self.limit))
+        return self.w2(gated(self.w1(hidden), self.w3(hidden), self.limit).to(hidden.dtype))
 
 
 class MoE(nn.Module):
@@ -233,7 +239,7 @@ class MoE(nn.Module):
             trace.add_load(self.layer, load, is_hash=self.gate.is_hash)
             if trace.wants_losses and not self.gate.is_hash:
                 trace.balance_loss.append(balance_loss(scores, experts, sample))
-        return output + self.shared_experts(hidden)
+        return (output + self.shared_experts(hidden)).to(hidden.dtype)
 
 
 def balance_loss(scores: Tensor, experts: Tensor, sample: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from consilience.conf.errors import ConfigError
 from consilience.model.attention import Attention
 from consilience.model.config import ModelConfig
-from consilience.model.exact import Linear
 from consilience.model.forward_trace import Trace
+from consilience.model.head import Head
 from consilience.model.hyper_connections import HeadCollapse, HyperConnection
 from consilience.model.layout import Layout, chunk_layout, packed_layout
 from consilience.model.moe import MoE
@@ -62,7 +62,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer, dtype) for layer in range(config.num_hidden_layers))
         self.hc_head = HeadCollapse(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.head = Linear(config.hidden_size, config.vocab_size, dtype)
+        self.head = Head(config.hidden_size, config.vocab_size, dtype)
         from consilience.model.mtp import MTPBlock  # it is a Block
 
         first, count = config.num_hidden_layers, config.num_nextn_predict_layers
@@ -130,7 +130,7 @@ class Transformer(nn.Module):
         return streams, layout
 
     def forward(self, token_ids: Tensor, segment_ids: Tensor | None = None, **kwargs) -> Tensor:
-        """Logits [B, T, V]; arguments as `hidden`."""
+        """Logits [B, T, V], fp32 or wider; arguments as `hidden`."""
         return self.head(self.hidden(token_ids, segment_ids, **kwargs))
 
     def mtp_hidden(

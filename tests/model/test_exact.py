@@ -10,6 +10,7 @@ from consilience.model.config import MINI, TINY
 from consilience.model.exact import TILE, exact_mode, log_softmax
 from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.model.state import DecodeState
+from consilience.model.transformer import Transformer
 
 torch.set_num_threads(1)
 
@@ -100,17 +101,19 @@ def test_exact_mode_computes_the_same_model_and_the_same_gradients(name, rough_m
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 * (1 + theirs.abs().max().item()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_trainer_s_log_probability_is_the_sampler_s_to_the_last_bit(temperature, rough_model):
+def test_the_trainer_s_log_probability_is_the_sampler_s_to_the_last_bit(temperature, dtype, rough_model):
     config = CONFIGS["tiny, top-k chooses"]
-    model = rough_model(config).requires_grad_(False)
+    model = Transformer(config, dtype).requires_grad_(False)
+    model.load_state_dict(rough_model(config).state_dict())
     ids = random_ids(config, 3, 70)
     with exact_mode():
         hidden = model.hidden(ids)
         trained = linear_logprob(
             hidden[:, 49:-1].flatten(0, 1), model.head.weight, ids[:, 50:].flatten(), temperature=temperature
         )
-        state = DecodeState.allocate(config, 3, 70)
+        state = DecodeState.allocate(config, 3, 70, dtype=dtype)
         model.hidden(ids[:, :49], state=state)
         sampled = []
         for t in range(49, 69):

@@ -103,6 +103,25 @@ def test_scores_are_the_weighted_sum_of_rectified_matches(smallest):
         torch.testing.assert_close(found, expected[5:9, [2, 0]], rtol=0, atol=1e-12)
 
 
+def test_in_bf16_the_head_weights_are_scaled_and_summed_in_fp32(smallest):
+    g = torch.Generator().manual_seed(2)
+    module = Indexer(smallest, torch.bfloat16)
+    layout = packed_layout(smallest, torch.zeros(1, 12, dtype=torch.long), torch.arange(12)[None], None)
+    draw = lambda *shape: torch.randn(*shape, generator=g).bfloat16()
+    hidden, latent, keys = draw(1, 12, 24), draw(1, 12, 20), draw(1, 3, 12)
+    with torch.no_grad():
+        index = module.queries(hidden, latent, keys, layout)
+        projected = module.weights_proj(hidden)
+        assert index.query.dtype == projected.dtype == torch.bfloat16 and index.weight.dtype == torch.float32
+        assert torch.equal(index.weight, projected.float() * (6**-0.5 * 12**-0.5))
+        match = torch.einsum("thc,mc->thm", index.query[0].double(), keys[0].double()).relu()
+        expected = torch.einsum("thm,th->tm", match, index.weight[0].double())
+        # Sums of 12, then of 6 products: 20 roundings of 2^-24 of what is summed, here below 10.
+        torch.testing.assert_close(
+            index.scores(0, 12, 3)[0].double(), expected, rtol=0, atol=20 * 2**-24 * 10
+        )
+
+
 def parts(model):
     """Gradient of each parameter, by whether it belongs to an indexer."""
     named = list(model.named_parameters())
