@@ -1,4 +1,4 @@
-"""Logits of half-precision weights are fp32, on a GPU without a wide copy, in exact mode the trainer's bits."""
+"""Logits of half-precision weights are fp32; in exact mode they have the trainer's bits."""
 
 import pytest
 import torch
