@@ -11,7 +11,7 @@ Ours follows DeepSeek's own precision, transformers' rounds in more places (spec
     RoPE tables               fp32                                   bf16 cos and sin
     query head norm           fp32, one cast                         factor cast to bf16, product in bf16
     router                    fp32 logits, scores, weights           bf16
-    experts                   fp32 from w1, w3 to w2, one cast       bf16
+    between w1, w3 and w2     fp32, one cast                         bf16
     routing weight            before w2, fp32                        after w2
     sum over experts          fp32, shared expert too, one cast      bf16
     prediction head           fp32 logits                            bf16 logits

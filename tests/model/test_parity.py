@@ -232,7 +232,7 @@ def near_limit(gate, up, limit, margin=1):
 
 
 def ambiguous_clamps(model, found):
-    """Clamps of chosen and shared experts that may hang on rounding, by row [B]; how many are there, and act."""
+    """Clamps of chosen and shared experts that may hang on rounding, by row [B]; all; those that act."""
     count, num_clamps, num_active, limit = 0, 0, 0, model.config.swiglu_limit
     for layer, block in enumerate(model.layers):
         x, ffn = found[f"{layer}.ffn_norm"], block.ffn
