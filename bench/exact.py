@@ -23,7 +23,7 @@ from consilience.model.transformer import Transformer
 
 IS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if IS_GPU else "cpu"
-ROWS, PROMPT, STEPS = (32, 256, 64) if IS_GPU else (32, 64, 32)
+ROWS, PROMPT, STEPS = 32, 64, 16
 TRAIN = (8, 512)
 
 

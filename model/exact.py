@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TILE = 32  # rows of every product; also a multiple of every vector width
+TILE, GPU_TILE = 32, 256  # rows of every product; also a multiple of every vector width
 KEY_TILE = 64  # keys that attention takes at once
 ALIGNMENT = 64  # bytes
 
@@ -39,9 +39,14 @@ def exact_mode(on: bool = True) -> Iterator[None]:
         _is_on.reset(token)
 
 
+def tile_of(x: Tensor) -> int:
+    """Rows of a tile where x lies."""
+    return GPU_TILE if x.is_cuda else TILE
+
+
 def padded(x: Tensor) -> Tensor:
-    """x [n, …] with rows of zeros up to a multiple of TILE."""
-    missing = -x.shape[0] % TILE
+    """x [n, …] with rows of zeros up to whole tiles."""
+    missing = -x.shape[0] % tile_of(x)
     return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x
 
 
@@ -57,7 +62,7 @@ def by_tiles(function: Callable[..., Any], *tensors: Tensor) -> Any:
     whole = [padded(t) for t in tensors]
     if not whole[0].is_cuda:
         return _rows(function(*whole), size)
-    parts = [function(*tile) for tile in zip(*(t.split(TILE) for t in whole))]
+    parts = [function(*tile) for tile in zip(*(t.split(GPU_TILE) for t in whole))]
     if isinstance(parts[0], tuple):
         return _rows(tuple(torch.cat(each) for each in zip(*parts)), size)
     return torch.cat(parts)[:size]
@@ -75,7 +80,7 @@ class _TiledLinear(torch.autograd.Function):
         if rows.data_ptr() % ALIGNMENT:
             rows = rows.clone()  # libraries choose other kernels for data that is not aligned
         out = rows.new_empty(rows.shape[0], weight.shape[0])
-        for tile, target in zip(rows.split(TILE), out.split(TILE)):
+        for tile, target in zip(rows.split(tile_of(x)), out.split(tile_of(x))):
             torch.mm(tile, weight.t(), out=target)
         return out[: x.shape[0]]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from consilience.model.exact import KEY_TILE, TILE, padded
+from consilience.model.exact import KEY_TILE, padded, tile_of
 
 if TYPE_CHECKING:
     from consilience.model.kernels.sink_attention import Keys
@@ -28,7 +28,7 @@ def exact_attention(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Te
     row = padded(torch.arange(rows, device=query.device).repeat_interleave(num_tokens))
     token = padded(torch.arange(num_tokens, device=query.device).repeat(rows))
     flat = padded(query.reshape(-1, heads, width).to(wide) * scale)
-    tiles = zip(row.split(TILE), token.split(TILE), flat.split(TILE))
+    tiles = zip(*(x.split(tile_of(query)) for x in (row, token, flat)))
     found = torch.cat([_attend(q, keys, b, t, sink.to(wide)) for b, t, q in tiles])
     return found[: rows * num_tokens].view(query.shape).to(query.dtype)
 
@@ -97,13 +97,14 @@ def exact_scores(query: Tensor, weight: Tensor, keys: Tensor, windows: Windows) 
         padded(weight.reshape(-1, heads).to(wide)),
     )
     first, stop = padded(windows.first.flatten()), padded(windows.stop.flatten())
-    for start in range(0, flat.shape[0], TILE):
-        here = slice(start, start + TILE)
+    tile = tile_of(query)
+    for start in range(0, flat.shape[0], tile):
+        here = slice(start, start + tile)
         column = first[here, None] + torch.arange(int((stop - first)[here].max()), device=keys.device)
         seen = column < stop[here, None]
         # What is not seen goes to a column of its own behind the others.
         behind = keys.shape[1]
-        scores = flat.new_full((TILE, behind + 1), float("-inf"))
+        scores = flat.new_full((tile, behind + 1), float("-inf"))
         place = torch.nn.functional.pad(torch.where(seen, column, behind), (0, KEY_TILE), value=behind)
         for number, (chosen, _) in enumerate(_tiles(keys, row[here], column, seen)):
             match = torch.bmm(flat[here], chosen.to(wide).transpose(1, 2)).relu_() * weights[here, :, None]

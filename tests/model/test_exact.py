@@ -7,7 +7,7 @@ import torch
 
 from consilience.model import exact
 from consilience.model.config import MINI, TINY
-from consilience.model.exact import TILE, exact_mode, log_softmax
+from consilience.model.exact import exact_mode, log_softmax, tile_of
 from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
@@ -41,8 +41,9 @@ def test_a_row_of_a_product_has_the_same_bits_in_any_company(width, device):
     weight = torch.randn(width[1], width[0], generator=g).to(device)
     row = torch.randn(width[0], generator=g).to(device)
     found = []
+    tile = tile_of(weight)
     with exact_mode():
-        for size in (1, 2, 7, TILE, TILE + 1, 100):
+        for size in (1, 2, 7, tile, tile + 1, 3 * tile + 4):
             for place in {0, size // 2, size - 1}:
                 x = torch.randn(size, width[0], generator=g).to(device)
                 x[place] = row
