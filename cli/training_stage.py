@@ -13,6 +13,7 @@ from consilience.cli.stage import StageContext
 from consilience.conf.errors import ConfigError
 from consilience.conf.schema import Config, OptimizerConfig
 from consilience.model.quantization import Quantization
+from consilience.model.recompute import recompute_policy, set_recompute
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.training.checkpoint import CheckpointMeta, read_meta
 from consilience.training.metrics import FanOut, MetricsLog, read_metrics, surviving
@@ -56,6 +57,7 @@ def open_stage(context: StageContext, model: Any, lr: float, tokenizer_path: Pat
         torch.set_num_threads(threads)
     context.folder.create()
     model.to(device_of(cfg)).quantize(Quantization.from_name(cfg.engine.quantization))
+    set_recompute(model, recompute_policy(cfg.engine.recompute))
     engine = TorchEngine(model, optimizer_settings(cfg.optimizer, lr), exact=cfg.engine.exact)
     tokenizer = Tokenizer.load(tokenizer_path)
     meta = CheckpointMeta(

@@ -100,6 +100,8 @@ def read_value(hint: Any, value: Any, path: str, meta: Mapping[str, Any]) -> Any
     if origin is dict:
         return _read_mapping(args[1], value, path, meta)
     if origin is tuple:
+        if isinstance(value, str) and args[0] is str:
+            value = [value]
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{path} is {_shown(value)}, but a list is needed; write {path}=[a,b]")
         items = tuple(read_value(args[0], v, f"{path}[{i}]", meta) for i, v in enumerate(value))

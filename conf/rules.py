@@ -29,6 +29,7 @@ def check_rules(cfg: Config) -> Config:
     _check_shares(cfg)
     _check_model(cfg)
     _check_sandbox(cfg)
+    _check_engine(cfg)
     _check_files(cfg)
     _check_plan(cfg)
     if not NAME.fullmatch(cfg.run.name):
@@ -186,6 +187,14 @@ def _check_model(cfg: Config) -> None:
         few, many = getattr(model, small), getattr(model, large)
         if few is not None and many is not None and few > many:
             raise ConfigError(f"model.{small} is {few}, more than model.{large} = {many}")
+
+
+def _check_engine(cfg: Config) -> None:
+    words = cfg.engine.recompute
+    if not words or ("none" in words and len(words) > 1):
+        raise ConfigError(
+            f"engine.recompute is {list(words)}; write none alone, or what the backward computes again"
+        )
 
 
 def _check_sandbox(cfg: Config) -> None:

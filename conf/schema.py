@@ -17,6 +17,10 @@ ISOLATION = (
 )  # fmt: skip
 
 
+RECOMPUTE = (
+    "none", "cheap", "mhc", "attention", "experts", "block",
+    "streams", "layer_input", "attention_inner", "picks", "attention_output", "router", "expert_activations",
+)  # fmt: skip
 EFFORTS = ("chat", "think", "low", "high", "max")
 
 
@@ -323,6 +327,12 @@ class EngineConfig:
     )
     quantization: str = setting(
         "off", "fp4: train and sample with experts, index keys and KV as stored", choices=("off", "fp4")
+    )
+    recompute: tuple[str, ...] = setting(
+        ("none",),
+        "what the backward computes again instead of keeping it; sets and tensors of model/recompute.py",
+        choices=RECOMPUTE,
+        speed_only=True,
     )
 
 

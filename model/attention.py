@@ -20,6 +20,7 @@ from consilience.model.kernels.sink_attention import Keys, sink_attention
 from consilience.model.layout import Layout
 from consilience.model.norm import RMSNorm, rms
 from consilience.model.quantization import OFF, kv_values
+from consilience.model.recompute import named
 from consilience.model.rope import rotate
 from consilience.model.state import LayerState
 
@@ -52,10 +53,10 @@ class Attention(nn.Module):
         num_rows, num_tokens, _ = hidden.shape
         rotation = layout.sliding_rotation if self.ratio == SLIDING else layout.compressed_rotation
         for_heads = rotation[:, :, None]
-        latent = self.q_norm(self.wq_a(hidden))
-        query = self.wq_b(latent).view(num_rows, num_tokens, self.num_heads, self.width)
+        latent = self.q_norm(named("attention_inner", self.wq_a, hidden))
+        query = named("attention_inner", self.wq_b, latent).unflatten(-1, (self.num_heads, self.width))
         query = rms(query, self.eps, for_heads)
-        kv = rotate(self.kv_norm(self.wkv(hidden)), rotation)
+        kv = rotate(self.kv_norm(named("attention_inner", self.wkv, hidden)), rotation)
         if self.quantization.kv:
             kv = kv_values(kv, self.num_rope)
 
@@ -71,14 +72,15 @@ class Attention(nn.Module):
 
         output = rotate(output, for_heads, is_inverse=True)
         low = self._grouped(output.reshape(num_rows * num_tokens, self.groups, -1))
-        return self.wo_b(low.view(num_rows, num_tokens, -1))
+        return named("attention_output", self.wo_b, low.view(num_rows, num_tokens, -1))
 
     def _grouped(self, output: Tensor) -> Tensor:
         """Every group of heads through its own rows of wo_a: [R, groups, in] -> [R, groups · rank]."""
         weight = self.wo_a.weight.view(self.groups, self.rank, -1)
         if exact.is_on():
             return torch.cat([exact.linear(x, w) for x, w in zip(output.unbind(1), weight)], dim=-1)
-        return torch.bmm(output.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+        low = named("attention_inner", torch.bmm, output.transpose(0, 1), weight.transpose(1, 2))
+        return low.transpose(0, 1).flatten(1)
 
     def _window_keys(self, kv: Tensor, layout: Layout, state: LayerState | None) -> Tensor:
         """Window keys [B, offset + T, C] of the layout; for one-token steps the ring [B, ring, C]."""
@@ -105,8 +107,11 @@ class Attention(nn.Module):
         assert indexer is not None
         wants_loss = layout.trace is not None and layout.trace.wants_losses
         has_choice = not indexer.sees_all and layout.windows[CSA_RATIO].num_columns > indexer.topk
-        if state is None and not has_choice and not wants_loss:
-            return keys
+        if state is None and not wants_loss:
+            if not has_choice:
+                return keys
+            with torch.no_grad():
+                return replace(keys, picks=named("picks", indexer.choose, hidden, latent, layout))
         # The indexer learns from its own loss only, and the rest from the language-model loss only.
         hidden, latent = hidden.detach(), latent.detach()
         with torch.set_grad_enabled(wants_loss and torch.is_grad_enabled()):

@@ -14,6 +14,7 @@ from consilience.model.exact import Linear
 from consilience.model.layout import Layout, Windows
 from consilience.model.norm import RMSNorm
 from consilience.model.quantization import OFF, index_values, kv_values
+from consilience.model.recompute import named
 from consilience.model.rope import rotate, rotations
 from consilience.model.state import CompressorState
 
@@ -53,8 +54,9 @@ class Compressor(nn.Module):
         """hidden [B, T, D] -> entries [B, M, C]: all visible columns, those of the state included."""
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         x = hidden.to(wide)
-        values = exact.linear(x, self.wkv.weight.to(wide))
-        gates = exact.linear(x, self.wgate.weight.to(wide)) + self.ape[layout.position % self.ratio]
+        values = named("attention_inner", exact.linear, x, self.wkv.weight.to(wide))
+        gates = named("attention_inner", exact.linear, x, self.wgate.weight.to(wide))
+        gates = gates + self.ape[layout.position % self.ratio]
         windows = layout.windows[self.ratio]
         if state is None:
             entries = self._pool(values, gates, windows, layout, hidden.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from consilience.model import exact
 from consilience.model.config import ModelConfig
 from consilience.model.kernels import hyper_connections as fused
+from consilience.model.recompute import named
 
 BLOCK = (
     2048  # tokens a Sinkhorn block holds: its matrices stay in a core's cache (measured: 512 is 2x slower)
@@ -30,6 +31,13 @@ def _rounds(logits: Tensor, rounds: int, eps: float, trail: list[Tensor] | None)
     return x
 
 
+def _balance(logits: Tensor, rounds: int, eps: float) -> Tensor:
+    out = torch.empty_like(logits)
+    for target, block in zip(out.split(BLOCK, dim=2), logits.split(BLOCK, dim=2)):
+        target.copy_(_rounds(block, rounds, eps, None))
+    return out
+
+
 class _Sinkhorn(torch.autograd.Function):
     """Alternate row and column normalisation; the backward recomputes block by block."""
 
@@ -37,10 +45,7 @@ class _Sinkhorn(torch.autograd.Function):
     def forward(ctx, logits: Tensor, rounds: int, eps: float) -> Tensor:
         ctx.save_for_backward(logits)
         ctx.rounds, ctx.eps = rounds, eps
-        out = torch.empty_like(logits)
-        for target, block in zip(out.split(BLOCK, dim=2), logits.split(BLOCK, dim=2)):
-            target.copy_(_rounds(block, rounds, eps, None))
-        return out
+        return named("layer_input", _balance, logits, rounds, eps)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
@@ -75,39 +80,47 @@ class _Read(torch.autograd.Function):
     """y_r = Σ_j weights[r, j] X[r, j]; explicit, as small batched GEMMs with other strides crawl on CPU."""
 
     @staticmethod
-    def forward(ctx, streams: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx, streams: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(streams, weights)
-        return (weights[:, :, None] * streams).sum(1)
+        return named("layer_input", lambda: (weights[:, :, None] * streams).sum(1).to(dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         streams, weights = ctx.saved_tensors
-        return weights[:, :, None] * grad[:, None], torch.bmm(streams, grad[:, :, None])[:, :, 0]
+        grad = grad.to(weights.dtype)
+        return weights[:, :, None] * grad[:, None], torch.bmm(streams, grad[:, :, None])[:, :, 0], None
 
 
 class _Write(torch.autograd.Function):
     """X'_k = post_k · o + Σ_j comb[j, k] X_j."""
 
     @staticmethod
-    def forward(ctx, streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    def forward(
+        ctx, streams: Tensor, output: Tensor, post: Tensor, comb: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(streams, output, post, comb)
-        return torch.bmm(comb.transpose(1, 2), streams).addcmul_(post[:, :, None], output[:, None])
+
+        def mixed() -> Tensor:
+            wide = torch.bmm(comb.transpose(1, 2), streams)
+            return wide.addcmul_(post[:, :, None], output[:, None]).to(dtype)
+
+        return named("streams", mixed)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         streams, output, post, comb = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad = grad.to(comb.dtype).contiguous()
         d_streams = torch.bmm(comb, grad)
         d_output = (post[:, :, None] * grad).sum(1)
         d_post = torch.bmm(grad, output[:, :, None])[:, :, 0]
         d_comb = torch.bmm(streams, grad.transpose(1, 2))
-        return d_streams, d_output, d_post, d_comb
+        return d_streams, d_output, d_post, d_comb, None
 
 
 def _read(streams: Tensor, weights: Tensor) -> Tensor:
     """streams [R, N, D], weights [N, R] -> [R, D] in the streams' dtype, summed in the weights'."""
     wide = streams.to(weights.dtype).contiguous()
-    return _Read.apply(wide, weights.t().contiguous()).to(streams.dtype)  # type: ignore[union-attr]
+    return _Read.apply(wide, weights.t().contiguous(), streams.dtype)  # type: ignore[return-value]
 
 
 class HyperConnection(nn.Module):
@@ -139,7 +152,7 @@ class HyperConnection(nn.Module):
         n = self.num_streams
         flat = streams.flatten(1).to(self.fn.dtype)
         inverse_rms = torch.rsqrt(flat.square().mean(-1) + self.norm_eps)
-        mixes = exact.linear(flat, self.fn).t() * inverse_rms
+        mixes = named("layer_input", exact.linear, flat, self.fn).t() * inverse_rms
         base = self.base[:, None]
         pre = torch.sigmoid(self.scale[0] * mixes[:n] + base[:n]) + self.eps
         post = 2 * torch.sigmoid(self.scale[1] * mixes[n : 2 * n] + base[n : 2 * n])
@@ -153,8 +166,8 @@ class HyperConnection(nn.Module):
         if fused.is_available(streams, output, comb):
             return fused.write(streams, output, post, comb)
         wide = streams.to(comb.dtype).contiguous()
-        written = exact.by_tiles(_Write.apply, wide, output.to(comb.dtype).contiguous(), post, comb)
-        return written.to(streams.dtype)
+        output = output.to(comb.dtype).contiguous()
+        return exact.by_tiles(lambda *rows: _Write.apply(*rows, streams.dtype), wide, output, post, comb)
 
 
 class HeadCollapse(nn.Module):

@@ -97,6 +97,10 @@ class Indexer(nn.Module):
         weight = weight.to(wide) * (self.num_heads**-0.5 * self.width**-0.5)
         return IndexQueries(query, weight, keys, self.quantization.index_scores)
 
+    def choose(self, hidden: Tensor, latent: Tensor, layout: Layout) -> Tensor | None:
+        """`pick` from the hidden states [B, T, D] and latents [B, T, R] of packed rows."""
+        return self.pick(self.queries(hidden, latent, self.keys(hidden, layout, None), layout), layout)
+
     @torch.no_grad()
     def pick(self, index: IndexQueries, layout: Layout, buffer: int = BUFFER) -> Tensor | None:
         """Columns [B, T, K] of the K highest visible scores, ascending, -1 where fewer are visible.

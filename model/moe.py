@@ -14,6 +14,7 @@ from consilience.model.config import ModelConfig
 from consilience.model.exact import Linear
 from consilience.model.forward_trace import Trace
 from consilience.model.quantization import OFF, fake_mxfp4
+from consilience.model.recompute import named
 from consilience.model.routing import Routing
 
 FEW = 2048  # up to so many scores a sort costs no more than a check for ties
@@ -69,7 +70,7 @@ class Gate(nn.Module):
         token chooses. Their weights are made from the scores of now.
         """
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logits = exact.linear(hidden.to(wide), self.weight.to(wide))
+        logits = named("router", exact.linear, hidden.to(wide), self.weight.to(wide))
         scores = exact.by_tiles(_affinity, logits)
         if self.is_hash:
             experts = self.tid2eid[token_ids]
@@ -164,7 +165,9 @@ class Experts(nn.Module):
         counts = torch.bincount(flat, minlength=self.w1.shape[0])
         rows = hidden.index_select(0, order // topk)
         w1, w2, w3 = self.weights()
-        active = gated(grouped_linear(rows, w1, counts), grouped_linear(rows, w3, counts), self.limit)
+        gate = named("expert_activations", grouped_linear, rows, w1, counts)
+        up = named("expert_activations", grouped_linear, rows, w3, counts)
+        active = gated(gate, up, self.limit)
         active = active * weights.flatten().index_select(0, order)[:, None].to(active.dtype)
         down = grouped_linear(active.to(hidden.dtype), w2, counts)
         inverse = torch.empty_like(order)
@@ -199,7 +202,9 @@ class SharedExperts(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[R, D] -> [R, D]."""
-        return self.w2(gated(self.w1(hidden), self.w3(hidden), self.limit).to(hidden.dtype))
+        gate = named("expert_activations", self.w1, hidden)
+        up = named("expert_activations", self.w3, hidden)
+        return self.w2(gated(gate, up, self.limit).to(hidden.dtype))
 
 
 class MoE(nn.Module):

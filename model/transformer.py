@@ -20,12 +20,15 @@ from consilience.model.layout import Layout, chunk_layout, packed_layout
 from consilience.model.moe import MoE
 from consilience.model.norm import RMSNorm
 from consilience.model.quantization import Quantization
+from consilience.model.recompute import Recompute, recomputable
 from consilience.model.routing import Routing
 from consilience.model.state import DecodeState, LayerState
 
 
 class Block(nn.Module):
     """X = mHC(X, attention), then X = mHC(X, MoE). The mHC update is the only residual path."""
+
+    recompute: Recompute | None = None
 
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -36,6 +39,7 @@ class Block(nn.Module):
         self.hc_attn = HyperConnection(config)
         self.hc_ffn = HyperConnection(config)
 
+    @recomputable
     def forward(self, streams: Tensor, token_ids: Tensor, layout: Layout, state: LayerState | None) -> Tensor:
         """streams [R, N, D], token_ids [R] -> [R, N, D]."""
         num_rows, num_tokens = layout.position.shape

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from consilience.model import exact
 from consilience.model.kernels.compiled import library
+from consilience.model.recompute import named
 
 MOST_STREAMS = 8
 LANES = 16  # tokens side by side, as in the C file
@@ -44,6 +45,32 @@ def _as_c(value: Tensor | int | float | None):
     return ctypes.c_long(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
+def _read(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rounds: int, eps: float, norm_eps: float
+) -> tuple[Tensor, ...]:
+    num_tokens, n, width = streams.shape
+    is_whole = rounds > 0
+    if exact.is_on():
+        mixes = exact.linear(streams.view(num_tokens, -1), fn).t().contiguous()
+    else:
+        mixes = torch.mm(fn, streams.view(num_tokens, -1).t())
+    new = streams.new_empty
+    layer_input, pre, inverse = new(num_tokens, width), new(num_tokens, n), new(num_tokens)
+    post, comb = (new(num_tokens, n), new(num_tokens, n, n)) if is_whole else (new(0), new(0))
+    _call(
+        "hc_read_forward", num_tokens, n, width, int(is_whole), rounds, eps, norm_eps,
+        streams, mixes, base, scale, layer_input, pre, post, comb, inverse,
+    )  # fmt: skip
+    return layer_input, post, comb, mixes, pre, inverse
+
+
+def _write(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    num_tokens, n, width = streams.shape
+    written = torch.empty_like(streams)
+    _call("hc_write_forward", num_tokens, n, width, streams, output, post, comb, written)
+    return written
+
+
 class _Read(torch.autograd.Function):
     """streams [R, N, D] -> layer input [R, D], post [R, N], comb [R, N, N] (empty for a collapse)."""
 
@@ -58,19 +85,8 @@ class _Read(torch.autograd.Function):
         eps: float,
         norm_eps: float,
     ):
-        num_tokens, n, width = streams.shape
-        is_whole = rounds > 0
-        if exact.is_on():
-            mixes = exact.linear(streams.view(num_tokens, -1), fn).t().contiguous()
-        else:
-            mixes = torch.mm(fn, streams.view(num_tokens, -1).t())
-        new = streams.new_empty
-        layer_input, pre, inverse = new(num_tokens, width), new(num_tokens, n), new(num_tokens)
-        post, comb = (new(num_tokens, n), new(num_tokens, n, n)) if is_whole else (new(0), new(0))
-        _call(
-            "hc_read_forward", num_tokens, n, width, int(is_whole), rounds, eps, norm_eps,
-            streams, mixes, base, scale, layer_input, pre, post, comb, inverse,
-        )  # fmt: skip
+        results = named("layer_input", _read, streams, fn, base, scale, rounds, eps, norm_eps)
+        layer_input, post, comb, mixes, pre, inverse = results
         ctx.save_for_backward(streams, fn, base, scale, mixes, pre, inverse)
         ctx.settings = (rounds, eps)
         return layer_input, post, comb
@@ -107,9 +123,7 @@ class _Write(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-        num_tokens, n, width = streams.shape
-        written = torch.empty_like(streams)
-        _call("hc_write_forward", num_tokens, n, width, streams, output, post, comb, written)
+        written = named("streams", _write, streams, output, post, comb)
         ctx.save_for_backward(streams, output, post, comb)
         return written
 

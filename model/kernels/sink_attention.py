@@ -18,6 +18,7 @@ from torch import Tensor
 from consilience.model import exact
 from consilience.model.kernels.exact_attention import exact_attention
 from consilience.model.layout import Layout, Windows
+from consilience.model.recompute import named
 
 BUFFER = 1 << 22  # logits a stretch may hold; 16 MiB in fp32
 GATHER_ABOVE = 8  # entries a pick, beyond which picked entries are gathered instead of masked ones skipped
@@ -198,9 +199,9 @@ class _SinkAttention(torch.autograd.Function):
         # Tensors reach `ctx` through save_for_backward alone, where checkpointing can see them.
         keys = replace(place, window=window, entries=entries, picks=picks)
         if exact.is_on():
-            output = exact_attention(query, keys, sink, scale)
+            output = named("attention_output", exact_attention, query, keys, sink, scale)
         else:
-            output = _by_stretches(query, keys, sink, scale, buffer)
+            output = named("attention_output", _by_stretches, query, keys, sink, scale, buffer)
         ctx.save_for_backward(query, window, entries, picks, sink, output)
         ctx.scale, ctx.place, ctx.buffer = scale, place, buffer
         return output

@@ -12,6 +12,7 @@ from consilience.cli.stage import StageContext
 from consilience.conf.errors import ConfigError
 from consilience.conf.load import from_plain
 from consilience.grpo.supervised_batches import Example
+from consilience.model.recompute import recompute_policy
 from consilience.rollout.fake_worker import byte_tokenizer
 from consilience.tasks.corpus import Conversation
 from consilience.tasks.fake_domain import FakeDomain
@@ -204,6 +205,17 @@ def test_base_and_sft_leave_checkpoints_that_name_their_parent(trained):
     assert read_meta(root / base["checkpoint"]).parent is None
     model, _ = load_checkpoint(root / sft["checkpoint"])
     assert model.config.num_hidden_layers == 2  # type: ignore[union-attr]
+
+
+def test_a_stage_recomputes_what_it_is_told_and_ends_at_the_same_weights(trained, tmp_path):
+    root, _, base, _ = trained
+    cfg = config(engine={"threads": 1, "device": "cpu", "recompute": ["experts", "mhc"]})
+    assert supervised.run_base(context(cfg, tmp_path, "base"))["digest"] == base["digest"]
+    model, _ = load_checkpoint(root / base["checkpoint"])
+    with training_stage.open_stage(
+        context(cfg, tmp_path, "other"), model, 1e-3, root / base["checkpoint"], None
+    ):
+        assert {block.recompute for block in model.layers} == {recompute_policy(["experts", "mhc"])}  # type: ignore[union-attr]
 
 
 def test_a_finished_stage_that_runs_again_keeps_its_weights_and_counts(trained):

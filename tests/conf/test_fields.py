@@ -24,6 +24,7 @@ class Sample:
     ratios: tuple[int, ...] = setting((), "list", low=0)
     pair: tuple[float, float] = setting((0.1, 0.2), "two", low=0, high=1)
     inner: Inner = setting(Inner, "nested")
+    words: tuple[str, ...] = setting((), "words", choices=("red", "green"))
     many: dict[str, Inner] = setting({}, "free names")
     from_: str = setting("", "a keyword")
 
@@ -52,6 +53,9 @@ def test_absent_keys_keep_their_defaults_and_given_ones_are_converted():
         ({"is_on": 1}, "true or false"),
         ({"name": "lefd"}, "did you mean 'left'?"),
         ({"ratios": 4}, "a list is needed"),
+        ({"ratios": "4"}, "a list is needed"),
+        ({"words": ["red", "grean"]}, "did you mean 'green'?"),
+        ({"words": "blue"}, "x.words[0] is 'blue'"),
         ({"ratios": [4, -1]}, "x.ratios[1] is -1"),
         ({"pair": [0.1]}, "exactly 2"),
         ({"inner": 3}, "group of settings"),
@@ -65,6 +69,11 @@ def test_what_does_not_fit_is_refused_with_its_key_and_what_is_allowed(raw, said
         read_record(Sample, raw, "x")
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_one_word_is_a_list_of_one_word():
+    assert read_record(Sample, {"words": "red"}) == read_record(Sample, {"words": ["red"]})
+    assert read_record(Sample, {"words": ["red", "green"]}).words == ("red", "green")
 
 
 def test_mutable_defaults_are_not_shared():

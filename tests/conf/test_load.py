@@ -69,6 +69,12 @@ def test_the_command_line_wins_over_a_profile_and_a_profile_over_the_groups():
     assert (cfg.base.steps, cfg.sft.steps, cfg.run.profile, cfg.run.margins) == (7, 6, "ci", False)
 
 
+def test_recomputing_is_told_by_one_word_or_several():
+    assert compose().engine.recompute == ("none",)
+    assert compose(["engine.recompute=experts"]).engine.recompute == ("experts",)
+    assert compose(["engine.recompute=[mhc,router]"]).engine.recompute == ("mhc", "router")
+
+
 def test_a_number_may_name_a_run():
     assert compose(["run.name=2024"]).run.name == "2024"
 
@@ -108,6 +114,9 @@ def test_a_wrong_override_is_refused_in_one_line_that_says_what_to_do(override, 
         ("sandbox.min_isolation=none", "sandbox.allow_insecure=true"),
         ("run.name=../up", "names a folder"),
         ("sft.init=no/such/folder", "no checkpoint lies there"),
+        ("engine.recompute=expert", "did you mean 'experts'?"),
+        ("engine.recompute=[none,experts]", "write none alone"),
+        ("engine.recompute=[]", "write none alone"),
         ("rewards.path=no_such.py:score", "there is no file 'no_such.py'"),
         ("rewards.path=my_rewards", "FILE.py:FUNCTION"),
         ("task.domains.math.max_tokens=5000", "raise rollout.max_length"),
