@@ -8,6 +8,7 @@ T tokens of one sequence, D model width, N streams, M finished entries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +34,18 @@ class Record:
     target: dict[int, list[Tensor | None]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How values change by being stored: KV entries, index queries and keys, index scores."""
+
+    kv: Callable[[Tensor], Tensor] = lambda x: x
+    index: Callable[[Tensor], Tensor] = lambda x: x
+    scores: Callable[[Tensor], Tensor] = lambda x: x
+
+
+PLAIN = Stored()
+
+
 def normed(x, weight=None, eps=1e-6):
     y = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
     return y if weight is None else y * weight
@@ -52,7 +65,8 @@ def turned(x, position, frequencies, sign=1):
 class StreamingCompressor:
     """Section 8's update rule: slots, -inf where nothing was, pool when (pos + 1) mod m is 0."""
 
-    def __init__(self, w, prefix, ratio, frequencies):
+    def __init__(self, w, prefix, ratio, frequencies, stored=PLAIN.kv):
+        self.stored = stored
         self.w, self.prefix, self.m, self.frequencies = w, prefix, ratio, frequencies
         self.width = w[f"{prefix}.norm.weight"].shape[0]
         num_slots = 2 * ratio if ratio == 4 else ratio
@@ -74,18 +88,18 @@ class StreamingCompressor:
             z = torch.cat((z[:4, :c], z[4:, c:]))
         pooled = (torch.softmax(z, 0) * u).sum(0)
         entry = normed(pooled, self.w[f"{self.prefix}.norm.weight"])
-        self.entries.append(turned(entry, pos + 1 - self.m, self.frequencies))
+        self.entries.append(self.stored(turned(entry, pos + 1 - self.m, self.frequencies)))
         if self.m == 4:
             self.u[:4], self.z[:4] = self.u[4:], self.z[4:]
 
 
-def twin_index_scores(c, w, prefix, h, latent, t, frequencies, entries):
+def twin_index_scores(c, w, prefix, h, latent, t, frequencies, entries, stored=PLAIN):
     """Section 5.2's I_{t,i} over the finished entries: [M]. h and latent are detached (5.3)."""
     h, latent = h.detach(), latent.detach()
     query = (w[f"{prefix}.wq_b.weight"] @ latent).view(c.index_n_heads, c.index_head_dim)
-    match = torch.relu(turned(query, t, frequencies) @ torch.stack(entries).T)
+    match = torch.relu(stored.index(turned(query, t, frequencies)) @ torch.stack(entries).T)
     weight = (w[f"{prefix}.weights_proj.weight"] @ h) * c.index_n_heads**-0.5
-    return weight @ match * c.index_head_dim**-0.5
+    return stored.scores(weight @ match * c.index_head_dim**-0.5)
 
 
 def best(scores, k):
@@ -93,12 +107,12 @@ def best(scores, k):
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
 
 
-def twin_attention(c, w, layer, hidden, record=None):
+def twin_attention(c, w, layer, hidden, record=None, stored=PLAIN):
     """hidden [T, D] -> [T, D], one token after the other."""
     p, ratio = f"layers.{layer}.attn", c.compress_ratios[layer]
     f = inverse_frequencies(c, is_compressed=ratio > 0)
-    main = StreamingCompressor(w, f"{p}.compressor", ratio, f) if ratio else None
-    index = StreamingCompressor(w, f"{p}.indexer.compressor", 4, f) if ratio == 4 else None
+    main = StreamingCompressor(w, f"{p}.compressor", ratio, f, stored.kv) if ratio else None
+    index = StreamingCompressor(w, f"{p}.indexer.compressor", 4, f, stored.index) if ratio == 4 else None
     if record is not None and index is not None:
         record.scores[layer], record.chosen[layer], record.target[layer] = [], [], []
     window, outputs = [], []
@@ -106,7 +120,7 @@ def twin_attention(c, w, layer, hidden, record=None):
         latent = normed(w[f"{p}.wq_a.weight"] @ h, w[f"{p}.q_norm.weight"])
         q = normed((w[f"{p}.wq_b.weight"] @ latent).view(c.num_attention_heads, c.head_dim))
         q = turned(q, t, f)
-        kv = turned(normed(w[f"{p}.wkv.weight"] @ h, w[f"{p}.kv_norm.weight"]), t, f)
+        kv = stored.kv(turned(normed(w[f"{p}.wkv.weight"] @ h, w[f"{p}.kv_norm.weight"]), t, f))
         window = [*window, kv][-c.sliding_window :]
         chosen, scores = [], torch.zeros(0)
         if main is not None:
@@ -115,7 +129,7 @@ def twin_attention(c, w, layer, hidden, record=None):
             if index is not None:
                 index.feed(h.detach(), t)
                 if chosen:
-                    scores = twin_index_scores(c, w, f"{p}.indexer", h, latent, t, f, index.entries)
+                    scores = twin_index_scores(c, w, f"{p}.indexer", h, latent, t, f, index.entries, stored)
                     chosen = best(scores.tolist(), c.index_topk)
         k = torch.stack(window + [main.entries[i] for i in chosen])
         exps = torch.exp(q @ k.T * c.head_dim**-0.5)
@@ -189,10 +203,10 @@ def twin_weights(model):
     }
 
 
-def twin_block(c, w, layer, x, tokens, record=None):
+def twin_block(c, w, layer, x, tokens, record=None, stored=PLAIN):
     """Streams [T, N, D] -> [T, N, D] through `layers.{layer}`."""
     p = f"layers.{layer}"
-    attend = lambda y: twin_attention(c, w, layer, normed(y, w[f"{p}.attn_norm.weight"]), record)
+    attend = lambda y: twin_attention(c, w, layer, normed(y, w[f"{p}.attn_norm.weight"]), record, stored)
     x = twin_connection(c, w, f"{p}.hc_attn", x, attend)
     feed = lambda y: twin_moe(c, w, layer, normed(y, w[f"{p}.ffn_norm.weight"]), tokens)
     return twin_connection(c, w, f"{p}.hc_ffn", x, feed)
@@ -206,16 +220,17 @@ def twin_collapse(c, w, x, prefix=""):
     return normed(torch.einsum("tn,tnd->td", a, x), w[f"{prefix}norm.weight"])
 
 
-def twin_streams(model, tokens, w, record=None):
+def twin_streams(model, tokens, w, record=None, stored=PLAIN):
     """Residual streams [T, N, D] after the trunk's last layer."""
     c = model.config
     x = w["embed.weight"][tokens][:, None].expand(-1, c.hc_mult, -1)
     for layer in range(c.num_hidden_layers):
-        x = twin_block(c, w, layer, x, tokens, record)
+        x = twin_block(c, w, layer, x, tokens, record, stored)
     return x
 
 
-def twin_logits(model, tokens, w=None, record=None):
+def twin_logits(model, tokens, w=None, record=None, stored=PLAIN):
     """Logits [T, V] fp64 of one sequence; `w` as `twin_weights` makes it."""
     w = twin_weights(model) if w is None else w
-    return twin_collapse(model.config, w, twin_streams(model, tokens, w, record)) @ w["head.weight"].T
+    streams = twin_streams(model, tokens, w, record, stored)
+    return twin_collapse(model.config, w, streams) @ w["head.weight"].T
