@@ -152,7 +152,7 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(e, i, d, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(e, d, i, dtype=dtype))
         self.w3 = nn.Parameter(torch.empty(e, i, d, dtype=dtype))
-        self._rounded: tuple[tuple, tuple[Tensor, ...]] | None = None
+        self._rounded: tuple[tuple[Tensor, ...], tuple, tuple[Tensor, ...]] | None = None
 
     def forward(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [R, D], weights, experts [R, K] -> output [R, D] fp32 or wider, tokens per expert [E].
@@ -177,16 +177,22 @@ class Experts(nn.Module):
         return exact.by_tiles(lambda x: x.sum(1, dtype=wide), mine), counts
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """w1, w2, w3 as they compute: in FP4 where that is switched on, kept while no gradient is wanted."""
+        """w1, w2, w3 as they compute: in FP4 where that is switched on.
+
+        Rounded once while no gradient is wanted, and again after any change of the masters that autograd's
+        version counters show. A forward with gradients forgets what was kept: optimizers that write past
+        those counters (`.data`, flat buffers) come after one.
+        """
         masters = (self.w1, self.w2, self.w3)
-        if not self.quantization.experts:
-            return masters
-        if torch.is_grad_enabled():
-            return tuple(fake_mxfp4(w) for w in masters)  # type: ignore[return-value]
+        if not self.quantization.experts or torch.is_grad_enabled():
+            self._rounded = None
+            return tuple(fake_mxfp4(w) for w in masters) if self.quantization.experts else masters  # type: ignore[return-value]
         versions = tuple((w.data_ptr(), w._version) for w in masters)
-        if self._rounded is None or self._rounded[0] != versions:
-            self._rounded = (versions, tuple(fake_mxfp4(w) for w in masters))
-        return self._rounded[1]  # type: ignore[return-value]
+        kept = self._rounded
+        # The masters themselves are held: a new parameter may get the address of one that is gone.
+        if kept is None or kept[1] != versions or any(a is not b for a, b in zip(kept[0], masters)):
+            kept = self._rounded = (masters, versions, tuple(fake_mxfp4(w) for w in masters))
+        return kept[2]  # type: ignore[return-value]
 
 
 class SharedExperts(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from streaming_twin import Record, Stored, twin_index_loss, twin_logits, twin_weights
 
 from consilience.conf.errors import ConfigError
+from consilience.model.checkpoint import load_official, official_parts, to_official
 from consilience.model.exact import exact_mode
 from consilience.model.forward_trace import Trace
 from consilience.model.number_formats import decode_fp8, decode_mxfp4, encode_fp8, encode_mxfp4
@@ -40,10 +41,17 @@ def config(smallest):
 
 @pytest.fixture
 def quantized(config, rough_model):
-    """quantized(dtype=None, quantization=FP4): a model that computes with stored values."""
+    """quantized(dtype=None, quantization=FP4): a model that computes with stored values.
+
+    Within a block of KV magnitudes span 2^16, so that it matters which channels share a scale.
+    """
 
     def build(dtype=None, quantization=FP4):
         model = rough_model(config, seed=3, dtype=dtype)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith(("kv_norm.weight", "attn.compressor.norm.weight")):
+                    p.mul_(2.0 ** -(torch.arange(len(p)) % 64 / 4))
         model.quantize(quantization)
         return model
 
@@ -97,8 +105,6 @@ def test_forward_losses_and_gradients_equal_a_twin_that_encodes_and_decodes_in_f
     weight = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(1))
     ((found * weight).sum() + sum(trace.indexer_loss)).backward()
     ((expected * weight).sum() + sum(losses)).backward()
-    from consilience.model.checkpoint import official_parts
-
     without = set()
     for name, p in model.named_parameters():
         if p.grad is None:
@@ -224,7 +230,9 @@ def test_the_rounded_experts_kept_for_decoding_follow_every_change_of_the_master
         assert is_fresh()
         experts.w3[1].mul_(-2)
         assert is_fresh()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        assert not torch.equal(before := experts.weights()[0], fake_mxfp4(other["layers.0.ffn.experts.w1"]))
+        load_official(model, to_official(quantized()))  # what publishing does
+        assert is_fresh() and not torch.equal(before, experts.weights()[0])
     for foreach in (False, True):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=foreach)
         model(tokens).square().mean().backward()
@@ -235,6 +243,10 @@ def test_the_rounded_experts_kept_for_decoding_follow_every_change_of_the_master
     with torch.inference_mode():
         assert is_fresh()
         experts.w1.mul_(1.7)
+        assert is_fresh()
+    model(tokens)
+    experts.w2.data.mul_(1.9)  # past the counters, after a forward with gradients
+    with torch.no_grad():
         assert is_fresh()
     experts.w1 = torch.nn.Parameter(torch.randn_like(experts.w1))
     model.double()
