@@ -119,8 +119,9 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        dtype, limit = ctx.saved_tensors[0].dtype, ctx.limit
-        gate, up = (_wide(x) for x in ctx.saved_tensors)
+        saved, limit = ctx.saved_tensors, ctx.limit
+        dtype = saved[0].dtype
+        gate, up = (_wide(x) for x in saved)
         clamped = gate.clamp(max=limit)
         sigmoid = torch.sigmoid(clamped)
         silu = clamped * sigmoid

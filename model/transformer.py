@@ -83,7 +83,7 @@ class Transformer(nn.Module):
             raise ConfigError(f"FP4 index keys need an index_head_dim that is a power of two, found {width}")
         for module in self.modules():
             if hasattr(module, "quantization"):
-                setattr(module, "quantization", quantization)  # noqa: B010 (nn.Module's typing wants tensors)
+                module.quantization = quantization  # type: ignore[assignment]
 
     def hidden(
         self,

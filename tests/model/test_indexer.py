@@ -10,6 +10,7 @@ from consilience.model.forward_trace import Trace
 from consilience.model.indexer import Indexer, IndexQueries, divergence, index_loss
 from consilience.model.kernels.sink_attention import Keys
 from consilience.model.layout import chunk_layout, packed_layout
+from consilience.model.quantization import fake_fp4, index_values
 from consilience.model.rope import inverse_frequencies, rotate, rotations
 from consilience.model.state import DecodeState
 
@@ -120,6 +121,36 @@ def test_in_bf16_the_head_weights_are_scaled_and_summed_in_fp32(smallest):
         torch.testing.assert_close(
             index.scores(0, 12, 3)[0].double(), expected, rtol=0, atol=20 * 2**-24 * 10
         )
+
+
+def test_cut_scores_lose_few_picks_and_hadamard_saves_those_that_fp4_loses_to_outlier_channels(smallest):
+    """Width 128 and blocks of 32 as released, the 64 best of up to 256 random entries."""
+    config = replace(smallest, index_n_heads=16, index_head_dim=128, index_topk=64)
+    module, num_tokens = Indexer(config, None), 1024
+    position = torch.arange(num_tokens)[None]
+    layout = packed_layout(config, torch.zeros_like(position), position, None)
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(1, *shape, generator=g)
+    plain = IndexQueries(draw(num_tokens, 16, 128), draw(num_tokens, 16), draw(num_tokens // 4, 128))
+    picks = module.pick(plain, layout)
+    has_choice = (position[0] + 1) // 4 > 64
+
+    def recall(index):
+        again = module.pick(index, layout)
+        same = [torch.isin(a, b).sum() for a, b in zip(picks[0][has_choice], again[0][has_choice])]
+        return float(torch.stack(same).sum()) / (len(same) * 64)
+
+    both = lambda change, index=plain: replace(index, query=change(index.query), keys=change(index.keys))
+    assert 0.99 <= recall(replace(plain, is_cut=True)) < 1
+    # Chance: 64 of 65 to 256 entries, about a half of them.
+    fp4, turned = recall(both(fake_fp4)), recall(both(index_values))
+    assert min(fp4, turned) > 0.85 and abs(fp4 - turned) < 0.01  # nothing sticks out, nothing to spread
+    factor = torch.ones(128)
+    factor[[3, 40, 77, 120]] = 16.0
+    spread = replace(plain, query=plain.query / factor, keys=plain.keys * factor)
+    assert recall(spread) > 0.9999  # the same scores: factors are powers of two
+    fp4, turned = recall(both(fake_fp4, spread)), recall(both(index_values, spread))
+    assert turned > fp4 + 0.03, (fp4, turned)
 
 
 def parts(model):
