@@ -11,16 +11,20 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from consilience.conf.fields import setting
+from consilience.conf.schema_training import (
+    DistillConfig,
+    EngineConfig,
+    GrpoConfig,
+    OptimizerConfig,
+    SftConfig,
+    TeachersConfig,
+)
 
 ISOLATION = (
     "none", "rlimit", "bwrap_user", "bwrap_root", "container", "container_userns", "gvisor", "vm",
 )  # fmt: skip
 
 
-RECOMPUTE = (
-    "none", "cheap", "mhc", "attention", "experts", "block",
-    "streams", "layer_input", "attention_inner", "picks", "attention_output", "router", "expert_activations",
-)  # fmt: skip
 EFFORTS = ("chat", "think", "low", "high", "max")
 
 
@@ -111,91 +115,6 @@ class SpecialistConfig:
 
 
 @dataclass(frozen=True)
-class AnticipatoryConfig:
-    """Experts chosen by older weights after a loss spike (report 4.2.3). All numbers here are our own."""
-
-    mode: str = setting(
-        "off",
-        "after_spike: watch the loss, go back, route so until it is quiet; always: from the start",
-        choices=("off", "after_spike", "always"),
-    )
-    delay: int = setting(
-        8, "age of the weights that choose; 0 changes nothing but the cost", unit="steps", low=0, high=1000
-    )
-    window: int = setting(64, "losses that the next one is compared with", unit="steps", low=8, high=100_000)
-    threshold: float = setting(
-        6.0, "a loss so many robust deviations above their median is a spike", above=0, high=1000
-    )
-    rollback_steps: int = setting(
-        50, "between checkpoints to go back to; a rollback is one to two times as long", unit="steps", low=1
-    )
-    quiet_steps: int = setting(200, "without a spike until routing is plain again", unit="steps", low=1)
-
-
-@dataclass(frozen=True)
-class SftConfig:
-    """Supervised training on worked solutions; also the shape of group `base`."""
-
-    steps: int = setting(200, "optimiser steps", unit="steps", low=1)
-    tokens_per_step: int = setting(4096, "tokens of a step, padding included", unit="tokens", low=16)
-    row_tokens: int = setting(512, "length of a packed row", unit="tokens", low=16)
-    lr: float = setting(1e-3, "peak learning rate", above=0, high=10)
-    warmup: int = setting(10, "steps of linear warm-up", unit="steps", low=0)
-    decay: float = setting(0.1, "learning rate at the last step, as a share of the peak", low=0, high=1)
-    num_examples: int = setting(4000, "worked solutions per domain", unit="problems", low=1)
-    episodes: int = setting(
-        1, "episodes of a tool domain joined into one conversation", unit="episodes", low=1, high=64
-    )
-    noise: dict[str, float] = setting(
-        {}, "domain -> share of its solutions whose final answer has one word of another problem's"
-    )
-    recall: float = setting(
-        0.0, "relative share of a step's tokens for exercises in copying (base)", low=0, high=100
-    )
-    prompt_weight: float = setting(
-        0.0, "loss weight of tokens the model would not sample (prompts, tool results)", low=0, high=1
-    )
-    indexer_weight: float = setting(0.0, "weight of the indexer's own loss", low=0, high=100)
-    indexer_warmup: int = setting(
-        0, "first steps with dense attention in which the indexers alone learn", unit="steps", low=0
-    )
-    balance_weight: float = setting(0.0, "weight of the sequence-wise balance loss", low=0, high=100)
-    mtp_weight: float = setting(0.3, "weight of the MTP blocks' loss, if the model has any", low=0, high=10)
-    mtp_decay_weight: float = setting(0.1, "the same while the learning rate decays", low=0, high=10)
-    shares: dict[str, float] = setting(
-        {}, "domain -> relative share of a step's tokens (base); domains not named count 1"
-    )
-    anticipatory: AnticipatoryConfig = setting(AnticipatoryConfig, "experts chosen by older weights")
-    init: str | None = setting(None, "checkpoint folder to start from; null: the stage before it")
-
-
-@dataclass(frozen=True)
-class GrpoConfig:
-    """Group relative policy optimisation as the report's section on specialists states it."""
-
-    steps: int = setting(50, "rollout phases", unit="steps", low=1)
-    prompts_per_step: int = setting(16, "prompts of a rollout phase P", unit="prompts", low=1)
-    group_size: int = setting(16, "samples per prompt G", unit="samples", low=2)
-    mini_batches: int = setting(2, "optimiser steps per rollout phase", unit="steps", low=1)
-    clip_epsilon: float = setting(0.2, "half-width of the ratio's clip", above=0, high=1)
-    kl_beta: float = setting(1e-3, "weight of the KL to the SFT reference", low=0, high=10)
-    mask_delta: float = setting(
-        0.5,
-        "a sequence with negative advantage and a mean log-ratio below minus this is masked",
-        unit="nats",
-        above=0,
-    )
-    temperature: float = setting(1.0, "sampling temperature", above=0, high=10)
-    mtp_weight: float = setting(
-        0.1, "weight of the loss that keeps MTP blocks, and nothing else, in step", low=0, high=10
-    )
-    lr: float = setting(3e-4, "peak learning rate", above=0, high=10)
-    warmup: int = setting(2, "steps of linear warm-up", unit="steps", low=0)
-    row_tokens: int = setting(512, "length of a packed row", unit="tokens", low=16)
-    init: str | None = setting(None, "checkpoint folder to start from; null: the domain's SFT stage")
-
-
-@dataclass(frozen=True)
 class RolloutConfig:
     """The workers that sample."""
 
@@ -208,52 +127,6 @@ class RolloutConfig:
     speculative: bool = setting(
         False, "the MTP block drafts, the model verifies: same distribution, other tokens for a seed"
     )
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """On-policy distillation: the student samples, the owner teacher scores, exact reverse KL."""
-
-    steps: int = setting(50, "rollout phases", unit="steps", low=1)
-    prompts_per_step: int = setting(96, "prompts of a rollout phase, all domains", unit="prompts", low=1)
-    samples_per_prompt: int = setting(1, "trajectories per prompt", unit="samples", low=1)
-    shares: dict[str, float] = setting(
-        {}, "domain -> relative share of a phase's prompts; domains not named count 1"
-    )
-    mini_batches: int = setting(2, "optimiser steps per rollout phase", unit="steps", low=1)
-    chunk_tokens: int = setting(
-        1024, "tokens whose logits exist at once", unit="tokens", low=1, speed_only=True
-    )
-    temperature: float = setting(1.0, "sampling temperature of the student", above=0, high=10)
-    lr: float = setting(1e-3, "peak learning rate", above=0, high=10)
-    warmup: int = setting(2, "steps of linear warm-up", unit="steps", low=0)
-    decay: float = setting(0.1, "learning rate at the last step, as a share of the peak", low=0, high=1)
-    normalisation: str = setting(
-        "tokens",
-        "denominator: loss tokens of the mini-batch, or of each teacher",
-        choices=("tokens", "teacher"),
-    )
-    mtp_weight: float = setting(
-        0.1, "weight of the loss that keeps MTP blocks, and nothing else, in step", low=0, high=10
-    )
-    row_tokens: int = setting(512, "length of a packed row", unit="tokens", low=16)
-    init: str | None = setting(None, "checkpoint folder of the student's start; null: the base stage")
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """One teacher of the registry."""
-
-    checkpoint: str | None = setting(None, "checkpoint folder; null: the run's GRPO stage of its domain")
-    domains: tuple[str, ...] = setting((), "domains it owns; each domain has exactly one owner")
-    weight: float = setting(1.0, "weight of its KL in the loss", above=0, high=1000)
-
-
-@dataclass(frozen=True)
-class TeachersConfig:
-    """Who teaches what. Empty: the run's own specialists, one a domain, weight 1."""
-
-    registry: dict[str, TeacherConfig] = setting({}, "name -> teacher; `teachers.registry.NAME.KEY=VALUE`")
 
 
 @dataclass(frozen=True)
@@ -295,45 +168,6 @@ class SandboxConfig:
     )
     allow_insecure: bool = setting(False, "accept the insecure_subprocess driver (trusted code only)")
     image: str | None = setting(None, "container image of the docker driver; null: the driver's own")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Muon for matrices and AdamW for the rest, by V4's parameter split; or AdamW alone."""
-
-    kind: str = setting("muon", "muon: with AdamW for what Muon leaves", choices=("muon", "adamw"))
-    muon_momentum: float = setting(0.95, "momentum of Muon", low=0, high=0.9999)
-    update_rms: float = setting(0.18, "root mean square a Muon update is scaled to", above=0, high=10)
-    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's two decay rates", low=0, high=0.99999)
-    eps: float = setting(1e-20, "AdamW's epsilon", above=0, high=1)
-    weight_decay: float = setting(0.1, "decoupled weight decay", low=0, high=10)
-    grad_clip: float = setting(1.0, "largest gradient norm", above=0)
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """What holds parameters, gradients and optimiser."""
-
-    kind: str = setting("torch", "train engine", choices=("torch",))
-    device: str = setting(
-        "auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"), speed_only=True
-    )
-    threads: int = setting(
-        0, "CPU threads of the trainer; 0: all cores", unit="threads", low=0, speed_only=True
-    )
-    micro_batch_rows: int = setting(8, "packed rows of one forward pass", unit="rows", low=1, speed_only=True)
-    exact: bool = setting(
-        False, "trainer and rollout workers agree on log-probabilities to the last bit; several times slower"
-    )
-    quantization: str = setting(
-        "off", "fp4: train and sample with experts, index keys and KV as stored", choices=("off", "fp4")
-    )
-    recompute: tuple[str, ...] = setting(
-        ("none",),
-        "what the backward computes again instead of keeping it; sets and tensors of model/recompute.py",
-        choices=RECOMPUTE,
-        speed_only=True,
-    )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from consilience.conf.errors import ConfigError
-from consilience.conf.schema import RECOMPUTE
+from consilience.conf.schema_training import RECOMPUTE
 from consilience.model.exact import exact_mode
 from consilience.model.forward_trace import Trace
 from consilience.model.quantization import Quantization
