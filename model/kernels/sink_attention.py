@@ -297,7 +297,7 @@ def sink_attention(query: Tensor, keys: Keys, sink: Tensor, scale: float, buffer
     """
     if keys.layout.is_step:
         step = exact_attention if exact.is_on() else _step
-        return step(query, keys, sink, scale)
+        return step(query, keys, sink, scale)  # pyright: ignore[reportArgumentType]
     place = replace(keys, window=None, entries=None, picks=None)
     tensors = (query, keys.window, keys.entries, keys.picks, sink)
     return _SinkAttention.apply(*tensors, scale, place, buffer)  # type: ignore[return-value]
