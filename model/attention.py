@@ -16,6 +16,7 @@ from consilience.model.compressor import Compressor
 from consilience.model.config import CSA_RATIO, SLIDING, ModelConfig
 from consilience.model.exact import Linear
 from consilience.model.indexer import Indexer, index_loss
+from consilience.model.kernels import decode_attention
 from consilience.model.kernels.sink_attention import Keys, sink_attention
 from consilience.model.layout import Layout
 from consilience.model.norm import RMSNorm, rms
@@ -56,10 +57,28 @@ class Attention(nn.Module):
         latent = self.q_norm(named("attention_inner", self.wq_a, hidden))
         query = named("attention_inner", self.wq_b, latent).unflatten(-1, (self.num_heads, self.width))
         query = rms(query, self.eps, for_heads)
-        kv = rotate(self.kv_norm(named("attention_inner", self.wkv, hidden)), rotation)
+        kv = self.kv_norm(named("attention_inner", self.wkv, hidden), rotation)
         if self.quantization.kv:
             kv = kv_values(kv, self.num_rope)
 
+        if state is not None and decode_attention.is_available(layout, query):
+            output = self._step(hidden, latent, query, kv, layout, state)
+        else:
+            output = self._attend(hidden, latent, query, kv, layout, state)
+        output = rotate(output, for_heads, is_inverse=True)
+        low = self._grouped(output.reshape(num_rows * num_tokens, self.groups, -1))
+        return named("attention_output", self.wo_b, low.view(num_rows, num_tokens, -1))
+
+    def _attend(
+        self,
+        hidden: Tensor,
+        latent: Tensor,
+        query: Tensor,
+        kv: Tensor,
+        layout: Layout,
+        state: LayerState | None,
+    ) -> Tensor:
+        """query [B, T, H, C] on the keys kv [B, T, C], those before them and compressed entries."""
         keys = Keys(layout, self.window, self._window_keys(kv, layout, state))
         if self.compressor is not None:
             entries = self.compressor(hidden, layout, state.compressor if state else None)
@@ -69,10 +88,23 @@ class Attention(nn.Module):
         output = sink_attention(query, keys, self.attn_sink, self.width**-0.5)
         if self.compressor is not None and layout.trace is not None:
             layout.trace.add_visible(layout.windows[self.ratio], layout.is_valid, keys.picks)
+        return output
 
-        output = rotate(output, for_heads, is_inverse=True)
-        low = self._grouped(output.reshape(num_rows * num_tokens, self.groups, -1))
-        return named("attention_output", self.wo_b, low.view(num_rows, num_tokens, -1))
+    def _step(
+        self, hidden: Tensor, latent: Tensor, query: Tensor, kv: Tensor, layout: Layout, state: LayerState
+    ) -> Tensor:
+        """`_attend` for one token a row by the compiled kernels, which read the state where it lies."""
+        compressed = None
+        if self.compressor is not None:
+            assert state.compressor is not None
+            self.compressor.advance(hidden, layout, state.compressor)
+            picks = None
+            if self.indexer is not None:
+                assert state.indexer is not None
+                picks = self.indexer.step(hidden, latent, layout, state.indexer)
+            compressed = (self.ratio, state.compressor, picks)
+        scale = self.width**-0.5
+        return decode_attention.attend(query, kv, state.window, self.attn_sink, scale, layout, compressed)
 
     def _grouped(self, output: Tensor) -> Tensor:
         """Every group of heads through its own rows of wo_a: [R, groups, in] -> [R, groups · rank]."""

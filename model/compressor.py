@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from consilience.model import exact
 from consilience.model.config import CSA_RATIO, ModelConfig
 from consilience.model.exact import Linear
-from consilience.model.layout import Layout, Windows
+from consilience.model.kernels import decode_attention
+from consilience.model.layout import Closing, Layout
 from consilience.model.norm import RMSNorm
 from consilience.model.quantization import OFF, index_values, kv_values
 from consilience.model.recompute import named
-from consilience.model.rope import rotate, rotations
+from consilience.model.rope import rotations
 from consilience.model.state import CompressorState
 
 
@@ -52,43 +53,63 @@ class Compressor(nn.Module):
 
     def forward(self, hidden: Tensor, layout: Layout, state: CompressorState | None) -> Tensor:
         """hidden [B, T, D] -> entries [B, M, C]: all visible columns, those of the state included."""
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        x = hidden.to(wide)
-        values = named("attention_inner", exact.linear, x, self.wkv.weight.to(wide))
-        gates = named("attention_inner", exact.linear, x, self.wgate.weight.to(wide))
-        gates = gates + self.ape[layout.position % self.ratio]
         windows = layout.windows[self.ratio]
-        if state is None:
-            entries = self._pool(values, gates, windows, layout, hidden.dtype)
-            flat = windows.row * windows.num_columns + windows.column
-            shape = (hidden.shape[0], windows.num_columns, self.width)
-            return entries.new_zeros(shape).view(-1, self.width).index_copy(0, flat, entries).view(shape)
+        if state is not None:
+            assert layout.state is not None
+            self.advance(hidden, layout, state)
+            return state.read(layout.state.tables, windows.num_columns)
+        values, gates = self._projected(hidden)
+        closing = windows.closing
+        entries = self._pool(values, self._biased(gates, layout), closing, layout, hidden.dtype)
+        flat = closing.row * windows.num_columns + closing.column
+        shape = (hidden.shape[0], windows.num_columns, self.width)
+        return entries.new_zeros(shape).view(-1, self.width).index_copy(0, flat, entries).view(shape)
+
+    def advance(self, hidden: Tensor, layout: Layout, state: CompressorState) -> None:
+        """Take hidden [B, T, D] into the state: projections into its rings, entries into its blocks."""
         assert layout.state is not None
-        if windows.row.numel():
+        values, gates = self._projected(hidden)
+        is_plain = not (self.quantization.kv or self.quantization.indexer)
+        if is_plain and decode_attention.is_available(layout, hidden):
+            decode_attention.compress(self, values, gates, layout, state)
+            return
+        gates = self._biased(gates, layout)
+        closing = layout.windows[self.ratio].closing
+        if closing.row.numel():
             joined_values = torch.cat((state.values, values), dim=1)
             joined_gates = torch.cat((state.gates, gates), dim=1)
-            entries = self._pool(joined_values, joined_gates, windows, layout, hidden.dtype)
-            state.write(layout.state.tables, windows.row, windows.column, entries)
+            entries = self._pool(joined_values, joined_gates, closing, layout, hidden.dtype)
+            state.write(layout.state.tables, closing.row, closing.column, entries)
         self._remember(state, values, gates, layout)
-        return state.read(layout.state.tables, windows.num_columns)
+
+    def _projected(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and gates [B, T, series] of the tokens, fp32 or wider."""
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        x = hidden.to(wide)
+        weights = (self.wkv.weight.to(wide), self.wgate.weight.to(wide))
+        values, gates = (named("attention_inner", exact.linear, x, weight) for weight in weights)
+        return values, gates
+
+    def _biased(self, gates: Tensor, layout: Layout) -> Tensor:
+        return gates + self.ape[layout.position % self.ratio]
 
     def _pool(
-        self, values: Tensor, gates: Tensor, windows: Windows, layout: Layout, dtype: torch.dtype
+        self, values: Tensor, gates: Tensor, closing: Closing, layout: Layout, dtype: torch.dtype
     ) -> Tensor:
         """Raw projections [B, ring + T, series] -> finished entries [E, C] in `dtype`."""
         flat_values, flat_gates = values.flatten(0, 1), gates.flatten(0, 1)
         if self.is_overlapping:
-            older, newer = windows.source[:, : self.ratio], windows.source[:, self.ratio :]
+            older, newer = closing.source[:, : self.ratio], closing.source[:, self.ratio :]
             half = self.width
             slots = [flat_values[:, :half][older], flat_values[:, half:][newer]]
             logits = [flat_gates[:, :half][older], flat_gates[:, half:][newer]]
             pooled_values, pooled_gates = torch.cat(slots, dim=1), torch.cat(logits, dim=1)
-            pooled_gates = pooled_gates.masked_fill(~windows.is_present[:, :, None], float("-inf"))
+            pooled_gates = pooled_gates.masked_fill(~closing.is_present[:, :, None], float("-inf"))
         else:
-            pooled_values, pooled_gates = flat_values[windows.source], flat_gates[windows.source]
+            pooled_values, pooled_gates = flat_values[closing.source], flat_gates[closing.source]
         entries = exact.by_tiles(_pooled, pooled_gates, pooled_values).to(dtype)
-        turn = rotations(windows.position, layout.frequencies[True])
-        entries = rotate(self.norm(entries), turn)
+        turn = rotations(closing.position, layout.frequencies[True])
+        entries = self.norm(entries, turn)
         if self.is_index:
             return index_values(entries) if self.quantization.indexer else entries
         return kv_values(entries, self.num_rope) if self.quantization.kv else entries

@@ -17,6 +17,7 @@ from consilience.model import exact
 from consilience.model.compressor import Compressor
 from consilience.model.config import CSA_RATIO, ModelConfig
 from consilience.model.exact import Linear
+from consilience.model.kernels import decode_attention
 from consilience.model.kernels.exact_attention import exact_scores
 from consilience.model.kernels.sink_attention import Keys, Stretch, entry_mass, stretches, visible_columns
 from consilience.model.layout import Layout
@@ -100,6 +101,19 @@ class Indexer(nn.Module):
     def choose(self, hidden: Tensor, latent: Tensor, layout: Layout) -> Tensor | None:
         """`pick` from the hidden states [B, T, D] and latents [B, T, R] of packed rows."""
         return self.pick(self.queries(hidden, latent, self.keys(hidden, layout, None), layout), layout)
+
+    def step(self, hidden: Tensor, latent: Tensor, layout: Layout, state: CompressorState) -> Tensor | None:
+        """`pick` on a decode state after one token a row, where the compiled kernels are available."""
+        self.compressor.advance(hidden, layout, state)
+        windows = layout.windows[CSA_RATIO]
+        if self.sees_all or windows.num_columns <= self.topk:
+            return None
+        assert layout.state is not None
+        if self.quantization.indexer or self.quantization.index_scores:
+            keys = state.read(layout.state.tables, windows.num_columns)
+            return self.pick(self.queries(hidden, latent, keys, layout), layout)
+        index = self.queries(hidden, latent, state.entries, layout)
+        return decode_attention.pick(index.query, index.weight, self.topk, layout, CSA_RATIO, state)
 
     @torch.no_grad()
     def pick(self, index: IndexQueries, layout: Layout, buffer: int = BUFFER) -> Tensor | None:

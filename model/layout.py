@@ -9,8 +9,9 @@ B rows, T tokens in a row, W sliding window, M compressed entries, m compression
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,17 +27,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Compression windows of one ratio m that close inside this forward, and who sees which entry.
+class Closing:
+    """Compression windows of one ratio m that close inside this forward.
 
     row, column [E]     where each new entry belongs in the [B, M] entry axis
     source [E, S]       index of each pooled slot in the flattened (ring ‖ new tokens) axis,
                         S = 2m for CSA (previous window first), m for HCA
     is_present [E, S]   False for slots before the sample's first token (CSA's entry 0)
     position [E]        of the window's first token, for RoPE
-    num_columns         M
-    first, stop [B, T]  a query sees the columns first … stop - 1
-    ratio, earlier      no query t sees a column at or beyond (earlier + t + 1) // ratio
     """
 
     row: Tensor
@@ -44,11 +42,28 @@ class Windows:
     source: Tensor
     is_present: Tensor
     position: Tensor
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Entries of one ratio m, and who sees which.
+
+    find_closing        makes `closing`, which the compiled decoding step does not need
+    num_columns         M
+    first, stop [B, T]  a query sees the columns first … stop - 1
+    ratio, earlier      no query t sees a column at or beyond (earlier + t + 1) // ratio
+    """
+
+    find_closing: Callable[[], Closing]
     num_columns: int
     first: Tensor
     stop: Tensor
     ratio: int
     earlier: int
+
+    @cached_property
+    def closing(self) -> Closing:
+        return self.find_closing()
 
     def columns_before(self, token: int) -> int:
         """Columns that queries before `token` can see at most."""
@@ -60,8 +75,8 @@ class Layout:
     """position, is_valid [B, T]; rotation tables; visible window keys; one `Windows` per ratio.
 
     The window's key axis holds `offset` earlier keys (0 in packed rows, W on a decode state) and the
-    new tokens; query t sees its keys oldest[b, t] … offset + t. `ring_seen` [B, ring] says the same of the
-    window ring, where every row gets a single token: attention then reads the ring in place.
+    new tokens; query t sees its keys oldest[b, t] … offset + t. Where every row gets a single token
+    (`is_step`), `ring_seen` says the same of the window ring: attention then reads the ring in place.
     """
 
     position: Tensor
@@ -74,7 +89,7 @@ class Layout:
     windows: dict[int, Windows]
     state: DecodeState | None = None
     lengths: Tensor | None = None
-    ring_seen: Tensor | None = None
+    is_step: bool = False
     trace: Trace | None = field(default=None, compare=False)
     routing: Routing | None = field(default=None, compare=False)
 
@@ -85,9 +100,13 @@ class Layout:
         starts[:, 0] = True
         return torch.where(self.is_valid.flatten(), starts.flatten().cumsum(0) - 1, -1)
 
-    @property
-    def is_step(self) -> bool:
-        return self.ring_seen is not None
+    @cached_property
+    def ring_seen(self) -> Tensor:
+        """bool [B, ring]: the slots that the query of a step sees, its own included."""
+        assert self.is_step and self.state is not None
+        ring = self.offset + self.state.lookahead
+        age = (self.position - torch.arange(ring, device=self.position.device)) % ring
+        return (age < self.offset) & (age <= self.position)
 
     def without_last(self) -> Layout:
         """The same packed rows, the last valid token of every sample no longer counted as valid."""
@@ -101,8 +120,8 @@ def ring_size(ratio: int) -> int:
     return 2 * ratio if ratio == CSA_RATIO else ratio
 
 
-def _closing(ratio: int, position: Tensor, is_valid: Tensor, ring: int) -> tuple[Tensor, ...]:
-    """row, token [E] of the tokens that close a window; source, is_present [E, S] of its slots."""
+def _closing(ratio: int, position: Tensor, is_valid: Tensor, ring: int, number: Tensor) -> Closing:
+    """Windows that close; number [B, T] = the column of an entry that closes with the token."""
     num_tokens = position.shape[1]
     closes = ((position + 1) % ratio == 0) & is_valid
     row, token = closes.nonzero(as_tuple=True)
@@ -114,21 +133,17 @@ def _closing(ratio: int, position: Tensor, is_valid: Tensor, ring: int) -> tuple
     source = start + ring + in_chunk
     if ring:
         source = torch.where(in_chunk >= 0, source, start + (end[:, None] - back) % ring)
-    return row, token, torch.where(is_present, source, start), is_present
+    source = torch.where(is_present, source, start)
+    return Closing(row, number[row, token], source, is_present, position=end - (ratio - 1))
 
 
 def _packed_windows(ratio: int, position: Tensor, is_valid: Tensor) -> Windows:
     """Entries of a row are numbered in the order in which their windows close, over all its samples."""
-    row, token, source, is_present = _closing(ratio, position, is_valid, 0)
     closed = (((position + 1) % ratio == 0) & is_valid).long().cumsum(1)
     own = torch.where(is_valid, (position + 1) // ratio, 0)
     num_columns = int(closed[:, -1].max()) if closed.numel() else 0
     return Windows(
-        row=row,
-        column=closed[row, token] - 1,
-        source=source,
-        is_present=is_present,
-        position=position[row, token] - (ratio - 1),
+        find_closing=lambda: _closing(ratio, position, is_valid, 0, closed - 1),
         num_columns=num_columns,
         first=closed - own,
         stop=closed,
@@ -141,16 +156,10 @@ def _chunk_windows(
     ratio: int, position: Tensor, is_valid: Tensor, ring: int, earlier: int, end: int
 ) -> Windows:
     """Entries of a row are numbered by position; `earlier`, `end` = the longest row before and after."""
-    row, token, source, is_present = _closing(ratio, position, is_valid, ring)
     # Padding would see past the longest row.
     stop = ((position + 1) // ratio).clamp(max=end // ratio)
-    last = position[row, token]
     return Windows(
-        row=row,
-        column=last // ratio,
-        source=source,
-        is_present=is_present,
-        position=last - (ratio - 1),
+        find_closing=lambda: _closing(ratio, position, is_valid, ring, position // ratio),
         num_columns=end // ratio,
         first=torch.zeros_like(stop),
         stop=stop,
@@ -208,18 +217,13 @@ def chunk_layout(
         windows={m: _chunk_windows(m, position, is_valid, rings[m], earlier, end) for m in config.ratios},
         state=state,
         lengths=lengths,
-        ring_seen=_ring_seen(position, state, window) if num_tokens == 1 and lengths is None else None,
+        is_step=num_tokens == 1 and lengths is None,
         trace=trace,
     )
 
 
-def _ring_seen(position: Tensor, state: DecodeState, window: int) -> Tensor:
-    """bool [B, ring]: the slots a query at position [B, 1] sees, its own included."""
-    ring = window + state.lookahead
-    age = (position - torch.arange(ring, device=position.device)) % ring
-    return (age < window) & (age <= position)
-
-
+@cache
 def _frequencies(config: ModelConfig, device: torch.device) -> dict[bool, Tensor]:
     """Radians per token of sliding layers (False) and of layers with compression (True)."""
-    return {c: inverse_frequencies(config, is_compressed=c, device=device) for c in (False, True)}
+    with torch.inference_mode(False):
+        return {c: inverse_frequencies(config, is_compressed=c, device=device) for c in (False, True)}

@@ -13,6 +13,8 @@ from consilience.model import exact
 from consilience.model.config import ModelConfig
 from consilience.model.exact import Linear
 from consilience.model.forward_trace import Trace
+from consilience.model.kernels import gated as fused
+from consilience.model.kernels.decode_moe import decode_moe, is_available
 from consilience.model.quantization import OFF, fake_mxfp4
 from consilience.model.recompute import named
 from consilience.model.routing import Routing
@@ -138,6 +140,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def gated(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """silu(min(gate, limit)) · clamp(up, ±limit), fp32 or wider: the gate is clamped from above only."""
+    if fused.is_available(gate):
+        return fused.FusedGated.apply(gate, up, limit)  # type: ignore[return-value]
     return exact.by_tiles(lambda g, u: _Gated.apply(g, u, limit), gate, up)  # type: ignore[return-value]
 
 
@@ -192,7 +196,7 @@ class Experts(nn.Module):
         kept = self._rounded
         # The masters themselves are held: a new parameter may get the address of one that is gone.
         if kept is None or kept[1] != versions or any(a is not b for a, b in zip(kept[0], masters)):
-            kept = self._rounded = (masters, versions, tuple(fake_mxfp4(w) for w in masters))
+            kept = self._rounded = (masters, versions, tuple(fake_mxfp4(w).contiguous() for w in masters))
         return kept[2]  # type: ignore[return-value]
 
 
@@ -239,6 +243,8 @@ class MoE(nn.Module):
         """
         if self.gate.is_hash:
             routing = None
+        if trace is None and routing is None and is_available(hidden, self.gate.weight):
+            return decode_moe(self, hidden, token_ids)
         shape = (hidden.shape[0], self.gate.topk)
         fixed = None if routing is None else routing.prescribed(self.layer, shape, hidden.device)
         weights, experts, scores = self.gate(hidden, token_ids, fixed)

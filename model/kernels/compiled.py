@@ -1,8 +1,8 @@
 """C kernels of this folder, compiled on first use by the machine's own compiler.
 
-Each is a plain C file without dependencies; the library lies in the user's cache folder under a name
-that its source, the flags, the compiler and the processor decide. Where there is no compiler, or
-CONSILIENCE_KERNELS=off, the PyTorch twin does the work: same numbers to rounding, more time.
+Each is a plain C file that needs nothing but this folder's headers; the library lies in the user's cache
+folder under a name that the sources, the flags, the compiler and the processor decide. Where there is no
+compiler, or CONSILIENCE_KERNELS=off, the PyTorch twin does the work: same numbers to rounding, more time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -44,20 +45,28 @@ def library(name: str) -> ctypes.CDLL | str:
 
 def call(name: str, function: str, *arguments: Tensor | int | float | None) -> None:
     """Call `function` of library `name`: tensors as pointers (None: null), int as C long, float as float."""
+    found = _bound.get(function) or _bind(name, function, arguments)
+    found(*[_address(value) if isinstance(value, Tensor) else value for value in arguments])
+
+
+_bound: dict[str, Any] = {}
+
+
+def _bind(name: str, function: str, arguments: tuple[Tensor | int | float | None, ...]) -> Any:
+    """The C function with the types of these arguments: told once, ctypes converts far faster."""
     handle = library(name)
     assert isinstance(handle, ctypes.CDLL)
+    kinds = {int: ctypes.c_long, float: ctypes.c_float}
     found = getattr(handle, function)
+    found.argtypes = [kinds.get(type(value), ctypes.c_void_p) for value in arguments]
     found.restype = None
-    found(*(_as_c(value) for value in arguments))
+    _bound[function] = found
+    return found
 
 
-def _as_c(value: Tensor | int | float | None):
-    if value is None:
-        return ctypes.c_void_p(None)
-    if isinstance(value, Tensor):
-        assert value.is_contiguous()
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_long(value) if isinstance(value, int) else ctypes.c_float(value)
+def _address(tensor: Tensor) -> int:
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
 
 
 def _compile(compiler: str, source: Path, target: Path) -> None:
@@ -71,7 +80,8 @@ def _compile(compiler: str, source: Path, target: Path) -> None:
 
 
 def _key(source: Path, compiler: str) -> str:
-    about = (source.read_bytes(), " ".join(FLAGS).encode(), os.path.realpath(compiler).encode(), _processor())
+    sources = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    about = (*sources, " ".join(FLAGS).encode(), os.path.realpath(compiler).encode(), _processor())
     return hashlib.sha256(b"\0".join(about)).hexdigest()[:16]
 
 

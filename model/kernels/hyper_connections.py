@@ -8,13 +8,11 @@ R tokens, N streams, D model width, K rows of `fn`: N (2 + N) of a connection, N
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from consilience.model import exact
-from consilience.model.kernels.compiled import library
+from consilience.model.kernels.compiled import call, library
 from consilience.model.recompute import named
 
 MOST_STREAMS = 8
@@ -28,26 +26,13 @@ def is_available(*tensors: Tensor) -> bool:
 
 
 def _call(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Tensors as pointers (None: null), int as C long or int by place, float as float."""
-    handle = library("hyper_connections")
-    assert isinstance(handle, ctypes.CDLL)
-    function = getattr(handle, name)
-    function.restype = None
-    function(*(_as_c(value) for value in arguments))
-
-
-def _as_c(value: Tensor | int | float | None):
-    if value is None:
-        return ctypes.c_void_p(None)
-    if isinstance(value, Tensor):
-        assert value.is_contiguous()
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_long(value) if isinstance(value, int) else ctypes.c_float(value)
+    call("hyper_connections", name, *arguments)
 
 
 def _read(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rounds: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, ...]:
+    """layer input, post, comb, and what the backward needs: mixes, pre, inverse."""
     num_tokens, n, width = streams.shape
     is_whole = rounds > 0
     if exact.is_on():
@@ -64,13 +49,6 @@ def _read(
     return layer_input, post, comb, mixes, pre, inverse
 
 
-def _write(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    num_tokens, n, width = streams.shape
-    written = torch.empty_like(streams)
-    _call("hc_write_forward", num_tokens, n, width, streams, output, post, comb, written)
-    return written
-
-
 class _Read(torch.autograd.Function):
     """streams [R, N, D] -> layer input [R, D], post [R, N], comb [R, N, N] (empty for a collapse)."""
 
@@ -85,11 +63,10 @@ class _Read(torch.autograd.Function):
         eps: float,
         norm_eps: float,
     ):
-        results = named("layer_input", _read, streams, fn, base, scale, rounds, eps, norm_eps)
-        layer_input, post, comb, mixes, pre, inverse = results
-        ctx.save_for_backward(streams, fn, base, scale, mixes, pre, inverse)
+        found = named("layer_input", _read, streams, fn, base, scale, rounds, eps, norm_eps)
+        ctx.save_for_backward(streams, fn, base, scale, *found[3:])
         ctx.settings = (rounds, eps)
-        return layer_input, post, comb
+        return found[:3]
 
     @staticmethod
     def backward(ctx, d_input: Tensor, d_post: Tensor, d_comb: Tensor):  # type: ignore[override]
@@ -118,6 +95,12 @@ class _Read(torch.autograd.Function):
         )
 
 
+def _write(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    written = torch.empty_like(streams)
+    _call("hc_write_forward", *streams.shape, streams, output, post, comb, written)
+    return written
+
+
 class _Write(torch.autograd.Function):
     """X'_k = post_k · o + Σ_j comb[j, k] X_j."""
 
@@ -140,16 +123,18 @@ def read(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, rounds: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Layer input [R, D], post [R, N], comb [R, N, N] from streams [R, N, D]; `HyperConnection.read`."""
-    return _Read.apply(streams.contiguous(), fn, base, scale, rounds, eps, norm_eps)  # type: ignore[return-value]
+    arguments = (streams.contiguous(), fn, base, scale, rounds, eps, norm_eps)
+    return _Read.apply(*arguments) if torch.is_grad_enabled() else _read(*arguments)[:3]  # type: ignore[return-value]
 
 
 def collapse(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, eps: float, norm_eps: float
 ) -> Tensor:
     """[R, N, D] -> [R, D]; `HeadCollapse`."""
-    return _Read.apply(streams.contiguous(), fn, base, scale, 0, eps, norm_eps)[0]  # type: ignore[index]
+    return read(streams, fn, base, scale, rounds=0, eps=eps, norm_eps=norm_eps)[0]
 
 
 def write(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """[R, N, D] from streams and the layer's output [R, D]; `HyperConnection.write`."""
-    return _Write.apply(streams.contiguous(), output.contiguous(), post, comb)  # type: ignore[return-value]
+    arguments = (streams.contiguous(), output.contiguous(), post, comb)
+    return _Write.apply(*arguments) if torch.is_grad_enabled() else _write(*arguments)  # type: ignore[return-value]

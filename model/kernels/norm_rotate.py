@@ -24,19 +24,26 @@ def is_available(x: Tensor, rotation: Tensor | None = None) -> bool:
     return fits and not isinstance(library("norm_rotate"), str)
 
 
+def _forward(
+    x: Tensor, weight: Tensor | None, rotation: Tensor | None, eps: float | None, sign: float
+) -> tuple[Tensor, Tensor | None]:
+    """The result and the scales [...] of the norm."""
+    y = torch.empty_like(x)
+    scale = None if eps is None else x.new_empty(x.shape[:-1])
+    turn = None if rotation is None else torch.view_as_real(rotation)
+    numbers = (*_sizes(x, rotation), float(eps or 0.0), sign)
+    call("norm_rotate", "norm_rotate_forward", *numbers, x, weight, turn, y, scale)
+    return y, scale
+
+
 class _NormRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, rotation, eps, sign):  # type: ignore[override]
         x = x.contiguous()
-        sizes = _sizes(x, rotation)
-        y = torch.empty_like(x)
-        scale = None if eps is None else x.new_empty(x.shape[:-1])
-        turn = None if rotation is None else torch.view_as_real(rotation)
-        numbers = (*sizes, float(eps or 0.0), sign)
-        call("norm_rotate", "norm_rotate_forward", *numbers, x, weight, turn, y, scale)
+        y, scale = _forward(x, weight, rotation, eps, sign)
         is_turn = weight is None and scale is None
         ctx.save_for_backward(None if is_turn else x, weight, rotation, scale)
-        ctx.sizes, ctx.sign = sizes, sign
+        ctx.sizes, ctx.sign = _sizes(x, rotation), sign
         return y
 
     @staticmethod
@@ -67,4 +74,7 @@ def norm_rotate(
     rotation [..., R/2] complex64 as `is_available` says.
     """
     rotation = None if rotation is None else rotation.resolve_conj().contiguous()
-    return _NormRotate.apply(x, weight, rotation, eps, -1.0 if is_inverse else 1.0)  # type: ignore[return-value]
+    sign = -1.0 if is_inverse else 1.0
+    if not torch.is_grad_enabled():
+        return _forward(x.contiguous(), weight, rotation, eps, sign)[0]
+    return _NormRotate.apply(x, weight, rotation, eps, sign)  # type: ignore[return-value]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from consilience.model import exact
+from consilience.model.kernels import range_attention
 from consilience.model.kernels.exact_attention import exact_attention
 from consilience.model.layout import Layout, Windows
 from consilience.model.recompute import named
@@ -200,6 +201,8 @@ class _SinkAttention(torch.autograd.Function):
         keys = replace(place, window=window, entries=entries, picks=picks)
         if exact.is_on():
             output = named("attention_output", exact_attention, query, keys, sink, scale)
+        elif range_attention.is_available(query):
+            output = named("attention_output", range_attention.forward, query, keys, sink, scale)
         else:
             output = named("attention_output", _by_stretches, query, keys, sink, scale, buffer)
         ctx.save_for_backward(query, window, entries, picks, sink, output)
@@ -210,6 +213,9 @@ class _SinkAttention(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         query, window, entries, picks, sink, output = ctx.saved_tensors
         keys = replace(ctx.place, window=window, entries=entries, picks=picks)
+        if range_attention.is_available(query):
+            found = range_attention.backward(query, keys, sink, ctx.scale, output, grad)
+            return *found[:3], None, found[3], None, None, None
         d_query = torch.empty_like(query)
         d_window = torch.zeros(window.shape, dtype=_wide(window[:0]).dtype, device=window.device)
         d_entries = None if entries is None else torch.zeros_like(entries, dtype=d_window.dtype)
@@ -270,7 +276,7 @@ def _step(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Tensor:
     rows: 4 ms against 1.5).
     """
     rows, _, heads, width = query.shape
-    assert keys.window is not None and keys.layout.ring_seen is not None
+    assert keys.window is not None
     each, seen = [keys.window], [keys.layout.ring_seen]
     part = Stretch(0, 1, 1, 0, 0, _num_columns(keys, 1))
     if part.columns:

@@ -115,12 +115,13 @@ def test_entries_belong_to_their_segment_and_start_at_its_own_positions():
     segments = [[5] * 6 + [9] * 5 + [-1]]
     positions = [[*range(6), *range(5), 0]]
     windows = layout_of(segments, positions).windows[4]
-    assert (windows.row.tolist(), windows.column.tolist(), windows.position.tolist()) == (
+    closing = windows.closing
+    assert (closing.row.tolist(), closing.column.tolist(), closing.position.tolist()) == (
         [0, 0],
         [0, 1],
         [0, 0],
     )
-    assert windows.source[1, 4:].tolist() == [6, 7, 8, 9] and not windows.is_present[:, :4].any()
+    assert closing.source[1, 4:].tolist() == [6, 7, 8, 9] and not closing.is_present[:, :4].any()
     seen = [(t, a, b) for t, (a, b) in enumerate(zip(windows.first[0].tolist(), windows.stop[0].tolist()))]
     assert [x for x in seen if x[1] < x[2]] == [(3, 0, 1), (4, 0, 1), (5, 0, 1), (9, 1, 2), (10, 1, 2)]
 

@@ -53,10 +53,19 @@ def test_entries_of_a_packed_row_are_numbered_through_and_seen_by_their_own_samp
     layout = packed(config, 9, 3, 5, padding=2)
     csa, hca = layout.windows[4], layout.windows[6]
     # Tokens 3 and 7 of sample 0 and 3 of sample 2 (token 15 of the row) close a CSA window.
-    assert (csa.column.tolist(), csa.position.tolist(), csa.num_columns) == ([0, 1, 2], [0, 4, 0], 3)
-    assert csa.source.tolist()[1] == [*range(8)] and csa.source.tolist()[2][4:] == [12, 13, 14, 15]
-    assert csa.is_present.tolist() == [[False] * 4 + [True] * 4, [True] * 8, [False] * 4 + [True] * 4]
-    assert (hca.column.tolist(), hca.source.tolist()) == ([0], [[0, 1, 2, 3, 4, 5]])
+    assert (csa.closing.column.tolist(), csa.closing.position.tolist(), csa.num_columns) == (
+        [0, 1, 2],
+        [0, 4, 0],
+        3,
+    )
+    assert csa.closing.source.tolist()[1] == [*range(8)] and csa.closing.source.tolist()[2][4:] == [
+        12,
+        13,
+        14,
+        15,
+    ]
+    assert csa.closing.is_present.tolist() == [[False] * 4 + [True] * 4, [True] * 8, [False] * 4 + [True] * 4]
+    assert (hca.closing.column.tolist(), hca.closing.source.tolist()) == ([0], [[0, 1, 2, 3, 4, 5]])
     seen = [list(range(a, b)) for a, b in zip(csa.first[0].tolist(), csa.stop[0].tolist())]
     assert seen == [[]] * 3 + [[0]] * 4 + [[0, 1]] * 2 + [[]] * 3 + [[]] * 3 + [[2]] * 2 + [[]] * 2
     assert [csa.columns_before(t) for t in (0, 3, 4, 7, 8, 12, 19)] == [0, 0, 1, 1, 2, 3, 3]
@@ -64,7 +73,7 @@ def test_entries_of_a_packed_row_are_numbered_through_and_seen_by_their_own_samp
 
 def test_without_a_closed_window_there_is_no_entry(config):
     windows = packed(config, 3, 2).windows[4]
-    assert windows.num_columns == 0 and windows.row.numel() == 0 and not windows.stop.any()
+    assert windows.num_columns == 0 and windows.closing.row.numel() == 0 and not windows.stop.any()
 
 
 @pytest.mark.parametrize("lookahead", [0, 5])
@@ -92,28 +101,29 @@ def test_windows_of_a_chunk_take_slots_from_the_ring_and_from_the_new_tokens(con
     layout = continued(config, [10], 4)  # tokens 10 … 13
     csa, hca = layout.windows[4], layout.windows[6]
     # CSA: token 11 closes entry 2 = tokens 4 … 11; 4 … 9 lie in the ring of 8, 10 and 11 follow it.
-    assert (csa.column.tolist(), csa.position.tolist()) == ([2], [8])
-    assert csa.source.tolist() == [[4, 5, 6, 7, 0, 1, 8, 9]] and csa.is_present.all()
+    assert (csa.closing.column.tolist(), csa.closing.position.tolist()) == ([2], [8])
+    assert csa.closing.source.tolist() == [[4, 5, 6, 7, 0, 1, 8, 9]] and csa.closing.is_present.all()
     # HCA of 6: token 11 closes entry 1 = tokens 6 … 11.
-    assert (hca.column.tolist(), hca.position.tolist()) == ([1], [6])
-    assert hca.source.tolist() == [[0, 1, 2, 3, 6, 7]]
+    assert (hca.closing.column.tolist(), hca.closing.position.tolist()) == ([1], [6])
+    assert hca.closing.source.tolist() == [[0, 1, 2, 3, 6, 7]]
     assert csa.first.tolist() == [[0] * 4] and csa.stop.tolist() == [[2, 3, 3, 3]]
     # Two more places in each ring: 4 … 9 lie at 4 … 9 of 10; 6 … 9 at 6, 7, 0, 1 of 8.
     wide = continued(config, [10], 4, None, lookahead=2)
-    assert wide.windows[4].source.tolist() == [[4, 5, 6, 7, 8, 9, 10, 11]]
-    assert wide.windows[6].source.tolist() == [[6, 7, 0, 1, 8, 9]]
+    assert wide.windows[4].closing.source.tolist() == [[4, 5, 6, 7, 8, 9, 10, 11]]
+    assert wide.windows[6].closing.source.tolist() == [[6, 7, 0, 1, 8, 9]]
 
 
 def test_the_second_row_s_slots_lie_behind_the_first_row_s(config):
     csa = continued(config, [2, 10], 2).windows[4]
-    assert csa.row.tolist() == [0, 1]
-    assert csa.source.tolist() == [[0, 0, 0, 0, 0, 1, 8, 9], [14, 15, 16, 17, 10, 11, 18, 19]]
-    assert csa.is_present.sum(1).tolist() == [4, 8]
+    assert csa.closing.row.tolist() == [0, 1]
+    assert csa.closing.source.tolist() == [[0, 0, 0, 0, 0, 1, 8, 9], [14, 15, 16, 17, 10, 11, 18, 19]]
+    assert csa.closing.is_present.sum(1).tolist() == [4, 8]
 
 
 def test_lengths_of_0_and_1_close_nothing_beyond_them(config):
     layout = continued(config, [3, 3, 2], 2, [1, 0, 2])
-    assert layout.windows[4].row.tolist() == [0, 2] and layout.windows[4].column.tolist() == [0, 0]
+    closing = layout.windows[4].closing
+    assert closing.row.tolist() == [0, 2] and closing.column.tolist() == [0, 0]
     assert layout.windows[4].num_columns == 1
     assert layout.is_valid.tolist() == [[True, False], [False, False], [True, True]]
 

@@ -1,0 +1,100 @@
+/* One layer's mixture of experts for the few rows of a decoding step, on a CPU.
+ *
+ * R rows, D model width, E experts of width I, K a row, S width of the shared expert; all fp32, contiguous.
+ * hidden, out [R, D]; gate [E, D]; w1, w3 [E, I, D], w2 [E, D, I]; shared w1, w3 [S, D], w2 [D, S].
+ * So few rows cost as much as reading the weights: every expert's are read once, and experts are
+ * added in rising order: a row's result depends on nothing but the row.
+ */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "products.h"
+
+/* gate = silu(min(gate, limit)) · clamp(up, ±limit) · weight; NaN stays NaN */
+INLINE void activate(long count, float limit, float weight, const float *up, float *gate) {
+    for (long c = 0; c < count; c++) {
+        const float g = gate[c] > limit ? limit : gate[c];
+        const float u = up[c] > limit ? limit : up[c] < -limit ? -limit : up[c];
+        gate[c] = g / (1.0f + exponential(-g)) * u * weight;
+    }
+}
+
+/* out[r] [D] = weight[r] · expert(x[r]) of n rows; gate, up [n][I] are working space. */
+static void expert(long n, long D, long I, float limit, const float **x, const float *w1, const float *w2,
+                   const float *w3, const float *weight, float **gate, float **up, float **out) {
+    product(n, I, D, x, w1, gate);
+    product(n, I, D, x, w3, up);
+    for (long r = 0; r < n; r++) activate(I, limit, weight ? weight[r] : 1.0f, up[r], gate[r]);
+    product(n, D, I, (const float **)gate, w2, out);
+}
+
+/* Scores sqrt(softplus(logits)), in place. */
+INLINE void score(long E, float *row) {
+    for (long e = 0; e < E; e++) {
+        const float z = row[e], soft = z > 20.0f ? z : log1pf(expf(z));
+        row[e] = sqrtf(soft < FLT_MIN ? FLT_MIN : soft);
+    }
+}
+
+/* The K largest of scores + bias, of equals the lowest; selection [E] is working space. */
+INLINE void choose(long E, long K, const float *scores, const float *bias, float *selection, long *chosen) {
+    for (long e = 0; e < E; e++) selection[e] = scores[e] + bias[e];
+    for (long k = 0; k < K; k++) {
+        long best = 0;
+        for (long e = 1; e < E; e++) best = selection[e] > selection[best] ? e : best;
+        chosen[k] = best;
+        selection[best] = -INFINITY;
+    }
+}
+
+/* chosen [R, K] and weight [R, K]; table [vocabulary, K] of a hash router, or bias [E] of a learned one. */
+void moe_route(long R, long D, long E, long K, float scaling, const float *hidden, const float *gate,
+               const float *bias, const long *table, const long *ids, long *chosen, float *weight, float *work) {
+    for (long r = 0; r < R; r++) {
+        const float *x = hidden + r * D;
+        product(1, E, D, &x, gate, &work);
+        score(E, work);
+        if (table)
+            memcpy(chosen + r * K, table + ids[r] * K, K * sizeof(long));
+        else
+            choose(E, K, work, bias, work + E, chosen + r * K);
+        float sum = 0;
+        for (long k = 0; k < K; k++) sum += weight[r * K + k] = work[chosen[r * K + k]];
+        for (long k = 0; k < K; k++) weight[r * K + k] = weight[r * K + k] / (sum + 1e-20f) * scaling;
+    }
+}
+
+/* out [R, D] from chosen, weight [R, K]. work: R (2 max(I, S) + D + 1) floats, places: 4 R K pointers. */
+void moe_forward(long R, long D, long E, long K, long I, long S, float limit, const float *hidden,
+                 const long *chosen, const float *weight, const float *w1, const float *w2, const float *w3,
+                 const float *s1, const float *s2, const float *s3, float *out, float *work, void **places) {
+    const float **x = (const float **)places;
+    float **gate = (float **)places + R, **up = gate + R, **down = up + R;
+    const long width = I > S ? I : S;
+    float *share = work + R * (2 * width + D);
+    for (long r = 0; r < R; r++) {
+        gate[r] = work + r * width;
+        up[r] = work + (R + r) * width;
+        x[r] = hidden + r * D;
+        down[r] = out + r * D;
+    }
+    expert(R, D, S, limit, x, s1, s2, s3, 0, gate, up, down);
+    for (long r = 0; r < R; r++) down[r] = work + 2 * R * width + r * D;
+    for (long e = 0; e < E; e++) {
+        long n = 0;
+        for (long r = 0; r < R; r++)
+            for (long k = 0; k < K; k++)
+                if (chosen[r * K + k] == e) {
+                    x[n] = hidden + r * D;
+                    share[n++] = weight[r * K + k];
+                    break;
+                }
+        if (!n) continue;
+        expert(n, D, I, limit, x, w1 + e * I * D, w2 + e * D * I, w3 + e * I * D, share, gate, up, down);
+        for (long i = 0; i < n; i++) {
+            float *sum = out + (x[i] - hidden);
+            for (long c = 0; c < D; c++) sum[c] += down[i][c];
+        }
+    }
+}
