@@ -37,7 +37,8 @@ INLINE long entry_runs(long stop, long K, long per, long C, const float *pages, 
     return n;
 }
 
-/* out [B, H, C] of query [B, H, C]; new_keys [B, C] go into the ring keys [B, ring, C] first. pages, picks [B, K] may be null. work: H (most keys) floats, places:
+/* out [B, H, C] of query [B, H, C]; new_keys [B, C] go into the ring keys [B, ring, C] first. pages and
+ * picks [B, K] may be null. work: H (most keys) floats, places:
  * H + 2 (most runs + 2) pointers. */
 void attend(long B, long H, long C, long window, long ring, long m, long per, long A, long K, long most,
             float scale, const float *query, const float *new_keys, float *keys, const long *position,
@@ -71,10 +72,10 @@ void attend(long B, long H, long C, long window, long ring, long m, long per, lo
     }
 }
 
-/* entry [C] = Σ over the window's slots of softmax(gates) · values, a softmax a channel. Series of 2 C channels
- * (CSA) pool the window before by their first half, if there is one, and the token's own by the second. */
-INLINE void pool(long C, long m, long series, long ring, long position, const float *values, const float *gates,
-                 float *entry, float *most, float *sum) {
+/* entry [C] = Σ over the window's slots of softmax(gates) · values, a softmax a channel. Series of 2 C
+ * (CSA) channels pool the window before by their first half, if there is one, and the token's own by the second. */
+INLINE void pool(long C, long m, long series, long ring, long position, const float *values,
+                 const float *gates, float *entry, float *most, float *sum) {
     const long slots = series == C ? m : 2 * m, seen = position + 1 < slots ? position + 1 : slots;
     for (int pass = 0; pass < 2; pass++)
         for (long back = seen - 1; back >= 0; back--) {
@@ -110,7 +111,7 @@ INLINE void finish(long C, long P, float eps, const float *weight, const float *
     }
 }
 
-/* Take in new_values, new_gates [B, series] (gates plus ape [m, series]); entries that close go to the pages. */
+/* Take in new_values, new_gates [B, series] (gates plus ape [m, series]); what closes goes to the pages. */
 void compress(long B, long C, long m, long series, long P, long ring, long per, long A, float eps,
               const long *position, const float *new_values, const float *new_gates, const float *ape,
               const float *weight, const float *frequencies, const long *tables, float *values, float *gates,

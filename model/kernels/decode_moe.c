@@ -50,7 +50,8 @@ INLINE void choose(long E, long K, const float *scores, const float *bias, float
 
 /* chosen [R, K] and weight [R, K]; table [vocabulary, K] of a hash router, or bias [E] of a learned one. */
 void moe_route(long R, long D, long E, long K, float scaling, const float *hidden, const float *gate,
-               const float *bias, const long *table, const long *ids, long *chosen, float *weight, float *work) {
+               const float *bias, const long *table, const long *ids, long *chosen, float *weight,
+               float *work) {
     for (long r = 0; r < R; r++) {
         const float *x = hidden + r * D;
         product(1, E, D, &x, gate, &work);

@@ -47,7 +47,8 @@ INLINE void block(int rows, int outs, long width, const float **x, const float *
             ALSO(outs) sum[r][o] += here * line[o];
         }
     }
-    if (c < width) EACH(rows) ALSO(outs) sum[r][o] += load(x[r] + c, width - c) * load(w + o * width + c, width - c);
+    const long rest = width - c;
+    if (rest) EACH(rows) ALSO(outs) sum[r][o] += load(x[r] + c, rest) * load(w + o * width + c, rest);
     EACH(rows) ALSO(outs) y[r][at + o] = total(sum[r][o]);
 }
 
@@ -111,7 +112,8 @@ INLINE void weigh(long n, long C, const float *weight, const float *keys, float 
     for (; c + 4 * LANES <= C; c += 4 * LANES) {
         vec part[4];
         ALSO(4) part[o] = *(const vec *)(sum + c + o * LANES);
-        for (long j = 0; j < n; j++) ALSO(4) part[o] += weight[j] * *(const vec *)(keys + j * C + c + o * LANES);
+        for (long j = 0; j < n; j++)
+            ALSO(4) part[o] += weight[j] * *(const vec *)(keys + j * C + c + o * LANES);
         ALSO(4) *(vec *)(sum + c + o * LANES) = part[o];
     }
     for (; c < C; c += LANES) {

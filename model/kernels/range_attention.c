@@ -59,8 +59,8 @@ INLINE void mix(const query_t *q, const float *weights, float *out) {
 }
 
 /* work: H most + K C floats; places: 2 H pointers. */
-void range_forward(long B, long T, long H, long C, long S, long M, long K, long offset, long most, float scale,
-                   const float *query, const float *window, const float *entries, const long *oldest,
+void range_forward(long B, long T, long H, long C, long S, long M, long K, long offset, long most,
+                   float scale, const float *query, const float *window, const float *entries, const long *oldest,
                    const long *first, const long *stop, const long *picks, const float *sink, float *out,
                    float *work, void **places) {
     const keys_t keys = {T, S, M, K, offset, window, entries, oldest, first, stop, picks};
@@ -79,14 +79,15 @@ void range_forward(long B, long T, long H, long C, long S, long M, long K, long 
 }
 
 /* d_key [C] += Σ_h score[h] x[h] + weight[h] grad[h], both coefficients `most` apart. */
-INLINE void spread(const query_t *q, const float *score, const float *weight, const float *x, const float *grad,
-                   float *d_key) {
+INLINE void spread(const query_t *q, const float *score, const float *weight, const float *x,
+                   const float *grad, float *d_key) {
     const long C = q->C, most = q->most;
     long c = 0;
     for (; c + LANES <= C; c += LANES) {
         vec sum = *(const vec *)(d_key + c);
         for (long h = 0; h < q->H; h++)
-            sum += score[h * most] * *(const vec *)(x + h * C + c) + weight[h * most] * *(const vec *)(grad + h * C + c);
+            sum += score[h * most] * *(const vec *)(x + h * C + c) +
+                   weight[h * most] * *(const vec *)(grad + h * C + c);
         *(vec *)(d_key + c) = sum;
     }
     for (; c < C; c++)
@@ -95,10 +96,10 @@ INLINE void spread(const query_t *q, const float *score, const float *weight, co
 }
 
 /* d_window, d_entries and d_sink are added to. work: 2 H most + K C floats; places: 2 H pointers. */
-void range_backward(long B, long T, long H, long C, long S, long M, long K, long offset, long most, float scale,
-                    const float *query, const float *window, const float *entries, const long *oldest,
-                    const long *first, const long *stop, const long *picks, const float *sink, const float *out,
-                    const float *grad, float *d_query, float *d_window, float *d_entries, float *d_sink,
+void range_backward(long B, long T, long H, long C, long S, long M, long K, long offset, long most,
+                    float scale, const float *query, const float *window, const float *entries, const long *oldest,
+                    const long *first, const long *stop, const long *picks, const float *sink,
+                    const float *out, const float *grad, float *d_query, float *d_window, float *d_entries, float *d_sink,
                     float *work, void **places) {
     const keys_t keys = {T, S, M, K, offset, window, entries, oldest, first, stop, picks};
     query_t q = {.C = C, .H = H, .most = most, .weights = work};
