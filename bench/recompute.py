@@ -1,13 +1,13 @@
 """Memory against time of a training step under each policy of activation checkpointing.
 
-    python bench/recompute.py [tiny|wide] [ROWSxTOKENS …] [rounds=1] [plot=FILE.png] [bytes] [cuda]
+    python bench/recompute.py [tiny|wide] [ROWSxTOKENS …] [rounds=2] [plot=FILE.png] [bytes] [cuda]
 
-Default: tiny at 8x512 and 1x4096. A step is forward, cross-entropy, backward. On the CPU, one thread, every
-arm is forked with the weights in place, and the arms take turns. "in use" and "resident" are peaks of
-resident memory above what the process held after a warm-up step of one short row (weights and gradients):
-the first with an allocator that gives every large block back at once, the second as malloc is. Time is the
-processor seconds of the fastest step. On a GPU "in use" is the tensors' peak, "resident" the allocator's,
-time the wall clock's. `bytes` prints what a token leaves behind in a block, by name. Linux only (/proc).
+Default: tiny at 8x512, in about a minute. A step is forward, cross-entropy, backward, on one
+thread. "in use" and "resident" are peaks of resident memory above what a process held after a warm-up step
+of one short row (weights and gradients), every arm forked with the weights in place: the first with an
+allocator that gives every large block back at once, the second as malloc is. Time is the processor seconds
+of the fastest step; the arms take turns, a step each. On a GPU "in use" is the tensors' peak, "resident" the
+allocator's, time the wall clock's. `bytes` prints what a token leaves behind in a block, by name. Linux only.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +35,6 @@ from consilience.model.recompute import NAMES, POLICIES, name_of, recompute_poli
 from consilience.model.transformer import Transformer
 
 ARMS = ["none", *POLICIES]
-STEPS = 2
 WIDE = replace(
     PRESETS["mini"],
     vocab_size=4096,
@@ -57,9 +58,6 @@ class Point:
     resident: float
     seconds: float
 
-    def best(self, other: Point) -> Point:
-        return Point(*(min(pair) for pair in zip(asdict(self).values(), asdict(other).values())))
-
 
 def train(model: Transformer, ids: Tensor) -> None:
     """Forward and backward; the gradients stay allocated."""
@@ -72,7 +70,7 @@ def draw(config: ModelConfig, rows: int, tokens: int) -> Tensor:
     return torch.randint(config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(1))
 
 
-# ---- CPU: an arm is a child ----
+# ---- measuring ----
 
 
 def resident(field: str) -> int:
@@ -81,33 +79,18 @@ def resident(field: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
-def measure_cpu(model: Transformer, ids: Tensor) -> Point:
-    in_use, _ = in_child(lambda: peak_and_seconds(model, ids, 1, is_mapped=True))
-    return Point(in_use, *in_child(lambda: peak_and_seconds(model, ids, STEPS)))
-
-
-def peak_and_seconds(
-    model: Transformer, ids: Tensor, steps: int, *, is_mapped: bool = False
-) -> tuple[float, float]:
+def peak_cpu(model: Transformer, ids: Tensor, *, is_mapped: bool) -> int:
+    """Bytes by which one step raises this process's resident memory, at most."""
     if is_mapped:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     train(model, ids[:1, :128])
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident("VmRSS")
-    seconds = fastest(lambda: train(model, ids), time.process_time, steps)
-    return resident("VmHWM") - before, seconds
+    train(model, ids)
+    return resident("VmHWM") - before
 
 
-def fastest(work: Callable[[], object], clock: Callable[[], float], steps: int = STEPS) -> float:
-    times = []
-    for _ in range(steps):
-        began = clock()
-        work()
-        times.append(clock() - began)
-    return min(times)
-
-
-def in_child(work: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+def in_child(work: Callable[[], Any]) -> Any:
     """The result of `work` in a fork of this process."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -123,35 +106,58 @@ def in_child(work: Callable[[], tuple[float, float]]) -> tuple[float, float]:
         told = stream.read()
     if os.waitpid(child, 0)[1]:
         raise SystemExit("an arm failed")
-    return tuple(json.loads(told))
+    return json.loads(told)
 
 
-def measure_gpu(model: Transformer, ids: Tensor) -> Point:
-    ids = ids.cuda()
+def peaks_gpu(model: Transformer, ids: Tensor) -> tuple[int, int]:
+    """Bytes above weights and gradients that tensors take, and that the allocator takes for them."""
     train(model, ids)
-
-    def clock() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     train(model, ids)
-    peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return Point(peak[0] - before[0], peak[1] - before[1], fastest(lambda: train(model, ids), clock))
+    return (
+        torch.cuda.max_memory_allocated() - before[0],
+        torch.cuda.max_memory_reserved() - before[1],
+    )
 
 
-def curve(model: Transformer, shape: tuple[int, int], rounds: int) -> dict[str, Point]:
-    """Every arm's memory and time."""
-    ids, found = draw(model.config, *shape), {}
-    for _ in range(rounds):
-        for arm in ARMS:
+def seconds_of(model: Transformer, ids: Tensor) -> float:
+    """Of one step: the processor's on a CPU, the wall clock's on a GPU."""
+    if not ids.is_cuda:
+        began = time.process_time()
+        train(model, ids)
+        return time.process_time() - began
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    train(model, ids)
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def fastest(model: Transformer, ids: Tensor, rounds: int) -> dict[str, float]:
+    """Every arm's seconds a step; the arms take turns."""
+    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for turn in range(rounds + 1):
+        for arm in ARMS if turn else ARMS[:1]:  # one step to get warm
             set_recompute(model, recompute_policy(arm))
-            is_gpu = next(model.parameters()).is_cuda
-            point = measure_gpu(model, ids) if is_gpu else measure_cpu(model, ids)
-            found[arm] = point.best(found.get(arm, point))
-    return found
+            times[arm].append(seconds_of(model, ids))
+    return {arm: min(found) for arm, found in times.items()}
+
+
+def curve(model: Transformer, ids: Tensor, rounds: int) -> dict[str, Point]:
+    """Every arm's memory and time. This process itself makes no step on the CPU: its heap stays clean."""
+    peaks = {}
+    for arm in ARMS:
+        set_recompute(model, recompute_policy(arm))
+        if ids.is_cuda:
+            peaks[arm] = peaks_gpu(model, ids)
+        else:
+            peaks[arm] = [
+                in_child(partial(peak_cpu, model, ids, is_mapped=mapped)) for mapped in (True, False)
+            ]
+    times = fastest(model, ids, rounds) if ids.is_cuda else in_child(partial(fastest, model, ids, rounds))
+    return {arm: Point(*peaks[arm], times[arm]) for arm in ARMS}
 
 
 # ---- what a token leaves behind ----
@@ -213,13 +219,12 @@ def plot(path: str, curves: dict[str, dict[str, Point]]) -> None:
     figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4), squeeze=False)
     for axis, (title, found) in zip(axes[0], curves.items()):
         for arm, point in found.items():
-            place = point.in_use / 2**20, 1e3 * point.seconds
-            axis.plot(*place, "o", color="#2563a8")
-            axis.annotate(arm, place, xytext=(5, 5), textcoords="offset points")
+            axis.plot(point.in_use / 2**20, 1e3 * point.seconds, "o", markersize=9, label=arm)
         axis.set(title=title, xlabel="peak memory in use, MiB", ylabel="training step, ms")
         axis.set_xlim(left=0, right=1.2 * max(point.in_use for point in found.values()) / 2**20)
         axis.set_ylim(bottom=0, top=1.15e3 * max(point.seconds for point in found.values()))
         axis.grid(alpha=0.3)
+        axis.legend(loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -228,21 +233,23 @@ def main(arguments: Iterable[str]) -> None:
     settings = dict(word.split("=", 1) for word in arguments if "=" in word)
     words = [word for word in arguments if "=" not in word]
     name = next((word for word in words if word in CONFIGS), "tiny")
-    shapes = [word for word in words if word[0].isdigit()] or ["8x512", "1x4096"]
+    shapes = [word for word in words if word[0].isdigit()] or ["8x512"]
     torch.set_num_threads(1)
     if "bytes" in words:
         for preset in ("tiny", "small"):
-            found = bytes_by_name(PRESETS[preset], 1024)
-            print(f"{preset}: bytes per token and block, fp32, 1,024 tokens")
+            found = bytes_by_name(PRESETS[preset], 2048)
+            print(f"{preset}: bytes per token and block, fp32, 2,048 tokens")
             print("\n".join(f"{key:>20s} {value:9.0f}" for key, value in found.items()))
         return
     curves = {}
     for shape in shapes:
         rows, tokens = map(int, shape.split("x"))
-        model = initialize(Transformer(CONFIGS[name], torch.bfloat16 if "cuda" in words else None), 0)
-        model = model.cuda() if "cuda" in words else model
+        is_gpu = "cuda" in words
+        device = torch.device("cuda" if is_gpu else "cpu")
+        model = initialize(Transformer(CONFIGS[name], torch.bfloat16 if is_gpu else None), 0).to(device)
         title = f"{name}, {rows} x {tokens:,} tokens"
-        curves[title] = curve(model, (rows, tokens), int(settings.get("rounds", 1)))
+        ids = draw(model.config, rows, tokens).to(device)
+        curves[title] = curve(model, ids, int(settings.get("rounds", 2)))
         table(title, curves[title])
     if "plot" in settings:
         plot(settings["plot"], curves)
