@@ -26,7 +26,7 @@ from consilience.model.rope import rotate
 from consilience.model.state import CompressorState
 from consilience.model.top_k import top_k
 
-BUFFER = 1 << 22  # matches a block of queries may hold
+BUFFER = 1 << 20  # matches a block of queries may hold
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from consilience.model.kernels.exact_attention import exact_attention
 from consilience.model.layout import Layout, Windows
 from consilience.model.recompute import named
 
-BUFFER = 1 << 22  # logits a stretch may hold; 16 MiB in fp32
+BUFFER = 1 << 20  # logits a stretch may hold; 4 MiB in fp32
 GATHER_ABOVE = 8  # entries a pick, beyond which picked entries are gathered instead of masked ones skipped
 
 

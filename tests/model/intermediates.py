@@ -8,6 +8,7 @@ B rows, T tokens, M compressed entries, N streams, E experts, K experts a token.
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.model.config import CSA_RATIO, SLIDING
+from consilience.model.forward_trace import Trace
 from consilience.model.norm import rms
 from consilience.model.rope import inverse_frequencies, rotate, rotations
 from consilience.model.state import DecodeState
@@ -244,7 +246,8 @@ def run_ours(model, tokens: Tensor, borders: list[int] | None = None) -> Found:
     with watched_ours(model) as watch:
         for end in borders or [length]:
             watch.found.clear()
-            pieces["logits"].append(model(tokens[:, start:end], state=state))
+            # A trace keeps steps on the path whose parts can be watched.
+            pieces["logits"].append(model(tokens[:, start:end], state=state, trace=Trace()))
             _fill_gaps(model.config, watch.found, num_rows, end - start)
             for name, value in watch.found.items():
                 if name.endswith(("entries", "index keys")) and state is not None:
@@ -281,3 +284,25 @@ def run_theirs(twin, tokens: Tensor, borders: list[int] | None = None) -> Found:
                 pieces[name].append(value)
             start = end
     return {name: torch.cat(values, dim=1) for name, values in pieces.items()}
+
+
+def nasty_borders(config, length):
+    """Ends of chunks on and around every size that matters: 4, 8, the window, 128, 256."""
+    marks = {1, 2, 3, 4, 5, 7, 8, 9, 12}
+    for size in (config.sliding_window, 128, 256):
+        marks |= {size - 1, size, size + 1}
+    return [*sorted(m for m in marks if m < length), length]
+
+
+def random_borders(length, num_chunks, seed):
+    return [*sorted(random.Random(seed).sample(range(1, length), num_chunks - 1)), length]
+
+
+BORDERS = {
+    "at once": lambda c, n: None,
+    "one chunk": lambda c, n: [n],
+    "chunks at every border": nasty_borders,
+    "random chunks": lambda c, n: random_borders(n, 11, seed=c.hidden_size),
+    "prompt, then token by token": lambda c, n: list(range(210, n + 1)),
+    "token by token": lambda c, n: list(range(1, n + 1)),
+}

@@ -112,10 +112,10 @@ def loop(experts, hidden, weights, chosen):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("width", [8, 6])  # 6 floats are no multiple of 16 bytes: the other path
 def test_experts_equal_a_loop_forward_and_backward_also_where_some_get_no_token(width, dtype):
-    config = replace(CONFIG, hidden_size=width)
+    config, g = replace(CONFIG, hidden_size=width), torch.Generator().manual_seed(0)
     experts = filled(Experts(config, dtype))
-    hidden = torch.randn(7, width, dtype=dtype, requires_grad=True)
-    weights = torch.rand(7, 2, dtype=dtype, requires_grad=True)
+    hidden = torch.randn(7, width, dtype=dtype, generator=g).requires_grad_()
+    weights = torch.rand(7, 2, dtype=dtype, generator=g).requires_grad_()
     chosen = torch.tensor([[0, 3], [3, 4], [0, 4], [3, 0], [4, 3], [0, 3], [4, 0]])  # 1 and 2 stay empty
     out, counts = experts(hidden, weights, chosen)
     assert counts.tolist() == [5, 0, 0, 5, 4]

@@ -7,16 +7,16 @@ programs may choose differently: `Bounds` leaves out what such a choice can reac
 where an expert's clamp begins (of the forward it is a corner only): rows with such a clamp are not used.
 """
 
-import random
 from dataclasses import astuple, dataclass, replace
 
 import pytest
 import torch
-from intermediates import is_per_entry, run_ours, run_theirs
+from intermediates import BORDERS, is_per_entry, run_ours, run_theirs
 from torch import Tensor, nn
 from transformers_oracle import hf_gradients, hf_twin, take_lowest_of_equals
 
 from consilience.model.config import CSA_RATIO, TINY
+from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
 
 torch.set_num_threads(1)
@@ -83,26 +83,6 @@ CONFIGS = {
 }
 
 
-def nasty_borders(config, length):
-    """Ends of chunks on and around every size that matters: 4, 8, the window, 128, 256."""
-    marks = {1, 2, 3, 4, 5, 7, 8, 9, 12}
-    for size in (config.sliding_window, 128, 256):
-        marks |= {size - 1, size, size + 1}
-    return [*sorted(m for m in marks if m < length), length]
-
-
-def random_borders(length, num_chunks, seed):
-    return [*sorted(random.Random(seed).sample(range(1, length), num_chunks - 1)), length]
-
-
-BORDERS = {
-    "at once": lambda c, n: None,
-    "one chunk": lambda c, n: [n],
-    "chunks at every border": nasty_borders,
-    "random chunks": lambda c, n: random_borders(n, 11, seed=c.hidden_size),
-    "prompt, then token by token": lambda c, n: list(range(210, n + 1)),
-    "token by token": lambda c, n: list(range(1, n + 1)),
-}
 # Every token a forward of its own is slow on both sides: from the first token on for one config.
 CASES = [(c, b) for c in CONFIGS for b in BORDERS if b != "token by token" or c == "the demo's tiny"]
 
@@ -314,6 +294,12 @@ def test_every_intermediate_equals_transformers(name, chunks, case, rough_model)
     ours, theirs = run_ours(model, tokens, borders), run_theirs(twin, tokens, borders)
     bounds = Comparison(model, ours, theirs).run()
     assert bounds.num_ambiguous == 0 and bounds.first.tolist() == [LENGTH] * 2
+    if borders is not None:  # nothing watched: steps go through the compiled kernels
+        state = DecodeState.allocate(model.config, *tokens.shape)
+        edges = zip([0, *borders], borders)
+        with torch.no_grad():
+            logits = torch.cat([model(tokens[:, a:b], state=state) for a, b in edges], dim=1)
+        close("logits", logits, theirs["logits"])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

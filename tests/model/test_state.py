@@ -158,7 +158,7 @@ def test_a_narrow_state_decodes_as_near_to_fp64_as_the_full_forward(dtype, small
     exact = rough_model(smallest, dtype=torch.float64).requires_grad_(False)(tokens)
     state = DecodeState.allocate(smallest, 2, 40, dtype=dtype)
     found = fed(model, state, tokens, [7, 8, 9, 30])
-    assert found.dtype == dtype
+    assert found.dtype == torch.promote_types(dtype, torch.float32)  # the head's logits
     decoded, full = ((logits - exact).square().mean() for logits in (found, model(tokens)))
     assert decoded <= 1.5**2 * full
 
