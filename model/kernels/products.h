@@ -116,10 +116,11 @@ INLINE void weigh(long n, long C, const float *weight, const float *keys, float 
             ALSO(4) part[o] += weight[j] * *(const vec *)(keys + j * C + c + o * LANES);
         ALSO(4) *(vec *)(sum + c + o * LANES) = part[o];
     }
-    for (; c < C; c += LANES) {
-        const long count = C - c < LANES ? C - c : LANES;
-        vec part = load(sum + c, count);
-        for (long j = 0; j < n; j++) part += weight[j] * load(keys + j * C + c, count);
-        memcpy(sum + c, &part, count * sizeof(float));
+    for (; c + LANES <= C; c += LANES) {
+        vec part = *(const vec *)(sum + c);
+        for (long j = 0; j < n; j++) part += weight[j] * *(const vec *)(keys + j * C + c);
+        *(vec *)(sum + c) = part;
     }
+    for (long j = 0; j < n; j++)
+        for (long i = c; i < C; i++) sum[i] += weight[j] * keys[j * C + i];
 }
