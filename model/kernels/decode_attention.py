@@ -8,7 +8,7 @@ B rows, H heads, C head width, K picks, M entries.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from consilience.model.kernels.compiled import call, library
 from consilience.model.state import CompressorState, DecodeState
 
 if TYPE_CHECKING:
-    from consilience.model.compressor import Compressor
     from consilience.model.layout import Layout
 
 
@@ -29,10 +28,8 @@ def is_available(layout: Layout, x: Tensor) -> bool:
     return fits and not isinstance(library("decode_attention"), str)
 
 
-def compress(
-    compressor: Compressor, values: Tensor, gates: Tensor, layout: Layout, state: CompressorState
-) -> None:
-    """Take the projections values, gates [B, 1, series] (without the position bias) into the state."""
+def compress(compressor: Any, values: Tensor, gates: Tensor, layout: Layout, state: CompressorState) -> None:
+    """A `Compressor`'s values and gates [B, 1, series], without the position bias, into its state."""
     assert layout.state is not None
     num_rows, _, series = values.shape
     frequencies = layout.frequencies[True]

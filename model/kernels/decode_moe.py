@@ -8,16 +8,13 @@ R rows, D model width, E experts, K experts a row.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from consilience.model import exact
 from consilience.model.kernels.compiled import call, library
-
-if TYPE_CHECKING:
-    from consilience.model.moe import MoE
 
 MOST_ROWS = 128  # beyond, a matrix library catches up
 
@@ -29,8 +26,8 @@ def is_available(hidden: Tensor, weight: Tensor) -> bool:
     return fits and not isinstance(library("decode_moe"), str)
 
 
-def decode_moe(moe: MoE, hidden: Tensor, token_ids: Tensor) -> Tensor:
-    """Routed and shared experts of hidden [R, D], token_ids [R] -> [R, D]; `MoE.forward`."""
+def decode_moe(moe: Any, hidden: Tensor, token_ids: Tensor) -> Tensor:
+    """What a `MoE` gives: routed and shared experts of hidden [R, D], token_ids [R] -> [R, D]; `MoE.forward`."""
     gate, experts, shared = moe.gate, moe.experts, moe.shared_experts
     num_rows, width = hidden.shape
     num_experts, inner, _ = experts.w1.shape
