@@ -27,7 +27,7 @@ def is_available(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def decode_moe(moe: Any, hidden: Tensor, token_ids: Tensor) -> Tensor:
-    """What a `MoE` gives: routed and shared experts of hidden [R, D], token_ids [R] -> [R, D]; `MoE.forward`."""
+    """What a `MoE` gives for hidden [R, D], token_ids [R]: routed and shared experts, [R, D]."""
     gate, experts, shared = moe.gate, moe.experts, moe.shared_experts
     num_rows, width = hidden.shape
     num_experts, inner, _ = experts.w1.shape
