@@ -73,7 +73,7 @@ void attend(long B, long H, long C, long window, long ring, long m, long per, lo
 }
 
 /* entry [C] = Σ over the window's slots of softmax(gates) · values, a softmax a channel. Series of 2 C
- * channels (CSA) pool the window before, if there is one, by their first half, the token's own by the second. */
+ * channels (CSA) pool the window before, if there is one, by their first half, their own by the second. */
 INLINE void pool(long C, long m, long series, long ring, long position, const float *values,
                  const float *gates, float *entry, float *most, float *sum) {
     const long slots = series == C ? m : 2 * m, seen = position + 1 < slots ? position + 1 : slots;

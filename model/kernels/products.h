@@ -1,7 +1,8 @@
 /* Products of few rows with a matrix that is read once, e^x and attention's softmax, in fp32.
  *
  * The matrix goes by OUTS lines at a time, which meet all rows while they are in the first cache. A sum runs
- * over LANES partial sums in a fixed order, so that a row's result depends on nothing but the row.
+ * over LANES partial sums in a fixed order: a row's result depends on nothing but the row and on where the
+ * compiler fuses a product with a sum.
  */
 #include <string.h>
 

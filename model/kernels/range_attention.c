@@ -61,8 +61,8 @@ INLINE void mix(const query_t *q, const float *weights, float *out) {
 /* work: H most + K C floats; places: 2 H pointers. */
 void range_forward(long B, long T, long H, long C, long S, long M, long K, long offset, long most,
                    float scale, const float *query, const float *window, const float *entries,
-                   const long *oldest, const long *first, const long *stop, const long *picks, const float *sink, float *out,
-                   float *work, void **places) {
+                   const long *oldest, const long *first, const long *stop, const long *picks,
+                   const float *sink, float *out, float *work, void **places) {
     const keys_t keys = {T, S, M, K, offset, window, entries, oldest, first, stop, picks};
     query_t q = {.C = C, .H = H, .most = most, .weights = work};
     q.heads = (const float **)places;
@@ -98,9 +98,9 @@ INLINE void spread(const query_t *q, const float *score, const float *weight, co
 /* d_window, d_entries and d_sink are added to. work: 2 H most + K C floats; places: 2 H pointers. */
 void range_backward(long B, long T, long H, long C, long S, long M, long K, long offset, long most,
                     float scale, const float *query, const float *window, const float *entries,
-                    const long *oldest, const long *first, const long *stop, const long *picks, const float *sink,
-                    const float *out, const float *grad, float *d_query, float *d_window, float *d_entries,
-                    float *d_sink, float *work, void **places) {
+                    const long *oldest, const long *first, const long *stop, const long *picks,
+                    const float *sink, const float *out, const float *grad, float *d_query, float *d_window,
+                    float *d_entries, float *d_sink, float *work, void **places) {
     const keys_t keys = {T, S, M, K, offset, window, entries, oldest, first, stop, picks};
     query_t q = {.C = C, .H = H, .most = most, .weights = work};
     float *scores = work + H * most, *copies = scores + H * most;
