@@ -222,6 +222,7 @@ class _BwrapTransport:
         self._process = process
         self._pipes = pipes
         self._errors = errors
+        self._said = ""
         self._box_fd: int | None = None
         self.group: cgroups.Group | None = None
 
@@ -233,8 +234,10 @@ class _BwrapTransport:
         await self._pipes.send(data)
 
     def describe_end(self) -> str:
-        self._errors.seek(0)
-        return self._errors.read(600).decode(errors="replace").strip()
+        if not self._errors.closed:
+            self._errors.seek(0)
+            self._said = self._errors.read(600).decode(errors="replace").strip()
+        return self._said
 
     async def kill(self) -> None:
         self._pipes.close()
@@ -248,6 +251,8 @@ class _BwrapTransport:
         await wait_for_exit(self._process.poll)
         if self._process.poll() is None:
             self._process.kill()
+        self.describe_end()
+        self._errors.close()
         if self.group is not None:
             await asyncio.to_thread(self.group.remove)
 
