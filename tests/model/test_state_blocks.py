@@ -13,32 +13,20 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from state_rows import BLOCKS_OF_12, allocate, feed, random_ids
 
 from consilience.conf.errors import EngineError
 from consilience.model.exact import exact_mode
-from consilience.model.state import BlockPool, DecodeState
+from consilience.model.state import BlockPool
 
 torch.set_num_threads(1)
-
-
-def random_ids(*shape, seed=7):
-    return torch.randint(53, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
 def model(smallest, rough_model):
     """fp64, so that what differs is not rounding. Blocks hold 12 tokens: 3 CSA entries or one of HCA."""
-    config = replace(smallest, num_hidden_layers=3, compress_ratios=(0, 4, 12), hc_sinkhorn_iters=2)
+    config = replace(smallest, **BLOCKS_OF_12)
     return rough_model(config, dtype=torch.float64).requires_grad_(False)
-
-
-def allocate(model, num_slots=4, max_length=60, **options):
-    dtype = model.head.weight.dtype
-    return DecodeState.allocate(model.config, num_slots, max_length, dtype=dtype, **options)
-
-
-def feed(model, state, row, tokens):
-    return model(tokens[None], state=state.view(row, row + 1))[0]
 
 
 def assert_continues(model, state, row, before, after):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from state_rows import BLOCKS_OF_12, allocate, feed, random_ids
 
 from consilience.conf.errors import EngineError
 from consilience.model.state import DecodeState
@@ -12,24 +13,11 @@ from consilience.model.state import DecodeState
 torch.set_num_threads(1)
 
 
-def random_ids(*shape, seed=7):
-    return torch.randint(53, shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(scope="module")
 def model(smallest, rough_model):
     """Blocks hold 12 tokens: 3 CSA entries or one of HCA."""
-    config = replace(smallest, num_hidden_layers=3, compress_ratios=(0, 4, 12), hc_sinkhorn_iters=2)
+    config = replace(smallest, **BLOCKS_OF_12)
     return rough_model(config, dtype=torch.float64).requires_grad_(False)
-
-
-def allocate(model, num_slots=4, max_length=60, **options):
-    dtype = model.head.weight.dtype
-    return DecodeState.allocate(model.config, num_slots, max_length, dtype=dtype, **options)
-
-
-def feed(model, state, row, tokens):
-    return model(tokens[None], state=state.view(row, row + 1))[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -1,61 +1,21 @@
 """Blocks of the native engine's decode state: taken, shared, given back; and tokens that never notice."""
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import torch
+from small_policy import policy, prompt
 
-from consilience.model.config import TINY
-from consilience.model.initialize import initialize
-from consilience.model.transformer import Transformer
 from consilience.rollout.engine import Request, SamplingParams
 from consilience.rollout.native_engine import NativeEngine
 
 torch.set_num_threads(1)
-
-# Windows and top-k so small that every prompt here crosses borders of all of them.
-CONFIG = replace(
-    TINY,
-    vocab_size=61,
-    hidden_size=24,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    head_dim=16,
-    qk_rope_head_dim=8,
-    q_lora_rank=20,
-    o_groups=2,
-    o_lora_rank=12,
-    sliding_window=8,
-    compress_ratios=(0, 4, 12),
-    index_head_dim=12,
-    index_topk=6,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=20,
-    num_hash_layers=1,
-    hc_sinkhorn_iters=3,  # half the time of a step otherwise, and rows do not meet there
-)
-
-
-def policy():
-    """fp64, so that rounding moves no token; the larger head peaks the distribution."""
-    model = initialize(Transformer(CONFIG), 0)
-    with torch.no_grad():
-        model.head.weight.mul_(3.0)
-    return model.double()
-
 
 MODEL = policy()
 
 
 def engine(max_rows=8, max_length=160, **options):
     return NativeEngine(MODEL, max_rows=max_rows, max_length=max_length, **options)
-
-
-def prompt(length, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(CONFIG.vocab_size, (length,), generator=g).tolist())
 
 
 def request(uid, ids, *, parent=None, group=None, hold=False, temperature=1.0, max_tokens=12):
