@@ -3,6 +3,7 @@
 #   make demo               the pipeline, end to end, then the report      (PROFILE=ci: shortened)
 #   make test               the tests of five minutes                      (ROOM=grpo: one folder)
 #   make test-all           the slow ones too
+#   make test-kernels       the GPU kernels; on a machine without one, under Triton's interpreter
 #   make fuzz               the prompt protocol against damaged input  (FUZZ_S=60 FUZZ_SEED=1)
 #   make check              ruff (lint, format) and pyright
 #   make bench, bench-gpu   every measurement in bench/
@@ -37,7 +38,7 @@ step = printf '  %s … ' "$(1)"; began=$$SECONDS; \
 	if $(2) >>$(LOG) 2>&1; then echo "$$((SECONDS - began)) s"; \
 	else echo "failed, see $(LOG):"; tail -n 12 $(LOG); exit 1; fi
 
-.PHONY: setup demo demo-ci test test-all fuzz check format bench bench-gpu docs clean
+.PHONY: setup demo demo-ci test test-all test-kernels fuzz check format bench bench-gpu docs clean
 
 setup: $(STAMP)
 
@@ -57,10 +58,17 @@ demo-ci:
 	@$(MAKE) --no-print-directory demo PROFILE=ci
 
 test: setup
-	@$(BIN)/python -m pytest -m 'not slow' $(if $(ROOM),tests/$(ROOM)) $(ARGS)
+	@$(BIN)/python -m pytest -m 'not slow and not triton' $(if $(ROOM),tests/$(ROOM)) $(ARGS)
 
-test-all: setup
+test-all: setup $(STAMP)-triton
 	@$(BIN)/python -m pytest $(if $(ROOM),tests/$(ROOM)) $(ARGS)
+
+test-kernels: setup $(STAMP)-triton
+	@$(BIN)/python -m pytest -m triton tests/model/kernels $(ARGS)
+
+$(STAMP)-triton: $(STAMP)
+	@$(call step,triton,$(BIN)/python -m pip install --disable-pip-version-check -e '.[triton]' $(TORCH))
+	@touch $@
 
 fuzz: setup
 	@$(BIN)/python -m consilience.rollout.fuzzing --seconds $(FUZZ_S) --seed $(FUZZ_SEED) --failures tests/rollout/kept_cases $(ARGS)

@@ -28,6 +28,7 @@ ENGINES = {
     "aiodocker": "docker_",
     "deepspeed": "deepspeed_",
     "vllm": "vllm_",
+    "triton": "triton_",
 }
 ENGINE_FILES = tuple(set(ENGINES.values()))
 
