@@ -8,7 +8,8 @@ and, with upstream gradients a (of logprob) and b (of entropy),
 
 Tokens go through in chunks, so no more than a few [chunk, V] buffers live at once. The SFT loss, the
 GRPO policy and the reference all read their log-probabilities here. `linear_logprob_dense` is the
-definition to read; `linear_logprob` is the one to run (post-training notes 7.5, kernel notes 4).
+definition to read; `linear_logprob` is the one to run (post-training notes 7.5, kernel notes 4), on a GPU
+through `gpu_linear_logprob.py`.
 
 Shapes: n tokens, D model width, V vocabulary.
 """
@@ -22,9 +23,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from consilience.model import exact
+from consilience.model.kernels.choice import uses_triton
+from consilience.model.kernels.head_products import compute_dtype, default_chunk, project
 
 KEEP_BYTES = 64 * 2**20
 """Below this size the log-probabilities of all tokens are kept for backward; above, chunks are recomputed."""
+
+
+GPU_KEEP_BYTES = 2 * 2**30
+"""The same on a GPU, where a token's share is kept in 16 bits: 8,192 tokens of V4's vocabulary fit."""
 
 
 class LinearLogprob(NamedTuple):
@@ -38,10 +45,11 @@ def linear_logprob(
     hidden: Tensor,
     head: Tensor,
     target_ids: Tensor,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
     temperature: float = 1.0,
     *,
-    keep_bytes: int = KEEP_BYTES,
+    keep_bytes: int | None = None,
+    head_grad: Tensor | None = None,
 ) -> LinearLogprob:
     """Log-probability of each target and entropy of each row.
 
@@ -50,15 +58,28 @@ def linear_logprob(
     hidden and head. An empty n gives empty outputs and zero gradients. ValueError on shapes that do not
     fit, on a target outside the vocabulary, on temperature or chunk_tokens not above 0.
 
-    `keep_bytes` bounds what is stored for backward: nothing changes but the time it takes.
+    `keep_bytes` bounds what is stored for backward, nothing changes but the time it takes: 64 MiB on a CPU
+    and 2 GiB on a GPU if not given. chunk_tokens is 256 on a CPU, 2,048 on a GPU if not given.
+
+    head_grad [V, D] fp32 (GPU kernels only): backward adds the head's gradient to it in place and returns
+    none for the head.
     """
     check_pair(hidden, head, chunk_tokens)
     check_targets(target_ids, hidden.shape[0], head.shape[0])
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
+    chunk = chunk_tokens or default_chunk(hidden)
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    keep = keep_bytes if wants_grad else 0
-    settings = (int(chunk_tokens), float(temperature), keep)
+    if uses_triton(hidden, head):
+        from consilience.model.kernels.gpu_linear_logprob import Plan, run
+
+        keep = GPU_KEEP_BYTES if keep_bytes is None else keep_bytes
+        plan = Plan(chunk, float(temperature), keep if wants_grad else 0, head_grad)
+        return LinearLogprob(*run(hidden, head, target_ids, plan))
+    if head_grad is not None:
+        raise ValueError("head_grad is given, but this device has no kernel that adds to it; leave it out")
+    keep = KEEP_BYTES if keep_bytes is None else keep_bytes
+    settings = (chunk, float(temperature), keep if wants_grad else 0)
     return LinearLogprob(*_LinearLogprob.apply(hidden, head, target_ids, settings))  # pyright: ignore
 
 
@@ -93,7 +114,7 @@ class _LinearLogprob(torch.autograd.Function):
             if exact.is_on():
                 logp.copy_(exact.log_softmax(exact.linear(hidden[rows].to(dtype), W) / temperature))
             else:
-                log_softmax_(project(hidden[rows], W, logp, temperature), p)
+                log_softmax_(_project(hidden[rows], W, logp, temperature), p)
             torch.exp(logp, out=p)
             logprob[rows] = logp.gather(1, target_ids[rows, None].long()).squeeze(1)
             entropy[rows] = -torch.linalg.vecdot(p, logp)
@@ -120,7 +141,7 @@ class _LinearLogprob(torch.autograd.Function):
             if is_kept:
                 g.copy_(kept[rows])
             else:
-                log_softmax_(project(hidden[rows], W, g, temperature), p)
+                log_softmax_(_project(hidden[rows], W, g, temperature), p)
             torch.exp(g, out=p)
             a, b = grad_logprob[rows, None], grad_entropy[rows, None]
             # g holds log p; turn it into −p·(a + b·(log p + entropy)), then add a at the target.
@@ -134,14 +155,9 @@ class _LinearLogprob(torch.autograd.Function):
         return dH, None if dW is None else dW.to(head.dtype), None, None
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """fp64 if any input is fp64, else fp32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def project(hidden: Tensor, head: Tensor, out: Tensor, temperature: float = 1.0) -> Tensor:
-    """`out` [c, V] = hidden [c, D] · head [V, D]ᵀ / temperature, in the type of `head` and `out`."""
-    torch.mm(hidden.to(head.dtype), head.t(), out=out)
+def _project(hidden: Tensor, head: Tensor, out: Tensor, temperature: float) -> Tensor:
+    """`out` [c, V] = hidden [c, D] · head [V, D]ᵀ / temperature."""
+    project(hidden, head, out)
     return out if temperature == 1.0 else out.div_(temperature)
 
 
@@ -155,12 +171,12 @@ def log_softmax_(logits: Tensor, scratch: Tensor) -> Tensor:
     return logits.sub_(log_sum)
 
 
-def check_pair(hidden: Tensor, head: Tensor, chunk_tokens: int, who: str = "hidden") -> None:
+def check_pair(hidden: Tensor, head: Tensor, chunk_tokens: int | None, who: str = "hidden") -> None:
     """ValueError unless hidden is [n, D], head [V, D] with V ≥ 1, and chunk_tokens ≥ 1."""
     shapes = f"{who} {list(hidden.shape)}, head {list(head.shape)}"
     if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1] or head.shape[0] == 0:
         raise ValueError(f"{shapes}; they must be [n, D] and [V, D] with the same D and V of at least 1")
-    if chunk_tokens < 1:
+    if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
 
 

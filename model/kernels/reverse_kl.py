@@ -6,30 +6,39 @@
 Logits of one token chunk at a time are built, used and overwritten: the gradients of the student's hidden
 states and head are finished inside forward, so nothing of size [n, V] is kept and nothing is computed
 twice. The teacher's side never enters the graph (post-training notes 6.1 and 7.5, kernel notes 4).
-`reverse_kl_dense` is the definition to read; `reverse_kl` is the one to run.
+`reverse_kl_dense` is the definition to read; `reverse_kl` is the one to run, and `reverse_kl_by_teacher`
+the same for tokens of several teachers. What happens to a row of logits is `kl_rows.py`, on a GPU
+`triton_kl_rows.py`.
 
-Shapes: n loss tokens, V vocabulary, D student width, Dt teacher width (they may differ).
+Shapes: n loss tokens, V vocabulary (of this rank), D student width, Dt teacher width (they may differ).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from consilience.model.kernels.linear_logprob import (
-    check_pair,
-    check_targets,
+from consilience.model.kernels import kl_rows
+from consilience.model.kernels.choice import uses_triton
+from consilience.model.kernels.head_products import (
+    add_head_gradient_,
     compute_dtype,
-    log_softmax_,
+    default_chunk,
+    filled,
+    hidden_gradient,
+    padded_rows,
     project,
 )
+from consilience.model.kernels.linear_logprob import check_pair, check_targets
+from consilience.model.kernels.vocabulary_parallel import Vocabulary
 
 
 class ReverseKL(NamedTuple):
-    """What `reverse_kl` returns; only `loss` carries a gradient. fp32, or fp64 if an input is fp64.
+    """What `reverse_kl` returns; only `loss` carries a gradient. fp32, or fp64 if the student is.
 
     loss             scalar, Σ weight · kl
     kl               [n] exact KL(student ‖ teacher) in nats; rounding may leave it just below 0
@@ -45,41 +54,91 @@ class ReverseKL(NamedTuple):
     top1_agreement: Tensor
 
 
+class TeacherRows(NamedTuple):
+    """One teacher's share: hidden [m, Dt] of m consecutive tokens and its head [V, Dt]."""
+
+    hidden: Tensor
+    head: Tensor
+
+
 def reverse_kl(
     student_hidden: Tensor,
     student_head: Tensor,
     teacher_hidden: Tensor,
     teacher_head: Tensor,
     weight: Tensor,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
     *,
     target_ids: Tensor | None = None,
+    head_grad: Tensor | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> ReverseKL:
     """Weighted sum of exact reverse KLs, differentiable in the student's hidden states and head.
 
     student_hidden [n, D], student_head [V, D], teacher_hidden [n, Dt], teacher_head [V, Dt] any float
     types; weight [n] (mask · teacher weight / denominator, constant; 0 leaves a token out of loss and
     gradient, its kl is still reported); target_ids [n] the sampled tokens. n = 0 gives loss 0 and zero
-    gradients. Peak extra memory is three [chunk_tokens, V] buffers and one gradient of each input.
-    ValueError on shapes that do not fit together.
+    gradients. Peak extra memory is three [chunk_tokens, V] buffers (the third of half the bytes for
+    half-precision inputs on a GPU) and one gradient of each input; chunk_tokens is 256 on a CPU, 2,048 on
+    a GPU if not given.
+
+    head_grad [V, D] fp32: the head's gradient is added to it in place during this call and none is
+    returned, as an optimiser with fp32 master gradients wants it. It is that of the loss itself: put any
+    scale into `weight`, and call backward on the plain sum of losses.
+    vocabulary: the heads are one rank's rows of the vocabulary; all ranks call together with equal hidden
+    states and get equal results. ValueError on shapes that do not fit together.
+    """
+    check_pair(teacher_hidden, teacher_head, chunk_tokens, "teacher hidden")
+    teachers = [TeacherRows(teacher_hidden, teacher_head)]
+    return reverse_kl_by_teacher(
+        student_hidden,
+        student_head,
+        teachers,
+        weight,
+        chunk_tokens,
+        target_ids=target_ids,
+        head_grad=head_grad,
+        vocabulary=vocabulary,
+    )
+
+
+def reverse_kl_by_teacher(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teachers: Iterable[TeacherRows],
+    weight: Tensor,
+    chunk_tokens: int | None = None,
+    *,
+    target_ids: Tensor | None = None,
+    head_grad: Tensor | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> ReverseKL:
+    """`reverse_kl` of tokens sorted by teacher: the first len(hidden) rows belong to the first, and so on.
+
+    `teachers` is walked once and each item is let go before the next is asked for, so a generator holds
+    one head at a time. Chunks do not cross from one teacher to the next; a teacher may have no row.
+    ValueError if their rows do not add up to n, else as `reverse_kl`.
     """
     check_pair(student_hidden, student_head, chunk_tokens, "student hidden")
-    check_pair(teacher_hidden, teacher_head, chunk_tokens, "teacher hidden")
-    n, V = student_hidden.shape[0], student_head.shape[0]
-    if teacher_head.shape[0] != V:
-        raise ValueError(
-            f"student head has {V} rows, teacher head {teacher_head.shape[0]}; both need one a token"
-        )
-    if teacher_hidden.shape[0] != n or tuple(weight.shape) != (n,):
-        rows = f"{n} student rows, {teacher_hidden.shape[0]} teacher rows, weight {list(weight.shape)}"
-        raise ValueError(f"{rows}; all three need one entry a token")
+    n = student_hidden.shape[0]
+    if tuple(weight.shape) != (n,):
+        raise ValueError(f"{n} student rows, weight {list(weight.shape)}; weight needs one entry a token")
+    vocabulary = Vocabulary.whole(student_head.shape[0]) if vocabulary is None else vocabulary
+    vocabulary.check(student_head)
     if target_ids is not None:
-        check_targets(target_ids, n, V)
-    wants_grad = torch.is_grad_enabled()
-    wants = (wants_grad and student_hidden.requires_grad, wants_grad and student_head.requires_grad)
-    teacher = (teacher_hidden.detach(), teacher_head.detach())
+        check_targets(target_ids, n, vocabulary.size)
+    if head_grad is not None and (head_grad.shape != student_head.shape or head_grad.dtype.itemsize < 4):
+        found = f"head_grad is {list(head_grad.shape)} {head_grad.dtype}"
+        raise ValueError(f"{found}; it must be fp32 and have the head's shape {list(student_head.shape)}")
+    on = torch.is_grad_enabled()
+    plan = _Plan(
+        chunk_tokens or default_chunk(student_hidden),
+        on and student_hidden.requires_grad,
+        on and (student_head.requires_grad or head_grad is not None),
+        vocabulary,
+    )
     loss, kl, entropy, logprob, top1 = _ReverseKL.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        student_hidden, student_head, teacher, weight.detach(), target_ids, int(chunk_tokens), wants
+        student_hidden, student_head, teachers, weight.detach(), target_ids, head_grad, plan
     )
     return ReverseKL(loss, kl, entropy, None if target_ids is None else logprob, top1)
 
@@ -106,6 +165,17 @@ def reverse_kl_dense(
     return ReverseKL(loss, kl.detach(), entropy, chosen, is_top.any(-1).to(dtype))
 
 
+class _Plan(NamedTuple):
+    chunk_tokens: int
+    wants_hidden: bool
+    wants_head: bool
+    vocabulary: Vocabulary
+
+    @property
+    def wants_gradient(self) -> bool:
+        return self.wants_hidden or self.wants_head
+
+
 class _ReverseKL(torch.autograd.Function):
     """Computes values and gradients in one pass; backward only multiplies by the upstream scalar."""
 
@@ -114,44 +184,29 @@ class _ReverseKL(torch.autograd.Function):
         ctx: Any,
         student_hidden: Tensor,
         student_head: Tensor,
-        teacher: tuple[Tensor, Tensor],
+        teachers: Iterable[TeacherRows],
         weight: Tensor,
         target_ids: Tensor | None,
-        chunk_tokens: int,
-        wants: tuple[bool, bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        dtype = compute_dtype(student_hidden, student_head, *teacher)
-        n, V = student_hidden.shape[0], student_head.shape[0]
-        W_s, W_t = student_head.to(dtype), teacher[1].to(dtype)
-        dH = torch.empty_like(student_hidden, dtype=dtype) if wants[0] else None
-        dW = torch.zeros_like(W_s) if wants[1] else None
-        kl, entropy, logprob, top1 = torch.zeros(4, n, dtype=dtype, device=W_s.device).unbind(0)
-        weight = weight.to(dtype)
-        buffers = student_hidden.new_empty(3, min(chunk_tokens, n), V, dtype=dtype)
-        for start in range(0, n, chunk_tokens):
-            rows = slice(start, min(start + chunk_tokens, n))
-            logp, delta, p = buffers[:, : rows.stop - start]
-            h = student_hidden[rows].to(dtype)
-            log_softmax_(project(h, W_s, logp), p)
-            log_softmax_(project(teacher[0][rows], W_t, delta), p)
-            is_top = logp == logp.amax(-1, keepdim=True)
-            top1[rows] = is_top.logical_and_(delta == delta.amax(-1, keepdim=True)).any(-1).to(dtype)
-            torch.exp(logp, out=p)
-            torch.sub(logp, delta, out=delta)
-            kl[rows] = torch.linalg.vecdot(p, delta)
-            entropy[rows] = -torch.linalg.vecdot(p, logp)
-            if target_ids is not None:
-                logprob[rows] = logp.gather(1, target_ids[rows, None].long()).squeeze(1)
-            if dH is None and dW is None:
-                continue
-            g = delta.sub_(kl[rows, None]).mul_(p).mul_(weight[rows, None])
-            if dH is not None:
-                torch.mm(g, W_s, out=dH[rows])
-            if dW is not None:
-                dW.addmm_(g.t(), h)
-        loss = torch.dot(weight, kl)
+        head_grad: Tensor | None,
+        plan: _Plan,
+    ) -> tuple[Tensor, ...]:
+        work = _Work(student_hidden, student_head, weight, target_ids, head_grad, plan)
+        row = 0
+        for row, teacher in _rows_of(teachers, student_hidden, student_head, plan.chunk_tokens):
+            for start in range(0, teacher.hidden.shape[0], plan.chunk_tokens):
+                part = teacher.hidden[start : start + plan.chunk_tokens]
+                work.chunk(row + start, part, teacher.head)
+            row += teacher.hidden.shape[0]
+        if row != student_hidden.shape[0]:
+            raise ValueError(
+                f"{student_hidden.shape[0]} student rows, {row} teacher rows; "
+                "the teachers' rows must add up to the student's"
+            )
+        kl, entropy, logprob, top1 = kl_rows.summary(work.statistics)
+        loss = torch.dot(work.weight, kl)
         ctx.types = (student_hidden.dtype, student_head.dtype)
-        ctx.save_for_backward(dH, dW)
+        dH = work.dH if work.dH is None else plan.vocabulary.summed(work.dH)
+        ctx.save_for_backward(dH, None if head_grad is not None else work.dW)
         ctx.mark_non_differentiable(kl, entropy, logprob, top1)
         return loss, kl, entropy, logprob, top1
 
@@ -162,3 +217,83 @@ class _ReverseKL(torch.autograd.Function):
         grad_hidden = None if dH is None else (dH * grads[0]).to(ctx.types[0])
         grad_head = None if dW is None else (dW * grads[0]).to(ctx.types[1])
         return grad_hidden, grad_head, None, None, None, None, None
+
+
+class _Work:
+    """The loop's buffers and what it fills: statistics [n, 8], dH [n, D], dW [V, D]."""
+
+    def __init__(
+        self,
+        student_hidden: Tensor,
+        student_head: Tensor,
+        weight: Tensor,
+        target_ids: Tensor | None,
+        head_grad: Tensor | None,
+        plan: _Plan,
+    ):
+        n, V = student_hidden.shape[0], student_head.shape[0]
+        self.plan = plan
+        self.is_fused = uses_triton(student_hidden, student_head, weight)
+        self.dtype = compute_dtype(student_hidden, student_head)
+        operand = torch.promote_types(student_hidden.dtype, student_head.dtype)
+        self.operand = operand if self.is_fused else self.dtype
+        self.hidden, self.head = student_hidden, student_head.to(self.operand)
+        self.weight, self.target = weight.to(self.dtype), target_ids
+        self.statistics = weight.new_zeros(n, kl_rows.NUM_STATISTICS, dtype=self.dtype)
+        rows = padded_rows(n, plan.chunk_tokens) if self.is_fused else min(n, plan.chunk_tokens)
+        self.logits = student_hidden.new_empty(2, rows, V, dtype=self.dtype)
+        needs_scratch = plan.wants_gradient or not self.is_fused
+        self.scratch = student_hidden.new_empty(rows if needs_scratch else 0, V, dtype=self.operand)
+        partial = self.dtype if plan.vocabulary.is_split else self.operand
+        self.dH = torch.empty_like(student_hidden, dtype=partial) if plan.wants_hidden else None
+        self.dW = head_grad
+        if plan.wants_head and head_grad is None:
+            self.dW = torch.zeros_like(student_head, dtype=self.dtype)
+
+    def chunk(self, start: int, teacher_hidden: Tensor, teacher_head: Tensor) -> None:
+        """One chunk of tokens of one teacher, from row `start` on."""
+        size = teacher_hidden.shape[0]
+        rows = slice(start, start + size)
+        # On a GPU every chunk has one shape, so a token's result does not depend on how many there are.
+        height = self.logits.shape[1] if self.is_fused else size
+        hidden = filled(self.hidden[rows].to(self.operand), height)
+        weight = filled(self.weight[rows], height)
+        target = None if self.target is None else self.plan.vocabulary.local(self.target[rows])
+        target = None if target is None else filled(target, height)
+        z_s, z_t = self.logits[:, :height]
+        project(hidden, self.head, z_s)
+        project(filled(teacher_hidden.detach(), height), teacher_head.detach(), z_t)
+        g = self.scratch[:height]
+        statistics = self._row_pass(z_s, z_t, target, weight, g)
+        self.statistics[rows] = statistics[:size]
+        if self.dH is not None:
+            self.dH[rows] = hidden_gradient(g, self.head, self.dH.dtype)[:size]
+        if self.dW is not None:
+            add_head_gradient_(self.dW, g, hidden)
+
+    def _row_pass(self, z_s: Tensor, z_t: Tensor, target: Tensor | None, weight: Tensor, g: Tensor) -> Tensor:
+        """Statistics of each row; where a gradient is wanted, g becomes ∂loss/∂z_s."""
+        rows: Any = kl_rows
+        if self.is_fused:
+            from consilience.model.kernels import triton_kl_rows as rows
+        merge: Callable[[Tensor], Tensor] | None = None
+        if self.plan.vocabulary.is_split:
+            merge = lambda s: kl_rows.merged(self.plan.vocabulary.gathered(s))
+        return rows.row_pass(z_s, z_t, target, weight, g, self.plan.wants_gradient, merge)
+
+
+def _rows_of(
+    teachers: Iterable[TeacherRows], student_hidden: Tensor, student_head: Tensor, chunk_tokens: int
+) -> Iterator[tuple[int, TeacherRows]]:
+    """(first row, teacher) one after the other, checked against the student's shapes."""
+    row, (n, V) = 0, (student_hidden.shape[0], student_head.shape[0])
+    for teacher in teachers:
+        check_pair(*teacher, chunk_tokens, "teacher hidden")
+        if teacher.head.shape[0] != V:
+            found = f"student head has {V} rows, teacher head {teacher.head.shape[0]}"
+            raise ValueError(f"{found}; both need one a token")
+        if row + len(teacher.hidden) > n:
+            found = f"{n} student rows, {row + len(teacher.hidden)} teacher rows"
+            raise ValueError(f"{found}; the teachers' rows must add up to the student's")
+        yield row, teacher
+        row += len(teacher.hidden)
