@@ -27,6 +27,7 @@ from gpu_timing import (
     time_arms,
 )
 
+from consilience.model.kernels import reverse_kl as reverse_kl_module
 from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.model.kernels.reverse_kl import reverse_kl, reverse_kl_dense
 
@@ -236,20 +237,22 @@ def show(kind: str, tokens: int, d_s: int, d_t: int, copied: float, table: Table
 
 
 def sweep(tokens: int) -> None:
-    """Row kernels alone at several blocks and warps, GB/s of their own bytes."""
-    from consilience.model.kernels import triton_kl_rows, triton_logprob_rows
+    """Row kernels alone at several blocks and warps, GB/s of their own bytes; then chunks and waiting tokens."""
+    from consilience.model.kernels import gpu_linear_logprob, triton_kl_rows, triton_logprob_rows
 
     rows = min(tokens, 2048)
     z_s, z_t = (torch.randn(rows, V, device="cuda") for _ in "ab")
     g = torch.empty(rows, V, dtype=torch.bfloat16, device="cuda")
     weight, target = torch.rand(rows, device="cuda"), torch.randint(V, (rows,), device="cuda")
     print(f"copy {copy_rate() / 1e9:.0f} GB/s")
+    modules: list[Any] = [triton_kl_rows, triton_logprob_rows]
+    launches = [module.LAUNCH for module in modules]
     for block, warps in [(b, w) for b in (1024, 2048, 4096, 8192, 16384) for w in (4, 8, 16, 32)]:
         if not 4 <= block // (32 * warps) <= 32:
             continue
-        for module in (triton_kl_rows, triton_logprob_rows):
+        for module in modules:
             module.LAUNCH = {"BLOCK": block, "num_warps": warps}
-        arms = {
+        arms: dict[str, Arm] = {
             "kl": lambda: triton_kl_rows.row_pass(z_s, z_t, target, weight, g, True, None),
             "logprob": lambda: triton_logprob_rows.row_pass(z_s, target, 1.0, g),
         }
@@ -257,6 +260,22 @@ def sweep(tokens: int) -> None:
         rates = {k: ROW_BYTES[k] * rows * V / (statistics.median(ts) / 1e3) / 1e9 for k, ts in times.items()}
         cells = ", ".join(f"{k} {statistics.median(times[k]):.3f} ms {r:.0f} GB/s" for k, r in rates.items())
         print(f"block {block:6d} warps {warps:2d}: {cells}", flush=True)
+    for module, launch in zip(modules, launches):
+        module.LAUNCH = launch
+    del z_s, z_t, g
+    given = draw(tokens, 4096, 4096)
+    homes: list[Any] = [reverse_kl_module, gpu_linear_logprob]
+    for waiting in (2048, 4096, 8192):
+        for home in homes:
+            home.GRADIENT_TOKENS = waiting
+        for kind, arms in (("kl", kl_arms(given)), ("logprob", logprob_arms(given))):
+            ours = {name: arm for name, arm in arms.items() if name.startswith("ours, chunks")}
+            for name, ts in time_arms(ours, rounds=5).items():
+                memory = peak_bytes(ours[name]) / 2**30
+                print(
+                    f"{kind}, {waiting} waiting, {name}: {median_text(ts, 1e3 / tokens)}, {memory:.2f} GiB",
+                    flush=True,
+                )
 
 
 def main() -> None:

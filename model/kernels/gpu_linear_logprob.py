@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from consilience.model.kernels.head_products import (
+    GRADIENT_TOKENS,
     add_head_gradient_,
     filled,
     hidden_gradient,
@@ -74,50 +75,85 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
-        from consilience.model.kernels import triton_logprob_rows as rows
-
         hidden, head, target_ids, statistics, kept = ctx.saved_tensors
         plan: Plan = ctx.plan
-        n, V = hidden.shape[0], head.shape[0]
+        n = hidden.shape[0]
         operand = torch.promote_types(hidden.dtype, head.dtype)
-        W = head.to(operand)
         height = padded_rows(n, plan.chunk_tokens)
         dH = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dW = plan.head_grad
         if dW is None and ctx.needs_input_grad[1]:
             dW = torch.zeros_like(head, dtype=torch.float32)
-        a, b = grads
-        a = statistics.new_zeros(n) if a is None else a.float()
-        buffers: list[Tensor] = []
-        for start, size in _chunks(n, height):
-            part = slice(start, start + size)
-            h = filled(hidden[part].to(operand), height)
-            target, here = filled(target_ids[part], height), filled(statistics[part], height, 1.0)
-            a_c = filled(a[part], height) / plan.temperature
-            b_c = None if b is None else filled(b[part].float(), height) / plan.temperature
-            scale: Tensor | None = None
-            if start < ctx.num_kept:
-                g = kept[start : start + height]
-                if b_c is None:
-                    scale = -a_c[:, None]
-                else:
-                    # Into a buffer: what is kept must serve a second backward too.
-                    g = rows.gradient_of_kept(g, target, here, a_c, b_c)
-            else:
-                buffers = buffers or [
-                    hidden.new_empty(height, V, dtype=torch.float32),
-                    hidden.new_empty(height, V, dtype=operand),
-                ]
-                logits, g = buffers
-                project(h, W, logits)
-                rows.gradient(logits, target, here, plan.temperature, a_c, b_c, g)
-            if dH is not None:
-                product = hidden_gradient(g, W, torch.float32 if scale is not None else operand)
-                dH[part] = (product if scale is None else product * scale)[:size].to(dH.dtype)
-            if dW is not None:
-                add_head_gradient_(dW, g, h if scale is None else (h * scale).to(operand))
+        work = _Backward(head.to(operand), plan, statistics, dH, dW, hidden, target_ids)
+        # What is kept needs no logits, so more of it goes into a product.
+        wide = height * max(1, GRADIENT_TOKENS // max(height, 1))
+        for start, size in _chunks(ctx.num_kept, wide):
+            work.kept(start, size, kept[start : start + -(-size // height) * height], grads)
+        for start, size in _chunks(n - ctx.num_kept, height):
+            work.projected(ctx.num_kept + start, size, height, grads)
         grad_head = None if dW is None or plan.head_grad is not None else dW.to(head.dtype)
         return dH, grad_head, None, None
+
+
+class _Backward:
+    """Fills dH [n, D] and dW [V, D] from upstream gradients (of logprob, of entropy), each [n] or None."""
+
+    def __init__(
+        self,
+        W: Tensor,
+        plan: Plan,
+        statistics: Tensor,
+        dH: Tensor | None,
+        dW: Tensor | None,
+        hidden: Tensor,
+        target_ids: Tensor,
+    ):
+        self.W, self.plan, self.statistics = W, plan, statistics
+        self.dH, self.dW, self.hidden, self.target_ids = dH, dW, hidden, target_ids
+        self.buffers: list[Tensor] = []
+
+    def kept(self, start: int, size: int, u: Tensor, grads: tuple[Tensor | None, ...]) -> None:
+        """Rows [start, start + size), whose u [height, V] was kept in forward."""
+        from consilience.model.kernels import triton_logprob_rows as rows
+
+        h, target, statistics, a, b = self._rows(start, size, len(u), grads)
+        if b is None:
+            self._products(start, size, u, h, -a[:, None])
+        else:
+            # Not in place: what is kept must serve a second backward too.
+            self._products(start, size, rows.gradient_of_kept(u, target, statistics, a, b), h, None)
+
+    def projected(self, start: int, size: int, height: int, grads: tuple[Tensor | None, ...]) -> None:
+        """Rows [start, start + size), whose logits are made again."""
+        from consilience.model.kernels import triton_logprob_rows as rows
+
+        h, target, statistics, a, b = self._rows(start, size, height, grads)
+        if not self.buffers:
+            empty = lambda dtype: h.new_empty(height, self.W.shape[0], dtype=dtype)
+            self.buffers = [empty(torch.float32), empty(self.W.dtype)]
+        logits, g = self.buffers
+        project(h, self.W, logits)
+        rows.gradient(logits, target, statistics, self.plan.temperature, a, b, g)
+        self._products(start, size, g, h, None)
+
+    def _rows(
+        self, start: int, size: int, height: int, grads: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        part = slice(start, start + size)
+        upstream = [None if g is None else filled(g[part].float(), height) for g in grads]
+        a, b = (None if g is None else g / self.plan.temperature for g in upstream)
+        a = self.statistics.new_zeros(height) if a is None else a
+        h = filled(self.hidden[part].to(self.W.dtype), height)
+        return h, filled(self.target_ids[part], height), filled(self.statistics[part], height, 1.0), a, b
+
+    def _products(self, start: int, size: int, g: Tensor, h: Tensor, scale: Tensor | None) -> None:
+        """The two products with ∂/∂z = scale · g."""
+        if self.dH is not None:
+            product = hidden_gradient(g, self.W, self.W.dtype if scale is None else torch.float32)
+            product = product if scale is None else product.mul_(scale)
+            self.dH[start : start + size] = product[:size].to(self.dH.dtype)
+        if self.dW is not None:
+            add_head_gradient_(self.dW, g, h if scale is None else (h * scale).to(h.dtype))
 
 
 def _chunks(n: int, height: int) -> list[tuple[int, int]]:

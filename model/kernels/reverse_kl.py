@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from consilience.model.kernels import kl_rows
 from consilience.model.kernels.choice import uses_triton
 from consilience.model.kernels.head_products import (
+    GRADIENT_TOKENS,
     add_head_gradient_,
     compute_dtype,
     default_chunk,
@@ -202,6 +203,7 @@ class _ReverseKL(torch.autograd.Function):
                 f"{student_hidden.shape[0]} student rows, {row} teacher rows; "
                 "the teachers' rows must add up to the student's"
             )
+        work.finish()
         kl, entropy, logprob, top1 = kl_rows.summary(work.statistics)
         loss = torch.dot(work.weight, kl)
         ctx.types = (student_hidden.dtype, student_head.dtype)
@@ -242,8 +244,12 @@ class _Work:
         self.statistics = weight.new_zeros(n, kl_rows.NUM_STATISTICS, dtype=self.dtype)
         rows = padded_rows(n, plan.chunk_tokens) if self.is_fused else min(n, plan.chunk_tokens)
         self.logits = student_hidden.new_empty(2, rows, V, dtype=self.dtype)
+        # Gradients of several chunks wait for one product into dW: each reads and writes all of it.
+        waiting = rows * min(-(-n // max(rows, 1)), GRADIENT_TOKENS // max(rows, 1) or 1)
+        span = waiting if self.is_fused and plan.wants_head else rows
         needs_scratch = plan.wants_gradient or not self.is_fused
-        self.scratch = student_hidden.new_empty(rows if needs_scratch else 0, V, dtype=self.operand)
+        self.g = student_hidden.new_empty(span if needs_scratch else 0, V, dtype=self.operand)
+        self.waiting: list[Tensor] = []
         partial = self.dtype if plan.vocabulary.is_split else self.operand
         self.dH = torch.empty_like(student_hidden, dtype=partial) if plan.wants_hidden else None
         self.dW = head_grad
@@ -263,13 +269,23 @@ class _Work:
         z_s, z_t = self.logits[:, :height]
         project(hidden, self.head, z_s)
         project(filled(teacher_hidden.detach(), height), teacher_head.detach(), z_t)
-        g = self.scratch[:height]
+        num_waiting = len(self.waiting) * height
+        g = self.g[num_waiting : num_waiting + height]
         statistics = self._row_pass(z_s, z_t, target, weight, g)
         self.statistics[rows] = statistics[:size]
         if self.dH is not None:
             self.dH[rows] = hidden_gradient(g, self.head, self.dH.dtype)[:size]
         if self.dW is not None:
-            add_head_gradient_(self.dW, g, hidden)
+            self.waiting.append(hidden)
+            if num_waiting + 2 * height > len(self.g):
+                self.finish()
+
+    def finish(self) -> None:
+        """Adds what waits to dW."""
+        if self.dW is not None and self.waiting:
+            hidden = self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting)
+            add_head_gradient_(self.dW, self.g[: len(hidden)], hidden)
+        self.waiting = []
 
     def _row_pass(self, z_s: Tensor, z_t: Tensor, target: Tensor | None, weight: Tensor, g: Tensor) -> Tensor:
         """Statistics of each row; where a gradient is wanted, g becomes ∂loss/∂z_s."""

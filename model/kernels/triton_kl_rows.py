@@ -19,7 +19,7 @@ from torch import Tensor
 
 from consilience.model.kernels.kl_rows import NUM_STATISTICS
 
-LAUNCH: dict[str, Any] = {"BLOCK": 4096, "num_warps": 16}
+LAUNCH: dict[str, Any] = {"BLOCK": 8192, "num_warps": 16}
 """Lanes of a block and warps of a program."""
 
 

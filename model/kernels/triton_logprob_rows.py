@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 NUM_STATISTICS = 4
-LAUNCH: dict[str, Any] = {"BLOCK": 8192, "num_warps": 16}
+LAUNCH: dict[str, Any] = {"BLOCK": 16384, "num_warps": 32}
 """Lanes of a block and warps of a program."""
 
 
