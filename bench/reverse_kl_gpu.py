@@ -237,8 +237,8 @@ def show(kind: str, tokens: int, d_s: int, d_t: int, copied: float, table: Table
 
 
 def sweep(tokens: int) -> None:
-    """Row kernels alone at several blocks and warps, GB/s of their own bytes; then chunks and waiting tokens."""
-    from consilience.model.kernels import gpu_linear_logprob, triton_kl_rows, triton_logprob_rows
+    """Row kernels alone at several blocks and warps, GB/s of their own bytes."""
+    from consilience.model.kernels import triton_kl_rows, triton_logprob_rows
 
     rows = min(tokens, 2048)
     z_s, z_t = (torch.randn(rows, V, device="cuda") for _ in "ab")
@@ -262,7 +262,12 @@ def sweep(tokens: int) -> None:
         print(f"block {block:6d} warps {warps:2d}: {cells}", flush=True)
     for module, launch in zip(modules, launches):
         module.LAUNCH = launch
-    del z_s, z_t, g
+
+
+def sweep_chunks(tokens: int) -> None:
+    """The whole operations with several chunks, and tokens that wait for dW."""
+    from consilience.model.kernels import gpu_linear_logprob
+
     given = draw(tokens, 4096, 4096)
     homes: list[Any] = [reverse_kl_module, gpu_linear_logprob]
     for waiting in (2048, 4096, 8192):
@@ -285,6 +290,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.sweep:
         sweep(given.tokens)
+        sweep_chunks(given.tokens)
         return
     show_errors()
     copied, rate = copy_rate(), matrix_rate()

@@ -16,7 +16,7 @@ GPU_CHUNK_TOKENS = 2048
 """At 2,048 tokens reading the heads and the fp32 head gradient is a tenth of the products' own time."""
 
 GRADIENT_TOKENS = 4096
-"""On a GPU gradients of so many tokens wait for one product into the head gradient, which it rewrites whole."""
+"""On a GPU gradients of so many tokens wait for one product into the head gradient: it rewrites all of it."""
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
