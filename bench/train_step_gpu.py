@@ -1,6 +1,6 @@
 """A training step on one GPU: ours and transformers' eager deepseek_v4, at Flash's widths.
 
-    python bench/train_step_gpu.py [--out FOLDER] [--tokens 4096 …] [--recompute none …] [--profile --arm ours]
+    python bench/train_step_gpu.py [--out FOLDER] [--tokens 4096 …] [--recompute none …] [--profile]
 
 Four layers (sliding, CSA, HCA, CSA) and 16 experts at Flash's other sizes, 3.2 B parameters, bf16, one row of
 random tokens: forward, cross-entropy over the vocabulary, backward. Random weights on both sides, of the
@@ -63,7 +63,7 @@ def our_step(tokens: int, recompute: str) -> tuple[torch.nn.Module, Callable[[],
         model = Transformer(config, torch.bfloat16)
     fill(model)
     _spread_hash(model, config)
-    set_recompute(model, None if recompute == "none" else recompute_policy(recompute))
+    set_recompute(model, recompute_policy(recompute))
     ids = torch.randint(config.vocab_size, (1, tokens), device="cuda")
     targets = torch.randint(config.vocab_size, (tokens,), device="cuda")
 
