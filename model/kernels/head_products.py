@@ -30,8 +30,10 @@ def default_chunk(hidden: Tensor) -> int:
 
 
 def padded_rows(n: int, chunk_tokens: int) -> int:
-    """Rows of a chunk's buffers: chunk_tokens, or for fewer tokens the next power of two from 64 on."""
-    return min(chunk_tokens, max(64, 1 << (n - 1).bit_length())) if n else 0
+    """Rows of each chunk of n tokens on a GPU: as few and as equal chunks as chunk_tokens allows, in 128s."""
+    num_chunks = -(-n // chunk_tokens)
+    each = -(-n // max(num_chunks, 1))
+    return min(chunk_tokens, -(-each // 128) * 128)
 
 
 def filled(x: Tensor, height: int, value: float = 0.0) -> Tensor:

@@ -194,9 +194,10 @@ class _ReverseKL(torch.autograd.Function):
         work = _Work(student_hidden, student_head, weight, target_ids, head_grad, plan)
         row = 0
         for row, teacher in _rows_of(teachers, student_hidden, student_head, plan.chunk_tokens):
-            for start in range(0, teacher.hidden.shape[0], plan.chunk_tokens):
-                part = teacher.hidden[start : start + plan.chunk_tokens]
-                work.chunk(row + start, part, teacher.head)
+            height = work.chunk_rows(teacher.hidden.shape[0])
+            for start in range(0, teacher.hidden.shape[0], max(height, 1)):
+                part = teacher.hidden[start : start + height]
+                work.chunk(row + start, part, teacher.head, height)
             row += teacher.hidden.shape[0]
         if row != student_hidden.shape[0]:
             raise ValueError(
@@ -242,26 +243,30 @@ class _Work:
         self.hidden, self.head = student_hidden, student_head.to(self.operand)
         self.weight, self.target = weight.to(self.dtype), target_ids
         self.statistics = weight.new_zeros(n, kl_rows.NUM_STATISTICS, dtype=self.dtype)
-        rows = padded_rows(n, plan.chunk_tokens) if self.is_fused else min(n, plan.chunk_tokens)
+        rows = min(plan.chunk_tokens, -(-n // 128) * 128 if self.is_fused else n)
         self.logits = student_hidden.new_empty(2, rows, V, dtype=self.dtype)
         # Gradients of several chunks wait for one product into dW: each reads and writes all of it.
-        waiting = rows * min(-(-n // max(rows, 1)), GRADIENT_TOKENS // max(rows, 1) or 1)
-        span = waiting if self.is_fused and plan.wants_head else rows
+        span = min(GRADIENT_TOKENS, -(-n // max(rows, 1)) * rows)
+        span = max(rows, span) if self.is_fused and plan.wants_head else rows
         needs_scratch = plan.wants_gradient or not self.is_fused
         self.g = student_hidden.new_empty(span if needs_scratch else 0, V, dtype=self.operand)
-        self.waiting: list[Tensor] = []
+        self.waiting: list[tuple[slice, Tensor]] = []
+        self.num_waiting = 0
         partial = self.dtype if plan.vocabulary.is_split else self.operand
         self.dH = torch.empty_like(student_hidden, dtype=partial) if plan.wants_hidden else None
         self.dW = head_grad
         if plan.wants_head and head_grad is None:
             self.dW = torch.zeros_like(student_head, dtype=self.dtype)
 
-    def chunk(self, start: int, teacher_hidden: Tensor, teacher_head: Tensor) -> None:
+    def chunk_rows(self, n: int) -> int:
+        """Rows of each chunk of n tokens; on a GPU the last one is filled up, so that all have one shape."""
+        return padded_rows(n, self.plan.chunk_tokens) if self.is_fused else self.plan.chunk_tokens
+
+    def chunk(self, start: int, teacher_hidden: Tensor, teacher_head: Tensor, height: int) -> None:
         """One chunk of tokens of one teacher, from row `start` on."""
         size = teacher_hidden.shape[0]
+        height = height if self.is_fused else size
         rows = slice(start, start + size)
-        # On a GPU every chunk has one shape, so a token's result does not depend on how many there are.
-        height = self.logits.shape[1] if self.is_fused else size
         hidden = filled(self.hidden[rows].to(self.operand), height)
         weight = filled(self.weight[rows], height)
         target = None if self.target is None else self.plan.vocabulary.local(self.target[rows])
@@ -269,23 +274,26 @@ class _Work:
         z_s, z_t = self.logits[:, :height]
         project(hidden, self.head, z_s)
         project(filled(teacher_hidden.detach(), height), teacher_head.detach(), z_t)
-        num_waiting = len(self.waiting) * height
-        g = self.g[num_waiting : num_waiting + height]
+        if self.num_waiting + height > len(self.g):
+            self.finish()
+        g = self.g[self.num_waiting : self.num_waiting + height]
         statistics = self._row_pass(z_s, z_t, target, weight, g)
         self.statistics[rows] = statistics[:size]
         if self.dH is not None:
             self.dH[rows] = hidden_gradient(g, self.head, self.dH.dtype)[:size]
         if self.dW is not None:
-            self.waiting.append(hidden)
-            if num_waiting + 2 * height > len(self.g):
-                self.finish()
+            self.waiting.append((rows, hidden))
+            self.num_waiting += height
 
     def finish(self) -> None:
         """Adds what waits to dW."""
-        if self.dW is not None and self.waiting:
-            hidden = self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting)
-            add_head_gradient_(self.dW, self.g[: len(hidden)], hidden)
-        self.waiting = []
+        if self.waiting and self.dW is not None:
+            rows = slice(self.waiting[0][0].start, self.waiting[-1][0].stop)
+            # The rows of one stretch without gaps need no copy.
+            is_whole = rows.stop - rows.start == self.num_waiting and self.hidden.dtype == self.operand
+            hidden = self.hidden[rows] if is_whole else torch.cat([h for _, h in self.waiting])
+            add_head_gradient_(self.dW, self.g[: self.num_waiting], hidden)
+        self.waiting, self.num_waiting = [], 0
 
     def _row_pass(self, z_s: Tensor, z_t: Tensor, target: Tensor | None, weight: Tensor, g: Tensor) -> Tensor:
         """Statistics of each row; where a gradient is wanted, g becomes ∂loss/∂z_s."""

@@ -26,12 +26,12 @@ def inputs(device, n=11, V=300, D=16, seed=0):
     return hidden.to(device).requires_grad_(), head.to(device).requires_grad_(), target.to(device), upstream
 
 
-@pytest.mark.parametrize("keep_bytes", [0, 64 * 300 * 4, 2**24])
+@pytest.mark.parametrize("keep_bytes", [0, 8 * 300 * 4, 2**24])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("which", ["logprob", "entropy", "both"])
 def test_values_and_gradients_equal_fp64(keep_bytes, temperature, which, triton_device):
-    hidden, head, target, upstream = inputs(triton_device, n=100)
-    ours = run(hidden, head, target, Plan(64, temperature, keep_bytes, None))
+    hidden, head, target, upstream = inputs(triton_device, n=20)
+    ours = run(hidden, head, target, Plan(8, temperature, keep_bytes, None))
     exact = [x.detach().double().cpu().requires_grad_() for x in (hidden, head)]
     twin = linear_logprob_dense(*exact, target.cpu(), temperature)
     for x, y in zip(ours, twin):
@@ -40,7 +40,7 @@ def test_values_and_gradients_equal_fp64(keep_bytes, temperature, which, triton_
     up = [upstream[i] for i in chosen]
     found = torch.autograd.grad([ours[i] for i in chosen], (hidden, head), [u.to(triton_device) for u in up])
     expected = torch.autograd.grad([twin[i] for i in chosen], exact, [u.double() for u in up])
-    for x, y in zip(found, expected):  # fp32 sums of 100 to 300 products
+    for x, y in zip(found, expected):  # fp32 sums of 20 to 300 products
         torch.testing.assert_close(x.double().cpu(), y, rtol=0, atol=2e-5 * y.abs().max().item())
 
 
@@ -54,10 +54,10 @@ def test_a_second_backward_gives_the_same(triton_device):
 
 
 def test_what_is_kept_and_what_is_projected_again_agree_to_rounding(triton_device):
-    hidden, head, target, upstream = inputs(triton_device, n=100)
+    hidden, head, target, upstream = inputs(triton_device, n=20)
     grads = []
     for keep in (0, 2**24):
-        out = run(hidden, head, target, Plan(64, 1.3, keep, None))
+        out = run(hidden, head, target, Plan(8, 1.3, keep, None))
         grads.append(torch.autograd.grad(out[0], (hidden, head), upstream[0].to(triton_device)))
     for x, y in zip(*grads):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-5 * y.abs().max().item())
