@@ -6,7 +6,8 @@
 #   make test-kernels       the GPU kernels; on a machine without one, under Triton's interpreter
 #   make fuzz               the prompt protocol against damaged input  (FUZZ_S=60 FUZZ_SEED=1)
 #   make check              ruff (lint, format) and pyright
-#   make bench, bench-gpu   every measurement in bench/
+#   make bench              every measurement in bench/ that needs no GPU
+#   make bench-gpu          the others, on whatever GPU is here             (OUT=folder)
 #   make docs               what README and docs/ name exists
 #   make clean              remove the virtual environment and caches; run folders stay
 #
@@ -83,10 +84,10 @@ format: setup
 	@$(BIN)/ruff format .
 
 bench: setup
-	@for file in bench/*.py; do case $$file in *_gpu.py|*\**) ;; *) echo "== $$file"; PYTHONPATH=. $(BIN)/python $$file || exit 1;; esac; done
+	@for file in bench/*.py; do case $$file in *_gpu.py|*/gpu_timing.py|*\**) ;; *) echo "== $$file"; PYTHONPATH=. $(BIN)/python $$file || exit 1;; esac; done
 
 bench-gpu: setup
-	@for file in bench/*_gpu.py; do case $$file in *\**) ;; *) echo "== $$file"; PYTHONPATH=. $(BIN)/python $$file || exit 1;; esac; done
+	@$(BIN)/python bench/run_gpu.py $(if $(OUT),--out $(OUT)) $(ARGS)
 
 docs: setup
 	@$(BIN)/python -m pytest tests/test_docs.py

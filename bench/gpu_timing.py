@@ -7,11 +7,9 @@ round, medians with the range, one arm twice (A/A), random data, peak memory in 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,43 +89,21 @@ def relative_errors(found: torch.Tensor, exact: torch.Tensor) -> tuple[float, fl
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
-    """--out FOLDER (tables and figures go there) and --sweep; a bench adds its own."""
+    """--sweep; a bench adds its own."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for the table (.md) and its figures (.json)")
     parser.add_argument("--sweep", action="store_true", help="try the kernels' launch settings instead")
     return parser
 
 
 class Table:
-    """Rows of text, printed as they come and written to `<out>/<name>.md` and `.json` at the end."""
+    """A Markdown table, each row printed as it comes; `note` adds a line below."""
 
-    def __init__(self, name: str, columns: list[str]):
-        self.name, self.columns = name, columns
-        self.rows: list[list[str]] = []
-        self.figures: dict[str, Any] = {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-        }
-        self._print(columns)
-        self._print(["---"] * len(columns))
+    def __init__(self, *columns: str):
+        self.add(*columns)
+        self.add(*["---"] * len(columns))
 
     def add(self, *cells: Any) -> None:
-        row = [str(cell) for cell in cells]
-        self.rows.append(row)
-        self._print(row)
+        print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
 
-    def save(self, out: Path | None, notes: str = "") -> None:
-        if notes:
-            print(f"\n{notes}", flush=True)
-        if out is None:
-            return
-        out.mkdir(parents=True, exist_ok=True)
-        lines = [
-            "| " + " | ".join(row) + " |" for row in [self.columns, ["---"] * len(self.columns), *self.rows]
-        ]
-        (out / f"{self.name}.md").write_text("\n".join([*lines, "", notes, ""]), encoding="utf-8")
-        (out / f"{self.name}.json").write_text(json.dumps(self.figures, indent=1), encoding="utf-8")
-
-    @staticmethod
-    def _print(row: list[str]) -> None:
-        print("| " + " | ".join(row) + " |", flush=True)
+    def note(self, text: str) -> None:
+        print(f"\n{text}\n", flush=True)

@@ -1,6 +1,6 @@
 """Full-vocabulary reverse KL and log-probabilities from hidden states on a GPU: time, memory, error.
 
-    python bench/reverse_kl_gpu.py [--out FOLDER] [--tokens 8192] [--sweep] [--only kl|logprob]
+    python bench/reverse_kl_gpu.py [--tokens 8192] [--sweep] [--only kl|logprob]
 
 V 129,280, bf16 hidden states and heads, forward and both gradients, milliseconds per 1,000 tokens. The goal
 of each is 1.05 x (its matrix products at their real shapes + the row pass's bytes at the copy rate), both
@@ -199,7 +199,7 @@ def library_logprob(h: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> d
 
 def show_errors() -> None:
     """Gradient error against fp64 where the student is close to its teacher."""
-    table = Table("reverse_kl_error", ["KL", "arm", "KL max error", "dH max", "dH rms", "dW max", "dW rms"])
+    table = Table("KL", "arm", "KL max error", "dH max", "dH rms", "dW max", "dW rms")
     n, d = 128, 4096
     for apart in (0.4, 0.05, 0.005):
         given = draw(n, d, d, apart)
@@ -219,6 +219,7 @@ def show_errors() -> None:
             table.add(f"{twin.kl.mean().item():.1e}", name, f"{worst:.1e}", *errors)
         del twin, expected, exact, cases, logp, logq, kl, ours
         torch.cuda.empty_cache()
+    table.note("Errors against fp64, relative to the largest value and to the root mean square.")
 
 
 def show(kind: str, tokens: int, d_s: int, d_t: int, copied: float, table: Table) -> None:
@@ -233,7 +234,6 @@ def show(kind: str, tokens: int, d_s: int, d_t: int, copied: float, table: Table
         per_1k = statistics.median(ts) / tokens * 1e3
         memory = f"{peak_bytes(arms[name]) / 2**30:.2f}"
         table.add(where, name, median_text(ts, 1e3 / tokens), memory, f"{per_1k / bound:.3f} of the bound")
-        table.figures[f"{kind} {where} {name}"] = {"ms_per_1k": per_1k, "bound": bound}
 
 
 def sweep(tokens: int) -> None:
@@ -294,13 +294,13 @@ def main() -> None:
         return
     show_errors()
     copied, rate = copy_rate(), matrix_rate()
-    table = Table("reverse_kl", ["tokens x width", "arm", "ms per 1,000 tokens", "GiB beyond inputs", ""])
+    table = Table("tokens x width", "arm", "ms per 1,000 tokens", "GiB beyond inputs", "")
     for kind in ("kl", "logprob"):
         if given.only in (None, kind):
             for d_s, d_t in ((4096, 4096), (7168, 7168)):
                 show(kind, given.tokens, d_s, d_t, copied, table)
                 torch.cuda.empty_cache()
-    table.save(given.out, f"8192³ bf16 product {rate / 1e12:.0f} TFLOP/s, copy {copied / 1e12:.2f} TB/s.")
+    table.note(f"8192³ bf16 product {rate / 1e12:.0f} TFLOP/s, copy {copied / 1e12:.2f} TB/s.")
 
 
 if __name__ == "__main__":

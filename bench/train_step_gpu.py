@@ -1,6 +1,6 @@
 """A training step on one GPU: ours and transformers' eager deepseek_v4, at Flash's widths.
 
-    python bench/train_step_gpu.py [--out FOLDER] [--tokens 4096 …] [--recompute none …] [--profile]
+    python bench/train_step_gpu.py [--tokens 4096 …] [--recompute none …] [--profile]
 
 Four layers (sliding, CSA, HCA, CSA) and 16 experts at Flash's other sizes, 3.2 B parameters, bf16, one row of
 random tokens: forward, cross-entropy over the vocabulary, backward. Random weights on both sides, of the
@@ -156,7 +156,7 @@ def main() -> None:
         measure(given)
         return
     rate = matrix_rate()
-    table = Table("train_step", ["tokens", "arm", "ms", "tokens/s", "GiB beyond weights and gradients"])
+    table = Table("tokens", "arm", "ms", "tokens/s", "GiB beyond weights and gradients")
     for tokens in given.tokens:
         arms = [("ours", policy) for policy in given.recompute] + [("transformers", "none")]
         for arm, policy in arms:
@@ -170,8 +170,7 @@ def main() -> None:
             speed = tokens / statistics.median(found["ms"]) * 1e3
             memory = found["bytes"] / 2**30
             table.add(tokens, name, median_text(found["ms"], digits=1), f"{speed:,.0f}", f"{memory:.2f}")
-            table.figures[f"{tokens} {name}"] = found
-    table.save(given.out, f"8192³ bf16 product {rate / 1e12:.0f} TFLOP/s.")
+    table.note(f"8192³ bf16 product {rate / 1e12:.0f} TFLOP/s.")
 
 
 if __name__ == "__main__":
