@@ -17,8 +17,9 @@ from consilience.conf.schema import Config, ConvertConfig
 from consilience.model.digest import weights_digest
 from consilience.model.release import from_checkpoint, write_release
 from consilience.model.released_checkpoint import CONFIG, ReleasedCheckpoint, open_checkpoint
+from consilience.rollout.prompts import checkpoint_family
 from consilience.rollout.tokenizer import Tokenizer
-from consilience.training.checkpoint import META, TOKENIZER, CheckpointMeta, seal_folder
+from consilience.training.checkpoint import META, TOKENIZER, CheckpointMeta, read_meta, seal_folder
 from consilience.training.durable_files import flush_folder, folder_beside, is_disk_full, replace_folder
 
 VERB = "convert"
@@ -104,8 +105,15 @@ def _write(
         return
     special = dict(Tokenizer.load(beside).special_ids) if (beside / TOKENIZER).is_file() else {}
     digest = weights_digest(TensorsOnDisk(open_checkpoint(beside)))
-    meta = CheckpointMeta("released", seed=0, step=0, special_tokens=special, digest=digest)
+    meta = CheckpointMeta("released", 0, 0, special, family=_family(checkpoint.folder), digest=digest)
     seal_folder(beside, meta, {path.name for path in beside.glob("*.safetensors")})
+
+
+def _family(source: Path) -> str | None:
+    """Checkpoint family of the prompts: what the source says of itself; None leaves it to `task.family`."""
+    if (source / META).is_file():
+        return read_meta(source).family
+    return checkpoint_family(source) if (source / ENCODING).is_dir() else None
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from consilience.cli.jobs import fresh_problems, rollout_jobs
+from consilience.cli.prompt_family import prompt_family
 from consilience.cli.ray_session import domains_of, rollout_pool
 from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import (
@@ -46,7 +47,8 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
     registry = teacher_registry(context)
     for record in registry:
         admit(start, record.checkpoint, record.name)
-    pool = rollout_pool(cfg, model.config, start / TOKENIZER, domains)  # type: ignore[arg-type]
+    family = prompt_family(cfg, start, meta, domains.values())
+    pool = rollout_pool(cfg, model.config, start / TOKENIZER, domains, family)  # type: ignore[arg-type]
     hidden = HiddenStore(context.folder.path / "hidden_states")
     heads = HeadCache(device_of(cfg))
     load = partial(load_model_teacher, quantization=cfg.engine.quantization)
@@ -65,7 +67,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         table_rows=cfg.log.table_rows,
         seed=cfg.run.seed,
     )
-    with open_stage(context, model, settings.lr, start / TOKENIZER, meta.digest) as parts:
+    with open_stage(context, model, settings.lr, start / TOKENIZER, meta.digest, family) as parts:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         result = train_distill(

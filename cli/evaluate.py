@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from consilience.cli.jobs import rollout_jobs
+from consilience.cli.prompt_family import prompt_family
 from consilience.cli.ray_session import domains_of, rollout_pool
 from consilience.cli.stage import StageContext
 from consilience.conf.errors import RunError
 from consilience.conf.schema import Config
 from consilience.model.checkpoint import to_official
+from consilience.model.config import ModelConfig
 from consilience.model.forward_trace import Trace
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.records import RolloutRecord
@@ -49,7 +51,9 @@ def run_evaluate(context: StageContext) -> Mapping[str, Any]:
             context.progress.advance(len(domains) * len(temperatures))
             continue
         model, meta = load_checkpoint(checkpoint)
-        pool = rollout_pool(cfg, model.config, checkpoint / "tokenizer.json", domains)  # type: ignore[arg-type]
+        family = prompt_family(cfg, checkpoint, meta, domains.values())
+        config: ModelConfig = model.config  # type: ignore[assignment]
+        pool = rollout_pool(cfg, config, checkpoint / "tokenizer.json", domains, family)
         pool.publish(to_official(model), meta.digest, 0)  # type: ignore[arg-type]
         jobs = {t: _jobs(cfg, domains, name, t, num) for t, num in temperatures.items()}
         records = {r.uid: r for r in pool.generate(short_first(list(jobs.values())))}
@@ -58,7 +62,7 @@ def run_evaluate(context: StageContext) -> Mapping[str, Any]:
         for temperature, asked in jobs.items():
             own = [records[job.uid] for job in asked]
             graded = _grade_rows(name, temperature, own, domains)
-            rows += graded
+            rows += [row | {"family": family} for row in graded]
             context.progress.advance(
                 len(domains), model=name, **{row["domain"]: _mean(row["grades"]) for row in graded}
             )
@@ -74,6 +78,7 @@ def run_evaluate(context: StageContext) -> Mapping[str, Any]:
         "sampled_tokens": clock.state()["tokens"].get("sampled", 0),
         "checks": [{"name": n, "value": v, "relation": ">", "bound": 0.0} for n, v in acting.items()],
         "sandbox": isolation,
+        "families": {model: rows[0].get("family") for model, rows in done.items() if rows},
         "scores": {
             f"{row['model']} {row['domain']} T={row['temperature']:g}": _mean(row["grades"])
             for each in done.values()

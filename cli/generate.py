@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from consilience.cli.prompt_family import prompt_family
 from consilience.cli.talk import Talker
 from consilience.conf.errors import RunError
 from consilience.conf.schema import Config
@@ -40,7 +41,7 @@ def open_talker(cfg: Config) -> tuple[Talker, Path]:
     from consilience.rollout.native_engine import NativeEngine
 
     folder = find_checkpoint(cfg)
-    model, _ = load_checkpoint(folder)
+    model, meta = load_checkpoint(folder)
     cast("Transformer", model).quantize(Quantization.from_name(cfg.engine.quantization))
     settings = cfg.generate
     rows = max(2, min(settings.num, 16))
@@ -49,6 +50,7 @@ def open_talker(cfg: Config) -> tuple[Talker, Path]:
         engine,
         Tokenizer.load(folder),
         effort=settings.effort,
+        family=prompt_family(cfg, folder, meta),
         temperature=settings.temperature,
         max_tokens=settings.max_tokens,
         seed=cfg.run.seed,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from consilience.cli.jobs import fresh_problems, rollout_jobs
+from consilience.cli.prompt_family import prompt_family
 from consilience.cli.ray_session import domains_of, rollout_pool, worker_share
 from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import (
@@ -52,7 +53,8 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         domains = {name: domains[name]}
         num_workers = worker_share(cfg.rollout.num_workers, cfg.run.parallel)
     config: ModelConfig = model.config  # type: ignore[assignment]
-    pool = rollout_pool(cfg, config, start / TOKENIZER, domains, num_workers)
+    family = prompt_family(cfg, start, meta, domains.values())
+    pool = rollout_pool(cfg, config, start / TOKENIZER, domains, family, num_workers)
 
     def jobs_of(step: int):
         problems = fresh_problems(cfg, domains[name], settings.prompts_per_step, step)
@@ -79,7 +81,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         table_rows=cfg.log.table_rows,
         seed=cfg.run.seed,
     )
-    with open_stage(context, model, settings.lr, start / TOKENIZER, meta.digest) as parts:
+    with open_stage(context, model, settings.lr, start / TOKENIZER, meta.digest, family) as parts:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         store = RolloutStore(context.folder.rollouts)

@@ -61,16 +61,19 @@ def rollout_pool(
     model: ModelConfig,
     tokenizer: Path,
     domains: Mapping[str, Domain],
+    family: str,
     num_workers: int | None = None,
 ) -> RolloutPool:
     """The workers of this process, for this model and tokenizer; built once and kept until `close`.
 
+    family       checkpoint family whose prompts the model knows (`prompt_family`)
     num_workers  None: rollout.num_workers
     """
     num_workers = num_workers or cfg.rollout.num_workers
     kwargs = {
         "model": model.to_json_dict(),
         "tokenizer_path": str(tokenizer.resolve()),
+        "family": family,
         "max_rows": cfg.rollout.max_batch,
         "max_length": cfg.rollout.max_length,
         "speculative": cfg.rollout.speculative,

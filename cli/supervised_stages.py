@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from consilience.cli.prompt_family import prompt_family
 from consilience.cli.ray_session import domains_of
 from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import (
@@ -42,22 +43,24 @@ def run_base(context: StageContext) -> Mapping[str, Any]:
     texts = base_texts(
         list(domains.values()), settings.num_examples * len(domains), cfg.run.seed, noise=settings.noise
     )
+    family = prompt_family(cfg, context.folder.path, None, domains.values())
     tokenizer_path = context.folder.path / TOKENIZER
     if not tokenizer_path.exists():
-        sample = [encode_messages(c.messages, c.effort) for c in texts[: 1000 * len(domains)]]
+        few = texts[: 1000 * len(domains)]
+        sample = [encode_messages(c.messages, c.effort, family=family) for c in few]
         Tokenizer.train(sample, cfg.task.vocab_size).save(tokenizer_path)
     tokenizer = Tokenizer.load(tokenizer_path)
     model = initialize(Transformer(model_config(cfg, tokenizer)), cfg.run.seed)
     groups = []
     for name in domains:
         joined = join_episodes([c for c in texts if c.domain == name], settings.episodes)
-        groups.append(encode(tokenizer, joined, settings.prompt_weight))
+        groups.append(encode(tokenizer, joined, settings.prompt_weight, family))
     shares = tuple(settings.shares.get(name, 1.0) for name in domains)
     if settings.recall:
         exercises = recall_texts(settings.num_examples, cfg.run.seed)
-        groups.append(encode(tokenizer, exercises, settings.prompt_weight))
+        groups.append(encode(tokenizer, exercises, settings.prompt_weight, family))
         shares = (*shares, settings.recall)
-    return _supervised(context, settings, model, tokenizer_path, groups, parent=None, shares=shares)
+    return _supervised(context, settings, model, tokenizer_path, groups, None, family, shares)
 
 
 def run_sft(context: StageContext) -> Mapping[str, Any]:
@@ -67,10 +70,11 @@ def run_sft(context: StageContext) -> Mapping[str, Any]:
     model, meta = load_checkpoint(start)
     tokenizer = Tokenizer.load(start)
     domain = domains_of(cfg)[own_domain(context)]
+    family = prompt_family(cfg, start, meta, [domain])
     texts = base_texts([domain], settings.num_examples, cfg.run.seed, noise=settings.noise)
     joined = join_episodes(texts, settings.episodes)
-    examples = encode(tokenizer, joined, settings.prompt_weight)
-    return _supervised(context, settings, model, start / TOKENIZER, [examples], parent=meta.digest)
+    examples = encode(tokenizer, joined, settings.prompt_weight, family)
+    return _supervised(context, settings, model, start / TOKENIZER, [examples], meta.digest, family)
 
 
 def _supervised(
@@ -80,10 +84,11 @@ def _supervised(
     tokenizer_path: Path,
     groups: Sequence[Sequence[Example]],
     parent: str | None,
+    family: str,
     shares: tuple[float, ...] = (),
 ) -> dict[str, Any]:
     cfg = context.cfg
-    with open_stage(context, model, settings.lr, tokenizer_path, parent) as parts:
+    with open_stage(context, model, settings.lr, tokenizer_path, parent, family) as parts:
         schedule = SupervisedSettings(
             steps=settings.steps,
             tokens_per_step=settings.tokens_per_step,
@@ -120,11 +125,13 @@ def _supervised(
     }
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[Conversation], prompt_weight: float) -> list[Example]:
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[Conversation], prompt_weight: float, family: str
+) -> list[Example]:
     """Token ids and loss weights: 1 on what the model would sample, `prompt_weight` elsewhere."""
     examples = []
     for conversation in texts:
-        ids, mask = conversation_ids(tokenizer, conversation.messages, conversation.effort)
+        ids, mask = conversation_ids(tokenizer, conversation.messages, conversation.effort, family=family)
         examples.append(Example(ids, [max(float(m), prompt_weight) for m in mask]))
     return examples
 

@@ -35,6 +35,7 @@ class Talker:
     engine: RolloutEngine
     tokenizer: Tokenizer
     effort: str = "chat"
+    family: str = "official"
     temperature: float = 1.0
     max_tokens: int = 256
     seed: int = 0
@@ -53,7 +54,8 @@ class Talker:
     def _request(self, messages: Sequence[Message], stop: int) -> Request:
         number = next(self._count)
         sampling = SamplingParams(self.temperature, self.max_tokens, (stop,), self.seed + number)
-        return Request(f"talk/{number}", prompt_ids(self.tokenizer, messages, self.effort), sampling)
+        ids = prompt_ids(self.tokenizer, messages, self.effort, family=self.family)
+        return Request(f"talk/{number}", ids, sampling)
 
     def _read(self, completed: Any) -> Answer:
         text = self.tokenizer.decode(completed.token_ids)

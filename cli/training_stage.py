@@ -48,8 +48,13 @@ def device_of(cfg: Config) -> torch.device:
 
 
 @contextmanager
-def open_stage(context: StageContext, model: Any, lr: float, tokenizer_path: Path, parent: str | None):
-    """Engine, checkpoints, logs and clock of a stage, resumed where it was cut short."""
+def open_stage(
+    context: StageContext, model: Any, lr: float, tokenizer_path: Path, parent: str | None, family: str
+):
+    """Engine, checkpoints, logs and clock of a stage, resumed where it was cut short.
+
+    parent, family  of the checkpoint that training starts from, as `CheckpointMeta` has them
+    """
     from consilience.training.wandb_sink import WandbSink
 
     cfg = context.cfg
@@ -67,6 +72,7 @@ def open_stage(context: StageContext, model: Any, lr: float, tokenizer_path: Pat
         special_tokens=dict(tokenizer.special_ids),
         domain=context.domain,
         parent=parent,
+        family=family,
     )
     checkpoints = StageCheckpoints(context.folder.checkpoints, engine, tokenizer_path, meta)
     start, cursor = checkpoints.resume()
@@ -107,9 +113,11 @@ def result_of(
     context: StageContext, parts: Mapping[str, Any], folder: Path, counted: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What every training stage leaves: its checkpoint, its counts, where its time went."""
+    meta = read_meta(folder)
     return {
         "checkpoint": str(folder.relative_to(context.run.path)),
-        "digest": read_meta(folder).digest,
+        "digest": meta.digest,
+        "family": meta.family,
         "time": parts["clock"].report({"train": "train", "sampled": "rollout"}),
         **counted,
     }

@@ -20,6 +20,7 @@ def build_worker(
     reward_timeout_s: float,
     reward_processes: int,
     needs_boxes: bool,
+    family: str,
     speculative: bool = False,
     exact: bool = False,
     quantization: str = "off",
@@ -28,6 +29,7 @@ def build_worker(
 
     model      config.json fields
     sandbox    SandboxSpec of agent boxes and of the judge's box
+    family     checkpoint family whose prompts the model knows (v4_model.md 13.3)
     speculative  the prediction block drafts; EngineError if the model has none
     exact, quantization  how the model computes, as the trainer's does (`engine.exact`, `engine.quantization`)
     rewards    (reward path, needs sandbox) pairs to load before the first episode
@@ -69,6 +71,7 @@ def build_worker(
         Tokenizer.load(tokenizer_path),
         boxes,  # type: ignore[arg-type]
         grader,
+        family=family,
         max_context=max_length,
         on_close=close,
     )

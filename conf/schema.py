@@ -26,6 +26,7 @@ ISOLATION = (
 
 
 EFFORTS = ("chat", "think", "low", "high", "max")
+FAMILIES = ("preview", "official")
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ class TaskConfig:
     num_test: int = setting(512, "held-out problems a domain offers", unit="problems", low=1)
     seed: int = setting(1, "seed of the problems; splits never overlap", low=0)
     vocab_size: int = setting(672, "size of the tokenizer, special tokens included", unit="tokens", low=300)
+    family: str | None = setting(
+        None, "whose reasoning efforts prompts have; null: the checkpoint's own", choices=FAMILIES
+    )
 
 
 @dataclass(frozen=True)

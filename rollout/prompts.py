@@ -12,6 +12,8 @@ from consilience.rollout.encoding import render_messages
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.rollout.tools import declare_tools
 
+_NAME_IT = "name the checkpoint's family: task.family=preview or task.family=official"
+
 
 def prompt_ids(
     tokenizer: Tokenizer,
@@ -51,8 +53,8 @@ def checkpoint_family(folder: Path | str) -> str:
     try:
         source = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {file} ({error}); name the family: preview or official") from None
+        raise CheckpointError(f"{file} cannot be read ({error}) to tell the family; {_NAME_IT}") from None
     for family, constant in (("official", "REASONING_EFFORT_PROMPTS"), ("preview", "REASONING_EFFORT_MAX")):
         if re.search(rf"^{constant}\b", source, re.MULTILINE):
             return family
-    raise CheckpointError(f"{file} defines no reasoning effort; name the family: preview or official")
+    raise CheckpointError(f"{file} defines no reasoning effort; {_NAME_IT}")

@@ -59,6 +59,8 @@ class CheckpointMeta:
     special_tokens      name -> token id
     domain              domain of a specialist, None for a base or a student
     parent              digest of the weights training started from, None for random weights
+    family              checkpoint family of its prompts (v4_model.md 13.3), handed down from the released
+                        one that training began with; None: the folder's own encoder says
     digest              of these weights (`model/digest.py`); filled in by `save_checkpoint`
     cursor              JSON-plain place in the data, for the stage that resumes
     files               file -> sha256, all but the weights; filled in by `save_checkpoint`
@@ -70,6 +72,7 @@ class CheckpointMeta:
     special_tokens: dict[str, int] = field(default_factory=dict)
     domain: str | None = None
     parent: str | None = None
+    family: str | None = "official"
     digest: str = ""
     cursor: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
@@ -240,7 +243,8 @@ def _load_released(folder: Path) -> tuple[nn.Module, CheckpointMeta]:
         config = replace(checkpoint.config, expert_dtype=None)  # what is in memory is not quantised
         model = Transformer(config, checkpoint.entries["embed.weight"].payload.dtype)
     load_released(model, checkpoint)
-    return model, CheckpointMeta("released", seed=0, step=0, digest=weights_digest(to_official(model)))
+    digest = weights_digest(to_official(model))
+    return model, CheckpointMeta("released", seed=0, step=0, family=None, digest=digest)
 
 
 def load_engine_state(folder: Path, engine: TrainEngine) -> None:
@@ -279,6 +283,7 @@ def read_meta(folder: Path) -> CheckpointMeta:
     if row.get("schema") != SCHEMA:
         raise CheckpointError(f"{folder / META}: schema {row.get('schema')}, this version reads {SCHEMA}")
     try:
+        row.setdefault("family", CheckpointMeta.family)  # all that was written before the field had that one
         return CheckpointMeta(**{f.name: row[f.name] for f in fields(CheckpointMeta)})
     except KeyError as error:
         raise CheckpointError(f"{folder / META}: field {error} is missing; remake the checkpoint") from error

@@ -56,12 +56,12 @@ def context(cfg, root: Path, name: str, domain=None, inputs=None):
 def test_examples_weigh_what_the_model_would_sample_with_one_and_the_rest_as_told():
     tokenizer = byte_tokenizer()
     messages = ({"role": "user", "content": "1 + 1 ="}, {"role": "assistant", "content": "2"})
-    (example,) = supervised.encode(tokenizer, [Conversation("x", "chat", messages, 1)], 0.25)
+    (example,) = supervised.encode(tokenizer, [Conversation("x", "chat", messages, 1)], 0.25, "official")
     assert len(example.token_ids) == len(example.loss_weight)
     sampled = [t for t, w in zip(example.token_ids, example.loss_weight) if w == 1.0]
     assert tokenizer.decode(sampled[:-1]) == "2" and sampled[-1] == tokenizer.eos_id
     assert set(example.loss_weight) == {0.25, 1.0}
-    (bare,) = supervised.encode(tokenizer, [Conversation("x", "chat", messages, 1)], 0.0)
+    (bare,) = supervised.encode(tokenizer, [Conversation("x", "chat", messages, 1)], 0.0, "official")
     assert set(bare.loss_weight) == {0.0, 1.0} and bare.token_ids == example.token_ids
 
 
@@ -213,7 +213,7 @@ def test_a_stage_recomputes_what_it_is_told_and_ends_at_the_same_weights(trained
     assert supervised.run_base(context(cfg, tmp_path, "base"))["digest"] == base["digest"]
     model, _ = load_checkpoint(root / base["checkpoint"])
     with training_stage.open_stage(
-        context(cfg, tmp_path, "other"), model, 1e-3, root / base["checkpoint"], None
+        context(cfg, tmp_path, "other"), model, 1e-3, root / base["checkpoint"], None, "official"
     ):
         assert {block.recompute for block in model.layers} == {recompute_policy(["experts", "mhc"])}  # type: ignore[union-attr]
 

@@ -14,6 +14,7 @@ from consilience.model.digest import weights_digest
 from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer
 from consilience.rollout.fake_worker import byte_tokenizer
+from consilience.rollout.protocol import BOS, EFFORT_A, EFFORT_B
 from consilience.rollout.records import OutcomeKind
 from consilience.sandboxes.protocol import SandboxSpec
 from consilience.tasks.fake_domain import FakeDomain
@@ -32,13 +33,13 @@ CONFIG = replace(
 REWARD = "consilience.rewards.exact_match:score"
 
 
-def build(folder, reward=REWARD):
+def build(folder, reward=REWARD, family="official", max_length=64):
     byte_tokenizer().save(folder / "tokenizer.json")
     return build_worker(
         model=CONFIG.to_json_dict(),
         tokenizer_path=str(folder / "tokenizer.json"),
         max_rows=4,
-        max_length=64,
+        max_length=max_length,
         sandbox=SandboxSpec(),
         warm=0,
         uses_per_box=1,
@@ -46,6 +47,7 @@ def build(folder, reward=REWARD):
         reward_timeout_s=10.0,
         reward_processes=1,
         needs_boxes=False,
+        family=family,
     )
 
 
@@ -81,6 +83,21 @@ def test_a_worker_samples_published_weights_grades_and_closes(tmp_path):
         assert all(x <= 0 for x in r.logprobs)
         assert r.token_ids == repeated.token_ids  # a sample is a function of its seed
     assert worker.sandboxes is None
+
+
+@pytest.mark.parametrize(("family", "prefix"), [("preview", EFFORT_A), ("official", EFFORT_B)])
+def test_prompts_are_those_of_the_checkpoint_s_family(tmp_path, family, prefix):
+    worker = build(tmp_path, family=family, max_length=1024)
+    try:
+        domain = FakeDomain("math")
+        domain.effort = "max"
+        problems = domain.problems("train", 1)
+        jobs = rollout_jobs(domain, problems, prefix="t/0", samples=1, temperature=1.0, run_seed=1)
+        (record,) = worker.run(jobs)
+    finally:
+        worker.close()
+    said = byte_tokenizer().decode(record.prompt_ids)
+    assert said.startswith(BOS + prefix) and record.outcome.kind is OutcomeKind.GRADED
 
 
 def test_a_reward_that_can_never_be_loaded_is_refused_before_anything_is_sampled(tmp_path):

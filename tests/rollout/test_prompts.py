@@ -19,7 +19,7 @@ def test_a_checkpoints_own_encoder_tells_its_family(tmp_path, source, family):
 
 
 def test_a_checkpoint_that_does_not_tell_is_refused_with_what_to_do(tmp_path):
-    with pytest.raises(CheckpointError, match="name the family"):
+    with pytest.raises(CheckpointError, match=r"task\.family=preview or task\.family=official"):
         checkpoint_family(tmp_path)
     (tmp_path / "encoding").mkdir()
     (tmp_path / "encoding" / "encoding_dsv4.py").write_text("# REASONING_EFFORT_MAX was here\n")
