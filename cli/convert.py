@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from consilience.cli.progress_display import open_progress
 from consilience.conf.errors import CheckpointError, ConfigError, ConsilienceError
 from consilience.conf.schema import Config, ConvertConfig
 from consilience.model.digest import weights_digest
 from consilience.model.release import from_checkpoint, write_release
-from consilience.model.released_checkpoint import CONFIG, ReleasedCheckpoint, open_checkpoint
+from consilience.model.released_checkpoint import CONFIG, ReleasedCheckpoint, TensorsOnDisk, open_checkpoint
 from consilience.rollout.prompts import checkpoint_family
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.training.checkpoint import META, TOKENIZER, CheckpointMeta, read_meta, seal_folder
@@ -126,22 +125,6 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copytree(path, target / path.name)
         elif path.is_file() and not is_ours:
             shutil.copyfile(path, target / path.name)
-
-
-class TensorsOnDisk(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by official name, each read when it is asked for."""
-
-    def __init__(self, checkpoint: ReleasedCheckpoint) -> None:
-        self._checkpoint = checkpoint
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._checkpoint.read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._checkpoint.entries)
-
-    def __len__(self) -> int:
-        return len(self._checkpoint.entries)
 
 
 @contextmanager

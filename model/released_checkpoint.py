@@ -33,8 +33,8 @@ from consilience.model.released_entries import (
     join_entries,
     layout_of,
 )
-from consilience.model.shards import Stored, read_folder, read_rows
-from consilience.model.tensor_names import Kind, kind_of
+from consilience.model.shards import INDEX, SINGLE, Stored, read_folder, read_header, read_index, read_rows
+from consilience.model.tensor_names import Kind, kind_of, official_of
 
 CONFIG = "config.json"
 BLOCK_VALUES = 1 << 21  # values of a block: 8 MiB once decoded to fp32
@@ -101,6 +101,44 @@ class ReleasedCheckpoint:
         tile_rows = TILES[entry.form][0]
         payload = read_rows(entry.payload, first, last)
         return payload, read_rows(entry.scale, first // tile_rows, -(-last // tile_rows))
+
+
+def find_tensor(folder: Path, official: str) -> Stored:
+    """Where a folder of any layout has the tensor of this official name, which is no expert's.
+
+    Of the shards only the tensor's own header is read. CheckpointError as `open_checkpoint`.
+    """
+    if (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
+        shard_of = dict.fromkeys(read_header(folder / SINGLE), SINGLE)
+    else:
+        shard_of = read_index(folder / INDEX)
+    name = next((name for name in shard_of if official_of(name) == official), official)
+    listed = folder / shard_of.get(name, INDEX)
+    found = read_header(listed) if name in shard_of else {}
+    if name not in found:
+        raise CheckpointError(f"{listed}: tensor {name} is missing; restore or remake the checkpoint")
+    return found[name]
+
+
+class TensorsOnDisk(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by official name, each read when it is asked for.
+
+    dtypes  official name -> the type it is read in; without them as `ReleasedCheckpoint.read` does
+    """
+
+    def __init__(
+        self, checkpoint: ReleasedCheckpoint, dtypes: Mapping[str, torch.dtype] | None = None
+    ) -> None:
+        self._checkpoint, self._dtypes = checkpoint, dtypes or {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._checkpoint.read(name, dtype=self._dtypes.get(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checkpoint.entries)
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.entries)
 
 
 def open_checkpoint(folder: Path) -> ReleasedCheckpoint:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from consilience.conf.errors import AdmissionError, CheckpointError
 from consilience.model.kernels.reverse_kl import reverse_kl
 from consilience.teachers.heads import head_shape, read_json
 from consilience.teachers.teacher import Teacher
+from consilience.training.checkpoint import META
 
 SELF_KL_BOUND = 1e-6
 """Nats a token. Equal weights on equal ids differ by fp32 rounding alone, which is far below."""
@@ -33,7 +34,8 @@ class Speech:
     head_rows        rows of head.weight in the safetensors header
     tokenizer        sha256 of tokenizer.json, but for padding and truncation (they change no id)
     special_tokens   text -> id, of tokenizer.json's special added tokens
-    declared_tokens  `special_tokens` of consilience.json as written there, None if absent
+    declared_tokens  `special_tokens` of consilience.json as written there, None if absent; where there is
+                     no consilience.json (a released folder) what it would say: every added token
     bos, eos         token ids of config.json
     """
 
@@ -51,7 +53,9 @@ def read_speech(folder: Path | str) -> Speech:
     folder = Path(folder)
     config = read_json(folder / "config.json")
     tokenizer = read_json(folder / "tokenizer.json")
-    card = read_json(folder / "consilience.json")
+    added = tokenizer.get("added_tokens") or []
+    has_card = (folder / META).is_file()
+    declared = read_json(folder / META).get("special_tokens") if has_card else _ids_of(added)
     shape = head_shape(folder)
     if len(shape) != 2:
         raise CheckpointError(f"{folder}: head.weight has shape {list(shape)}, a head is [V, D]")
@@ -63,12 +67,8 @@ def read_speech(folder: Path | str) -> Speech:
         vocab_size=config["vocab_size"],
         head_rows=shape[0],
         tokenizer=digest_tokenizer(tokenizer),
-        special_tokens={
-            token["content"]: token["id"]
-            for token in tokenizer.get("added_tokens") or []
-            if token.get("special")
-        },
-        declared_tokens=card.get("special_tokens"),
+        special_tokens=_ids_of(token for token in added if token.get("special")),
+        declared_tokens=declared,
         bos=config.get("bos_token_id"),
         eos=config.get("eos_token_id"),
     )
@@ -127,6 +127,10 @@ def check_self_kl(value: float, bound: float = SELF_KL_BOUND) -> float:
             "and teacher path differ in weights, precision or positions; nothing was trained"
         )
     return value
+
+
+def _ids_of(tokens: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    return {token["content"]: token["id"] for token in tokens}
 
 
 def _differing(mine: Any, other: Any) -> str:

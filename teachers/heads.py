@@ -1,4 +1,4 @@
-"""Prediction heads: read from a checkpoint by memory map, at most one on the device.
+"""Prediction heads: read from a checkpoint of any layout, at most one on the device.
 
 Rebuilding a teacher's logits needs its head [V, D] and nothing else of the teacher. A mini-batch runs
 sorted by teacher, so each head in it is loaded once: loads = distinct teachers, reported for every
@@ -14,23 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from consilience.conf.errors import CheckpointError
 from consilience.model.digest import weights_digest
+from consilience.model.released_checkpoint import find_tensor
+from consilience.model.shards import read_rows
 from consilience.teachers.registry import TeacherRecord
+from consilience.training.checkpoint import META, released_digest
 
-HEAD_NAME = "head.weight"
-INDEX_NAME = "model.safetensors.index.json"
+HEAD, EMBEDDING = "head.weight", "embed.weight"
 
 
 @dataclass(frozen=True)
 class TeacherDigests:
-    """Digest of all weights, as the checkpoint's card states it, and of the prediction head alone."""
+    """Digests of all weights and of the prediction head alone, and the type that its states come in."""
 
     weights: str
     head: str
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -87,69 +89,37 @@ class HeadCache:
 
 
 def read_head(folder: Path | str) -> Tensor:
-    """`head.weight` [V, D] of a checkpoint folder in its stored type, memory-mapped (pages load on use)."""
-    path = head_file(Path(folder))
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(HEAD_NAME)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: cannot read {HEAD_NAME} ({error}); restore or retrain the checkpoint"
-        ) from error
+    """The head [V, D] of a checkpoint folder in any layout that `model/` reads, as the loaded model has it.
+
+    Its type is that of the embedding, in which such a model computes. CheckpointError if the folder has no
+    head or its file cannot be read; it names file and tensor.
+    """
+    head, embedding = (find_tensor(Path(folder), name) for name in (HEAD, EMBEDDING))
+    return read_rows(head).to(embedding.dtype)
 
 
 def head_shape(folder: Path | str) -> tuple[int, ...]:
-    """Shape of `head.weight`, from the file's header alone."""
-    path = head_file(Path(folder))
-    try:
-        with safe_open(path, framework="pt") as file:
-            return tuple(file.get_slice(HEAD_NAME).get_shape())
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: cannot read {HEAD_NAME} ({error}); restore or retrain the checkpoint"
-        ) from error
-
-
-def head_file(folder: Path) -> Path:
-    """The safetensors file that holds the head: by the index, or the folder's only file.
-
-    CheckpointError: index unreadable, no head in it, the file missing.
-    """
-    index = folder / INDEX_NAME
-    if index.is_file():
-        try:
-            name = json.loads(index.read_text())["weight_map"][HEAD_NAME]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{index} lists no {HEAD_NAME} ({error!r}); restore or retrain it"
-            ) from error
-        path = folder / name
-    else:
-        files = sorted(folder.glob("model*.safetensors"))
-        if len(files) != 1:
-            raise CheckpointError(
-                f"{folder} has no {INDEX_NAME} and {len(files)} model*.safetensors files; one is needed"
-            )
-        path = files[0]
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path} is missing, though the checkpoint's index names it; restore the folder"
-        )
-    return path
+    """Shape of the head, from the header of its file alone."""
+    return find_tensor(Path(folder), HEAD).shape
 
 
 def head_digest(head: Tensor) -> str:
     """The weights digest of a head alone: how stored hidden states name the head they belong to."""
-    return weights_digest({HEAD_NAME: head})
+    return weights_digest({HEAD: head})
 
 
 def read_digests(record: TeacherRecord) -> TeacherDigests:
-    """Digests of a teacher without loading it. CheckpointError if its card names none."""
-    path = Path(record.checkpoint) / "consilience.json"
-    weights = read_json(path).get("digest")
+    """Digests of a teacher without loading it. CheckpointError if its card names none.
+
+    A folder without a card was released: all of its weights are read, a tensor at a time, to know them.
+    """
+    folder = Path(record.checkpoint)
+    path = folder / META
+    weights = read_json(path).get("digest") if path.is_file() else released_digest(folder)
     if not isinstance(weights, str) or not weights:
         raise CheckpointError(f"{path} names no digest; the checkpoint is incomplete, restore or retrain it")
-    return TeacherDigests(weights, head_digest(read_head(record.checkpoint)))
+    head = read_head(folder)
+    return TeacherDigests(weights, head_digest(head), head.dtype)
 
 
 def read_json(path: Path) -> dict[str, Any]:

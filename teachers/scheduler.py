@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,9 +57,9 @@ class ScoreReport:
 class TeacherScheduler:
     """Scores requests teacher by teacher.
 
-    `loader` builds a teacher from its record and keeps no reference to it. `dtype` is the activation type
-    its states come in. `batch_tokens` bounds the tokens of one scored and stored batch (a longer single
-    sample is a batch of its own). `digests` reads a teacher's digests without loading it.
+    `loader` builds a teacher from its record and keeps no reference to it. `batch_tokens` bounds the tokens
+    of one scored and stored batch (a longer single sample is a batch of its own). `digests` reads a
+    teacher's digests, and the type of its states, without loading it.
     """
 
     def __init__(
@@ -68,12 +68,11 @@ class TeacherScheduler:
         loader: Callable[[TeacherRecord], Teacher],
         store: HiddenStore,
         *,
-        dtype: torch.dtype = torch.float32,
         batch_tokens: int = 8192,
         digests: Callable[[TeacherRecord], TeacherDigests] = read_digests,
     ) -> None:
         self._registry, self._loader, self._store = registry, loader, store
-        self._dtype, self._batch_tokens, self._read_digests = dtype, batch_tokens, digests
+        self._batch_tokens, self._read_digests = batch_tokens, digests
         self._digests: dict[str, TeacherDigests] = {}
         self._resident: weakref.ref[Teacher] | None = None
 
@@ -116,7 +115,7 @@ class TeacherScheduler:
                 self._digests[name] = self._read_digests(self._registry.get(name))
             digests = self._digests[name]
             keys[request.uid] = hidden_key(
-                digests.weights, digests.head, request.token_ids, request.positions, self._dtype
+                digests.weights, digests.head, request.token_ids, request.positions, digests.dtype
             )
         return keys
 
@@ -124,11 +123,12 @@ class TeacherScheduler:
         self._check_released(record.name)
         teacher = self._loader(record)
         self._resident = weakref.ref(teacher)
-        found = TeacherDigests(teacher.digest, teacher.head_digest)
-        if found != self._digests[record.name]:
+        stated = self._digests[record.name]
+        found = replace(stated, weights=teacher.digest, head=teacher.head_digest)
+        if found != stated:
             raise AdmissionError(
                 f"teacher '{record.name}': loaded digests {found}, its checkpoint states "
-                f"{self._digests[record.name]}; the folder changed during the run or is corrupt"
+                f"{stated}; the folder changed during the run or is corrupt"
             )
         for keys in _batches(queue, self._batch_tokens):
             batch = [queue[key] for key in keys]
@@ -139,13 +139,14 @@ class TeacherScheduler:
         self._check_released(None)
 
     def _check_states(self, name: str, batch: Sequence[ScoreRequest], states: Sequence[Tensor]) -> None:
+        dtype = self._digests[name].dtype
         if len(states) != len(batch):
             raise EngineError(f"teacher '{name}' returned {len(states)} tensors for {len(batch)} samples")
         for request, state in zip(batch, states):
-            if state.dim() != 2 or state.shape[0] != len(request.positions) or state.dtype != self._dtype:
+            if state.dim() != 2 or state.shape[0] != len(request.positions) or state.dtype != dtype:
                 raise EngineError(
                     f"teacher '{name}', {request.uid}: states {list(state.shape)} {state.dtype}; "
-                    f"[{len(request.positions)}, D] {self._dtype} was expected"
+                    f"[{len(request.positions)}, D] {dtype} was expected"
                 )
             if not torch.isfinite(state).all():
                 raise EngineError(

@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,10 @@ from consilience.training.tensor_files import (
     shards,
     write_tensors,
 )
+
+if TYPE_CHECKING:
+    from consilience.model.released_checkpoint import ReleasedCheckpoint
+    from consilience.model.transformer import Transformer
 
 SCHEMA = 1
 META, CONFIG, TOKENIZER, STATE = "consilience.json", "config.json", "tokenizer.json", "state"
@@ -231,17 +235,37 @@ def load_checkpoint(
     return model, meta
 
 
+def released_digest(folder: Path) -> str:
+    """The digest that `load_checkpoint` gives the weights of a released or transformers folder.
+
+    All of them are read, one tensor in memory at a time. CheckpointError as `open_checkpoint`.
+    """
+    from consilience.model.checkpoint import to_official
+    from consilience.model.digest import weights_digest
+    from consilience.model.released_checkpoint import TensorsOnDisk, open_checkpoint
+
+    checkpoint = open_checkpoint(folder)
+    model = _released_model(checkpoint)
+    return weights_digest(TensorsOnDisk(checkpoint, {n: t.dtype for n, t in to_official(model).items()}))
+
+
+def _released_model(checkpoint: ReleasedCheckpoint) -> Transformer:
+    """The model of a released folder on `meta`, in the type of its embedding."""
+    from consilience.model.transformer import Transformer
+
+    with torch.device("meta"):
+        config = replace(checkpoint.config, expert_dtype=None)  # what is in memory is not quantised
+        return Transformer(config, checkpoint.entries["embed.weight"].payload.dtype)
+
+
 def _load_released(folder: Path) -> tuple[nn.Module, CheckpointMeta]:
     from consilience.model.checkpoint import to_official
     from consilience.model.digest import weights_digest
     from consilience.model.released_checkpoint import open_checkpoint
     from consilience.model.released_loading import load_released
-    from consilience.model.transformer import Transformer
 
     checkpoint = open_checkpoint(folder)
-    with torch.device("meta"):
-        config = replace(checkpoint.config, expert_dtype=None)  # what is in memory is not quantised
-        model = Transformer(config, checkpoint.entries["embed.weight"].payload.dtype)
+    model = _released_model(checkpoint)
     load_released(model, checkpoint)
     digest = weights_digest(to_official(model))
     return model, CheckpointMeta("released", seed=0, step=0, family=None, digest=digest)

@@ -19,9 +19,10 @@ from synthetic_release import (
 from consilience.conf.errors import CheckpointError
 from consilience.model.checkpoint import expected_shapes, to_official
 from consilience.model.config import FLASH
+from consilience.model.digest import weights_digest
 from consilience.model.release_plan import plan_slots, shard_slots
-from consilience.model.released_checkpoint import blocks_of, open_checkpoint
-from consilience.model.shards import INDEX, ShardWriter
+from consilience.model.released_checkpoint import TensorsOnDisk, blocks_of, find_tensor, open_checkpoint
+from consilience.model.shards import INDEX, ShardWriter, read_rows
 from consilience.training.checkpoint import CheckpointMeta, save_checkpoint
 
 torch.set_num_threads(1)
@@ -233,3 +234,36 @@ def test_a_tensor_under_two_names_is_refused(tmp_path):
         CheckpointError, match=r"tensor \S+ is embed.weight again, which model.safetensors has as"
     ):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_one_tensor_is_found_by_its_official_name_in_any_layout(tmp_path, num_shards):
+    official = write_official(tmp_path / "official", num_shards=num_shards)
+    theirs = hf_model()
+    theirs.save_pretrained(tmp_path / "transformers", max_shard_size="50MB" if num_shards == 1 else "300KB")
+    head = theirs.lm_head.weight
+    assert read_rows(find_tensor(tmp_path / "transformers", "head.weight")).equal(head)
+    assert find_tensor(official, "head.weight") == open_checkpoint(official).entries["head.weight"].payload
+    with pytest.raises(CheckpointError, match=r"safetensors.*: tensor nothing is missing"):
+        find_tensor(official, "nothing")
+
+
+def test_one_tensor_needs_its_own_shard_only(tmp_path):
+    folder = write_official(tmp_path / "official")
+    where = find_tensor(folder, "head.weight").file
+    for shard in set(folder.glob("*.safetensors")) - {where}:
+        shard.unlink()
+    assert find_tensor(folder, "head.weight").file == where
+    where.unlink()
+    with pytest.raises(CheckpointError, match=f"{where.name} is missing"):
+        find_tensor(folder, "head.weight")
+
+
+def test_tensors_on_disk_are_those_in_memory(official):
+    checkpoint = open_checkpoint(official[0])
+    in_memory = {name: checkpoint.read(name) for name in checkpoint.entries}
+    assert weights_digest(TensorsOnDisk(checkpoint)) == weights_digest(in_memory)
+    halves = dict.fromkeys(checkpoint.entries, torch.bfloat16)
+    found = TensorsOnDisk(checkpoint, halves)
+    assert len(found) == len(in_memory)
+    assert all(t.equal(in_memory[name].bfloat16()) for name, t in found.items())

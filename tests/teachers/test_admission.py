@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def write_checkpoint(
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
-    save_file({"head.weight": torch.zeros(rows or vocab, width)}, folder / "model-00001-of-00001.safetensors")
+    save_file({"head.weight": torch.zeros(rows or vocab, width)}, folder / "model.safetensors")
     return folder
 
 
@@ -68,8 +69,10 @@ def test_special_tokens_declared_by_the_card_alone_count_too(tmp_path):
         admit(student, teacher)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "consilience.json"])
-@pytest.mark.parametrize("content", [None, "{", "[1]"])
+NAMES = ["config.json", "tokenizer.json", "consilience.json"]
+
+
+@pytest.mark.parametrize(("name", "content"), [*product(NAMES, ("{", "[1]")), *product(NAMES[:2], (None,))])
 def test_a_file_that_is_missing_or_broken_is_a_checkpoint_error_that_names_it(tmp_path, name, content):
     student, teacher = write_checkpoint(tmp_path / "s"), write_checkpoint(tmp_path / "t")
     (teacher / name).unlink()
@@ -79,11 +82,22 @@ def test_a_file_that_is_missing_or_broken_is_a_checkpoint_error_that_names_it(tm
         admit(student, teacher)
 
 
+def test_a_folder_without_a_card_was_released_and_declares_what_its_tokenizer_adds(tmp_path):
+    student, teacher = write_checkpoint(tmp_path / "s"), write_checkpoint(tmp_path / "t")
+    (teacher / "consilience.json").unlink()
+    admit(student, teacher)
+    assert read_speech(teacher) == read_speech(student)
+    card = json.loads((student / "consilience.json").read_text()) | {"special_tokens": {"<bos>": 5}}
+    (student / "consilience.json").write_text(json.dumps(card))
+    with pytest.raises(AdmissionError, match="declared_tokens"):
+        admit(student, teacher)
+
+
 def test_a_folder_without_weights_is_a_checkpoint_error(tmp_path):
     student = write_checkpoint(tmp_path / "s")
     teacher = tmp_path / "t"
     shutil.copytree(student, teacher, ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(CheckpointError, match=r"0 model.*safetensors files"):
+    with pytest.raises(CheckpointError, match=r"index\.json is missing"):
         admit(student, teacher)
 
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from synthetic_release import hf_model, write_official
 
-from consilience.conf.errors import CheckpointError
+from consilience.conf.errors import AdmissionError, CheckpointError
 from consilience.model.config import PRESETS
 from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer
@@ -16,7 +17,7 @@ from consilience.teachers.hidden_store import HiddenStore
 from consilience.teachers.model_teacher import ModelTeacher, load_model_teacher
 from consilience.teachers.registry import TeacherRecord, TeacherRegistry
 from consilience.teachers.scheduler import ScoreRequest, TeacherScheduler
-from consilience.training.checkpoint import CheckpointMeta, save_checkpoint
+from consilience.training.checkpoint import CheckpointMeta, load_checkpoint, save_checkpoint
 
 torch.set_num_threads(1)
 CONFIG = replace(PRESETS["tiny"], vocab_size=80)
@@ -114,3 +115,47 @@ def test_no_samples_give_no_states_and_uneven_lists_are_refused(records):
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError):
         load_model_teacher(TeacherRecord("x", tmp_path / "nowhere", ("x",)))
+
+
+RELEASES = {
+    "official, FP4 experts": lambda folder: write_official(folder),
+    "official, FP8 experts": lambda folder: write_official(folder, experts="fp8", num_shards=1),
+    "transformers": lambda folder: hf_model(torch.bfloat16).save_pretrained(folder),
+}
+
+
+@pytest.mark.parametrize("layout", RELEASES)
+def test_a_released_folder_teaches_as_it_is(layout, tmp_path):
+    """Student: the same weights saved as a checkpoint of ours."""
+    released, own = tmp_path / "released", tmp_path / "own"
+    RELEASES[layout](released)
+    tokens = [{"content": "<eos>", "id": 1, "special": True}]
+    (released / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens, "model": {}}))
+    model, meta = load_checkpoint(released)
+    save_checkpoint(own, model, released / "tokenizer.json", replace(meta, special_tokens={"<eos>": 1}))
+    admit(own, released)
+
+    record = TeacherRecord("math", released, ("math",))
+    found = read_digests(record)
+    assert found == read_digests(TeacherRecord("own", own, ("math",)))
+    assert found.dtype == torch.bfloat16 and torch.equal(read_head(released), model.head.weight)
+
+    ids = tuple(range(40))
+    store = HiddenStore(tmp_path / "store")
+    scheduler = TeacherScheduler(TeacherRegistry([record]), load_model_teacher, store)
+    report = scheduler.score([ScoreRequest("a", "math", ids, tuple(range(39)))])
+    expected = ModelTeacher("alone", model, meta.digest).score([ids], [range(39)])[0]
+    assert torch.equal(store.take(report.keys["a"]), expected)
+
+
+def test_a_released_teacher_whose_weights_change_during_the_run_is_refused(tmp_path):
+    folder = write_official(tmp_path / "released", num_shards=1)
+    record = TeacherRecord("math", folder, ("math",))
+
+    def load_another(record):
+        write_official(folder, seed=1, num_shards=1)
+        return load_model_teacher(record)
+
+    scheduler = TeacherScheduler(TeacherRegistry([record]), load_another, HiddenStore(tmp_path / "store"))
+    with pytest.raises(AdmissionError, match="the folder changed during the run"):
+        scheduler.score([ScoreRequest("a", "math", (1, 2, 3), (0, 1))])
