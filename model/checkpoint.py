@@ -72,10 +72,20 @@ def load_official(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(
                 f"{name}: found shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}"
             )
-        if name.endswith("tid2eid") and target.numel():
-            last = model.config.n_routed_experts - 1
-            low, high = int(tensors[name].min()), int(tensors[name].max())
-            if low < 0 or high > last:
-                raise CheckpointError(f"{name}: expert ids run from {low} to {high}, allowed are 0 to {last}")
+    _check_tables(tensors, model.config)
     for name, target in expected.items():
         target.copy_(tensors[name])
+
+
+def check_hash_tables(model: Transformer) -> None:
+    """CheckpointError if a hash table of the model points at an expert that the model does not have."""
+    _check_tables(to_official(model), model.config)
+
+
+def _check_tables(tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
+    last = config.n_routed_experts - 1
+    for name, table in tensors.items():
+        if name.endswith("tid2eid") and table.numel():
+            low, high = int(table.min()), int(table.max())
+            if low < 0 or high > last:
+                raise CheckpointError(f"{name}: expert ids run from {low} to {high}, allowed are 0 to {last}")

@@ -169,9 +169,24 @@ def read_rows(stored: Stored, first: int = 0, last: int | None = None) -> Tensor
     last = stored.shape[0] if last is None and stored.shape else last
     num_rows = last - first if last is not None else 1
     raw = torch.empty(num_rows * stored.row_bytes, dtype=torch.uint8)
+    _read(stored, first * stored.row_bytes, raw)
+    shape = (num_rows, *stored.shape[1:]) if stored.shape else ()
+    return raw.view(stored.dtype).view(shape)
+
+
+def read_into(target: Tensor, stored: Stored) -> None:
+    """Read a stored tensor into one of its type and shape, contiguous and on the CPU: nothing beside it.
+
+    CheckpointError as `read_rows`.
+    """
+    _read(stored, 0, target.detach().view(-1).view(torch.uint8))
+
+
+def _read(stored: Stored, begin: int, raw: Tensor) -> None:
+    """Fill the bytes `raw` from byte `begin` of the tensor on."""
     view = memoryview(raw.numpy()).cast("B")  # type: ignore[arg-type]
     with open(stored.file, "rb", buffering=0) as file:
-        file.seek(stored.begin + first * stored.row_bytes)
+        file.seek(stored.begin + begin)
         done = 0
         while done < len(view):
             got = file.readinto(view[done:])
@@ -180,8 +195,6 @@ def read_rows(stored: Stored, first: int = 0, last: int | None = None) -> Tensor
                     f"{stored.file}: tensor {stored.name} ends early; the file changed meanwhile"
                 )
             done += got
-    shape = (num_rows, *stored.shape[1:]) if stored.shape else ()
-    return raw.view(stored.dtype).view(shape)
 
 
 class ShardWriter:

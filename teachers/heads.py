@@ -21,7 +21,8 @@ from consilience.model.digest import weights_digest
 from consilience.model.released_checkpoint import find_tensor
 from consilience.model.shards import read_rows
 from consilience.teachers.registry import TeacherRecord
-from consilience.training.checkpoint import META, released_digest
+from consilience.training.checkpoint import META
+from consilience.training.released_weights import released_digest
 
 HEAD, EMBEDDING = "head.weight", "embed.weight"
 

@@ -20,12 +20,13 @@ import shutil
 from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from consilience.conf.errors import CheckpointError, ConsilienceError
+from consilience.model.shards import Stored, read_folder, read_into
 from consilience.training.durable_files import (
     flush_folder,
     folder_beside,
@@ -39,15 +40,10 @@ from consilience.training.tensor_files import (
     INDEX,
     check_tensors,
     index_text,
-    read_shards,
     read_tensors,
     shards,
     write_tensors,
 )
-
-if TYPE_CHECKING:
-    from consilience.model.released_checkpoint import ReleasedCheckpoint
-    from consilience.model.transformer import Transformer
 
 SCHEMA = 1
 META, CONFIG, TOKENIZER, STATE = "consilience.json", "config.json", "tokenizer.json", "state"
@@ -85,18 +81,24 @@ class CheckpointMeta:
 
 @dataclass(frozen=True)
 class ModelFormat:
-    """How a model becomes config and tensors and back; `v4_format` is the one in use."""
+    """How a model becomes config and tensors and back; `v4_format` is the one in use.
+
+    to_official    its tensors, in its own memory
+    load_official  copies such tensors into it
+    check          CheckpointError if what was read into it cannot be computed with
+    """
 
     config_dict: Callable[[nn.Module], dict[str, Any]]
     build: Callable[[Mapping[str, Any], torch.dtype], nn.Module]
     to_official: Callable[[nn.Module], dict[str, Tensor]]
     load_official: Callable[[nn.Module, Mapping[str, Tensor]], None]
+    check: Callable[[nn.Module], None]
     digest: Callable[[Mapping[str, Tensor]], str]
 
 
 def v4_format() -> ModelFormat:
     """The V4 `Transformer` (imported here, so that reading a checkpoint's meta stays light)."""
-    from consilience.model.checkpoint import load_official, to_official
+    from consilience.model.checkpoint import check_hash_tables, load_official, to_official
     from consilience.model.config import ModelConfig
     from consilience.model.digest import weights_digest
     from consilience.model.transformer import Transformer
@@ -106,6 +108,7 @@ def v4_format() -> ModelFormat:
         build=lambda row, dtype: Transformer(ModelConfig.from_json_dict(row), dtype),
         to_official=to_official,  # type: ignore[arg-type]
         load_official=load_official,  # type: ignore[arg-type]
+        check=check_hash_tables,  # type: ignore[arg-type]
         digest=weights_digest,
     )
 
@@ -208,20 +211,28 @@ def load_checkpoint(
     """The model of a checkpoint folder and its meta.
 
     The weights keep the type they were written in; no random number is drawn. `verify` recomputes
-    the weights digest and the sha256 of the small files. A folder that was not saved here (no
+    the weights digest and the sha256 of the small files. Nothing but the model is in memory, however large
+    shards are: all headers are checked first, then each tensor is read into its place, and the digest is
+    that of the model as it then is. A folder that was not saved here (no
     `consilience.json`) is read as a released or transformers checkpoint, in the type of its embedding; its
     meta is that of stage "released". CheckpointError names file and tensor.
     """
     folder = Path(folder)
     if model_format is None and (folder / CONFIG).is_file() and not (folder / META).is_file():
-        return _load_released(folder)
+        from consilience.training.released_weights import read_released
+
+        model, digest = read_released(folder)
+        return model, CheckpointMeta("released", seed=0, step=0, family=None, digest=digest)
     model_format = model_format or v4_format()
     meta = read_meta(folder)
     config = read_config(folder)
-    tensors, weight_map = read_shards(folder)
+    stored = read_folder(folder)
     with torch.random.fork_rng(devices=[]):
-        model = model_format.build(config, getattr(torch, _main_dtype(tensors)))
-    check_tensors(folder, tensors, weight_map, model_format.to_official(model))
+        model = model_format.build(config, getattr(torch, _main_dtype(stored)))
+    tensors = model_format.to_official(model)
+    check_tensors(folder, stored, tensors)
+    for name, tensor in tensors.items():
+        read_into(tensor, stored[name])
     if verify:
         found = model_format.digest(tensors)
         if found != meta.digest:
@@ -231,44 +242,8 @@ def load_checkpoint(
                 "restore or remake the checkpoint"
             )
         _verify_files(folder, {n: d for n, d in meta.files.items() if not n.startswith(f"{STATE}/")})
-    model_format.load_official(model, tensors)
+    model_format.check(model)
     return model, meta
-
-
-def released_digest(folder: Path) -> str:
-    """The digest that `load_checkpoint` gives the weights of a released or transformers folder.
-
-    All of them are read, one tensor in memory at a time. CheckpointError as `open_checkpoint`.
-    """
-    from consilience.model.checkpoint import to_official
-    from consilience.model.digest import weights_digest
-    from consilience.model.released_checkpoint import TensorsOnDisk, open_checkpoint
-
-    checkpoint = open_checkpoint(folder)
-    model = _released_model(checkpoint)
-    return weights_digest(TensorsOnDisk(checkpoint, {n: t.dtype for n, t in to_official(model).items()}))
-
-
-def _released_model(checkpoint: ReleasedCheckpoint) -> Transformer:
-    """The model of a released folder on `meta`, in the type of its embedding."""
-    from consilience.model.transformer import Transformer
-
-    with torch.device("meta"):
-        config = replace(checkpoint.config, expert_dtype=None)  # what is in memory is not quantised
-        return Transformer(config, checkpoint.entries["embed.weight"].payload.dtype)
-
-
-def _load_released(folder: Path) -> tuple[nn.Module, CheckpointMeta]:
-    from consilience.model.checkpoint import to_official
-    from consilience.model.digest import weights_digest
-    from consilience.model.released_checkpoint import open_checkpoint
-    from consilience.model.released_loading import load_released
-
-    checkpoint = open_checkpoint(folder)
-    model = _released_model(checkpoint)
-    load_released(model, checkpoint)
-    digest = weights_digest(to_official(model))
-    return model, CheckpointMeta("released", seed=0, step=0, family=None, digest=digest)
 
 
 def load_engine_state(folder: Path, engine: TrainEngine) -> None:
@@ -389,7 +364,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return row
 
 
-def _main_dtype(tensors: Mapping[str, Tensor]) -> str:
+def _main_dtype(tensors: Mapping[str, Tensor] | Mapping[str, Stored]) -> str:
     """Type of the embedding: the one config.json calls torch_dtype (others may stay fp32)."""
     if "embed.weight" not in tensors:
         raise CheckpointError(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from consilience.conf.errors import CheckpointError
-from consilience.model.shards import INDEX, read_index
+from consilience.model.shards import INDEX, Stored
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -55,50 +55,29 @@ def index_text(weight_map: Mapping[str, str], total_bytes: int) -> str:
     return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}, indent=1)
 
 
-def read_shards(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a sharded folder and the shard each came from.
-
-    CheckpointError names the file, and the tensor where one is missing, doubled or not in the index.
-    """
-    weight_map = read_index(folder / INDEX)
-    tensors: dict[str, Tensor] = {}
-    for file_name in sorted(set(weight_map.values())):
-        found = read_tensors(folder / file_name)
-        promised = {name for name, file in weight_map.items() if file == file_name}
-        for name in sorted(promised ^ found.keys()):
-            problem = "is missing" if name in promised else f"is not listed for it in {INDEX}"
-            raise CheckpointError(
-                f"{folder / file_name}: tensor {name} {problem}; restore or remake the checkpoint"
-            )
-        tensors |= found
-    return tensors, weight_map
-
-
-def check_tensors(
-    folder: Path, tensors: Mapping[str, Tensor], weight_map: Mapping[str, str], expected: Mapping[str, Tensor]
-) -> None:
+def check_tensors(folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, Tensor]) -> None:
     """CheckpointError unless names, shapes and types are those of `expected`; says file and tensor."""
-    for name in sorted(expected.keys() - tensors.keys()):
+    for name in sorted(expected.keys() - stored.keys()):
         raise CheckpointError(
             f"{folder / INDEX}: tensor {name} is missing, config.json asks for it with shape "
             f"{list(expected[name].shape)}; the weights belong to another model"
         )
-    for name in sorted(tensors.keys() - expected.keys()):
+    for name in sorted(stored.keys() - expected.keys()):
         raise CheckpointError(
-            f"{folder / weight_map[name]}: tensor {name} is unexpected, the model of config.json has none "
+            f"{stored[name].file}: tensor {name} is unexpected, the model of config.json has none "
             "of that name; the weights belong to another model"
         )
-    for name, tensor in tensors.items():
+    for name, tensor in stored.items():
         wanted = expected[name]
-        if tensor.shape != wanted.shape:
+        if tensor.shape != tuple(wanted.shape):
             raise CheckpointError(
-                f"{folder / weight_map[name]}: tensor {name} has shape {list(tensor.shape)}, the model of "
+                f"{stored[name].file}: tensor {name} has shape {list(tensor.shape)}, the model of "
                 f"config.json needs {list(wanted.shape)}; the weights belong to another model"
             )
         if tensor.dtype != wanted.dtype:
             raise CheckpointError(
-                f"{folder / weight_map[name]}: tensor {name} has type {_dtype(tensor)}, the model of "
-                f"config.json needs {_dtype(wanted)}; convert the weights first"
+                f"{stored[name].file}: tensor {name} has type {_dtype(tensor.dtype)}, the model of "
+                f"config.json needs {_dtype(wanted.dtype)}; convert the weights first"
             )
 
 
@@ -113,8 +92,8 @@ def _own_memory(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", copy=True).contiguous()
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def as_bytes_tensor(data: bytes) -> Tensor:

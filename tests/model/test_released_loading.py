@@ -167,22 +167,12 @@ CHILD = """
 import json, sys
 from pathlib import Path
 import torch
+from peak_memory import peak, start
 torch.set_num_threads(1)
 from consilience.model.release import from_checkpoint, from_model, write_release
 from consilience.model.released_checkpoint import open_checkpoint
 from consilience.model.released_loading import load_released
 from consilience.model.transformer import Transformer
-
-def status(key):
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[key].split()[0]) * 1024
-
-def start():
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    return status("VmRSS")
-
-def peak():
-    return status("VmHWM")
 
 small, large, out = map(Path, sys.argv[1:])
 found = {}

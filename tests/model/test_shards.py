@@ -14,6 +14,7 @@ from consilience.model.shards import (
     header_bytes,
     read_folder,
     read_header,
+    read_into,
     read_rows,
 )
 
@@ -50,6 +51,9 @@ def test_every_type_is_read_as_the_library_reads_it(file):
     for name, stored in header.items():
         assert stored.shape == expected[name].shape
         assert same(read_rows(stored), expected[name]), name
+        place = torch.zeros_like(expected[name])
+        read_into(place, stored)
+        assert same(place, expected[name]), name
 
 
 def test_rows_are_those_of_the_tensor_in_memory_of_their_own(file):
@@ -149,6 +153,8 @@ def test_a_file_that_shrinks_after_its_header_was_read_is_noticed(file):
     file.write_bytes(file.read_bytes()[:-2])
     with pytest.raises(CheckpointError, match="ends early"):
         read_rows(last)
+    with pytest.raises(CheckpointError, match="ends early"):
+        read_into(torch.empty(last.shape, dtype=last.dtype), last)
 
 
 def write_two(folder, index=None):

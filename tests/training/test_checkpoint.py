@@ -66,6 +66,7 @@ SMALL = ModelFormat(
     build=lambda row, dtype: Small(row["width"], dtype),
     to_official=lambda model: {name: t.detach() for name, t in model.state_dict().items()},
     load_official=load_small,
+    check=lambda model: None,
     digest=weights_digest,
 )
 META = CheckpointMeta(
@@ -414,6 +415,15 @@ def test_the_v4_model_resumes_bit_for_bit_with_muon_adamw_and_moved_router_biase
     train_v4(resumed, 2, first=2)
     assert same(straight.model, resumed.model)
     assert straight.model.layers[1].ffn.gate.bias.any()
+
+
+def test_a_hash_table_that_points_past_the_experts_is_refused_even_unverified(tmp_path):
+    model = tiny_v4(0)
+    with torch.no_grad():
+        model.layers[0].ffn.gate.tid2eid[3, 1] = 4
+    save_checkpoint(tmp_path / "ckpt", model, None, META)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.ffn\.gate\.tid2eid: expert ids run .* to 4"):
+        load_checkpoint(tmp_path / "ckpt", verify=False)
 
 
 def test_a_released_folder_is_where_a_stage_may_start(tmp_path):
