@@ -156,6 +156,5 @@ class Attention(nn.Module):
                 detached = replace(keys, window=keys.window.detach(), entries=keys.entries.detach())  # type: ignore[union-attr]
                 attention = (query.detach(), detached, self.attn_sink.detach(), self.width**-0.5)
                 loss, num_queries = index_loss(index, attention, layout.is_valid)
-                layout.trace.indexer_loss.append(loss)  # type: ignore[union-attr]
-                layout.trace.indexer_queries.append(num_queries)  # type: ignore[union-attr]
+                layout.trace.add_indexer_loss(loss, num_queries)  # type: ignore[union-attr]
         return keys

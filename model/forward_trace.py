@@ -1,6 +1,8 @@
 """What the parts of the model did in one forward: counters for reports and auxiliary losses.
 
-A forward given a `Trace` fills it in; without one nothing is computed.
+A forward given a `Trace` fills it in; without one nothing is computed. What activation checkpointing runs
+again in the backward – the model's own (`model/recompute.py`) or torch.utils.checkpoint around it – was
+counted when it ran first, and leaves the trace as it is.
 """
 
 from __future__ import annotations
@@ -56,13 +58,28 @@ class Trace:
         terms = [loss * number for loss, number in zip(self.indexer_loss, self.indexer_queries)]
         return torch.stack(terms).sum()
 
+    def add_balance_loss(self, loss: Tensor) -> None:
+        """Balance loss of one learned router, a scalar."""
+        if not _is_run_again():
+            self.balance_loss.append(loss)
+
+    def add_indexer_loss(self, loss: Tensor, num_queries: Tensor) -> None:
+        """Loss of one CSA layer's indexer and the queries that it is a mean over, scalars."""
+        if not _is_run_again():
+            self.indexer_loss.append(loss)
+            self.indexer_queries.append(num_queries)
+
     def add_load(self, layer: int, load: Tensor, *, is_hash: bool) -> None:
         """Accumulate one layer's tokens per expert [E]."""
+        if _is_run_again():
+            return
         self.expert_load[layer] = load + self.expert_load[layer] if layer in self.expert_load else load
         self.is_hash[layer] = is_hash
 
     def add_visible(self, windows: Windows, is_valid: Tensor, picks: Tensor | None) -> None:
         """Count what the valid queries of one layer could see and what the indexer left out."""
+        if _is_run_again():
+            return
         counts = ((windows.stop - windows.first) * is_valid).sum()
         if windows.ratio != CSA_RATIO:
             self.hca_attended += int(counts)
@@ -70,3 +87,8 @@ class Trace:
         self.csa_visible += int(counts)
         if picks is not None:
             self.csa_dropped += int(counts) - int(((picks >= 0).sum(-1) * is_valid).sum())
+
+
+def _is_run_again() -> bool:
+    """Whether a backward is on its way: a forward inside of it repeats an earlier one."""
+    return torch._C._current_graph_task_id() >= 0  # as torch.utils.checkpoint asks

@@ -14,7 +14,6 @@ E experts, I expert width.
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +32,6 @@ from torch.utils.checkpoint import (
 )
 
 from consilience.conf.errors import ConfigError
-from consilience.model.forward_trace import Trace
 
 if TYPE_CHECKING:
     from consilience.model.layout import Layout
@@ -125,13 +123,11 @@ class Recompute:
     ) -> Tensor:
         """forward(streams, token_ids, layout, None) [R, N, D], some of it run again in the backward."""
         is_selective = not self.names.issuperset(NAMES)
-        first = iter((layout,))
         with _set(_is_selective, is_selective):
             settings = copy_context()  # exact mode among them; the backward may run outside of it
 
         def once(streams: Tensor, token_ids: Tensor) -> Tensor:
-            here = next(first, None) or _unseen(layout)
-            return settings.copy().run(forward, streams, token_ids, here, None)
+            return settings.copy().run(forward, streams, token_ids, layout, None)
 
         contexts = functools.partial(create_selective_checkpoint_contexts, self.decide)
         return checkpoint(  # type: ignore[return-value]
@@ -176,19 +172,6 @@ def recomputable(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return policy.run(functools.partial(forward, self), streams, token_ids, layout)
 
     return run
-
-
-def _unseen(layout: Layout) -> Layout:
-    """`layout` for a second run: the same operations, and nobody's counters and losses.
-
-    A copy keeps what the first run has cached in it: selective checkpointing counts operations, so that a
-    second run must not do what the first did not.
-    """
-    if layout.trace is None:
-        return layout
-    again = copy.copy(layout)
-    object.__setattr__(again, "trace", Trace(wants_losses=layout.trace.wants_losses))
-    return again
 
 
 @contextmanager
