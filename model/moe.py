@@ -256,7 +256,7 @@ class MoE(nn.Module):
             load = torch.bincount(experts[sample >= 0].flatten(), minlength=scores.shape[1])
             trace.add_load(self.layer, load, is_hash=self.gate.is_hash)
             if trace.wants_losses and not self.gate.is_hash:
-                trace.balance_loss.append(balance_loss(scores, experts, sample))
+                trace.add_balance_loss(balance_loss(scores, experts, sample))
         return (output + self.shared_experts(hidden)).to(hidden.dtype)
 
 
