@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from consilience.model import exact
 from consilience.model.compressor import Compressor
@@ -23,6 +22,7 @@ from consilience.model.kernels.sink_attention import Keys, Stretch, entry_mass, 
 from consilience.model.layout import Layout
 from consilience.model.quantization import OFF, fake_bf16, index_values
 from consilience.model.rope import rotate
+from consilience.model.run_again import run_again
 from consilience.model.state import CompressorState
 from consilience.model.top_k import top_k
 
@@ -171,14 +171,17 @@ def index_loss(
     heads = max(query.shape[2], index.query.shape[2])
     for part in stretches(keys, query.shape[1], query.shape[0], heads, buffer):
         if part.columns:
-            arguments = (index, query, keys, sink, scale, part, is_valid)
-            kl, used = checkpoint(_stretch_loss, *arguments, use_reentrant=False)  # type: ignore[misc]
+            rest = (index.is_cut, query, keys, sink, scale, part, is_valid)
+            kl, used = run_again(_stretch_loss, index.query, index.weight, index.keys, *rest)
             total, count = total + kl, count + used
     return total / count.clamp(min=1), count
 
 
 def _stretch_loss(
-    index: IndexQueries,
+    index_query: Tensor,
+    weight: Tensor,
+    index_keys: Tensor,
+    is_cut: bool,
     query: Tensor,
     keys: Keys,
     sink: Tensor,
@@ -187,6 +190,7 @@ def _stretch_loss(
     is_valid: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the stretch's divergences and the number of queries that have one."""
+    index = IndexQueries(index_query, weight, index_keys, is_cut)
     here = slice(part.start, part.stop)
     with torch.no_grad():
         mass = entry_mass(query, keys, sink, scale, part)
