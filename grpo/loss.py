@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from consilience.conf.errors import EngineError
+from consilience.model.row_sums import add_rows_
 
 CLIP_EPS = 0.2
 KL_BETA = 1e-3
@@ -72,7 +73,7 @@ def grpo_loss(
     log_rho = ref - logprob
     kl = ratio * (torch.expm1(log_rho) - log_rho)
 
-    drift = torch.zeros_like(length).index_add_(0, sample, -log_ratio.detach()) / length
+    drift = add_rows_(torch.zeros_like(length), sample, -log_ratio.detach()) / length
     is_masked = (A < 0) & (drift > mask_delta)[sample]
     per_token = kl_beta * kl - torch.where(is_masked, 0.0, surrogate)
     loss = (per_token / length[sample]).sum() / num_samples
