@@ -22,6 +22,7 @@ from consilience.model.kernels.sink_attention import Keys, Stretch, entry_mass, 
 from consilience.model.layout import Layout
 from consilience.model.quantization import OFF, fake_bf16, index_values
 from consilience.model.rope import rotate
+from consilience.model.row_sums import take_rows
 from consilience.model.run_again import run_again
 from consilience.model.state import CompressorState
 from consilience.model.top_k import top_k
@@ -54,7 +55,7 @@ class IndexQueries:
         wide = torch.promote_types(query.dtype, torch.float32)
         rows, num_queries, heads, _ = query.shape
         first = torch.arange(rows, device=picks.device)[:, None, None] * self.keys.shape[1]
-        keys = self.keys.reshape(-1, width).index_select(0, (picks.clamp(min=0) + first).flatten())
+        keys = take_rows(self.keys.reshape(-1, width), (picks.clamp(min=0) + first).flatten())
         keys = keys.view(rows * num_queries, -1, width).to(wide)
         match = torch.bmm(query.to(wide).flatten(0, 1), keys.transpose(1, 2)).relu_()
         weight = self.weight[:, start:stop, :, None].to(wide)

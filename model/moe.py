@@ -18,6 +18,7 @@ from consilience.model.kernels.decode_moe import decode_moe, is_available
 from consilience.model.quantization import OFF, fake_mxfp4
 from consilience.model.recompute import named
 from consilience.model.routing import Routing
+from consilience.model.row_sums import add_rows_, take_rows
 
 FEW = 2048  # up to so many scores a sort costs no more than a check for ties
 
@@ -168,7 +169,7 @@ class Experts(nn.Module):
         flat = experts.flatten()
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=self.w1.shape[0])
-        rows = hidden.index_select(0, order // topk)
+        rows = take_rows(hidden, order // topk)
         w1, w2, w3 = self.weights()
         gate = named("expert_activations", grouped_linear, rows, w1, counts)
         up = named("expert_activations", grouped_linear, rows, w3, counts)
@@ -277,5 +278,5 @@ def balance_loss(scores: Tensor, experts: Tensor, sample: Tensor) -> Tensor:
     ).view(num_samples, num_experts)
     frequency = (hits * num_experts).to(scores.dtype) / (topk * length)
     share = (scores / scores.sum(-1, keepdim=True))[token]
-    mean_share = share.new_zeros(num_samples, num_experts).index_add(0, owner, share) / length
+    mean_share = add_rows_(share.new_zeros(num_samples, num_experts), owner, share) / length
     return (frequency * mean_share).sum()

@@ -20,6 +20,7 @@ from consilience.model.kernels import range_attention
 from consilience.model.kernels.exact_attention import exact_attention
 from consilience.model.layout import Layout, Windows
 from consilience.model.recompute import named
+from consilience.model.row_sums import add_rows_
 
 BUFFER = 1 << 20  # logits a stretch may hold; 4 MiB in fp32
 GATHER_ABOVE = 8  # entries a pick, beyond which picked entries are gathered instead of masked ones skipped
@@ -266,7 +267,7 @@ def _add_entries(d_entries: Tensor, d_key: Tensor, keys: Keys, part: Stretch) ->
     first = torch.arange(rows, device=picks.device)[:, None, None] * columns
     # What was not picked has probability 0, hence gradient 0, and may land anywhere.
     where = (picks.clamp(min=0) + first).flatten()
-    d_entries.view(-1, width).index_add_(0, where, d_key.view(-1, width))
+    add_rows_(d_entries.view(-1, width), where, d_key.view(-1, width))
 
 
 def _step(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Tensor:
