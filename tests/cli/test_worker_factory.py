@@ -3,16 +3,14 @@
 from dataclasses import replace
 
 import pytest
+import small_trainer
 import torch
 
 from consilience.cli.jobs import rollout_jobs
 from consilience.cli.worker_factory import build_worker
 from consilience.conf.errors import RewardError
 from consilience.model.checkpoint import to_official
-from consilience.model.config import TINY
 from consilience.model.digest import weights_digest
-from consilience.model.initialize import initialize
-from consilience.model.transformer import Transformer
 from consilience.rollout.fake_worker import byte_tokenizer
 from consilience.rollout.protocol import BOS, EFFORT_A, EFFORT_B
 from consilience.rollout.records import OutcomeKind
@@ -21,15 +19,7 @@ from consilience.tasks.fake_domain import FakeDomain
 
 torch.set_num_threads(1)
 
-CONFIG = replace(
-    TINY,
-    vocab_size=272,
-    hidden_size=16,
-    num_hidden_layers=2,
-    compress_ratios=(0, 4),
-    n_routed_experts=4,
-    moe_intermediate_size=8,
-)
+CONFIG = replace(small_trainer.CONFIG, vocab_size=272)
 REWARD = "consilience.rewards.exact_match:score"
 
 
@@ -61,7 +51,7 @@ def gradients_stay_as_they_were():
 def test_a_worker_samples_published_weights_grades_and_closes(tmp_path):
     worker = build(tmp_path)
     try:
-        weights = to_official(initialize(Transformer(CONFIG), 3))
+        weights = to_official(small_trainer.small_model(3, CONFIG))
         worker.publish(weights, weights_digest(weights), 5)
         domain = FakeDomain("math")
         jobs = rollout_jobs(

@@ -4,7 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
+import small_trainer
 import torch
+from small_trainer import GradientKeeper, small_model
 
 from consilience.distill.train import (
     DistillSettings,
@@ -14,10 +16,7 @@ from consilience.distill.train import (
     train_phase,
 )
 from consilience.model.checkpoint import to_official
-from consilience.model.config import TINY
 from consilience.model.digest import weights_digest
-from consilience.model.initialize import initialize
-from consilience.model.transformer import Transformer
 from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord
 from consilience.rollout.store import RolloutStore
 from consilience.teachers.heads import HeadCache
@@ -34,36 +33,14 @@ from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 
 torch.set_num_threads(1)
 
-CONFIG = replace(
-    TINY,
-    vocab_size=40,
-    hidden_size=16,
-    num_hidden_layers=2,
-    compress_ratios=(0, 4),
-    n_routed_experts=4,
-    moe_intermediate_size=8,
-    initializer_range=0.2,  # so that teachers of different seeds really disagree
-)
+CONFIG = replace(small_trainer.CONFIG, initializer_range=0.2)  # teachers of two seeds really disagree
 AHEAD = replace(CONFIG, num_nextn_predict_layers=1, mtp_compress_ratios=(0,))
 META = CheckpointMeta(stage="distill", seed=3, step=0, special_tokens={"<bos>": 0})
 SEEDS = {"code": 1, "math": 2}
 
 
-class GradientKeeper(TorchEngine):
-    """Keeps the gradients of every step; the parameters stay where they are."""
-
-    def __init__(self, model):
-        super().__init__(model)
-        self.steps = []
-
-    def step(self, lr_scale=1.0, expert_load=None):
-        self.steps.append({n: p.grad for n, p in self.model.named_parameters() if p.grad is not None})
-        self._clear()
-        return {"grad_norm": 0.0, "lr": lr_scale}
-
-
 def model(seed=0):
-    return initialize(Transformer(CONFIG), seed)
+    return small_model(seed, CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +136,7 @@ def test_kl_falls_when_the_student_trains(registry, tmp_path):
 def test_the_prediction_block_follows_the_student_and_the_student_does_not_notice(registry, tmp_path):
     ends, found = {}, []
     for weight in (0.0, 3.0):
-        engine = TorchEngine(initialize(Transformer(AHEAD), 0), OptimizerSettings(lr=0.01, grad_clip=0.05))
+        engine = TorchEngine(small_model(0, AHEAD), OptimizerSettings(lr=0.01, grad_clip=0.05))
         teachers = side(registry, tmp_path / str(weight))
         for _ in range(3):
             report = phase(engine, samples(), teachers, warmup=0, mtp_weight=weight)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_trainer import AHEAD, CONFIG, GradientKeeper, small_model
 
 from consilience.conf.errors import ConfigError
 from consilience.grpo.sft import (
@@ -14,7 +15,6 @@ from consilience.grpo.sft import (
     train_supervised,
 )
 from consilience.grpo.supervised_batches import Example
-from consilience.model.config import TINY
 from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer
 from consilience.training.anticipatory_routing import look_up_choices
@@ -29,31 +29,7 @@ from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 
 torch.set_num_threads(1)
 
-CONFIG = replace(
-    TINY,
-    vocab_size=40,
-    hidden_size=16,
-    num_hidden_layers=2,
-    compress_ratios=(0, 4),
-    n_routed_experts=4,
-    moe_intermediate_size=8,
-)
-AHEAD = replace(CONFIG, num_nextn_predict_layers=1, mtp_compress_ratios=(0,))
 META = CheckpointMeta(stage="sft", seed=3, step=0, special_tokens={"<bos>": 0})
-
-
-class GradientKeeper(TorchEngine):
-    """Keeps the gradients of the last step; the parameters stay where they are."""
-
-    def step(self, lr_scale=1.0, expert_load=None):
-        self.expert_load = {layer: load.tolist() for layer, load in (expert_load or {}).items()}
-        self.gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-        self._clear()
-        return {"grad_norm": 0.0, "lr": lr_scale}
-
-
-def model(seed=0):
-    return initialize(Transformer(CONFIG), seed)
 
 
 def example(*token_ids, loss_from=1):
@@ -70,9 +46,9 @@ def packed_of(examples, row_tokens=32):
 
 
 def gradients(packed, **settings):
-    engine = GradientKeeper(model())
+    engine = GradientKeeper(small_model())
     report = supervised_step(engine, packed, SupervisedSettings(1, 64, **settings), 0)
-    return engine.gradients, report
+    return engine.steps[-1], report
 
 
 def numbers(seed, num):
@@ -88,7 +64,7 @@ def test_the_loss_is_the_mean_over_weighted_tokens_worked_through_plain_logits()
     ids = [3, 9, 17, 4, 1]
     _, report = gradients(packed_of([Example(ids, weights)]))
     with torch.no_grad():
-        m = model()
+        m = small_model()
         logp = torch.log_softmax(m.head(m.hidden(torch.tensor([ids])))[0].double(), -1)
     by_hand = -sum(w * float(logp[t - 1, ids[t]]) for t, w in enumerate(weights) if t) / 2.5
     assert report["nll"] == pytest.approx(by_hand, rel=1e-5)  # fp32 logits against fp64 sums
@@ -126,7 +102,7 @@ def test_a_step_counts_the_load_of_all_its_tokens_and_of_no_padding():
     assert packed.token_ids.size > num_tokens
     loads = []
     for micro_tokens in (100_000, 32):
-        engine = GradientKeeper(model())
+        engine = GradientKeeper(small_model())
         supervised_step(engine, packed, SupervisedSettings(1, 64, micro_tokens=micro_tokens), 0)
         loads.append(engine.expert_load)
     assert loads[0] == loads[1] and set(loads[0]) == {0, 1}
@@ -159,7 +135,7 @@ def test_warming_up_moves_the_indexers_towards_dense_attention_and_nothing_else(
 
 
 def test_a_stage_warms_up_first_and_trains_everything_after(tmp_path):
-    engine, log = TorchEngine(model()), MemorySink()
+    engine, log = TorchEngine(small_model()), MemorySink()
     checkpoints = StageCheckpoints(tmp_path, engine, None, META, every_s=1e9)
     settings = SupervisedSettings(4, 64, row_tokens=32, indexer_warmup=2, indexer_weight=0.5)
     heads = []
@@ -185,12 +161,12 @@ def test_the_prediction_block_s_loss_is_reported_and_weighs_three_tenths_then_on
     packed = packed_of([example(*ids)])
 
     def step(at, **settings):
-        engine = GradientKeeper(initialize(Transformer(AHEAD), 0))
+        engine = GradientKeeper(small_model(0, AHEAD))
         settings = SupervisedSettings(10, 64, warmup=0, decay_steps=4, **settings)
-        return supervised_step(engine, packed, settings, at), engine.gradients
+        return supervised_step(engine, packed, settings, at), engine.steps[-1]
 
     with torch.no_grad():
-        m = initialize(Transformer(AHEAD), 0)
+        m = small_model(0, AHEAD)
         streams, layout = m.streams(torch.tensor([ids]))
         hidden = m.mtp_hidden(streams, torch.tensor([[*ids[1:], 0]]), layout)[0][0]
         logp = torch.log_softmax(m.head(hidden).double(), -1)
@@ -215,20 +191,20 @@ def test_anticipatory_routing_prescribes_the_prediction_block_s_choices_too():
     packed, settings = packed_of(EXAMPLES), SupervisedSettings(10, 64, warmup=0)
     found = []
     for source in (None, 0, 1):
-        engine, choices = GradientKeeper(initialize(Transformer(AHEAD), 0)), None
+        engine, choices = GradientKeeper(small_model(0, AHEAD)), None
         if source is not None:
-            other = initialize(Transformer(AHEAD), source)
+            other = small_model(source, AHEAD)
             choices = look_up_choices(other, micro_batches_of(packed, settings))
             assert sorted(choices) == [1, 2]  # one learned router in the trunk, one in the block
         report = supervised_step(engine, packed, settings, 0, choices)
-        found.append((report["mtp_loss"], engine.gradients["mtp.0.ffn.gate.weight"]))
+        found.append((report["mtp_loss"], engine.steps[-1]["mtp.0.ffn.gate.weight"]))
     assert found[0][0] == found[1][0] != found[2][0]
     assert torch.equal(found[0][1], found[1][1]) and not torch.equal(found[0][1], found[2][1])
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_the_prediction_block_s_loss_falls_when_it_is_trained(kind):
-    engine = TorchEngine(initialize(Transformer(AHEAD), 0), OptimizerSettings(lr=0.01, kind=kind))
+    engine = TorchEngine(small_model(0, AHEAD), OptimizerSettings(lr=0.01, kind=kind))
     packed = packed_of(EXAMPLES)
     found = [
         supervised_step(engine, packed, SupervisedSettings(30, 64, warmup=0), step)["mtp_loss"]
@@ -240,7 +216,7 @@ def test_the_prediction_block_s_loss_falls_when_it_is_trained(kind):
 def run(folder, *, steps=6, every_s=1e9, seed=0, stop_at=None, settings=None):
     """Train to the end, or until a checkpoint of `stop_at` updates is there and the power goes."""
     (folder / "tokenizer-source.json").write_text("{}")
-    engine = TorchEngine(model(seed), OptimizerSettings(lr=0.01))
+    engine = TorchEngine(small_model(seed), OptimizerSettings(lr=0.01))
     checkpoints = StageCheckpoints(
         folder / "checkpoints", engine, folder / "tokenizer-source.json", META, every_s=every_s
     )
@@ -286,7 +262,7 @@ def test_a_run_killed_after_a_checkpoint_and_resumed_is_the_uninterrupted_one_bi
     assert all(torch.equal(a[n], b[n]) for n in a)
     assert rest.rows == sink.rows[3:]
     assert (again["train_tokens"], again["final_nll"]) == (result["train_tokens"], result["final_nll"])
-    assert not torch.equal(a["head.weight"], model().head.weight)
+    assert not torch.equal(a["head.weight"], small_model().head.weight)
 
 
 def test_training_lowers_the_loss_on_examples_it_repeats(tmp_path):
@@ -298,7 +274,7 @@ def test_training_lowers_the_loss_on_examples_it_repeats(tmp_path):
 
 def batches_of(folder, groups, settings):
     """The packed rows of every step; nothing learns."""
-    engine = FakeTrainEngine(model())
+    engine = FakeTrainEngine(small_model())
     train_supervised(
         engine,
         groups,

@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import small_trainer
 import torch
 
 from consilience.grpo.sft import SupervisedSettings, train_supervised
 from consilience.grpo.supervised_batches import Example
-from consilience.model.config import TINY
-from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer
 from consilience.training.anticipatory_routing import AnticipatoryRouting, AnticipatorySettings
 from consilience.training.checkpoint import CheckpointMeta, read_stage_tensors
@@ -21,15 +20,7 @@ from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 
 torch.set_num_threads(1)
 
-CONFIG = replace(
-    TINY,
-    vocab_size=40,
-    hidden_size=16,
-    num_hidden_layers=2,
-    compress_ratios=(0, 0),
-    n_routed_experts=6,
-    moe_intermediate_size=8,
-)
+CONFIG = replace(small_trainer.CONFIG, compress_ratios=(0, 0), n_routed_experts=6)
 META = CheckpointMeta(stage="sft", seed=3, step=0, special_tokens={"<bos>": 0})
 STEPS = 20
 SPIKE = 10  # the update whose loss is blown up; rollback points at 0 3 6 9, so the way back leads to 6
@@ -89,7 +80,7 @@ def run(folder, settings, *, kill_at=None, every_s=1e9, micro_tokens=512, engine
     """One attempt: resume where the folder stands, train to the end or to the kill."""
     (folder / "tokenizer-source.json").write_text("{}")
     torch.manual_seed(0)
-    engine = engine or Watched(initialize(Transformer(CONFIG), 0), OptimizerSettings(lr=0.01))
+    engine = engine or Watched(small_trainer.small_model(0, CONFIG), OptimizerSettings(lr=0.01))
     checkpoints = StageCheckpoints(
         folder / "checkpoints", engine, folder / "tokenizer-source.json", META, every_s=every_s
     )
@@ -176,7 +167,7 @@ class Overheard(Watched):
 
 
 def test_experts_are_those_that_the_weights_of_two_steps_before_choose(tmp_path):
-    engine = Overheard(initialize(Transformer(CONFIG), 0), OptimizerSettings(lr=0.05), spikes=())
+    engine = Overheard(small_trainer.small_model(0, CONFIG), OptimizerSettings(lr=0.05), spikes=())
     run(fresh(tmp_path, "a"), ALWAYS, micro_tokens=64, engine=engine)
     weights = [seen[1] for seen in engine.seen]
     assert len(engine.batches) == STEPS and all(len(batch) > 1 for batch in engine.batches)
@@ -231,7 +222,7 @@ def test_a_spike_leads_back_to_weights_optimiser_and_data_as_they_were_then_quie
 
 def test_without_a_spike_watching_changes_no_bit(tmp_path):
     plain, watched = (
-        Watched(initialize(Transformer(CONFIG), 0), OptimizerSettings(lr=0.01), spikes=()) for _ in range(2)
+        Watched(small_trainer.small_model(0, CONFIG), OptimizerSettings(lr=0.01), spikes=()) for _ in range(2)
     )
     run(fresh(tmp_path, "plain"), AnticipatorySettings(), engine=plain)
     _, anticipatory = run(fresh(tmp_path, "watched"), WATCHING, engine=watched)
@@ -241,7 +232,7 @@ def test_without_a_spike_watching_changes_no_bit(tmp_path):
 
 
 def test_a_spike_that_stays_under_anticipatory_routing_prolongs_it_and_leads_back_once(tmp_path):
-    engine = Watched(initialize(Transformer(CONFIG), 0), OptimizerSettings(lr=0.01), cures=False)
+    engine = Watched(small_trainer.small_model(0, CONFIG), OptimizerSettings(lr=0.01), cures=False)
     _, anticipatory = run(fresh(tmp_path, "a"), WATCHING, engine=engine)
     assert [seen[0] for seen in engine.seen] == [*range(SPIKE + 1), *range(6, STEPS)]
     routed = [seen[0] for seen in engine.seen if seen[4][0] is not None]
@@ -251,7 +242,7 @@ def test_a_spike_that_stays_under_anticipatory_routing_prolongs_it_and_leads_bac
 
 def test_spikes_one_after_the_other_each_lead_back_and_the_stage_ends(tmp_path):
     late = (SPIKE, SPIKE + 4, SPIKE + 9)  # the second falls after the first one's quiet steps
-    engine = Watched(initialize(Transformer(CONFIG), 0), OptimizerSettings(lr=0.01), spikes=late)
+    engine = Watched(small_trainer.small_model(0, CONFIG), OptimizerSettings(lr=0.01), spikes=late)
     _, anticipatory = run(fresh(tmp_path, "a"), WATCHING, engine=engine)
     assert [r["spike"] for r in anticipatory.ledger["rollbacks"]] == [SPIKE, SPIKE + 4, SPIKE + 9]
     assert [r["to"] for r in anticipatory.ledger["rollbacks"]] == [6, 9, 15]

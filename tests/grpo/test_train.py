@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_trainer import AHEAD, GradientKeeper, small_model
 
 from consilience.conf.errors import EngineError
 from consilience.grpo.advantage import group_advantages
@@ -17,10 +18,7 @@ from consilience.grpo.train import (
     train_phase,
 )
 from consilience.model.checkpoint import load_official, to_official
-from consilience.model.config import TINY
 from consilience.model.digest import weights_digest
-from consilience.model.initialize import initialize
-from consilience.model.transformer import Transformer
 from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord
 from consilience.rollout.store import RolloutStore
 from consilience.training.checkpoint import CheckpointMeta
@@ -32,40 +30,13 @@ from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 
 torch.set_num_threads(1)
 
-CONFIG = replace(
-    TINY,
-    vocab_size=40,
-    hidden_size=16,
-    num_hidden_layers=2,
-    compress_ratios=(0, 4),
-    n_routed_experts=4,
-    moe_intermediate_size=8,
-)
-AHEAD = replace(CONFIG, num_nextn_predict_layers=1, mtp_compress_ratios=(0,))
 META = CheckpointMeta(stage="grpo", seed=3, step=0, special_tokens={"<bos>": 0})
 PROMPT = (3, 9, 17, 18)
 GRADED = Outcome(OutcomeKind.GRADED)
 
 
-class GradientKeeper(TorchEngine):
-    """Keeps the gradients of every step; the parameters stay where they are."""
-
-    def __init__(self, model):
-        super().__init__(model)
-        self.steps = []
-
-    def step(self, lr_scale=1.0, expert_load=None):
-        self.steps.append({n: p.grad for n, p in self.model.named_parameters() if p.grad is not None})
-        self._clear()
-        return {"grad_norm": 0.0, "lr": lr_scale}
-
-
-def model(seed=0):
-    return initialize(Transformer(CONFIG), seed)
-
-
 def engine_of(seed=0, lr=3e-3):
-    return TorchEngine(model(seed), OptimizerSettings(lr=lr, weight_decay=0.0))
+    return TorchEngine(small_model(seed), OptimizerSettings(lr=lr, weight_decay=0.0))
 
 
 @torch.no_grad()
@@ -80,7 +51,7 @@ def logprobs(policy, prompt, tokens):
 def record(uid, tokens, reward, *, group="g", mask=None, policy=None, prompt=PROMPT):
     """A record whose log-probs are the policy's own, and NaN where the token was not sampled."""
     mask = mask or (1,) * len(tokens)
-    own = logprobs(policy or model(), prompt, tokens)
+    own = logprobs(policy or small_model(), prompt, tokens)
     return RolloutRecord(
         uid=uid,
         group=group,
@@ -101,11 +72,11 @@ def record(uid, tokens, reward, *, group="g", mask=None, policy=None, prompt=PRO
 
 def phase(engine, records, **settings):
     advantages = group_advantages([r.reward for r in records], [r.group for r in records])
-    return train_phase(engine, model(), records, advantages, GrpoSettings(10, **settings), 5)
+    return train_phase(engine, small_model(), records, advantages, GrpoSettings(10, **settings), 5)
 
 
 def gradients(records, **settings):
-    engine = GradientKeeper(model())
+    engine = GradientKeeper(small_model())
     report = phase(engine, records, **settings)
     return engine.steps, report
 
@@ -140,7 +111,7 @@ def test_log_probs_of_a_tempered_sampler_are_compared_at_its_temperature():
     def tempered(r):
         ids = torch.tensor([[*r.prompt_ids, *r.token_ids]])
         with torch.no_grad():
-            logits = model().head(model().hidden(ids))[0].float() / 0.5
+            logits = small_model().head(small_model().hidden(ids))[0].float() / 0.5
         logp = torch.log_softmax(logits, -1)
         first = len(r.prompt_ids)
         return replace(r, logprobs=tuple(float(logp[first + i - 1, t]) for i, t in enumerate(r.token_ids)))
@@ -155,7 +126,7 @@ def test_the_prediction_block_follows_the_trunk_and_the_trunk_does_not_notice():
     ends, losses = {}, []
     for weight in (0.0, 3.0):
         torch.manual_seed(0)
-        engine = TorchEngine(initialize(Transformer(AHEAD), 0), OptimizerSettings(lr=0.01, grad_clip=0.05))
+        engine = TorchEngine(small_model(0, AHEAD), OptimizerSettings(lr=0.01, grad_clip=0.05))
         for _ in range(5):
             report = phase(engine, FOUR, mtp_weight=weight, warmup=0)
             losses += [report["mtp_loss"]] if weight else []
@@ -190,7 +161,7 @@ def test_a_sampled_token_without_a_log_prob_is_an_error_before_any_parameter_cha
     engine = engine_of()
     with pytest.raises((ValueError, EngineError)):
         phase(engine, [broken, *FOUR[1:]], mini_batches=1)
-    assert weights_digest(to_official(engine.model)) == weights_digest(to_official(model()))
+    assert weights_digest(to_official(engine.model)) == weights_digest(to_official(small_model()))
 
 
 def test_groups_without_signal_change_nothing_and_weigh_nothing():
@@ -199,7 +170,7 @@ def test_groups_without_signal_change_nothing_and_weigh_nothing():
     engine = engine_of()
     report = phase(engine, same + lost)
     assert engine.num_steps == 0 and report["train_tokens"] == 0
-    assert weights_digest(to_official(engine.model)) == weights_digest(to_official(model()))
+    assert weights_digest(to_official(engine.model)) == weights_digest(to_official(small_model()))
     alone, _ = gradients(FOUR, mini_batches=1)
     beside, _ = gradients(FOUR + same + lost, mini_batches=1)
     for name in alone[0]:
@@ -254,7 +225,7 @@ class CountingSampler:
 
     def __init__(self):
         self.calls, self.announced = [], []
-        self.weights_model = model()
+        self.weights_model = small_model()
 
     def publish(self, weights, digest, version):
         assert digest == weights_digest(weights)
@@ -293,7 +264,7 @@ def run(folder, sampler, *, seed=0, every_s=1e9, log=None, steps=4):
     log = log or MemorySink()
     result = train_grpo(
         engine,
-        model(),
+        small_model(),
         sampler,
         lambda step: [str(step)],
         GrpoSettings(steps, seed=2),
@@ -345,7 +316,7 @@ def test_publish_announces_the_digest_of_the_weights_it_hands_over():
         def publish(self, weights, digest, version):
             handed.append((weights, digest, version))
 
-    policy = model(4)
+    policy = small_model(4)
     assert publish(Sampler(), policy, 7) == 7
     (weights, digest, version) = handed[0]
     assert digest == weights_digest(weights) == weights_digest(to_official(policy)) and version == 7

@@ -4,28 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_trainer import CONFIG, small_model
 
 from consilience.conf.errors import CheckpointError
 from consilience.model.checkpoint import to_official
-from consilience.model.config import TINY
 from consilience.model.digest import weights_digest
-from consilience.model.initialize import initialize
-from consilience.model.transformer import Transformer
 from consilience.training.checkpoint import CheckpointMeta, read_meta, step_folder
 from consilience.training.stage_checkpoints import StageCheckpoints
 from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 
 torch.set_num_threads(1)
 
-CONFIG = replace(
-    TINY,
-    vocab_size=40,
-    hidden_size=16,
-    num_hidden_layers=2,
-    compress_ratios=(0, 4),
-    n_routed_experts=4,
-    moe_intermediate_size=8,
-)
 META = CheckpointMeta(stage="sft", seed=3, step=0, special_tokens={"<bos>": 0}, domain="math")
 
 
@@ -33,9 +22,7 @@ def stage(folder, seed=0, config=CONFIG, **options):
     """Checkpoints of a fresh engine whose weights come from `seed`."""
     tokenizer = folder / "tokenizer-source.json"
     tokenizer.write_text("{}")
-    engine = TorchEngine(
-        initialize(Transformer(config), seed), OptimizerSettings(lr=0.01), o_groups=config.o_groups
-    )
+    engine = TorchEngine(small_model(seed, config), OptimizerSettings(lr=0.01), o_groups=config.o_groups)
     return StageCheckpoints(folder / "checkpoints", engine, tokenizer, META, **options)
 
 
@@ -71,7 +58,7 @@ def test_a_resumed_stage_goes_on_bit_for_bit(tmp_path):
         update(second.engine, number)
     a, b = state_of(first.engine), state_of(second.engine)
     assert all(torch.equal(a[n], b[n]) for n in a)
-    assert not torch.equal(a["head.weight"], initialize(Transformer(CONFIG), 0).head.weight)
+    assert not torch.equal(a["head.weight"], small_model(0, CONFIG).head.weight)
 
 
 def test_without_a_checkpoint_a_stage_starts_at_zero_and_its_weights_stay(tmp_path):
