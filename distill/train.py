@@ -28,7 +28,7 @@ from consilience.teachers.scheduler import ScoreReport, ScoreRequest, TeacherSch
 from consilience.training.engine import TrainEngine
 from consilience.training.forward import hidden_at_loss, mtp_loss, sample_order
 from consilience.training.metrics import MetricsSink, RolloutRow
-from consilience.training.packing import PackedRows, pack, row_length, split_micro_batches
+from consilience.training.packing import PackedRows, pack_episodes, split_micro_batches
 from consilience.training.progress import Progress
 from consilience.training.schedule import warmup_constant_cosine
 from consilience.training.stage_checkpoints import StageCheckpoints
@@ -226,12 +226,11 @@ def _segment(
 
 def pack_records(records: Sequence[RolloutRecord], row_tokens: int) -> PackedRows:
     """Prompt and episode of each record as one sample, with a loss on the sampled tokens."""
-    lengths = [len(r.prompt_ids) + len(r.token_ids) for r in records]
-    return pack(
-        [r.prompt_ids + r.token_ids for r in records],
-        [[0.0] * len(r.prompt_ids) + list(r.loss_mask) for r in records],
-        quantum=32,
-        max_row_tokens=row_length(max(lengths, default=0), row_tokens),
+    return pack_episodes(
+        [r.prompt_ids for r in records],
+        [r.token_ids for r in records],
+        [r.loss_mask for r in records],
+        row_tokens,
     )
 
 

@@ -24,7 +24,7 @@ from consilience.rollout.store import RolloutStore
 from consilience.training.engine import TrainEngine
 from consilience.training.forward import hidden_at_loss, mtp_loss
 from consilience.training.metrics import MetricsSink, RolloutRow
-from consilience.training.packing import PackedRows, pack, row_length, split_micro_batches
+from consilience.training.packing import PackedRows, pack_episodes, split_micro_batches
 from consilience.training.progress import Progress
 from consilience.training.schedule import warmup_constant_cosine
 from consilience.training.stage_checkpoints import StageCheckpoints
@@ -182,16 +182,15 @@ def pack_records(
     records: Sequence[RolloutRecord], advantages: Sequence[float], row_tokens: int
 ) -> PackedRows:
     """Prompt and episode of each record as one sample; sampler log-probs and advantage per target."""
-    zeros = [[0.0] * len(r.prompt_ids) for r in records]
-    return pack(
-        [r.prompt_ids + r.token_ids for r in records],
-        [z + list(r.loss_mask) for z, r in zip(zeros, records)],
+    return pack_episodes(
+        [r.prompt_ids for r in records],
+        [r.token_ids for r in records],
+        [r.loss_mask for r in records],
+        row_tokens,
         {
-            "old_logprob": [z + list(r.logprobs) for z, r in zip(zeros, records)],
-            "advantage": [[a] * (len(r.prompt_ids) + len(r.token_ids)) for a, r in zip(advantages, records)],
+            "old_logprob": [r.logprobs for r in records],
+            "advantage": [[a] * len(r.token_ids) for a, r in zip(advantages, records)],
         },
-        quantum=32,
-        max_row_tokens=row_length(max(len(r.prompt_ids) + len(r.token_ids) for r in records), row_tokens),
     )
 
 

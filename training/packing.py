@@ -144,6 +144,31 @@ def pack(
     )
 
 
+def pack_episodes(
+    prompts: Sequence[Sequence[int]],
+    episodes: Sequence[Sequence[int]],
+    loss_mask: Sequence[Sequence[float]],
+    row_tokens: int,
+    arrays: Mapping[str, Sequence[Sequence[float]]] | None = None,
+) -> PackedRows:
+    """S prompts, each with what was sampled after it, as one sample each; a prompt bears no loss.
+
+    prompts     S sequences of ids;  episodes, loss_mask, each of arrays  S sequences, one value a token
+                of the episode (`pack` says of what kind)
+    row_tokens  width of a row, unless a longer sample widens it
+    """
+    before = [[0.0] * len(prompt) for prompt in prompts]
+    samples = [[*prompt, *episode] for prompt, episode in zip(prompts, episodes)]
+    behind = lambda values: [zeros + list(own) for zeros, own in zip(before, values)]
+    return pack(
+        samples,
+        behind(loss_mask),
+        {name: behind(values) for name, values in (arrays or {}).items()},
+        quantum=32,
+        max_row_tokens=row_length(max(map(len, samples), default=0), row_tokens),
+    )
+
+
 def row_length(longest: int, at_least: int = 1, quantum: int = 32) -> int:
     """Tokens of a row that holds a sample of `longest`: a multiple of `quantum`, at least `at_least`."""
     return -(-max(longest, at_least, 1) // quantum) * quantum

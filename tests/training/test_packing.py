@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consilience.conf.errors import ConfigError
-from consilience.training.packing import pack, split_micro_batches, unpack_positions, unpack_targets
+from consilience.training.packing import (
+    pack,
+    pack_episodes,
+    split_micro_batches,
+    unpack_positions,
+    unpack_targets,
+)
 
 
 def random_samples(lengths, seed=0):
@@ -177,3 +183,17 @@ def _cpu_seconds(call):
     start = time.process_time()
     call()
     return time.process_time() - start
+
+
+def test_an_episode_is_learnt_behind_its_prompt_by_hand():
+    packed = pack_episodes([[5, 6], [8]], [[7, 3], [9]], [[1, 0], [1]], 8, {"old": [[-0.5, math.nan], [-2]]})
+    assert packed.token_ids.shape == (1, 32), "rows are whole multiples of 32"
+    assert packed.token_ids[0, :6].tolist() == [5, 6, 7, 3, 8, 9]
+    assert packed.loss_mask[0, :6].tolist() == [0, 1, 0, 0, 1, 0]
+    assert packed.arrays["old"][0, :6].tolist() == [0, -0.5, 0, 0, -2, 0]
+    assert pack_episodes([[5] * 40], [[7]], [[1]], 8).token_ids.shape == (1, 64)
+
+
+def test_a_value_too_few_for_an_episode_is_refused():
+    with pytest.raises(ValueError, match="old"):
+        pack_episodes([[5, 6]], [[7, 3]], [[1, 1]], 8, {"old": [[-0.5]]})
