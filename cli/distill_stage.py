@@ -10,17 +10,15 @@ from typing import Any
 import torch
 
 from consilience.cli.jobs import fresh_problems, rollout_jobs
-from consilience.cli.prompt_family import prompt_family
 from consilience.cli.ray_session import domains_of, rollout_pool
 from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import (
-    TOKENIZER,
     device_of,
     micro_tokens,
     open_stage,
     result_of,
     shared,
-    start_folder,
+    start_from,
 )
 from consilience.conf.schema import Config
 from consilience.distill.train import DistillSettings, TeacherSide, train_distill
@@ -40,15 +38,13 @@ from consilience.training.checkpoint import load_checkpoint
 def run_distill(context: StageContext) -> Mapping[str, Any]:
     """All specialists into one student that starts from the base."""
     cfg, settings = context.cfg, context.cfg.distill
-    start = start_folder(context, settings.init, "base")
-    model, meta = load_checkpoint(start)
-    tokenizer = Tokenizer.load(start)
     domains = domains_of(cfg)
+    start = start_from(context, settings.init, "base", domains.values())
+    tokenizer = Tokenizer.load(start.tokenizer)
     registry = teacher_registry(context)
     for record in registry:
-        admit(start, record.checkpoint, record.name)
-    family = prompt_family(cfg, start, meta, domains.values())
-    pool = rollout_pool(cfg, model.config, start / TOKENIZER, domains, family)  # type: ignore[arg-type]
+        admit(start.folder, record.checkpoint, record.name)
+    pool = rollout_pool(cfg, start.model.config, start.tokenizer, domains, start.family)
     hidden = HiddenStore(context.folder.path / "hidden_states")
     heads = HeadCache(device_of(cfg))
     load = partial(load_model_teacher, quantization=cfg.engine.quantization)
@@ -67,7 +63,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         table_rows=cfg.log.table_rows,
         seed=cfg.run.seed,
     )
-    with open_stage(context, model, settings.lr, start / TOKENIZER, meta.digest, family) as parts:
+    with open_stage(context, start, settings.lr) as parts:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         result = train_distill(

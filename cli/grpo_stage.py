@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from consilience.cli.jobs import fresh_problems, rollout_jobs
-from consilience.cli.prompt_family import prompt_family
 from consilience.cli.ray_session import domains_of, rollout_pool, worker_share
 from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import (
-    TOKENIZER,
     curves_of,
     device_of,
     micro_tokens,
@@ -18,10 +16,9 @@ from consilience.cli.training_stage import (
     own_domain,
     result_of,
     shared,
-    start_folder,
+    start_from,
 )
 from consilience.grpo.train import GrpoSettings, train_grpo
-from consilience.model.config import ModelConfig
 from consilience.model.quantization import Quantization
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.store import RolloutStore
@@ -42,19 +39,16 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
     """One specialist by GRPO from its SFT checkpoint, which is also the reference."""
     cfg, settings = context.cfg, context.cfg.grpo
     name = own_domain(context)
-    start = start_folder(context, settings.init, f"sft/{name}")
-    model, meta = load_checkpoint(start)
-    reference, _ = load_checkpoint(start, verify=False)
-    reference.requires_grad_(False).to(device_of(cfg))
-    reference.quantize(Quantization.from_name(cfg.engine.quantization))  # type: ignore[operator]
-    tokenizer = Tokenizer.load(start)
     domains, num_workers = domains_of(cfg), None
     if context.threads is not None:  # beside others: workers of its own, for its own domain
         domains = {name: domains[name]}
         num_workers = worker_share(cfg.rollout.num_workers, cfg.run.parallel)
-    config: ModelConfig = model.config  # type: ignore[assignment]
-    family = prompt_family(cfg, start, meta, domains.values())
-    pool = rollout_pool(cfg, config, start / TOKENIZER, domains, family, num_workers)
+    start = start_from(context, settings.init, f"sft/{name}", domains.values())
+    reference, _ = load_checkpoint(start.folder, verify=False)
+    reference.requires_grad_(False).to(device_of(cfg))
+    reference.quantize(Quantization.from_name(cfg.engine.quantization))  # type: ignore[operator]
+    tokenizer = Tokenizer.load(start.tokenizer)
+    pool = rollout_pool(cfg, start.model.config, start.tokenizer, domains, start.family, num_workers)
 
     def jobs_of(step: int):
         problems = fresh_problems(cfg, domains[name], settings.prompts_per_step, step)
@@ -81,7 +75,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         table_rows=cfg.log.table_rows,
         seed=cfg.run.seed,
     )
-    with open_stage(context, model, settings.lr, start / TOKENIZER, meta.digest, family) as parts:
+    with open_stage(context, start, settings.lr) as parts:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         store = RolloutStore(context.folder.rollouts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from consilience.cli.prompt_family import prompt_family
@@ -12,13 +11,14 @@ from consilience.cli.ray_session import domains_of
 from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import (
     TOKENIZER,
+    Start,
     curves_of,
     micro_tokens,
     open_stage,
     own_domain,
     result_of,
     shared,
-    start_folder,
+    start_from,
 )
 from consilience.conf.schema import Config, SftConfig
 from consilience.grpo.sft import SupervisedSettings, train_supervised
@@ -32,7 +32,6 @@ from consilience.rollout.tokenizer import Tokenizer
 from consilience.tasks.corpus import Conversation, base_texts, join_episodes
 from consilience.tasks.recall import recall_texts
 from consilience.training.anticipatory_routing import AnticipatoryRouting, AnticipatorySettings
-from consilience.training.checkpoint import load_checkpoint
 from consilience.training.packing import row_length
 
 
@@ -44,12 +43,12 @@ def run_base(context: StageContext) -> Mapping[str, Any]:
         list(domains.values()), settings.num_examples * len(domains), cfg.run.seed, noise=settings.noise
     )
     family = prompt_family(cfg, context.folder.path, None, domains.values())
-    tokenizer_path = context.folder.path / TOKENIZER
-    if not tokenizer_path.exists():
+    path = context.folder.path / TOKENIZER
+    if not path.exists():
         few = texts[: 1000 * len(domains)]
         sample = [encode_messages(c.messages, c.effort, family=family) for c in few]
-        Tokenizer.train(sample, cfg.task.vocab_size).save(tokenizer_path)
-    tokenizer = Tokenizer.load(tokenizer_path)
+        Tokenizer.train(sample, cfg.task.vocab_size).save(path)
+    tokenizer = Tokenizer.load(path)
     model = initialize(Transformer(model_config(cfg, tokenizer)), cfg.run.seed)
     groups = []
     for name in domains:
@@ -60,35 +59,30 @@ def run_base(context: StageContext) -> Mapping[str, Any]:
         exercises = recall_texts(settings.num_examples, cfg.run.seed)
         groups.append(encode(tokenizer, exercises, settings.prompt_weight, family))
         shares = (*shares, settings.recall)
-    return _supervised(context, settings, model, tokenizer_path, groups, None, family, shares)
+    return _supervised(context, settings, Start(model, path.parent, None, family), groups, shares)
 
 
 def run_sft(context: StageContext) -> Mapping[str, Any]:
     """One specialist: worked solutions of its domain, loss on assistant tokens only."""
     cfg, settings = context.cfg, context.cfg.sft
-    start = start_folder(context, settings.init, "base")
-    model, meta = load_checkpoint(start)
-    tokenizer = Tokenizer.load(start)
     domain = domains_of(cfg)[own_domain(context)]
-    family = prompt_family(cfg, start, meta, [domain])
+    start = start_from(context, settings.init, "base", [domain])
+    tokenizer = Tokenizer.load(start.tokenizer)
     texts = base_texts([domain], settings.num_examples, cfg.run.seed, noise=settings.noise)
     joined = join_episodes(texts, settings.episodes)
-    examples = encode(tokenizer, joined, settings.prompt_weight, family)
-    return _supervised(context, settings, model, start / TOKENIZER, [examples], meta.digest, family)
+    examples = encode(tokenizer, joined, settings.prompt_weight, start.family)
+    return _supervised(context, settings, start, [examples])
 
 
 def _supervised(
     context: StageContext,
     settings: SftConfig,
-    model: Any,
-    tokenizer_path: Path,
+    start: Start,
     groups: Sequence[Sequence[Example]],
-    parent: str | None,
-    family: str,
     shares: tuple[float, ...] = (),
 ) -> dict[str, Any]:
     cfg = context.cfg
-    with open_stage(context, model, settings.lr, tokenizer_path, parent, family) as parts:
+    with open_stage(context, start, settings.lr) as parts:
         schedule = SupervisedSettings(
             steps=settings.steps,
             tokens_per_step=settings.tokens_per_step,

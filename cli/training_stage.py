@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from consilience.cli.prompt_family import prompt_family
 from consilience.cli.stage import StageContext
 from consilience.conf.errors import ConfigError
 from consilience.conf.schema import Config, OptimizerConfig
 from consilience.model.quantization import Quantization
 from consilience.model.recompute import recompute_policy, set_recompute
 from consilience.rollout.tokenizer import Tokenizer
-from consilience.training.checkpoint import CheckpointMeta, read_meta
+from consilience.tasks.domain import Domain
+from consilience.training.checkpoint import CheckpointMeta, load_checkpoint, read_meta
 from consilience.training.metrics import FanOut, MetricsLog, read_metrics, surviving
 from consilience.training.stage_checkpoints import StageCheckpoints
 from consilience.training.stage_clock import StageClock
@@ -47,38 +50,59 @@ def device_of(cfg: Config) -> torch.device:
     return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
 
 
-@contextmanager
-def open_stage(
-    context: StageContext, model: Any, lr: float, tokenizer_path: Path, parent: str | None, family: str
-):
-    """Engine, checkpoints, logs and clock of a stage, resumed where it was cut short.
+@dataclass(frozen=True)
+class Start:
+    """What a training stage begins with.
 
-    parent, family  of the checkpoint that training starts from, as `CheckpointMeta` has them
+    folder   where `tokenizer.json` lies; the checkpoint, unless the model is new
+    parent   digest of the weights, None for a new model;  family  of its prompts (`prompt_family`)
     """
+
+    model: Any
+    folder: Path
+    parent: str | None
+    family: str
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / TOKENIZER
+
+
+def start_from(context: StageContext, init: str | None, stage: str, domains: Iterable[Domain]) -> Start:
+    """The checkpoint `init`, or that of the stage before. Errors are those of its reading and its family."""
+    folder = Path(init) if init else context.run.path / context.inputs[stage]["checkpoint"]
+    model, meta = load_checkpoint(folder)
+    return Start(model, folder, meta.digest, prompt_family(context.cfg, folder, meta, domains))
+
+
+@contextmanager
+def open_stage(context: StageContext, start: Start, lr: float):
+    """Engine, checkpoints, logs and clock of a stage, resumed where it was cut short."""
     from consilience.training.wandb_sink import WandbSink
 
     cfg = context.cfg
     if threads := context.threads or cfg.engine.threads:
         torch.set_num_threads(threads)
     context.folder.create()
+    model = start.model
     model.to(device_of(cfg)).quantize(Quantization.from_name(cfg.engine.quantization))
     set_recompute(model, recompute_policy(cfg.engine.recompute))
     engine = TorchEngine(model, optimizer_settings(cfg.optimizer, lr), exact=cfg.engine.exact)
-    tokenizer = Tokenizer.load(tokenizer_path)
+    tokenizer = Tokenizer.load(start.tokenizer)
     meta = CheckpointMeta(
         stage=context.name,
         seed=cfg.run.seed,
         step=0,
         special_tokens=dict(tokenizer.special_ids),
         domain=context.domain,
-        parent=parent,
-        family=family,
+        parent=start.parent,
+        family=start.family,
     )
-    checkpoints = StageCheckpoints(context.folder.checkpoints, engine, tokenizer_path, meta)
-    start, cursor = checkpoints.resume()
+    checkpoints = StageCheckpoints(context.folder.checkpoints, engine, start.tokenizer, meta)
+    first, cursor = checkpoints.resume()
     log = FanOut(
         [
-            MetricsLog(context.folder.metrics, resume_step=start),
+            MetricsLog(context.folder.metrics, resume_step=first),
             WandbSink(
                 context.run.path,
                 mode=cfg.log.wandb,
@@ -95,7 +119,7 @@ def open_stage(
         "log": log,
         "clock": StageClock(earlier=cursor.get("clock")),
         "progress": context.progress,
-        "start": start,
+        "start": first,
         "cursor": cursor,
     }
     try:
@@ -121,10 +145,6 @@ def result_of(
         "time": parts["clock"].report({"train": "train", "sampled": "rollout"}),
         **counted,
     }
-
-
-def start_folder(context: StageContext, init: str | None, stage: str) -> Path:
-    return Path(init) if init else context.run.path / context.inputs[stage]["checkpoint"]
 
 
 def own_domain(context: StageContext) -> str:

@@ -212,9 +212,8 @@ def test_a_stage_recomputes_what_it_is_told_and_ends_at_the_same_weights(trained
     cfg = config(engine={"threads": 1, "device": "cpu", "recompute": ["experts", "mhc"]})
     assert supervised.run_base(context(cfg, tmp_path, "base"))["digest"] == base["digest"]
     model, _ = load_checkpoint(root / base["checkpoint"])
-    with training_stage.open_stage(
-        context(cfg, tmp_path, "other"), model, 1e-3, root / base["checkpoint"], None, "official"
-    ):
+    start = training_stage.Start(model, root / base["checkpoint"], None, "official")
+    with training_stage.open_stage(context(cfg, tmp_path, "other"), start, 1e-3):
         assert {block.recompute for block in model.layers} == {recompute_policy(["experts", "mhc"])}  # type: ignore[union-attr]
 
 
