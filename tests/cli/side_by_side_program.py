@@ -67,6 +67,15 @@ def overtakes(context: StageContext) -> dict[str, object]:
     return result
 
 
+def lingers(context: StageContext) -> dict[str, object]:
+    """sft/b ends only after grpo/a is done, so that grpo/b has nothing beside it."""
+    result = plain(context)
+    if context.name == "sft/b":
+        done = context.run.stage("grpo-a").path / "done.json"
+        wait_for_file(done, f"{context.name} waited for grpo/a")
+    return result
+
+
 def counts(context: StageContext) -> dict[str, object]:
     context.progress.start(context.name, 3, "step")
     for step in range(3):
@@ -151,10 +160,14 @@ def pid_file(folder: Path, stage: str) -> Path:
 
 
 def wait_until_here(context: StageContext, other: str) -> None:
+    wait_for_file(pid_file(context.run.path, other), f"{context.name} waited for {other}")
+
+
+def wait_for_file(path: Path, complaint: str) -> None:
     deadline = time.monotonic() + FOREVER_S
-    while not pid_file(context.run.path, other).exists():
+    while not path.exists():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{context.name} waited for {other}")
+            raise TimeoutError(complaint)
         time.sleep(0.01)
 
 

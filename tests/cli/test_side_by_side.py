@@ -79,8 +79,13 @@ def wait_until(holds, what: str) -> None:
         time.sleep(0.02)
 
 
+def meeting(program: ModuleType) -> dict[str, object]:
+    """Every stage of a specialist waits for the other's, or the slower one might find itself alone."""
+    return dict.fromkeys(("sft_a", "sft_b", "grpo_a", "grpo_b"), program.meets)
+
+
 def test_stages_that_do_not_need_each_other_overlap_each_in_a_process_of_its_own(program, tmp_path):
-    found = run(tmp_path, program.stages(sft_a=program.meets, sft_b=program.meets)).results
+    found = run(tmp_path, program.stages(**meeting(program))).results
     pids = {name: result["pid"] for name, result in found.items()}
     assert len({pids[name] for name in ("sft/a", "sft/b", "grpo/a", "grpo/b")} | {os.getpid()}) == 5
     assert pids["base"] == pids["distill"] == os.getpid(), "a stage that is alone runs in this process"
@@ -137,9 +142,13 @@ def test_children_run_the_uploaded_tree_that_a_ray_job_runs_not_the_installed_on
 
 
 def test_each_trainer_gets_its_share_of_the_threads_and_one_that_is_alone_all(program, tmp_path):
-    found = run(tmp_path, program.stages(threads=5)).results
+    found = run(tmp_path, program.stages(threads=5, **meeting(program))).results
     assert {name: result["threads"] for name, result in found.items()} == {
         "base": None, "sft/a": 2, "sft/b": 2, "grpo/a": 2, "grpo/b": 2, "distill": None,
+    }  # fmt: skip
+    found = run(tmp_path / "late", program.stages(program.lingers, threads=5)).results
+    assert {name: result["threads"] for name, result in found.items()} == {
+        "base": None, "sft/a": 2, "sft/b": 2, "grpo/a": 2, "grpo/b": None, "distill": None,
     }  # fmt: skip
     assert (thread_share(2, 3), thread_share(8, 3)) == (1, 2)
     assert thread_share(0, 1) == os.cpu_count()
