@@ -14,6 +14,7 @@ from consilience.model.config import ModelConfig
 from consilience.model.exact import Linear
 from consilience.model.forward_trace import Trace
 from consilience.model.kernels import gated as fused
+from consilience.model.kernels import gpu_moe
 from consilience.model.kernels.decode_moe import decode_moe, is_available
 from consilience.model.quantization import OFF, fake_mxfp4
 from consilience.model.recompute import named
@@ -248,17 +249,25 @@ class MoE(nn.Module):
             return decode_moe(self, hidden, token_ids)
         shape = (hidden.shape[0], self.gate.topk)
         fixed = None if routing is None else routing.prescribed(self.layer, shape, hidden.device)
-        weights, experts, scores = self.gate(hidden, token_ids, fixed)
+        is_on_gpu = gpu_moe.is_available(hidden, self.experts.w1, self.gate.topk)
+        if is_on_gpu:
+            weights, experts, scores = gpu_moe.route(self.gate, hidden, token_ids, fixed)
+        else:
+            weights, experts, scores = self.gate(hidden, token_ids, fixed)
         if routing is not None and fixed is None:
             routing.take_down(self.layer, experts)
-        output, _ = self.experts(hidden, weights, experts)
+        if is_on_gpu:
+            shared, masters = gpu_moe.shared_expert(self.shared_experts, hidden), self.experts.weights()
+            output = gpu_moe.routed_experts(hidden, weights, experts, masters, self.experts.limit, shared)
+        else:
+            output = self.experts(hidden, weights, experts)[0] + self.shared_experts(hidden)
         if trace is not None:
             assert sample is not None
             load = torch.bincount(experts[sample >= 0].flatten(), minlength=scores.shape[1])
             trace.add_load(self.layer, load, is_hash=self.gate.is_hash)
             if trace.wants_losses and not self.gate.is_hash:
                 trace.add_balance_loss(balance_loss(scores, experts, sample))
-        return (output + self.shared_experts(hidden)).to(hidden.dtype)
+        return output.to(hidden.dtype)
 
 
 def balance_loss(scores: Tensor, experts: Tensor, sample: Tensor) -> Tensor:
