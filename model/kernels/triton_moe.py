@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Tiles and warps; `bench/moe_gpu.py --sweep` tries others.
 COPY = {"columns": 2048, "num_warps": 4}  # expand, combine
@@ -185,7 +186,7 @@ def _add_weight_gradient(
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     IS_EVEN: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(1).to(tl.int64)
+    expert = tl.program_id(1)
     stop = tl.load(ends + expert)
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     if start == stop:
@@ -195,42 +196,69 @@ def _add_weight_gradient(
     group = tl.program_id(0) // (GROUP * broad)
     size = tl.minimum(tall - group * GROUP, GROUP)
     tile = tl.program_id(0) % (GROUP * broad)
-    o = (group * GROUP + tile % size) * BLOCK_O + tl.arange(0, BLOCK_O)
-    i = (tile // size) * BLOCK_I + tl.arange(0, BLOCK_I)
-    k = tl.arange(0, BLOCK_K)
-    left = d_out + (start + k).to(tl.int64)[:, None] * height + o[None, :]
-    right = rows + (start + k).to(tl.int64)[:, None] * width + i[None, :]
+    o, i = (group * GROUP + tile % size) * BLOCK_O, (tile // size) * BLOCK_I
     acc = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     whole = (stop - start) // BLOCK_K
-    for _ in range(whole):
-        if IS_EVEN:
-            a, b = tl.load(left), tl.load(right)
-        else:
-            a = tl.load(left, mask=(o < height)[None, :], other=0.0)
-            b = tl.load(right, mask=(i < width)[None, :], other=0.0)
+    for n in range(whole):
+        k = start + n * BLOCK_K
+        acc = tl.dot(tl.trans(d_out.load([k, o])), rows.load([k, i]), acc)
+    k = start + whole * BLOCK_K
+    if k < stop:  # the rows behind are those of the next expert
+        is_mine = (k + tl.arange(0, BLOCK_K) < stop)[:, None]
+        a, b = d_out.load([k, o]), rows.load([k, i])
+        a, b = tl.where(is_mine, a, 0.0).to(a.dtype), tl.where(is_mine, b, 0.0).to(b.dtype)
         acc = tl.dot(tl.trans(a), b, acc)
-        left += BLOCK_K * height
-        right += BLOCK_K * width
-    rest = stop - start - whole * BLOCK_K
-    if rest > 0:
-        a = tl.load(left, mask=(k < rest)[:, None] & (o < height)[None, :], other=0.0)
-        b = tl.load(right, mask=(k < rest)[:, None] & (i < width)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(a), b, acc)
-    place = total + expert * height * width + o.to(tl.int64)[:, None] * width + i[None, :]
-    is_here = (o < height)[:, None] & (i < width)[None, :]
-    tl.store(place, tl.load(place, mask=is_here, other=0.0) + acc, mask=is_here)
+    # In two halves: the old sums need registers beside the new ones.
+    first, second = tl.split(tl.reshape(acc, (BLOCK_O, 2, BLOCK_I // 2)).permute(0, 2, 1))
+    total += (expert.to(tl.int64) * height + o) * width + i
+    _add(total, first, height - o, width - i, width, BLOCK_O, BLOCK_I // 2, IS_EVEN)
+    _add(
+        total + BLOCK_I // 2,
+        second,
+        height - o,
+        width - i - BLOCK_I // 2,
+        width,
+        BLOCK_O,
+        BLOCK_I // 2,
+        IS_EVEN,
+    )
+
+
+@triton.jit
+def _add(
+    total,
+    part,
+    num_rows,
+    num_columns,
+    stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+):
+    """The top left num_rows x num_columns of total [ROWS, COLUMNS] += part."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    place = total + row * stride + column
+    if IS_EVEN:
+        tl.store(place, tl.load(place) + part)
+    else:
+        is_here = (row < num_rows) & (column < num_columns)
+        tl.store(place, tl.load(place, mask=is_here, other=0.0) + part, mask=is_here)
 
 
 def add_weight_gradient(d_out: Tensor, rows: Tensor, ends: Tensor, total: Tensor) -> None:
     """total [E, O, I] fp32 += d_outᵀ · rows of each expert; d_out [N, O], rows [N, I], ends [E] int32.
 
-    An expert without pairs is left alone.
+    An expert without pairs is left alone. O and I are multiples of 16 bytes, as grouped_mm has them.
     """
     num_experts, height, width = total.shape
+    if not rows.shape[0]:
+        return
     t = WEIGHT_GRADIENT
+    left = TensorDescriptor.from_tensor(d_out, [t["inner"], t["rows"]])
+    right = TensorDescriptor.from_tensor(rows, [t["inner"], t["columns"]])
     tiles = triton.cdiv(height, t["rows"]) * triton.cdiv(width, t["columns"])
     _add_weight_gradient[(tiles, num_experts)](
-        d_out, rows, ends, total, height, width,
+        left, right, ends, total, height, width,
         BLOCK_O=t["rows"], BLOCK_I=t["columns"], BLOCK_K=t["inner"], GROUP=t["group"],
         IS_EVEN=height % t["rows"] == 0 and width % t["columns"] == 0,
         num_warps=t["num_warps"], num_stages=t["num_stages"],
