@@ -7,6 +7,7 @@ M compressed entries.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from consilience.model.compressor import Compressor
 from consilience.model.config import CSA_RATIO, SLIDING, ModelConfig
 from consilience.model.exact import Linear
 from consilience.model.indexer import Indexer, index_loss
-from consilience.model.kernels import decode_attention
+from consilience.model.kernels.gpu_decode import step_kernels
 from consilience.model.kernels.sink_attention import Keys, sink_attention
 from consilience.model.layout import Layout
 from consilience.model.norm import RMSNorm, rms
@@ -61,8 +62,9 @@ class Attention(nn.Module):
         if self.quantization.kv:
             kv = kv_values(kv, self.num_rope)
 
-        if state is not None and decode_attention.is_available(layout, query):
-            output = self._step(hidden, latent, query, kv, layout, state)
+        kernels = None if state is None else step_kernels(layout, query)
+        if state is not None and kernels is not None:
+            output = self._step(hidden, latent, query, kv, layout, state, kernels)
         else:
             output = self._attend(hidden, latent, query, kv, layout, state)
         output = rotate(output, for_heads, is_inverse=True)
@@ -91,9 +93,16 @@ class Attention(nn.Module):
         return output
 
     def _step(
-        self, hidden: Tensor, latent: Tensor, query: Tensor, kv: Tensor, layout: Layout, state: LayerState
+        self,
+        hidden: Tensor,
+        latent: Tensor,
+        query: Tensor,
+        kv: Tensor,
+        layout: Layout,
+        state: LayerState,
+        kernels: Any,
     ) -> Tensor:
-        """`_attend` for one token a row by the compiled kernels, which read the state where it lies."""
+        """`_attend` for a step by kernels that read the state where it lies."""
         compressed = None
         if self.compressor is not None:
             assert state.compressor is not None
@@ -104,7 +113,7 @@ class Attention(nn.Module):
                 picks = self.indexer.step(hidden, latent, layout, state.indexer)
             compressed = (self.ratio, state.compressor, picks)
         scale = self.width**-0.5
-        return decode_attention.attend(query, kv, state.window, self.attn_sink, scale, layout, compressed)
+        return kernels.attend(query, kv, state.window, self.attn_sink, scale, layout, compressed)
 
     def _grouped(self, output: Tensor) -> Tensor:
         """Every group of heads through its own rows of wo_a: [R, groups, in] -> [R, groups · rank]."""

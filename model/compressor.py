@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from consilience.model import exact
 from consilience.model.config import CSA_RATIO, ModelConfig
 from consilience.model.exact import Linear
-from consilience.model.kernels import decode_attention
+from consilience.model.kernels.gpu_decode import step_kernels
 from consilience.model.layout import Closing, Layout
 from consilience.model.norm import RMSNorm
 from consilience.model.quantization import OFF, index_values, kv_values
@@ -70,8 +70,9 @@ class Compressor(nn.Module):
         assert layout.state is not None
         values, gates = self._projected(hidden)
         is_plain = not (self.quantization.kv or self.quantization.indexer)
-        if is_plain and decode_attention.is_available(layout, hidden):
-            decode_attention.compress(self, values, gates, layout, state)
+        kernels = step_kernels(layout, hidden) if is_plain else None
+        if kernels is not None:
+            kernels.compress(self, values, gates, layout, state)
             return
         gates = self._biased(gates, layout)
         closing = layout.windows[self.ratio].closing

@@ -16,7 +16,7 @@ from consilience.model import exact
 from consilience.model.compressor import Compressor
 from consilience.model.config import CSA_RATIO, ModelConfig
 from consilience.model.exact import Linear
-from consilience.model.kernels import decode_attention
+from consilience.model.kernels import decode_attention, gpu_decode
 from consilience.model.kernels.exact_attention import exact_scores
 from consilience.model.kernels.sink_attention import Keys, Stretch, entry_mass, stretches, visible_columns
 from consilience.model.layout import Layout
@@ -110,6 +110,10 @@ class Indexer(nn.Module):
         if self.sees_all or windows.num_columns <= self.topk:
             return None
         assert layout.state is not None
+        if gpu_decode.is_available(layout, hidden):
+            index = self.queries(hidden, latent, state.entries, layout)
+            given = (index.query, index.weight, self.topk, layout, CSA_RATIO, state)
+            return gpu_decode.pick(*given, is_cut=index.is_cut)
         if self.quantization.indexer or self.quantization.index_scores:
             keys = state.read(layout.state.tables, windows.num_columns)
             return self.pick(self.queries(hidden, latent, keys, layout), layout)
