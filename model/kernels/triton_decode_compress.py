@@ -54,7 +54,7 @@ def _compress(
         mass = mass * decay + tl.sum(weight, 0)
         pooled = pooled * decay + tl.sum(weight * value, 0)
         top = higher
-    entry = tl.where(is_mine, pooled / mass, 0.0).to(pages.dtype.element_ty).to(tl.float32)
+    entry = tl.where(is_mine, pooled / tl.where(is_mine, mass, 1.0), 0.0).to(pages.dtype.element_ty).to(tl.float32)
     entry *= tl.rsqrt(tl.sum(entry * entry, 0) / width + eps)
     entry *= tl.load(norm + column, mask=is_mine, other=0.0).to(tl.float32)
     entry = entry.to(pages.dtype.element_ty).to(tl.float32)
