@@ -326,6 +326,8 @@ def table(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for config in options.config or (["tiny"] if options.quick else ["tiny", "wide"]):
         for name, work in WORKS.items():
+            if options.only not in name:
+                continue
             work = {**work, **(QUICK.get(name, {}) if options.quick else {})}
             found[f"{config}, {name}"] = compare(config, work, options)
             show(config, name, work, found[f"{config}, {name}"])
@@ -361,6 +363,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny only, one timed step each: under a minute")
     parser.add_argument("--slope", action="store_true", help="our memory by length instead of the comparison")
     parser.add_argument("--config", action="append", choices=["tiny", "small", "wide"])
+    parser.add_argument("--only", default="", metavar="WORD", help="rows of the table that have it, as train")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument(
         "--rounds", type=int, default=5, help="timed steps of each arm, as the cell's time allows"

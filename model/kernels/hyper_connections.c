@@ -1,236 +1,299 @@
-/* mHC on a CPU: what model/hyper_connections.py computes from the mixes, forward and backward.
+/* mHC on a CPU: what model/hyper_connections.py computes from the streams, forward and backward.
  *
  * R tokens, n streams, D model width, K = n (2 + n) rows of a connection's matrix (n of a collapse's).
- * streams [R, n, D], mixes [K, R] = fn @ streams^T before the division by the RMS, all fp32, contiguous.
- * LANES tokens are worked on side by side, so that every loop over them is one vector instruction.
+ * streams [R, n, D], fn [K, n D], mixes [R, K] = streams · fn before the division by the RMS; all fp32 and
+ * contiguous. LANES tokens go through the gates side by side, one a lane; along the width a vector is LANES
+ * channels. What needs a token's streams happens while they are in cache.
  */
 #include <math.h>
-#include <string.h>
+#include "products.h"
 
-#define LANES 16
 #define MOST 8 /* streams */
-#define INLINE static inline __attribute__((always_inline))
+#define MOST_ROWS (MOST * (MOST + 2))
 #define EACH_LANE for (int l = 0; l < LANES; l++)
+#define STREAMS(i) _Pragma("GCC unroll 8") for (int i = 0; i < n; i++)
+#define STRIPE 4 /* vectors of the width that a rank-K update holds in registers */
 
-typedef float vec[LANES];
-
-/* The sums that one normalisation divides by: over sources (even steps) or destinations. */
-INLINE void totals_of(int n, int step, float eps, vec *x, vec *total) {
-    for (int a = 0; a < n; a++) {
-        EACH_LANE total[a][l] = eps;
-        for (int b = 0; b < n; b++) {
-            const float *entry = step % 2 ? x[a * n + b] : x[b * n + a];
-            EACH_LANE total[a][l] += entry[l];
-        }
-    }
+/* Lane by lane, through memory: loops over arrays become vector instructions. */
+INLINE vec exponentials(vec x) {
+    float a[LANES];
+    memcpy(a, &x, sizeof a);
+    EACH_LANE a[l] = exponential(a[l]);
+    memcpy(&x, a, sizeof a);
+    return x;
 }
 
-INLINE int group_of(int n, int step, int entry) { return step % 2 ? entry / n : entry % n; }
+INLINE vec larger(vec x, vec y) {
+    float a[LANES], b[LANES];
+    memcpy(a, &x, sizeof a);
+    memcpy(b, &y, sizeof b);
+    EACH_LANE a[l] = b[l] > a[l] ? b[l] : a[l];
+    memcpy(&x, a, sizeof a);
+    return x;
+}
+
+INLINE vec sigmoid(vec z) { return 1.0f / (1.0f + exponentials(-z)); }
+
+/* LANES channels, or the `count` that are left of a line. */
+INLINE vec fetch(const float *from, long count) {
+    return count == LANES ? *(const vec *)from : load(from, count);
+}
+
+INLINE void put(float *to, vec v, long count) {
+    if (count == LANES) *(vec *)to = v;
+    else memcpy(to, &v, count * sizeof(float));
+}
+
+/* `body` at c = 0, LANES … of D channels, `count` of them at a time. */
+#define ALONG(D, body)                                                                                      \
+    for (long c = 0; c < (D); c += LANES) {                                                                 \
+        if (c + LANES <= (D)) { const long count = LANES; body }                                            \
+        else { const long count = (D) - c; body }                                                           \
+    }
+
+INLINE int group_of(int n, int is_row, int entry) { return is_row ? entry / n : entry % n; }
+
+/* Divide x [n*n] by its sums over destinations (is_row) or sources, plus eps; the sums are kept. */
+INLINE void normalise(int n, int is_row, float eps, vec *x, vec *sums) {
+    vec inverse[MOST];
+    for (int a = 0; a < n; a++) {
+        sums[a] = (vec){0} + eps;
+        for (int b = 0; b < n; b++) sums[a] += is_row ? x[a * n + b] : x[b * n + a];
+        inverse[a] = 1.0f / sums[a];
+    }
+    for (int e = 0; e < n * n; e++) x[e] *= inverse[group_of(n, is_row, e)];
+}
 
 /* Softmax over destinations plus eps, then 2 rounds - 1 normalisations; x [n*n] from logits to result.
- * trail [steps][n*n] and totals [steps][n] are kept where trail is given. */
-INLINE void sinkhorn(int n, int rounds, float eps, vec *x, vec *trail, vec *totals) {
+ * trail [steps][n*n] and sums [steps][n] are kept where trail is given. */
+INLINE void sinkhorn(int n, int rounds, float eps, vec *x, vec *trail, vec *sums) {
     for (int i = 0; i < n; i++) {
-        vec most, sum;
-        EACH_LANE most[l] = x[i * n][l];
-        for (int j = 1; j < n; j++) EACH_LANE most[l] = x[i * n + j][l] > most[l] ? x[i * n + j][l] : most[l];
-        EACH_LANE sum[l] = 0;
-        for (int j = 0; j < n; j++) EACH_LANE {
-            x[i * n + j][l] = expf(x[i * n + j][l] - most[l]);
-            sum[l] += x[i * n + j][l];
-        }
-        for (int j = 0; j < n; j++) EACH_LANE x[i * n + j][l] = x[i * n + j][l] / sum[l] + eps;
+        vec most = x[i * n], sum = {0};
+        for (int j = 1; j < n; j++) most = larger(most, x[i * n + j]);
+        for (int j = 0; j < n; j++) sum += x[i * n + j] = exponentials(x[i * n + j] - most);
+        for (int j = 0; j < n; j++) x[i * n + j] = x[i * n + j] / sum + eps;
     }
     for (int step = 0; step < 2 * rounds - 1; step++) {
-        vec here[MOST], *total = trail ? totals + step * n : here;
-        totals_of(n, step, eps, x, total);
+        vec here[MOST], *kept = trail ? sums + step * n : here;
         if (trail) memcpy(trail + step * n * n, x, sizeof(vec) * n * n);
-        vec inverse[MOST];
-        for (int a = 0; a < n; a++) EACH_LANE inverse[a][l] = 1.0f / total[a][l];
-        for (int e = 0; e < n * n; e++) EACH_LANE x[e][l] *= inverse[group_of(n, step, e)][l];
+        if (step % 2) normalise(n, 1, eps, x, kept);
+        else normalise(n, 0, eps, x, kept);
     }
 }
 
-/* d [n*n]: gradient of the result, becomes the gradient of the logits. y: the result, overwritten. */
-INLINE void sinkhorn_backward(int n, int rounds, float eps, vec *y, vec *trail, vec *totals, vec *d) {
+/* d [n*n]: gradient of what a step gave, y, becomes that of what it took. */
+INLINE void normalise_backward(int n, int is_row, const vec *y, const vec *sums, vec *d) {
+    vec dot[MOST], inverse[MOST];
+    for (int a = 0; a < n; a++) {
+        dot[a] = (vec){0};
+        inverse[a] = 1.0f / sums[a];
+    }
+    for (int e = 0; e < n * n; e++) dot[group_of(n, is_row, e)] += d[e] * y[e];
+    for (int e = 0; e < n * n; e++) {
+        const int a = group_of(n, is_row, e);
+        d[e] = (d[e] - dot[a]) * inverse[a];
+    }
+}
+
+/* d [n*n]: gradient of the result y, becomes the gradient of the logits. */
+INLINE void sinkhorn_backward(int n, int rounds, float eps, const vec *y, const vec *trail, const vec *sums,
+                              vec *d) {
     for (int step = 2 * rounds - 2; step >= 0; step--) {
-        vec dot[MOST], inverse[MOST];
-        for (int a = 0; a < n; a++) EACH_LANE {
-            dot[a][l] = 0;
-            inverse[a][l] = 1.0f / totals[step * n + a][l];
-        }
-        for (int e = 0; e < n * n; e++) EACH_LANE dot[group_of(n, step, e)][l] += d[e][l] * y[e][l];
-        for (int e = 0; e < n * n; e++) {
-            const int a = group_of(n, step, e);
-            EACH_LANE d[e][l] = (d[e][l] - dot[a][l]) * inverse[a][l];
-        }
-        memcpy(y, trail + step * n * n, sizeof(vec) * n * n);
+        if (step % 2) normalise_backward(n, 1, y, sums + step * n, d);
+        else normalise_backward(n, 0, y, sums + step * n, d);
+        y = trail + step * n * n;
     }
     for (int i = 0; i < n; i++) {
-        vec dot;
-        EACH_LANE dot[l] = 0;
-        for (int j = 0; j < n; j++) EACH_LANE {
-            y[i * n + j][l] -= eps;
-            dot[l] += d[i * n + j][l] * y[i * n + j][l];
-        }
-        for (int j = 0; j < n; j++) EACH_LANE d[i * n + j][l] = y[i * n + j][l] * (d[i * n + j][l] - dot[l]);
+        vec dot = {0};
+        for (int j = 0; j < n; j++) dot += d[i * n + j] * (y[i * n + j] - eps);
+        for (int j = 0; j < n; j++) d[i * n + j] = (y[i * n + j] - eps) * (d[i * n + j] - dot);
     }
 }
 
-/* z [K] = scale · mixes / RMS + base of up to LANES tokens from r0; missing lanes repeat the last token. */
+/* z [K] = scale · mixes / RMS + base of LANES tokens from r0; missing lanes repeat the last token. */
 INLINE void gates(long R, int n, int K, long r0, const float *mixes, const float *inv, const float *base,
                   const float *scale, vec *z) {
-    for (int k = 0; k < K; k++) {
-        const float s = scale[k < n ? 0 : k < 2 * n ? 1 : 2];
-        for (int l = 0; l < LANES; l++) {
-            const long r = r0 + l < R ? r0 + l : R - 1;
-            z[k][l] = s * (mixes[k * R + r] * inv[r]) + base[k];
-        }
+    float lines[MOST_ROWS][LANES];
+    EACH_LANE {
+        const long r = r0 + l < R ? r0 + l : R - 1;
+        for (int k = 0; k < K; k++) lines[k][l] = mixes[r * K + k] * inv[r];
     }
+    for (int k = 0; k < K; k++)
+        z[k] = scale[k < n ? 0 : k < 2 * n ? 1 : 2] * *(const vec *)lines[k] + base[k];
 }
 
-INLINE float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
-
+/* Without fn the mixes are given. */
 INLINE void read_forward(long R, int n, long D, int is_whole, int rounds, float eps, float norm_eps,
-                         const float *streams, const float *mixes, const float *base, const float *scale,
-                         float *input, float *pre, float *post, float *comb, float *inv) {
+                         const float *streams, const float *fn, const float *base, const float *scale,
+                         float *mixes, float *input, float *pre, float *post, float *comb, float *inv) {
     const int K = is_whole ? n * (n + 2) : n;
     const long width = n * D;
-    for (long r = 0; r < R; r++) {
-        float sums[LANES] = {0}, sum = 0;
-        const float *x = streams + r * width;
-        long c = 0;
-        for (; c + LANES <= width; c += LANES) EACH_LANE sums[l] += x[c + l] * x[c + l];
-        for (; c < width; c++) sum += x[c] * x[c];
-        EACH_LANE sum += sums[l];
-        inv[r] = 1.0f / sqrtf(sum / (float)width + norm_eps);
-    }
     for (long r0 = 0; r0 < R; r0 += LANES) {
-        vec z[MOST * (MOST + 2)];
         const int lanes = R - r0 < LANES ? (int)(R - r0) : LANES;
+        const float *x[LANES];
+        float *y[LANES];
+        for (int l = 0; l < lanes; l++) {
+            vec squares = {0};
+            x[l] = streams + (r0 + l) * width;
+            y[l] = mixes + (r0 + l) * K;
+            ALONG(width, const vec v = fetch(x[l] + c, count); squares += v * v;)
+            inv[r0 + l] = 1.0f / sqrtf(total(squares) / (float)width + norm_eps);
+        }
+        if (fn) product(lanes, K, width, x, fn, y);
+        vec z[MOST_ROWS];
         gates(R, n, K, r0, mixes, inv, base, scale, z);
-        if (is_whole) sinkhorn(n, rounds, eps, z + 2 * n, 0, 0);
+        STREAMS(j) z[j] = sigmoid(z[j]) + eps;
+        if (is_whole) {
+            for (int j = n; j < 2 * n; j++) z[j] = 2 * sigmoid(z[j]);
+            sinkhorn(n, rounds, eps, z + 2 * n, 0, 0);
+        }
         for (int l = 0; l < lanes; l++) {
             const long r = r0 + l;
-            for (int j = 0; j < n; j++) pre[r * n + j] = sigmoid(z[j][l]) + eps;
-            if (is_whole) {
-                for (int j = 0; j < n; j++) post[r * n + j] = 2 * sigmoid(z[n + j][l]);
-                for (int e = 0; e < n * n; e++) comb[r * n * n + e] = z[2 * n + e][l];
-            }
-            const float *x = streams + r * width;
-            for (long c = 0; c < D; c++) {
-                float sum = 0;
-                for (int j = 0; j < n; j++) sum += pre[r * n + j] * x[j * D + c];
-                input[r * D + c] = sum;
-            }
+            float *p = pre + r * n;
+            STREAMS(j) p[j] = z[j][l];
+            for (int j = 0; is_whole && j < n; j++) post[r * n + j] = z[n + j][l];
+            for (int e = 0; is_whole && e < n * n; e++) comb[r * n * n + e] = z[2 * n + e][l];
+            ALONG(D, vec sum = {0};
+                  STREAMS(j) sum += p[j] * fetch(x[l] + j * D + c, count);
+                  put(input + r * D + c, sum, count);)
         }
     }
 }
 
-/* d_streams lacks d_mixes^T @ fn, which the caller adds. work: (2 rounds - 1) · n (n + 1) vectors. */
+/* What a stripe of a read's backward is made of. */
+typedef struct {
+    int n, K;
+    long D;
+    const float *streams, *fn, *pre, *d_input, *d_mixes;
+    float *d_streams;
+} read_t;
+
+/* d_streams = pre d_input + along streams + d_mixes · fn: stream j from channel c of `rows` tokens from r0. */
+INLINE void stripe(int rows, int vectors, long count, const read_t *q, long r0, const float *along, int j,
+                   long c) {
+    const long D = q->D, width = q->n * D, at = j * D + c;
+    vec sum[ROWS][STRIPE];
+    EACH(rows) ALSO(vectors) {
+        const long t = r0 + r;
+        sum[r][o] = q->pre[t * q->n + j] * fetch(q->d_input + t * D + c + o * LANES, count) +
+                    along[r] * fetch(q->streams + t * width + at + o * LANES, count);
+    }
+    const float *d_mixes = q->d_mixes + r0 * q->K;
+    for (int k = 0; k < q->K; k++) {
+        vec line[STRIPE];
+        ALSO(vectors) line[o] = fetch(q->fn + k * width + at + o * LANES, count);
+        EACH(rows) ALSO(vectors) sum[r][o] += d_mixes[r * q->K + k] * line[o];
+    }
+    EACH(rows) ALSO(vectors) put(q->d_streams + (r0 + r) * width + at + o * LANES, sum[r][o], count);
+}
+
+INLINE void stripes(int rows, const read_t *q, long r0, const float *along) {
+    for (int j = 0; j < q->n; j++) {
+        long c = 0;
+        for (; c + STRIPE * LANES <= q->D; c += STRIPE * LANES) stripe(rows, STRIPE, LANES, q, r0, along, j, c);
+        for (; c + LANES <= q->D; c += LANES) stripe(rows, 1, LANES, q, r0, along, j, c);
+        if (c < q->D) stripe(rows, 1, q->D - c, q, r0, along, j, c);
+    }
+}
+
+/* work: (2 rounds - 1) · n (n + 1) vectors. */
 INLINE void read_backward(long R, int n, long D, int is_whole, int rounds, float eps, const float *streams,
-                          const float *mixes, const float *base, const float *scale, const float *pre,
-                          const float *inv, const float *d_input, const float *d_post, const float *d_comb,
-                          float *d_streams, float *d_mixes, double *d_base, double *d_scale, vec *work) {
+                          const float *fn, const float *base, const float *scale, const float *mixes,
+                          const float *pre, const float *inv, const float *d_input, const float *d_post,
+                          const float *d_comb, float *d_streams, float *d_mixes, double *d_base,
+                          double *d_scale, vec *work) {
     const int K = is_whole ? n * (n + 2) : n, steps = 2 * rounds - 1;
     const long width = n * D;
-    vec *trail = work, *totals = work + steps * n * n;
+    vec *trail = work, *sums = work + steps * n * n;
+    const read_t q = {n, K, D, streams, fn, pre, d_input, d_mixes, d_streams};
     for (long r0 = 0; r0 < R; r0 += LANES) {
-        vec z[MOST * (MOST + 2)], d[MOST * (MOST + 2)], y[MOST * MOST];
+        vec z[MOST_ROWS], d[MOST_ROWS], y[MOST * MOST];
+        float lines[MOST_ROWS][LANES], along[LANES];
         const int lanes = R - r0 < LANES ? (int)(R - r0) : LANES;
-        gates(R, n, K, r0, mixes, inv, base, scale, z);
-        memset(d, 0, sizeof d);
+        memset(lines, 0, sizeof lines);
         for (int l = 0; l < lanes; l++) {
             const long r = r0 + l;
-            for (int j = 0; j < n; j++) {
-                const float *x = streams + r * width + j * D, *g = d_input + r * D, s = pre[r * n + j] - eps;
-                float sums[LANES] = {0}, dot = 0;
-                long c = 0;
-                for (; c + LANES <= D; c += LANES)
-                    for (int i = 0; i < LANES; i++) sums[i] += x[c + i] * g[c + i];
-                for (; c < D; c++) dot += x[c] * g[c];
-                for (int i = 0; i < LANES; i++) dot += sums[i];
-                d[j][l] = dot * s * (1 - s);
+            vec dot[MOST];
+            STREAMS(j) dot[j] = (vec){0};
+            ALONG(D, const vec g = fetch(d_input + r * D + c, count);
+                  STREAMS(j) dot[j] += g * fetch(streams + r * width + j * D + c, count);)
+            STREAMS(j) {
+                const float s = pre[r * n + j] - eps;
+                lines[j][l] = total(dot[j]) * s * (1 - s);
             }
-            if (!is_whole) continue;
-            for (int j = 0; j < n; j++) {
-                const float s = sigmoid(z[n + j][l]);
-                d[n + j][l] = d_post[r * n + j] * 2 * s * (1 - s);
-            }
-            for (int e = 0; e < n * n; e++) d[2 * n + e][l] = d_comb[r * n * n + e];
+            for (int j = 0; is_whole && j < n; j++) lines[n + j][l] = d_post[r * n + j];
+            for (int e = 0; is_whole && e < n * n; e++) lines[2 * n + e][l] = d_comb[r * n * n + e];
         }
+        gates(R, n, K, r0, mixes, inv, base, scale, z);
+        memcpy(d, lines, K * sizeof(vec));
         if (is_whole) {
+            for (int j = n; j < 2 * n; j++) {
+                const vec s = sigmoid(z[j]);
+                d[j] *= 2 * s * (1 - s);
+            }
             memcpy(y, z + 2 * n, sizeof(vec) * n * n);
-            sinkhorn(n, rounds, eps, y, trail, totals);
-            sinkhorn_backward(n, rounds, eps, y, trail, totals, d + 2 * n);
+            sinkhorn(n, rounds, eps, y, trail, sums);
+            sinkhorn_backward(n, rounds, eps, y, trail, sums, d + 2 * n);
         }
         for (int l = 0; l < lanes; l++) {
             const long r = r0 + l;
             float d_inv = 0;
             for (int k = 0; k < K; k++) {
                 const int group = k < n ? 0 : k < 2 * n ? 1 : 2;
-                const float m = mixes[k * R + r], d_u = d[k][l] * scale[group];
+                const float m = mixes[r * K + k], d_u = d[k][l] * scale[group];
                 d_base[k] += d[k][l];
                 d_scale[group] += (double)d[k][l] * (m * inv[r]);
-                d_mixes[k * R + r] = d_u * inv[r];
+                d_mixes[r * K + k] = d_u * inv[r];
                 d_inv += d_u * m;
             }
-            const float along = -inv[r] * inv[r] * inv[r] / (float)width * d_inv;
-            for (int j = 0; j < n; j++) {
-                const float p = pre[r * n + j], *x = streams + r * width + j * D, *g = d_input + r * D;
-                float *out = d_streams + r * width + j * D;
-                for (long c = 0; c < D; c++) out[c] = p * g[c] + along * x[c];
-            }
+            along[l] = -inv[r] * inv[r] * inv[r] / (float)width * d_inv;
         }
+        int l = 0;
+        for (; l + ROWS <= lanes; l += ROWS) stripes(ROWS, &q, r0 + l, along + l);
+        for (; l < lanes; l++) stripes(1, &q, r0 + l, along + l);
     }
 }
 
 INLINE void write_forward(long R, int n, long D, const float *streams, const float *output,
                           const float *post, const float *comb, float *written) {
     for (long r = 0; r < R; r++) {
-        const float *x = streams + r * n * D, *o = output + r * D;
-        for (int k = 0; k < n; k++) {
-            float weight[MOST];
-            for (int j = 0; j < n; j++) weight[j] = comb[(r * n + j) * n + k];
-            const float p = post[r * n + k];
-            for (long c = 0; c < D; c++) {
-                float sum = p * o[c];
-                for (int j = 0; j < n; j++) sum += weight[j] * x[j * D + c];
-                written[(r * n + k) * D + c] = sum;
-            }
-        }
+        const float *x = streams + r * n * D, *p = post + r * n, *weight = comb + r * n * n;
+        ALONG(D, const vec o = fetch(output + r * D + c, count); vec line[MOST];
+              STREAMS(j) line[j] = fetch(x + j * D + c, count);
+              STREAMS(k) {
+                  vec sum = p[k] * o;
+                  STREAMS(j) sum += weight[j * n + k] * line[j];
+                  put(written + (r * n + k) * D + c, sum, count);
+              })
     }
-}
-
-INLINE float dot(long D, const float *a, const float *b) {
-    float sums[LANES] = {0}, sum = 0;
-    long c = 0;
-    for (; c + LANES <= D; c += LANES) EACH_LANE sums[l] += a[c + l] * b[c + l];
-    for (; c < D; c++) sum += a[c] * b[c];
-    EACH_LANE sum += sums[l];
-    return sum;
 }
 
 INLINE void write_backward(long R, int n, long D, const float *streams, const float *output,
                            const float *post, const float *comb, const float *grad, float *d_streams,
                            float *d_output, float *d_post, float *d_comb) {
     for (long r = 0; r < R; r++) {
-        const float *x = streams + r * n * D, *g = grad + r * n * D, *p = post + r * n;
-        for (int k = 0; k < n; k++) d_post[r * n + k] = dot(D, g + k * D, output + r * D);
-        for (int j = 0; j < n; j++) {
-            const float *weight = comb + (r * n + j) * n;
-            for (int k = 0; k < n; k++) d_comb[(r * n + j) * n + k] = dot(D, x + j * D, g + k * D);
-            for (long c = 0; c < D; c++) {
-                float sum = 0;
-                for (int k = 0; k < n; k++) sum += weight[k] * g[k * D + c];
-                d_streams[(r * n + j) * D + c] = sum;
-            }
-        }
-        for (long c = 0; c < D; c++) {
-            float sum = 0;
-            for (int k = 0; k < n; k++) sum += p[k] * g[k * D + c];
-            d_output[r * D + c] = sum;
-        }
+        const float *p = post + r * n, *weight = comb + r * n * n;
+        vec of_post[MOST], of_comb[MOST * MOST];
+        STREAMS(k) of_post[k] = (vec){0};
+        for (int e = 0; e < n * n; e++) of_comb[e] = (vec){0};
+        ALONG(D, const vec o = fetch(output + r * D + c, count); vec g[MOST]; vec sum = {0};
+              STREAMS(k) {
+                  g[k] = fetch(grad + (r * n + k) * D + c, count);
+                  of_post[k] += g[k] * o;
+                  sum += p[k] * g[k];
+              }
+              put(d_output + r * D + c, sum, count);
+              STREAMS(j) {
+                  const vec x = fetch(streams + (r * n + j) * D + c, count);
+                  sum = (vec){0};
+                  STREAMS(k) {
+                      of_comb[j * n + k] += x * g[k];
+                      sum += weight[j * n + k] * g[k];
+                  }
+                  put(d_streams + (r * n + j) * D + c, sum, count);
+              })
+        STREAMS(k) d_post[r * n + k] = total(of_post[k]);
+        for (int e = 0; e < n * n; e++) d_comb[r * n * n + e] = total(of_comb[e]);
     }
 }
 
@@ -238,21 +301,22 @@ INLINE void write_backward(long R, int n, long D, const float *streams, const fl
 #define FOR_STREAMS(call_4, call_n) do { if (n == 4) { call_4; } else { call_n; } } while (0)
 
 void hc_read_forward(long R, int n, long D, int is_whole, int rounds, float eps, float norm_eps,
-                     const float *streams, const float *mixes, const float *base, const float *scale,
-                     float *input, float *pre, float *post, float *comb, float *inv) {
-    FOR_STREAMS(read_forward(R, 4, D, is_whole, rounds, eps, norm_eps, streams, mixes, base, scale, input,
+                     const float *streams, const float *fn, const float *base, const float *scale,
+                     float *mixes, float *input, float *pre, float *post, float *comb, float *inv) {
+    FOR_STREAMS(read_forward(R, 4, D, is_whole, rounds, eps, norm_eps, streams, fn, base, scale, mixes, input,
                              pre, post, comb, inv),
-                read_forward(R, n, D, is_whole, rounds, eps, norm_eps, streams, mixes, base, scale, input,
+                read_forward(R, n, D, is_whole, rounds, eps, norm_eps, streams, fn, base, scale, mixes, input,
                              pre, post, comb, inv));
 }
 
 void hc_read_backward(long R, int n, long D, int is_whole, int rounds, float eps, const float *streams,
-                      const float *mixes, const float *base, const float *scale, const float *pre,
-                      const float *inv, const float *d_input, const float *d_post, const float *d_comb,
-                      float *d_streams, float *d_mixes, double *d_base, double *d_scale, float *work) {
-    FOR_STREAMS(read_backward(R, 4, D, is_whole, rounds, eps, streams, mixes, base, scale, pre, inv,
+                      const float *fn, const float *base, const float *scale, const float *mixes,
+                      const float *pre, const float *inv, const float *d_input, const float *d_post,
+                      const float *d_comb, float *d_streams, float *d_mixes, double *d_base, double *d_scale,
+                      float *work) {
+    FOR_STREAMS(read_backward(R, 4, D, is_whole, rounds, eps, streams, fn, base, scale, mixes, pre, inv,
                               d_input, d_post, d_comb, d_streams, d_mixes, d_base, d_scale, (vec *)work),
-                read_backward(R, n, D, is_whole, rounds, eps, streams, mixes, base, scale, pre, inv,
+                read_backward(R, n, D, is_whole, rounds, eps, streams, fn, base, scale, mixes, pre, inv,
                               d_input, d_post, d_comb, d_streams, d_mixes, d_base, d_scale, (vec *)work));
 }
 

@@ -35,16 +35,15 @@ def _read(
     """layer input, post, comb, and what the backward needs: mixes, pre, inverse."""
     num_tokens, n, width = streams.shape
     is_whole = rounds > 0
+    new, given = streams.new_empty, fn
+    mixes = new(num_tokens, len(fn))
     if exact.is_on():
-        mixes = exact.linear(streams.view(num_tokens, -1), fn).t().contiguous()
-    else:
-        mixes = torch.mm(fn, streams.view(num_tokens, -1).t())
-    new = streams.new_empty
+        mixes, given = exact.linear(streams.view(num_tokens, -1), fn).contiguous(), None
     layer_input, pre, inverse = new(num_tokens, width), new(num_tokens, n), new(num_tokens)
     post, comb = (new(num_tokens, n), new(num_tokens, n, n)) if is_whole else (new(0), new(0))
     _call(
         "hc_read_forward", num_tokens, n, width, int(is_whole), rounds, eps, norm_eps,
-        streams, mixes, base, scale, layer_input, pre, post, comb, inverse,
+        streams, given, base, scale, mixes, layer_input, pre, post, comb, inverse,
     )  # fmt: skip
     return layer_input, post, comb, mixes, pre, inverse
 
@@ -78,15 +77,14 @@ class _Read(torch.autograd.Function):
         work = streams.new_empty(max(2 * rounds - 1, 0) * n * (n + 1) * LANES)
         _call(
             "hc_read_backward", num_tokens, n, width, int(rounds > 0), rounds, eps,
-            streams, mixes, base, scale, pre, inverse,
+            streams, fn, base, scale, mixes, pre, inverse,
             d_input.contiguous(), d_post.contiguous(), d_comb.contiguous(),
             d_streams, d_mixes, d_base, d_scale, work,
         )  # fmt: skip
         flat = streams.view(num_tokens, -1)
-        d_streams.view(num_tokens, -1).addmm_(d_mixes.t(), fn)
         return (
             d_streams,
-            torch.mm(d_mixes, flat),
+            torch.mm(d_mixes.t(), flat),
             d_base.to(base.dtype),
             d_scale.to(scale.dtype),
             None,
