@@ -16,6 +16,7 @@ from consilience.model.config import ModelConfig
 from consilience.model.forward_trace import Trace
 from consilience.model.head import Head
 from consilience.model.hyper_connections import HeadCollapse, HyperConnection
+from consilience.model.kernels import decode_step
 from consilience.model.layout import Layout, chunk_layout, packed_layout
 from consilience.model.moe import MoE
 from consilience.model.norm import RMSNorm
@@ -42,6 +43,8 @@ class Block(nn.Module):
     @recomputable
     def forward(self, streams: Tensor, token_ids: Tensor, layout: Layout, state: LayerState | None) -> Tensor:
         """streams [R, N, D], token_ids [R] -> [R, N, D]."""
+        if state is not None and decode_step.is_available(self, streams, layout):
+            return decode_step.step(self, streams, token_ids, layout, state)
         num_rows, num_tokens = layout.position.shape
         x, post, comb = self.hc_attn.read(streams)
         output = self.attn(self.attn_norm(x).view(num_rows, num_tokens, -1), layout, state)

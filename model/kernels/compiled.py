@@ -1,6 +1,6 @@
 """C kernels of this folder, compiled on first use by the machine's own compiler.
 
-Each is a plain C file that needs nothing but this folder's headers; the library lies in the user's cache
+Each is a plain C file that needs nothing but this folder's headers, and the PARTS named here; the library lies in the user's cache
 folder under a name that the sources, the flags, the compiler and the processor decide. Where there is no
 compiler, or CONSILIENCE_KERNELS=off, the PyTorch twin does the work: same numbers to rounding, more time.
 """
@@ -20,27 +20,31 @@ from typing import Any
 
 from torch import Tensor
 
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+# No product is fused with a sum unless the source says so: where a compiler fuses differs between the loop over
+# whole vectors and the one over the rest, and a row's last bit must not depend on which of them it met.
+EXACT = ("-ffp-contract=off",)
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", *EXACT, "-shared", "-fPIC")
 COMPILE_TIMEOUT_S = 120
+PARTS = {"decode_step": ("decode_attention", "decode_moe", "hyper_connections", "norm_rotate")}
 
 
 @cache
 def library(name: str) -> ctypes.CDLL | str:
-    """The compiled `<name>.c`, or why there is none. Compiles once a machine, about a second."""
+    """The compiled `<name>.c` with its PARTS, or why there is none. Compiles once a machine, some seconds."""
     if os.environ.get("CONSILIENCE_KERNELS", "on") == "off":
         return "switched off by CONSILIENCE_KERNELS=off"
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return "no C compiler found (install gcc or clang, or name one by CC)"
-    source = Path(__file__).with_name(f"{name}.c")
+    sources = [Path(__file__).with_name(f"{part}.c") for part in (name, *PARTS.get(name, ()))]
     try:
-        target = _cache_folder() / f"{name}-{_key(source, compiler)}.so"
+        target = _cache_folder() / f"{name}-{_key(sources, compiler)}.so"
         if not target.exists():
-            _compile(compiler, source, target)
+            _compile(compiler, sources, target)
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        return f"{compiler} does not make {source.name} into a library: {detail.strip()[:300]}"
+        return f"{compiler} does not make {name}.c into a library: {detail.strip()[:300]}"
 
 
 def call(name: str, function: str, *arguments: Tensor | int | float | None) -> None:
@@ -69,19 +73,19 @@ def _address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
-def _compile(compiler: str, source: Path, target: Path) -> None:
+def _compile(compiler: str, sources: list[Path], target: Path) -> None:
     """Beside its place, then renamed: processes that start together do not read half a library."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        command = [compiler, *FLAGS, "-o", str(made), str(source), "-lm"]
+        command = [compiler, *FLAGS, "-o", str(made), *map(str, sources), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
         made.replace(target)
 
 
-def _key(source: Path, compiler: str) -> str:
-    sources = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
-    about = (*sources, " ".join(FLAGS).encode(), os.path.realpath(compiler).encode(), _processor())
+def _key(sources: list[Path], compiler: str) -> str:
+    headers = sorted(sources[0].parent.glob("*.h"))
+    about = (*(path.read_bytes() for path in (*sources, *headers)), " ".join(FLAGS).encode(), os.path.realpath(compiler).encode(), _processor())
     return hashlib.sha256(b"\0".join(about)).hexdigest()[:16]
 
 

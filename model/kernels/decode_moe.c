@@ -3,13 +3,14 @@
  * R rows, D model width, E experts of width I, K a row, S width of the shared expert; all fp32, contiguous.
  * hidden, out [R, D]; gate [E, D]; w1, w3 [E, I, D], w2 [E, D, I]; shared w1, w3 [S, D], w2 [D, S].
  * So few rows cost as much as reading the weights: every expert's are read once, and experts are
- * added in rising order: a row's result depends on nothing but the row.
+ * added in rising order: a row's result depends on nothing but the row. An expert meets few of the rows and
+ * takes products over channels; router and shared expert meet all, side by side.
  */
 #include <float.h>
 #include <math.h>
-#include <string.h>
 
-#include "products.h"
+#include "decode_parts.h"
+#include "row_lanes.h"
 
 /* gate = silu(min(gate, limit)) · clamp(up, ±limit) · weight; NaN stays NaN */
 INLINE void activate(long count, float limit, float weight, const float *up, float *gate) {
@@ -25,8 +26,23 @@ static void expert(long n, long D, long I, float limit, const float **x, const f
                    const float *w3, const float *weight, float **gate, float **up, float **out) {
     product(n, I, D, x, w1, gate);
     product(n, I, D, x, w3, up);
-    for (long r = 0; r < n; r++) activate(I, limit, weight ? weight[r] : 1.0f, up[r], gate[r]);
+    for (long r = 0; r < n; r++) activate(I, limit, weight[r], up[r], gate[r]);
     product(n, D, I, (const float **)gate, w2, out);
+}
+
+/* out [R, D] = the shared expert of hidden [R, D]; work: SIDE (2 D + 2 S) floats. */
+static void shared_expert(long R, long D, long S, float limit, const float *hidden, const float *w1,
+                          const float *w2, const float *w3, float *out, float *work) {
+    float *x = work, *y = x + SIDE * D, *gate = y + SIDE * D, *up = gate + SIDE * S;
+    for (long r = 0; r < R; r += SIDE) {
+        const long here = R - r < SIDE ? R - r : SIDE;
+        spread(here, D, hidden + r * D, x);
+        multiply(here, D, S, x, w1, gate);
+        multiply(here, D, S, x, w3, up);
+        activate(S * lanes_of(here), limit, 1.0f, up, gate);
+        multiply(here, S, D, gate, w2, y);
+        collect(here, D, y, out + r * D);
+    }
 }
 
 /* Scores sqrt(softplus(logits)), in place. */
@@ -48,40 +64,39 @@ INLINE void choose(long E, long K, const float *scores, const float *bias, float
     }
 }
 
-/* chosen [R, K] and weight [R, K]; table [vocabulary, K] of a hash router, or bias [E] of a learned one. */
+/* chosen [R, K] and weight [R, K]; table [vocabulary, K] of a hash router, or bias [E] of a learned one.
+ * work: (R + 1) E + SIDE (D + E) floats. */
 void moe_route(long R, long D, long E, long K, float scaling, const float *hidden, const float *gate,
                const float *bias, const long *table, const long *ids, long *chosen, float *weight,
                float *work) {
+    float *selection = work + R * E;
+    const product_of logits = {gate, E, work};
+    project(R, D, hidden, 1, &logits, selection + E);
     for (long r = 0; r < R; r++) {
-        const float *x = hidden + r * D;
-        product(1, E, D, &x, gate, &work);
-        score(E, work);
+        float *scores = work + r * E, sum = 0;
+        score(E, scores);
         if (table)
             memcpy(chosen + r * K, table + ids[r] * K, K * sizeof(long));
         else
-            choose(E, K, work, bias, work + E, chosen + r * K);
-        float sum = 0;
-        for (long k = 0; k < K; k++) sum += weight[r * K + k] = work[chosen[r * K + k]];
+            choose(E, K, scores, bias, selection, chosen + r * K);
+        for (long k = 0; k < K; k++) sum += weight[r * K + k] = scores[chosen[r * K + k]];
         for (long k = 0; k < K; k++) weight[r * K + k] = weight[r * K + k] / (sum + 1e-20f) * scaling;
     }
 }
 
-/* out [R, D] from chosen, weight [R, K]. work: R (2 max(I, S) + D + 1) floats, places: 4 R K pointers. */
+/* out [R, D] from chosen, weight [R, K]. places: 4 R pointers; work: R (2 I + D + 1) or, where that is more,
+ * SIDE (2 D + 2 S) floats. */
 void moe_forward(long R, long D, long E, long K, long I, long S, float limit, const float *hidden,
                  const long *chosen, const float *weight, const float *w1, const float *w2, const float *w3,
                  const float *s1, const float *s2, const float *s3, float *out, float *work, void **places) {
     const float **x = (const float **)places;
-    float **gate = (float **)places + R, **up = gate + R, **down = up + R;
-    const long width = I > S ? I : S;
-    float *share = work + R * (2 * width + D);
+    float **gate = (float **)places + R, **up = gate + R, **down = up + R, *share = work + R * (2 * I + D);
+    shared_expert(R, D, S, limit, hidden, s1, s2, s3, out, work);
     for (long r = 0; r < R; r++) {
-        gate[r] = work + r * width;
-        up[r] = work + (R + r) * width;
-        x[r] = hidden + r * D;
-        down[r] = out + r * D;
+        gate[r] = work + r * I;
+        up[r] = work + (R + r) * I;
+        down[r] = work + 2 * R * I + r * D;
     }
-    expert(R, D, S, limit, x, s1, s2, s3, 0, gate, up, down);
-    for (long r = 0; r < R; r++) down[r] = work + 2 * R * width + r * D;
     for (long e = 0; e < E; e++) {
         long n = 0;
         for (long r = 0; r < R; r++)

@@ -1,30 +1,61 @@
 /* Products of few rows with a matrix that is read once, e^x and attention's softmax, in fp32.
  *
  * The matrix goes by OUTS lines at a time, which meet all rows while they are in the first cache. A sum runs
- * over LANES partial sums in a fixed order: a row's result depends on nothing but the row and on where the
- * compiler fuses a product with a sum.
+ * over LANES partial sums in a fixed order, and a product is fused with a sum where `fused` says so and nowhere
+ * else (-ffp-contract=off): a row's result depends on nothing but the row, whatever compiles this.
  */
 #include <string.h>
+#if defined(__AVX512F__) || defined(__FMA__)
+#include <immintrin.h>
+#endif
 
 #define LANES 16
 #define ROWS 4
 #define OUTS 4
-#define AHEAD 2 /* groups of lines between what is read and what is asked of memory */
+#define AHEAD 4 /* groups of lines between what is read and what is asked of memory */
 #define EACH(rows) _Pragma("GCC unroll 4") for (int r = 0; r < (rows); r++)
 #define ALSO(outs) _Pragma("GCC unroll 4") for (int o = 0; o < (outs); o++)
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef float vec8 __attribute__((vector_size(32)));
 typedef float vec4 __attribute__((vector_size(16)));
 
-INLINE float total(vec v) {
-    vec8 eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    vec4 four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
-                __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-    return (four[0] + four[2]) + (four[1] + four[3]);
+/* a · b + c, rounded once where the processor can. */
+INLINE vec fused(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    __m256 x[2], y[2], z[2];
+    memcpy(x, &a, sizeof a);
+    memcpy(y, &b, sizeof b);
+    memcpy(z, &c, sizeof c);
+    for (int i = 0; i < 2; i++) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+    memcpy(&c, z, sizeof c);
+    return c;
+#elif defined(__FP_FAST_FMAF)
+    for (int l = 0; l < LANES; l++) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
+    return c;
+#else
+    return a * b + c;
+#endif
 }
+
+/* Sums of four vectors, each in the order of `total`. */
+INLINE vec4 totals(vec a, vec b, vec c, vec d) {
+#define HALVES(x, y)                                                                                        \
+    (__builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +                \
+     __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+#define QUARTERS(x, y)                                                                                      \
+    (__builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +              \
+     __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31))
+    vec v = QUARTERS(HALVES(a, b), HALVES(c, d));
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return __builtin_shufflevector(v, v, 0, 4, 8, 12);
+}
+
+/* The sum over the lanes: halves, quarters and so on are added. */
+INLINE float total(vec v) { return totals(v, v, v, v)[0]; }
 
 INLINE vec load(const float *from, long count) {
     vec v = {0};
@@ -41,16 +72,26 @@ INLINE void block(int rows, int outs, long width, const float **x, const float *
         vec line[OUTS];
         ALSO(outs) {
             line[o] = *(const vec *)(w + o * width + c);
-            __builtin_prefetch(w + (o + AHEAD * OUTS) * width + c);
+            __builtin_prefetch(w + (o + AHEAD * OUTS) * width + c, 0, 2); /* into the second cache */
         }
         EACH(rows) {
             const vec here = *(const vec *)(x[r] + c);
-            ALSO(outs) sum[r][o] += here * line[o];
+            ALSO(outs) sum[r][o] = fused(here, line[o], sum[r][o]);
         }
     }
     const long rest = width - c;
-    if (rest) EACH(rows) ALSO(outs) sum[r][o] += load(x[r] + c, rest) * load(w + o * width + c, rest);
-    EACH(rows) ALSO(outs) y[r][at + o] = total(sum[r][o]);
+    if (rest)
+        EACH(rows) ALSO(outs) {
+            const vec line = load(w + o * width + c, rest);
+            sum[r][o] = fused(load(x[r] + c, rest), line, sum[r][o]);
+        }
+    if (outs == OUTS)
+        EACH(rows) {
+            const vec4 four = totals(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+            memcpy(y[r] + at, &four, sizeof four);
+        }
+    else
+        EACH(rows) ALSO(outs) y[r][at + o] = total(sum[r][o]);
 }
 
 #define EACH_ROWS(rows, outs)                                                                               \
@@ -114,12 +155,12 @@ INLINE void weigh(long n, long C, const float *weight, const float *keys, float 
         vec part[4];
         ALSO(4) part[o] = *(const vec *)(sum + c + o * LANES);
         for (long j = 0; j < n; j++)
-            ALSO(4) part[o] += weight[j] * *(const vec *)(keys + j * C + c + o * LANES);
+            ALSO(4) part[o] = fused(weight[j] - (vec){0}, *(const vec *)(keys + j * C + c + o * LANES), part[o]);
         ALSO(4) *(vec *)(sum + c + o * LANES) = part[o];
     }
     for (; c + LANES <= C; c += LANES) {
         vec part = *(const vec *)(sum + c);
-        for (long j = 0; j < n; j++) part += weight[j] * *(const vec *)(keys + j * C + c);
+        for (long j = 0; j < n; j++) part = fused(weight[j] - (vec){0}, *(const vec *)(keys + j * C + c), part);
         *(vec *)(sum + c) = part;
     }
     for (long j = 0; j < n; j++)
