@@ -10,6 +10,7 @@ from torch import Tensor
 
 from consilience.model import exact
 from consilience.model.exact import Linear
+from consilience.model.kernels import decode_head
 
 
 class Head(Linear):
@@ -21,6 +22,8 @@ class Head(Linear):
         In exact mode bit for bit what `linear_logprob` computes from the same hidden states.
         """
         weight = self.weight
+        if decode_head.is_available(x, weight):
+            return decode_head.logits(x, weight)
         if weight.dtype.itemsize >= 4:
             return super().forward(x)
         wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

@@ -23,7 +23,7 @@ from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
 from consilience.rollout.engine import Completed, EngineState, Request
 from consilience.rollout.publishing import verify
-from consilience.rollout.sampling import draw, tempered
+from consilience.rollout.sampling import sample
 from consilience.rollout.speculative import NUM_UNIFORMS, SpeculativeState
 from consilience.rollout.stream import Stream
 
@@ -323,10 +323,9 @@ class NativeEngine:
         """Draw one token for running rows first.. from logits [rows, V]."""
         streams = self._running[first:]
         uniform = torch.from_numpy(np.array([s.coming(1)[0, 0] for s in streams]))
-        logprobs, probabilities = tempered(logits, _temperatures(streams))
-        chosen = draw(probabilities, uniform)
+        chosen, logprobs = sample(logits, _temperatures(streams), uniform)
         self._last[first : first + len(streams)] = chosen
-        self._take(streams, chosen[:, None], logprobs.gather(1, chosen[:, None]), [1] * len(streams))
+        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams))
 
     def _sample_ahead(self, speculative: SpeculativeState) -> None:
         """One or two tokens for every running row."""

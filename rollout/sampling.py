@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from consilience.model.exact import log_softmax
+from consilience.model.kernels import decode_head
 
 
 def tempered(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,6 +28,18 @@ def tempered(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         probabilities[rows] = 0.0
         probabilities[rows, logits[rows].argmax(-1)] = 1.0
     return logprobs, probabilities
+
+
+def sample(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row and its log-probability, [R] each: `draw` from what `tempered` makes of the logits.
+
+    logits [R, V], temperature [R] fp32 and uniform [R] fp64 in [0, 1) on the host.
+    """
+    if decode_head.is_available(logits):
+        return decode_head.draw(logits, temperature, uniform)
+    logprobs, probabilities = tempered(logits, temperature)
+    tokens = draw(probabilities, uniform)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:

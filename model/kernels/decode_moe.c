@@ -41,7 +41,7 @@ static void shared_expert(long R, long D, long S, float limit, const float *hidd
         multiply(here, D, S, x, w3, up);
         activate(S * lanes_of(here), limit, 1.0f, up, gate);
         multiply(here, S, D, gate, w2, y);
-        collect(here, D, y, out + r * D);
+        collect(here, D, D, y, out + r * D);
     }
 }
 
@@ -65,7 +65,7 @@ INLINE void choose(long E, long K, const float *scores, const float *bias, float
 }
 
 /* chosen [R, K] and weight [R, K]; table [vocabulary, K] of a hash router, or bias [E] of a learned one.
- * work: (R + 1) E + SIDE (D + E) floats. */
+ * work: (R + 1) E + SIDE (D + MOST_OUTS) floats. */
 void moe_route(long R, long D, long E, long K, float scaling, const float *hidden, const float *gate,
                const float *bias, const long *table, const long *ids, long *chosen, float *weight,
                float *work) {

@@ -17,7 +17,7 @@ from consilience.model import exact
 from consilience.model.kernels.compiled import call, library
 
 MOST_ROWS = 128  # beyond, a matrix library catches up
-SIDE = 32  # rows side by side, as in row_lanes.h
+SIDE, MOST_OUTS = 32, 256  # as in row_lanes.h
 
 
 def is_available(hidden: Tensor, weight: Tensor) -> bool:
@@ -36,7 +36,7 @@ def decode_moe(moe: Any, hidden: Tensor, token_ids: Tensor) -> Tensor:
     hidden = hidden.contiguous()
     chosen = torch.empty(num_rows, topk, dtype=torch.int64)
     shares = hidden.new_empty(num_rows, topk)
-    routing = (num_rows + 1) * num_experts + SIDE * (width + num_experts)
+    routing = (num_rows + 1) * num_experts + SIDE * (width + MOST_OUTS)
     mixing = max(num_rows * (2 * inner + width + 1), 2 * SIDE * (width + own))
     work = hidden.new_empty(max(routing, mixing))
     table, bias, ids = (

@@ -54,9 +54,7 @@ INLINE long series_of(const sizes_t *s, long width) { return s->h ? 2 * width : 
 static long scratch_of(const sizes_t *s) {
     const long entries = s->A * s->per, heads = s->H * s->C, low = s->G * s->O;
     long most = most_of(s->N * s->D + s->N * (s->N + 2), heads + low + s->D);
-    most = most_of(most, s->D + most_of(most_of(s->L, s->C), 2 * most_of(s->C, s->c)));
-    most = most_of(most, s->L + most_of(heads, s->h * s->c));
-    most = most_of(most, most_of(2 * (s->D + s->S), s->D + s->E + s->h));
+    most = most_of(most, most_of(most_of(s->D, s->L) + MOST_OUTS, 2 * (s->D + s->S)));
     long floats = SIDE * most + (s->R + 1) * s->E;
     floats = most_of(floats, s->H * (s->window + most_of(entries, s->topk)));
     floats = most_of(floats, (s->h + 2) * entries);
@@ -164,7 +162,7 @@ static void project_heads(const sizes_t *s, const weights_t *g, work_t *w) {
         for (long i = 0; i < s->G; i++)
             multiply(here, in, s->O, lanes + i * in * P, g->wo_a + i * s->O * in, ranks + i * s->O * P);
         multiply(here, low, s->D, ranks, g->wo_b, sums);
-        collect(here, s->D, sums, w->output + r * s->D);
+        collect(here, s->D, s->D, sums, w->output + r * s->D);
     }
 }
 

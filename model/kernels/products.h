@@ -132,13 +132,20 @@ INLINE float exponential(float x) {
 
 /* Logits [n] of one head become weights; the sink's weight comes back. */
 INLINE float soften(long n, float scale, float sink, float *logits) {
-    float most = sink, sum[LANES] = {0}, all = 0;
-    for (long i = 0; i < n; i++) {
+    float largest[LANES], sum[LANES] = {0}, most = sink, all = 0;
+    for (int l = 0; l < LANES; l++) largest[l] = sink;
+    long i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++) {
+            logits[i + l] *= scale;
+            largest[l] = logits[i + l] > largest[l] ? logits[i + l] : largest[l];
+        }
+    for (; i < n; i++) {
         logits[i] *= scale;
         most = logits[i] > most ? logits[i] : most;
     }
-    long i = 0;
-    for (; i + LANES <= n; i += LANES)
+    for (int l = 0; l < LANES; l++) most = largest[l] > most ? largest[l] : most;
+    for (i = 0; i + LANES <= n; i += LANES)
         for (int l = 0; l < LANES; l++) sum[l] += logits[i + l] = exponential(logits[i + l] - most);
     for (; i < n; i++) all += logits[i] = exponential(logits[i] - most);
     for (int l = 0; l < LANES; l++) all += sum[l];

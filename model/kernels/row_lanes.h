@@ -9,6 +9,7 @@
 
 #define SIDE 32 /* rows side by side */
 #define WIDE 8  /* lines of the matrix that meet the rows at once */
+#define MOST_OUTS 256 /* results of a row that wait to be laid as rows again */
 #define LINES(outs) _Pragma("GCC unroll 8") for (int o = 0; o < (outs); o++)
 
 INLINE long lanes_of(long R) { return (R + LANES - 1) / LANES * LANES; }
@@ -44,8 +45,8 @@ static void spread(long R, long width, const float *x, float *lanes) {
         }
 }
 
-/* y [R, width] from lanes [width, P] */
-static void collect(long R, long width, const float *lanes, float *y) {
+/* y [R, width] from lanes [width, P]; rows of y begin `stride` apart. */
+static void collect(long R, long width, long stride, const float *lanes, float *y) {
     const long P = lanes_of(R);
     for (long r = 0; r < R; r += LANES)
         for (long c = 0; c < width; c += LANES) {
@@ -55,7 +56,7 @@ static void collect(long R, long width, const float *lanes, float *y) {
                 square[i] = i < channels ? *(const vec *)(lanes + (c + i) * P + r) : (vec){0};
             mirror(square);
             for (long i = 0; i < LANES && r + i < R; i++)
-                memcpy(y + (r + i) * width + c, square + i, channels * sizeof(float));
+                memcpy(y + (r + i) * stride + c, square + i, channels * sizeof(float));
         }
 }
 
@@ -90,16 +91,18 @@ static void multiply(long R, long width, long outs, const float *x, const float 
 /* A matrix [outs, width] and where its products with R rows go: y [R, outs]. */
 typedef struct { const float *w; long outs; float *y; } product_of;
 
-/* y = w · x of each matrix for x [R, width], any R. work: SIDE (width + most outs) floats. */
+/* y = w · x of each matrix for x [R, width], any R. work: SIDE (width + MOST_OUTS) floats. */
 static void project(long R, long width, const float *x, int count, const product_of *products, float *work) {
     float *lanes = work, *sums = work + SIDE * width;
     for (long r = 0; r < R; r += SIDE) {
         const long here = R - r < SIDE ? R - r : SIDE;
         spread(here, width, x + r * width, lanes);
-        for (int i = 0; i < count; i++) {
-            const product_of *p = products + i;
-            multiply(here, width, p->outs, lanes, p->w, sums);
-            collect(here, p->outs, sums, p->y + r * p->outs);
-        }
+        for (int i = 0; i < count; i++)
+            for (long o = 0; o < products[i].outs; o += MOST_OUTS) {
+                const product_of p = products[i];
+                const long outs = p.outs - o < MOST_OUTS ? p.outs - o : MOST_OUTS;
+                multiply(here, width, outs, lanes, p.w + o * width, sums);
+                collect(here, outs, p.outs, sums, p.y + r * p.outs + o);
+            }
     }
 }
