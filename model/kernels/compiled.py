@@ -1,8 +1,9 @@
 """C kernels of this folder, compiled on first use by the machine's own compiler.
 
-Each is a plain C file that needs nothing but this folder's headers, and the PARTS named here; the library lies in the user's cache
-folder under a name that the sources, the flags, the compiler and the processor decide. Where there is no
-compiler, or CONSILIENCE_KERNELS=off, the PyTorch twin does the work: same numbers to rounding, more time.
+Each is a plain C file that needs nothing but this folder's headers and the PARTS named here; the library lies
+in the user's cache folder under a name that the sources, the flags, the compiler and the processor decide.
+Where there is no compiler, or CONSILIENCE_KERNELS=off, the PyTorch twin does the work: same numbers to
+rounding, more time.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any
 
 from torch import Tensor
 
-# No product is fused with a sum unless the source says so: where a compiler fuses differs between the loop over
-# whole vectors and the one over the rest, and a row's last bit must not depend on which of them it met.
+# No product is fused with a sum unless the source says so: where a compiler fuses differs between the loop
+# over whole vectors and the one over the rest, and a row's last bit must not depend on which of them it met.
 EXACT = ("-ffp-contract=off",)
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", *EXACT, "-shared", "-fPIC")
 COMPILE_TIMEOUT_S = 120
@@ -85,7 +86,12 @@ def _compile(compiler: str, sources: list[Path], target: Path) -> None:
 
 def _key(sources: list[Path], compiler: str) -> str:
     headers = sorted(sources[0].parent.glob("*.h"))
-    about = (*(path.read_bytes() for path in (*sources, *headers)), " ".join(FLAGS).encode(), os.path.realpath(compiler).encode(), _processor())
+    about = (
+        *(path.read_bytes() for path in (*sources, *headers)),
+        " ".join(FLAGS).encode(),
+        os.path.realpath(compiler).encode(),
+        _processor(),
+    )
     return hashlib.sha256(b"\0".join(about)).hexdigest()[:16]
 
 

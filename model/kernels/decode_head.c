@@ -9,7 +9,8 @@
 #define GROUP 64 /* numbers whose sum is kept: a draw looks at those of one group alone */
 
 /* logits [R, V] = weight [V, D] · hidden [R, D]; work: SIDE (D + MOST_OUTS) floats. */
-void head_logits(long R, long D, long V, const float *hidden, const float *weight, float *logits, float *work) {
+void head_logits(long R, long D, long V, const float *hidden, const float *weight, float *logits,
+                 float *work) {
     const product_of all = {weight, V, logits};
     project(R, D, hidden, 1, &all, work);
 }
@@ -54,8 +55,8 @@ INLINE long place_of(long V, double target, const float *e, const double *groups
 }
 
 /* tokens [R] by inverse CDF of softmax(logits / temperature) at uniform [R], the first of the largest where
- * temperature [R] is 0; logprobs [R] theirs, at temperature 1 for those. A row with a number that is not finite
- * gets such a log-probability. work: V floats, groups: V / GROUP + 1. */
+ * temperature [R] is 0; logprobs [R] theirs, at temperature 1 for those, not finite where a logit is NaN or
+ * infinite. work: V floats, groups: V / GROUP + 1. */
 void head_draw(long R, long V, const float *logits, const float *temperature, const double *uniform,
                long *tokens, float *logprobs, float *work, double *groups) {
     for (long r = 0; r < R; r++, logits += V) {

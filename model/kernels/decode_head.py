@@ -1,6 +1,6 @@
 """Logits of few rows and draws from them on a CPU (decode_head.c).
 
-The twins are `nn.functional.linear`, and `tempered` and `draw` in rollout/sampling.py.
+The twins in PyTorch: `nn.functional.linear`, and a log-softmax whose exponentials are summed up to the draw.
 
 R rows, D model width, V vocabulary.
 """
@@ -38,7 +38,8 @@ def draw(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, 
     """Tokens [R] int64 by inverse CDF and their log-probabilities [R].
 
     logits [R, V], temperature [R] fp32, 0 greedy: the first of the highest, its log-probability that of
-    temperature 1; uniform [R] fp64 in [0, 1). A row with logits that are not finite gets such a log-probability.
+    temperature 1; uniform [R] fp64 in [0, 1). A row with logits that are not finite gets a log-probability
+    that is not.
     """
     num_rows, size = logits.shape
     tokens, logprobs = torch.empty(num_rows, dtype=torch.int64), logits.new_empty(num_rows)

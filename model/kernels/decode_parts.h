@@ -19,7 +19,8 @@ void pick(long B, long H, long C, long K, long m, long per, long A, long M, cons
           const float *weight, const long *position, const float *pages, const long *tables, long *picks,
           float *work, void **places);
 void moe_route(long R, long D, long E, long K, float scaling, const float *hidden, const float *gate,
-               const float *bias, const long *table, const long *ids, long *chosen, float *weight, float *work);
+               const float *bias, const long *table, const long *ids, long *chosen, float *weight,
+               float *work);
 void moe_forward(long R, long D, long E, long K, long I, long S, float limit, const float *hidden,
                  const long *chosen, const float *weight, const float *w1, const float *w2, const float *w3,
                  const float *s1, const float *s2, const float *s3, float *out, float *work, void **places);

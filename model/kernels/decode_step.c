@@ -1,9 +1,9 @@
 /* One block of the model for one token a row on a CPU: everything between two states of the streams.
  *
- * R rows, N streams, D model width; H heads of C channels, L their latent's width; G groups of heads, O rank of
- * a group's output; m tokens an entry (0: sliding window only); h index heads of c channels; E experts of width
- * I, K a row, S width of the shared expert. All fp32, contiguous; integers are longs. The structures below are
- * filled in by decode_step.py, in this order.
+ * R rows, N streams, D model width; H heads of C channels, P pairs of them turned, L their latent's width; G
+ * groups of heads, O rank of a group's output; m tokens an entry (0: sliding window only); h index heads of c
+ * channels; E experts of width I, K a row, S width of the shared expert. All fp32, contiguous; integers are
+ * longs. decode_step.py fills the structures in, in this order.
  */
 #include "decode_parts.h"
 #include "row_lanes.h"
@@ -41,7 +41,8 @@ typedef struct {
 /* Working space, all of it one piece of memory. */
 typedef struct {
     float *mixes, *pre, *post, *comb, *inverse, *input, *hidden, *output, *streams;
-    float *latent, *query, *kv, *attended, *values[2], *gates[2], *index_query, *index_weight, *shares, *scratch;
+    float *latent, *query, *kv, *attended, *values[2], *gates[2], *index_query, *index_weight, *shares;
+    float *scratch;
     long *picks, *chosen;
     void **places;
 } work_t;
@@ -64,7 +65,8 @@ static long scratch_of(const sizes_t *s) {
 /* Lays the working space out; how many floats it takes. Without memory it only counts. */
 static long lay_out(const sizes_t *s, float *memory, work_t *w) {
     const long pointer = sizeof(void *) / sizeof(float), R = s->R, N = s->N;
-    const long runs = 2 + most_of(s->topk, s->A), places = most_of(2 * (s->H + runs), most_of(2 * s->h, 4 * R));
+    const long runs = 2 + most_of(s->topk, s->A);
+    const long places = most_of(2 * (s->H + runs), most_of(2 * s->h, 4 * R));
     const long values[2] = {s->m ? series_of(s, s->C) : 0, s->h ? series_of(s, s->c) : 0};
     long n = 0;
 #define PLACE(name, count)                                                                                  \
@@ -138,7 +140,8 @@ static void project_tokens(const sizes_t *s, const numbers_t *f, const weights_t
     if (picks) of[count++] = (product_of){g->index_weights, s->h, w->index_weight};
     project(s->R, s->D, w->hidden, count, of, w->scratch);
     norm_rotate_forward(s->R, 1, s->L, 0, f->eps, 1, w->latent, g->q_norm, 0, w->latent, w->scratch);
-    const product_of queries[2] = {{g->wq_b, s->H * s->C, w->query}, {g->index_wq_b, s->h * s->c, w->index_query}};
+    const product_of queries[2] = {{g->wq_b, s->H * s->C, w->query},
+                                   {g->index_wq_b, s->h * s->c, w->index_query}};
     project(s->R, s->L, w->latent, picks ? 2 : 1, queries, w->scratch);
     norm_rotate_forward(s->R, s->H, s->C, s->P, f->eps, 1, w->query, 0, t->rotation, w->query, w->scratch);
     norm_rotate_forward(s->R, 1, s->C, s->P, f->eps, 1, w->kv, g->kv_norm, t->rotation, w->kv, w->scratch);

@@ -102,7 +102,9 @@ def _weights(block: Any) -> list[Tensor | None]:
     found = [None if place is None else place[0][place[1]] for place in places]
     for name, w in zip(WEIGHTS, found):
         if w is not None and not (w.is_contiguous() and w.dtype in (torch.float32, torch.int64) and w.is_cpu):
-            raise ValueError(f"{name} is {w.dtype} on {w.device}; a decoding step takes contiguous fp32 (CPU)")
+            raise ValueError(
+                f"{name} is {w.dtype} on {w.device}; a decoding step takes contiguous fp32 (CPU)"
+            )
     return found
 
 

@@ -1,7 +1,7 @@
 /* Products of few rows with a matrix that is read once, e^x and attention's softmax, in fp32.
  *
  * The matrix goes by OUTS lines at a time, which meet all rows while they are in the first cache. A sum runs
- * over LANES partial sums in a fixed order, and a product is fused with a sum where `fused` says so and nowhere
+ * over LANES partial sums in a fixed order, and a product is fused with a sum where `fused` says so, nowhere
  * else (-ffp-contract=off): a row's result depends on nothing but the row, whatever compiles this.
  */
 #include <string.h>
@@ -19,6 +19,8 @@
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float vec4 __attribute__((vector_size(16)));
+
+INLINE vec every(float x) { return x - (vec){0}; }
 
 /* a · b + c, rounded once where the processor can. */
 INLINE vec fused(vec a, vec b, vec c) {
@@ -162,12 +164,15 @@ INLINE void weigh(long n, long C, const float *weight, const float *keys, float 
         vec part[4];
         ALSO(4) part[o] = *(const vec *)(sum + c + o * LANES);
         for (long j = 0; j < n; j++)
-            ALSO(4) part[o] = fused(weight[j] - (vec){0}, *(const vec *)(keys + j * C + c + o * LANES), part[o]);
+            ALSO(4) {
+                const vec key = *(const vec *)(keys + j * C + c + o * LANES);
+                part[o] = fused(every(weight[j]), key, part[o]);
+            }
         ALSO(4) *(vec *)(sum + c + o * LANES) = part[o];
     }
     for (; c + LANES <= C; c += LANES) {
         vec part = *(const vec *)(sum + c);
-        for (long j = 0; j < n; j++) part = fused(weight[j] - (vec){0}, *(const vec *)(keys + j * C + c), part);
+        for (long j = 0; j < n; j++) part = fused(every(weight[j]), *(const vec *)(keys + j * C + c), part);
         *(vec *)(sum + c) = part;
     }
     for (long j = 0; j < n; j++)

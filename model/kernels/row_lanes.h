@@ -1,8 +1,8 @@
 /* Products of some tens of rows with a matrix: rows lie side by side in the lanes of vectors, fp32.
  *
- * R rows, at most SIDE of them, P = R rounded up to whole vectors. `Lanes` [width, P] hold channel c of row r at
- * c P + r; rows beyond R are zero. A sum goes over the channels in order, one after the other: a row's result
- * depends on nothing but the row, and no sum over lanes is needed, which is why these products beat those
+ * R rows, at most SIDE of them, P = R rounded up to whole vectors. `Lanes` [width, P] hold channel c of row r
+ * at c P + r; rows beyond R are zero. A sum goes over the channels in order, one after the other: a row's
+ * result depends on nothing but the row, and no sum over lanes is needed, which is why these products beat those
  * of products.h where a matrix meets many rows and lies in a cache.
  */
 #include "products.h"
@@ -20,7 +20,8 @@ INLINE void mirror(vec *square) {
         vec next[LANES];
         _Pragma("GCC unroll 8") for (int i = 0; i < LANES / 2; i++) {
             const vec a = square[i], b = square[i + LANES / 2];
-            next[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            next[2 * i] =
+                __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
             next[2 * i + 1] =
                 __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         }
@@ -69,7 +70,7 @@ INLINE void strip(int outs, int vecs, long width, long P, const float *x, const 
         EACH(vecs) here[r] = *(const vec *)(x + c * P + r * LANES);
         if (c % LANES == 0) LINES(outs) __builtin_prefetch(w + (o + WIDE) * width + c, 0, 2);
         LINES(outs) {
-            const vec weight = w[o * width + c] - (vec){0};
+            const vec weight = every(w[o * width + c]);
             EACH(vecs) sum[o][r] = fused(here[r], weight, sum[o][r]);
         }
     }

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from consilience.rollout.sampling import accept, draw, tempered
+from consilience.model.kernels import decode_head
+from consilience.rollout.sampling import accept, draw, sample, tempered
 
 torch.set_num_threads(1)
 
@@ -82,3 +83,21 @@ def test_equal_distributions_accept_every_draft_and_greedy_ones_only_the_best_to
     one_hot = torch.nn.functional.one_hot
     token, is_accepted = accept(one_hot(best, 9).double(), one_hot(guess, 9).double(), guess, uniform)
     assert torch.equal(token, best) and torch.equal(is_accepted, guess == best)
+
+
+@pytest.mark.parametrize("size", [1, 3, 63, 64, 65, 640, 1000])
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 1.7])
+def test_compiled_draws_and_their_log_probabilities_equal_the_twin_s(size, temperature):
+    rows = 100
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(rows, size, generator=generator)
+    uniform = torch.rand(rows, generator=generator, dtype=torch.float64)
+    heat = torch.full((rows,), temperature)
+    assert not decode_head.is_available(logits)  # where gradients are wanted
+    wanted, twins = sample(logits, heat, uniform)
+    with torch.no_grad():
+        assert decode_head.is_available(logits)
+        tokens, logprobs = sample(logits, heat, uniform)
+    # A running sum of fp32 exponentials is off by about 1e-7, and no draw is likely to lie so near a border.
+    assert torch.equal(tokens, wanted)
+    torch.testing.assert_close(logprobs, twins, rtol=1e-5, atol=2e-6)

@@ -166,15 +166,39 @@ def test_a_model_s_steps_equal_those_of_the_twins(lookahead, quantization, rough
 
 
 @torch.no_grad()
-def test_a_row_has_the_same_bits_in_any_company(smallest):
+@pytest.mark.parametrize("num_rows", [2, 4, 5, 9])
+@pytest.mark.parametrize("ratio", [0, 4, 12])
+def test_attention_of_a_row_has_the_same_bits_in_any_company(ratio, num_rows, smallest):
     def attend(state, query, kv):
-        layer, layout = state.layers[1], step_of(smallest, state)
-        return decode_attention.attend(
-            query, kv, layer.window, sink, 0.3, layout, (4, layer.compressor, None)
-        )
+        layer, layout = state.layers[smallest.compress_ratios.index(ratio)], step_of(smallest, state)
+        compressed = (ratio, layer.compressor, None) if ratio else None
+        return decode_attention.attend(query, kv, layer.window, sink, 0.3, layout, compressed)
 
-    state, query, kv, sink = filled(smallest), draw(9, 1, 4, 16), draw(9, 1, 16), draw(4)
-    together = attend(state, query, kv)
-    for row in (0, 5, 8):
+    state, query, kv, sink = filled(smallest, STARTS[:num_rows]), draw(9, 1, 4, 16), draw(9, 1, 16), draw(4)
+    together = attend(state, query[:num_rows], kv[:num_rows])
+    for row in range(num_rows):
         one = slice(row, row + 1)
         assert torch.equal(attend(state.view(row, row + 1), query[one], kv[one])[0], together[row])
+
+
+@torch.no_grad()
+def test_picks_and_entries_of_a_row_have_the_same_bits_in_any_company(smallest):
+    together, alone = filled(smallest), filled(smallest)
+    layer = smallest.compress_ratios.index(4)
+    compressor = Compressor(smallest, smallest.head_dim, 4, None)
+    values, gates = (draw(9, 1, 2 * smallest.head_dim, seed=seed) for seed in (1, 2))
+    heads, width = 6, smallest.index_head_dim
+    query, weight = draw(9, 1, heads, width, seed=3), draw(9, 1, heads, seed=4)
+    main, index = together.layers[layer].compressor, together.layers[layer].indexer
+    layout = step_of(smallest, together)
+    decode_attention.compress(compressor, values, gates, layout, main)
+    picks = decode_attention.pick(query, weight, 3, layout, 4, index)
+    for row in range(9):
+        one, view = slice(row, row + 1), alone.view(row, row + 1)
+        layout, own = step_of(smallest, view), view.layers[layer]
+        decode_attention.compress(compressor, values[one], gates[one], layout, own.compressor)
+        assert torch.equal(
+            decode_attention.pick(query[one], weight[one], 3, layout, 4, own.indexer)[0], picks[row]
+        )
+    for ours, company in zip(alone.tensors(), together.tensors()):
+        assert torch.equal(ours, company)

@@ -107,3 +107,15 @@ def test_a_value_that_is_not_finite_stays_in_its_row(kind):
     x[1, 3] = float("nan")
     found = decode_moe(moe, x, ids)
     assert found[1].isnan().all() and found[[0, 2, 3]].isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_odd", [True, False])
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_row_has_the_same_bits_alone_and_in_any_company(kind, is_odd):
+    config = ODD if is_odd else TINY
+    moe = layers(config)[kind]
+    x, ids = draw(MOST_ROWS, config.hidden_size), torch.arange(MOST_ROWS) % config.vocab_size
+    alone = torch.cat([decode_moe(moe, x[r : r + 1], ids[r : r + 1]) for r in range(MOST_ROWS)])
+    for rows in (2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 127, 128):
+        assert torch.equal(decode_moe(moe, x[:rows], ids[:rows]), alone[:rows])

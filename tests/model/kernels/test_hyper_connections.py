@@ -90,7 +90,7 @@ def test_without_a_compiler_the_twin_works_and_the_reason_is_told(tmp_path, envi
 def test_a_changed_source_or_compiler_gets_a_library_of_its_own(tmp_path, monkeypatch):
     source = tmp_path / "k.c"
     source.write_text("int one(void) { return 1; }")
-    first = compiled._key(source, "/usr/bin/cc")
-    assert compiled._key(source, "/usr/bin/cc") == first
+    first = compiled._key([source], "/usr/bin/cc")
+    assert compiled._key([source], "/usr/bin/cc") == first
     source.write_text("int one(void) { return 2; }")
-    assert compiled._key(source, "/usr/bin/cc") != first
+    assert compiled._key([source], "/usr/bin/cc") != first
