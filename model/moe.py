@@ -5,6 +5,8 @@ R tokens (flattened), D model width, E experts, K experts a token, I expert widt
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,6 +15,7 @@ from consilience.model import exact
 from consilience.model.config import ModelConfig
 from consilience.model.exact import Linear
 from consilience.model.forward_trace import Trace
+from consilience.model.kernels import experts as by_pieces
 from consilience.model.kernels import gated as fused
 from consilience.model.kernels import gpu_moe
 from consilience.model.kernels.decode_moe import decode_moe, is_available
@@ -249,25 +252,34 @@ class MoE(nn.Module):
             return decode_moe(self, hidden, token_ids)
         shape = (hidden.shape[0], self.gate.topk)
         fixed = None if routing is None else routing.prescribed(self.layer, shape, hidden.device)
-        is_on_gpu = gpu_moe.is_available(hidden, self.experts.w1, self.gate.topk)
-        if is_on_gpu:
-            weights, experts, scores = gpu_moe.route(self.gate, hidden, token_ids, fixed)
-        else:
-            weights, experts, scores = self.gate(hidden, token_ids, fixed)
+        route = partial(gpu_moe.route, self.gate) if self._is_on_gpu(hidden) else self.gate
+        weights, experts, scores = route(hidden, token_ids, fixed)
         if routing is not None and fixed is None:
             routing.take_down(self.layer, experts)
-        if is_on_gpu:
-            shared, masters = gpu_moe.shared_expert(self.shared_experts, hidden), self.experts.weights()
-            output = gpu_moe.routed_experts(hidden, weights, experts, masters, self.experts.limit, shared)
-        else:
-            output = self.experts(hidden, weights, experts)[0] + self.shared_experts(hidden)
+        output = self._experts(hidden, weights, experts)
         if trace is not None:
             assert sample is not None
             load = torch.bincount(experts[sample >= 0].flatten(), minlength=scores.shape[1])
             trace.add_load(self.layer, load, is_hash=self.gate.is_hash)
             if trace.wants_losses and not self.gate.is_hash:
                 trace.add_balance_loss(balance_loss(scores, experts, sample))
-        return output.to(hidden.dtype)
+        return output
+
+    def _experts(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Routed and shared experts of hidden [R, D], by weights, experts [R, K] -> [R, D]."""
+        routed, shared = self.experts, self.shared_experts
+        if self._is_on_gpu(hidden):
+            own = gpu_moe.shared_expert(shared, hidden)
+            return gpu_moe.routed_experts(hidden, weights, experts, routed.weights(), routed.limit, own)
+        if by_pieces.is_available(hidden, routed.w1, shared.w1.weight):
+            own = by_pieces.Expert(shared.w1.weight, shared.w2.weight, shared.w3.weight)
+            each = by_pieces.Expert(*routed.weights())
+            return by_pieces.all_experts(hidden, weights, experts, routed.limit, each, own)
+        output, _ = routed(hidden, weights, experts)
+        return (output + shared(hidden)).to(hidden.dtype)
+
+    def _is_on_gpu(self, hidden: Tensor) -> bool:
+        return gpu_moe.is_available(hidden, self.experts.w1, self.gate.topk)
 
 
 def balance_loss(scores: Tensor, experts: Tensor, sample: Tensor) -> Tensor:
