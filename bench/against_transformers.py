@@ -1,14 +1,16 @@
 """A training step and batched decoding on the CPU, ours and transformers' eager deepseek_v4, equal weights.
 
-    python bench/against_transformers.py [--quick] [--config wide] [--threads 2] [--json FILE]
+    python bench/against_transformers.py [--quick] [--config wide] [--threads 2] [--recompute mhc]
     python bench/against_transformers.py --slope       peak memory of our step, 4k to 131k tokens
 
-A training step is forward, cross-entropy on the logits, backward. Decoding is 32 rows of equal prompts,
+A training step is forward, cross-entropy, backward: theirs on the logits that their model returns, ours as
+our trainers do it, from hidden states and the head by chunks (linear_logprob), with `engine.recompute` as
+`--recompute` says; speed and memory are of the same steps. Decoding is 32 rows of equal prompts,
 sampled at temperature 1: our engine's steps, their `generate`; the prompts' forward is not counted. Every arm
 of a measurement is a process of its own, with its own peak memory; the arms take turns, one step each, so
 that a machine which others use too treats both alike. Medians; `by CPU s` is the ratio of tokens per second
 of processor time. Memory is the peak of resident memory above what the process held with its weights after a
-warm-up step of 8 tokens; gradients count. Linux only (/proc).
+warm-up step of 8 tokens, whose gradients are dropped: gradients count. Linux only (/proc).
 
 Targets: training 2 x faster at 8 x 512 tokens, 10 x at 4,096, with a quarter of the memory; decoding 4 x;
 a slope of at most 1.05.
@@ -42,7 +44,7 @@ QUICK = {"decode 32 rows": {"tokens": 24}}
 SLOPE_TOKENS = [4096 * 2**i for i in range(6)]
 START_LIMIT_S = 90
 Step = dict[str, float]
-"""s, cpu_s (processor seconds of all threads), tokens."""
+"""s, cpu_s (processor seconds of all threads), tokens; of a training step its loss."""
 
 
 def config_of(name: str):
@@ -79,14 +81,17 @@ def config_of(name: str):
 # ---- an arm: a process that does as it is told, one JSON line in, one out ----
 
 
-def make_arm(who: str, config):
+def make_arm(who: str, config, recompute: list[str]):
     """Functions train(rows, tokens) and decode(rows, prompt, tokens) -> Step, of one side."""
     import torch
 
     from consilience.model.initialize import initialize
+    from consilience.model.kernels.linear_logprob import linear_logprob
+    from consilience.model.recompute import recompute_policy, set_recompute
     from consilience.model.transformer import Transformer
 
     model = initialize(Transformer(config), seed=0)
+    set_recompute(model, recompute_policy(recompute))
     if who == "transformers":
         sys.path.insert(0, str(ROOT / "tests" / "model"))
         from transformers_oracle import hf_twin
@@ -96,12 +101,19 @@ def make_arm(who: str, config):
     draw = lambda rows, tokens: torch.randint(config.vocab_size, (rows, tokens), generator=generator)
 
     def train(rows: int, tokens: int) -> Step:
-        ids, targets = draw(rows, tokens), draw(rows, tokens)
-        model.requires_grad_(True).train().zero_grad(set_to_none=True)
+        ids, targets = draw(rows, tokens), draw(rows, tokens).flatten()
+        model.requires_grad_(True).train()
         began = clock()
-        logits = model(ids) if who == "ours" else model(ids, use_cache=False).logits
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-        return since(began, rows * tokens)
+        if who == "ours":
+            hidden = model.hidden(ids).flatten(0, 1)
+            loss = -linear_logprob(hidden, model.head.weight, targets).logprob.mean()
+        else:
+            logits = model(ids, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
+        loss.backward()
+        taken = since(began, rows * tokens)
+        model.zero_grad(set_to_none=True)
+        return {**taken, "loss": loss.item()}
 
     def decode(rows: int, prompt: int, tokens: int) -> Step:
         model.requires_grad_(False).eval()
@@ -186,7 +198,7 @@ def serve(order: dict[str, Any]) -> None:
     limit = order["limit_bytes"]
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     work = order["work"]
-    train, decode = make_arm(order["who"], config_of(order["config"]))
+    train, decode = make_arm(order["who"], config_of(order["config"]), order["recompute"])
     if work["do"] == "train":
         train(1, 8)
         step = lambda: train(work["rows"], work["tokens"])
@@ -211,6 +223,7 @@ class Arm:
 
     def __init__(self, who: str, config: str, work: dict[str, Any], options: argparse.Namespace) -> None:
         order = {"who": who, "config": config, "work": work, "threads": options.threads}
+        order["recompute"] = options.recompute
         order["limit_bytes"] = int(min(options.memory_gib, 0.7 * available_gib()) * 2**30)
         command = [sys.executable, __file__, "--serve", json.dumps(order)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -363,6 +376,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny only, one timed step each: under a minute")
     parser.add_argument("--slope", action="store_true", help="our memory by length instead of the comparison")
     parser.add_argument("--config", action="append", choices=["tiny", "small", "wide"])
+    parser.add_argument(
+        "--recompute", nargs="+", default=["none"], metavar="NAME", help="engine.recompute of ours"
+    )
     parser.add_argument("--only", default="", metavar="WORD", help="rows of the table that have it, as train")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument(

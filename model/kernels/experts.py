@@ -1,4 +1,4 @@
-"""All experts of a layer on a CPU, a few hundred rows at a time (experts.c); the twin is `MoE` in model/moe.py.
+"""All experts of a layer on a CPU, a few hundred rows at a time (experts.c); twin: `MoE` in model/moe.py.
 
 Between the matrix products of one expert its rows stay in cache: gates, activations and expert outputs of
 a whole batch are never made. The backward makes gate and up anew, two products beside a step's nine.
@@ -133,7 +133,7 @@ class _Backward(NamedTuple):
         share: tuple[Tensor, Tensor] | tuple[None, None],
         d_x: Tensor,
     ) -> Tensor:
-        """d_x [n, D] of one expert from grad [n, D]; adds to `grads`. share: the weights and their gradients."""
+        """d_x [n, D] of one expert from grad [n, D]; adds to `grads`. share: the router's, and its gradient."""
         gate, up = _inner(x, own, self.buffers)
         active = torch.mm(grad, own.w2, out=self.buffers.of(2, *gate.shape))
         given = (share[0], gate, up, active, share[1])

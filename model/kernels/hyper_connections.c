@@ -168,7 +168,7 @@ typedef struct {
     float *d_streams;
 } read_t;
 
-/* d_streams = pre d_input + along streams + d_mixes · fn: stream j from channel c of `rows` tokens from r0. */
+/* d_streams = pre d_input + along streams + d_mixes · fn: stream j from channel c, `rows` tokens from r0. */
 INLINE void stripe(int rows, int vectors, long count, const read_t *q, long r0, const float *along, int j,
                    long c) {
     const long D = q->D, width = q->n * D, at = j * D + c;
@@ -190,7 +190,8 @@ INLINE void stripe(int rows, int vectors, long count, const read_t *q, long r0, 
 INLINE void stripes(int rows, const read_t *q, long r0, const float *along) {
     for (int j = 0; j < q->n; j++) {
         long c = 0;
-        for (; c + STRIPE * LANES <= q->D; c += STRIPE * LANES) stripe(rows, STRIPE, LANES, q, r0, along, j, c);
+        for (; c + STRIPE * LANES <= q->D; c += STRIPE * LANES)
+            stripe(rows, STRIPE, LANES, q, r0, along, j, c);
         for (; c + LANES <= q->D; c += LANES) stripe(rows, 1, LANES, q, r0, along, j, c);
         if (c < q->D) stripe(rows, 1, q->D - c, q, r0, along, j, c);
     }
@@ -329,6 +330,8 @@ void hc_write_forward(long R, int n, long D, const float *streams, const float *
 void hc_write_backward(long R, int n, long D, const float *streams, const float *output, const float *post,
                        const float *comb, const float *grad, float *d_streams, float *d_output,
                        float *d_post, float *d_comb) {
-    FOR_STREAMS(write_backward(R, 4, D, streams, output, post, comb, grad, d_streams, d_output, d_post, d_comb),
-                write_backward(R, n, D, streams, output, post, comb, grad, d_streams, d_output, d_post, d_comb));
+    FOR_STREAMS(write_backward(R, 4, D, streams, output, post, comb, grad, d_streams, d_output, d_post,
+                               d_comb),
+                write_backward(R, n, D, streams, output, post, comb, grad, d_streams, d_output, d_post,
+                               d_comb));
 }
