@@ -16,7 +16,7 @@ from consilience.model import exact
 from consilience.model.compressor import Compressor
 from consilience.model.config import CSA_RATIO, ModelConfig
 from consilience.model.exact import Linear
-from consilience.model.kernels import decode_attention, gpu_decode
+from consilience.model.kernels import decode_attention, gpu_decode, index_pick
 from consilience.model.kernels.exact_attention import exact_scores
 from consilience.model.kernels.sink_attention import Keys, Stretch, entry_mass, stretches, visible_columns
 from consilience.model.layout import Layout
@@ -41,13 +41,17 @@ class IndexQueries:
 
     def scores(self, start: int, stop: int, columns: int) -> Tensor:
         """I[t, i] = Σ_h w_h · ReLU(q_h · K_i) of queries start … stop - 1: [B, n, columns], fp32 or wider."""
+        match = self.matches(start, stop, columns).relu_()
+        scores = (match * self.weight[:, start:stop, :, None].to(match.dtype)).sum(2)
+        return fake_bf16(scores) if self.is_cut else scores
+
+    def matches(self, start: int, stop: int, columns: int) -> Tensor:
+        """q_h · K_i of queries start … stop - 1: [B, n, H, columns], fp32 or wider."""
         query, keys = self.query[:, start:stop], self.keys[:, :columns]
         wide = torch.promote_types(query.dtype, torch.float32)
         rows, num_queries, heads, _ = query.shape
-        match = torch.bmm(query.to(wide).flatten(1, 2), keys.to(wide).transpose(1, 2)).relu_()
-        match = match.view(rows, num_queries, heads, columns)
-        scores = (match * self.weight[:, start:stop, :, None].to(wide)).sum(2)
-        return fake_bf16(scores) if self.is_cut else scores
+        match = torch.bmm(query.to(wide).flatten(1, 2), keys.to(wide).transpose(1, 2))
+        return match.view(rows, num_queries, heads, columns)
 
     def scores_of(self, start: int, stop: int, picks: Tensor) -> Tensor:
         """The same scores at picks [B, n, K] alone; those of -1 mean nothing."""
@@ -137,10 +141,17 @@ class Indexer(nn.Module):
             return torch.cat(best)[: rows * num_tokens].view(rows, num_tokens, -1)
         block = max(1, buffer // (rows * self.num_heads * windows.num_columns))
         picks = torch.full((rows, num_tokens, self.topk), -1, device=layout.position.device)
+        is_compiled = index_pick.is_available(index.query) and not index.is_cut
         for start in range(0, num_tokens, block):
             stop = min(start + block, num_tokens)
             columns = windows.columns_before(stop)
             if columns == 0:
+                continue
+            if is_compiled:
+                match, here = index.matches(start, stop, columns), slice(start, stop)
+                # Padding may see past what its block can.
+                seen = (windows.first[:, here], windows.stop[:, here].clamp(max=columns))
+                picks[:, here] = index_pick.pick(match, index.weight[:, here], *seen, self.topk)
                 continue
             column = torch.arange(columns, device=picks.device)
             seen = column >= windows.first[:, start:stop, None]

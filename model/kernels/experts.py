@@ -133,7 +133,7 @@ class _Backward(NamedTuple):
         share: tuple[Tensor, Tensor] | tuple[None, None],
         d_x: Tensor,
     ) -> Tensor:
-        """d_x [n, D] of one expert from grad [n, D]; adds to `grads`. share: the router's, and its gradient."""
+        """d_x [n, D] of one expert from grad [n, D]; adds to `grads`. share: the router's, its gradient."""
         gate, up = _inner(x, own, self.buffers)
         active = torch.mm(grad, own.w2, out=self.buffers.of(2, *gate.shape))
         given = (share[0], gate, up, active, share[1])
