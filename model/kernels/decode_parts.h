@@ -1,8 +1,8 @@
 /* What a decoding step is made of, each described where it is defined; integers are longs. */
 
 void hc_read_forward(long R, int n, long D, int is_whole, int rounds, float eps, float norm_eps,
-                     const float *streams, const float *mixes, const float *base, const float *scale,
-                     float *input, float *pre, float *post, float *comb, float *inv);
+                     const float *streams, const float *fn, const float *base, const float *scale,
+                     float *mixes, float *input, float *pre, float *post, float *comb, float *inv);
 void hc_write_forward(long R, int n, long D, const float *streams, const float *output, const float *post,
                       const float *comb, float *written);
 void norm_rotate_forward(long n, long heads, long width, long pairs, float eps, float sign, const float *x,

@@ -107,17 +107,8 @@ void block_work(const sizes_t *s, long *count) { *count = lay_out(s, 0, 0); }
 /* A layer's input from the streams, normed, into `hidden`; its post and comb. */
 static void read_streams(const sizes_t *s, const numbers_t *f, const connection_t *c, const float *streams,
                          work_t *w) {
-    const long width = s->N * s->D, outs = s->N * (s->N + 2);
-    float *lanes = w->scratch, *sums = lanes + SIDE * width;
-    for (long r = 0; r < s->R; r += SIDE) {
-        const long here = s->R - r < SIDE ? s->R - r : SIDE;
-        spread(here, width, streams + r * width, lanes);
-        multiply(here, width, outs, lanes, c->fn, sums);
-        for (long k = 0; k < outs; k++)
-            memcpy(w->mixes + k * s->R + r, sums + k * lanes_of(here), here * sizeof(float));
-    }
-    hc_read_forward(s->R, s->N, s->D, 1, s->rounds, f->hc_eps, f->eps, streams, w->mixes, c->base, c->scale,
-                    w->input, w->pre, w->post, w->comb, w->inverse);
+    hc_read_forward(s->R, s->N, s->D, 1, s->rounds, f->hc_eps, f->eps, streams, c->fn, c->base, c->scale,
+                    w->mixes, w->input, w->pre, w->post, w->comb, w->inverse);
     norm_rotate_forward(s->R, 1, s->D, 0, f->eps, 1, w->input, c->norm, 0, w->hidden, w->scratch);
 }
 
