@@ -51,7 +51,7 @@ def library(name: str) -> ctypes.CDLL | str:
 def call(name: str, function: str, *arguments: Tensor | int | float | None) -> None:
     """Call `function` of library `name`: tensors as pointers (None: null), int as C long, float as float."""
     found = _bound.get(function) or _bind(name, function, arguments)
-    found(*[_address(value) if isinstance(value, Tensor) else value for value in arguments])
+    found(*[address(value) if isinstance(value, Tensor) else value for value in arguments])
 
 
 _bound: dict[str, Any] = {}
@@ -69,7 +69,8 @@ def _bind(name: str, function: str, arguments: tuple[Tensor | int | float | None
     return found
 
 
-def _address(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
+    """Where the numbers of a contiguous tensor begin."""
     assert tensor.is_contiguous()
     return tensor.data_ptr()
 

@@ -8,6 +8,7 @@ R rows, N streams, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from consilience.model.config import CSA_RATIO
 from consilience.model.kernels import decode_attention
-from consilience.model.kernels.compiled import call, library
+from consilience.model.kernels.compiled import address, call, library
 from consilience.model.kernels.decode_moe import MOST_ROWS
 from consilience.model.quantization import OFF
 
@@ -56,30 +57,30 @@ def step(block: Any, streams: Tensor, token_ids: Tensor, layout: Layout, state: 
     token_ids [R]. ValueError: a weight of the block is not contiguous fp32 on the CPU.
     """
     assert layout.state is not None
-    attention, indexer = block.attn, block.attn.indexer
-    picks = indexer is not None and not indexer.sees_all
-    picks = picks and layout.windows[CSA_RATIO].num_columns > indexer.topk
+    attention = block.attn
+    picks = _has_choice(attention.indexer, layout)
     sizes = _sizes(block, streams, layout, state)
-    pointers = [0 if w is None else w.data_ptr() for w in _weights(block)]
     is_sliding = attention.compressor is None
     rotation = layout.sliding_rotation if is_sliding else layout.compressed_rotation
     given = (layout.position, layout.state.tables, rotation, layout.frequencies[not is_sliding], state.window)
     kept = (*_series(state.compressor), *_series(state.indexer))
-    streams, out = streams.contiguous(), torch.empty(streams.shape)
-    call(
-        "decode_step",
-        "block_step",
-        torch.tensor(sizes),
-        torch.tensor(_numbers(block)),
-        torch.tensor(pointers),
-        torch.tensor([0 if t is None else t.data_ptr() for t in (*given, *kept)]),
-        int(picks),
-        streams,
-        token_ids.contiguous(),
-        out,
-        torch.empty(_work(sizes)),
-    )
+    streams, out = streams.contiguous(), torch.empty_like(streams, memory_format=torch.contiguous_format)
+    settings = (torch.tensor(sizes), torch.tensor(_numbers(block), dtype=torch.float32))
+    places = (_addresses(_weights(block)), _addresses((*given, *kept)))
+    work = streams.new_empty(_work(sizes))
+    call("decode_step", "block_step", *settings, *places, picks, streams, token_ids.contiguous(), out, work)
     return out
+
+
+def _addresses(tensors: Iterable[Tensor | None]) -> Tensor:
+    return torch.tensor([0 if t is None else address(t) for t in tensors])
+
+
+def _has_choice(indexer: Any, layout: Layout) -> int:
+    """1 where the layer's indexer leaves visible entries out, else 0."""
+    if indexer is None or indexer.sees_all:
+        return 0
+    return int(layout.windows[CSA_RATIO].num_columns > indexer.topk)
 
 
 def _series(state: CompressorState | None) -> tuple[Tensor | None, ...]:

@@ -303,7 +303,7 @@ def test_every_token_knows_its_sample_in_packed_rows_and_on_a_decode_state(small
             -1,
             -1,
         ]
-        model.hidden(chunk[:, :1], state=state)
+        model.hidden(chunk[:, :2], state=state)
         assert seen[2] is None  # nobody counts
 
 
