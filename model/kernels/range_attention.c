@@ -50,12 +50,40 @@ INLINE void match(query_t *q, const float *x, float *lines) {
     product(q->H, q->far, q->C, q->heads, q->far_keys, q->lines);
 }
 
+/* out[r] [C] += Σ_j weights[r][j] keys[j] from channel c: `rows` heads, `vectors` wide, in registers. */
+INLINE void mix_block(int rows, int vectors, long n, long C, long most, const float *weights, const float *keys,
+                      long c, float *out) {
+    vec sum[ROWS][OUTS];
+    EACH(rows) ALSO(vectors) sum[r][o] = *(const vec *)(out + r * C + c + o * LANES);
+    for (long j = 0; j < n; j++) {
+        vec line[OUTS];
+        ALSO(vectors) line[o] = *(const vec *)(keys + j * C + c + o * LANES);
+        EACH(rows) ALSO(vectors) sum[r][o] += weights[r * most + j] * line[o];
+    }
+    EACH(rows) ALSO(vectors) *(vec *)(out + r * C + c + o * LANES) = sum[r][o];
+}
+
+INLINE void mix_keys(long n, long H, long C, long most, const float *weights, const float *keys, float *out) {
+    const long whole = C / (OUTS * LANES) * OUTS * LANES;
+    long h = 0;
+    for (; h + ROWS <= H; h += ROWS)
+        for (long c = 0; c < whole; c += OUTS * LANES)
+            mix_block(ROWS, OUTS, n, C, most, weights + h * most, keys, c, out + h * C);
+    for (; h < H; h++)
+        for (long c = 0; c < whole; c += OUTS * LANES)
+            mix_block(1, OUTS, n, C, most, weights + h * most, keys, c, out + h * C);
+    for (h = 0; h < H; h++) {
+        long c = whole;
+        for (; c + LANES <= C; c += LANES) mix_block(1, 1, n, C, most, weights + h * most, keys, c, out + h * C);
+        for (long j = 0; j < n; j++)
+            for (long i = c; i < C; i++) out[h * C + i] += weights[h * most + j] * keys[j * C + i];
+    }
+}
+
 /* out [H, C] += weights [H][near + far] · keys */
 INLINE void mix(const query_t *q, const float *weights, float *out) {
-    for (long h = 0; h < q->H; h++) {
-        weigh(q->near, q->C, weights + h * q->most, q->near_keys, out + h * q->C);
-        weigh(q->far, q->C, weights + h * q->most + q->near, q->far_keys, out + h * q->C);
-    }
+    mix_keys(q->near, q->H, q->C, q->most, weights, q->near_keys, out);
+    mix_keys(q->far, q->H, q->C, q->most, weights + q->near, q->far_keys, out);
 }
 
 /* work: H most + K C floats; places: 2 H pointers. */
@@ -78,21 +106,45 @@ void range_forward(long B, long T, long H, long C, long S, long M, long K, long 
         }
 }
 
-/* d_key [C] += Σ_h score[h] x[h] + weight[h] grad[h], both coefficients `most` apart. */
-INLINE void spread(const query_t *q, const float *score, const float *weight, const float *x,
-                   const float *grad, float *d_key) {
+/* d_key[r] [C] += Σ_h score[h][r] x[h] + weight[h][r] grad[h] from channel c: `rows` keys in registers. */
+INLINE void spread_block(int rows, int vectors, const query_t *q, const float *score, const float *weight,
+                         const float *x, const float *grad, long c, float **d_key) {
+    const long C = q->C, most = q->most;
+    vec sum[ROWS][OUTS];
+    EACH(rows) ALSO(vectors) sum[r][o] = *(const vec *)(d_key[r] + c + o * LANES);
+    for (long h = 0; h < q->H; h++) {
+        vec own[OUTS], from[OUTS];
+        ALSO(vectors) {
+            own[o] = *(const vec *)(x + h * C + c + o * LANES);
+            from[o] = *(const vec *)(grad + h * C + c + o * LANES);
+        }
+        EACH(rows) ALSO(vectors) sum[r][o] += score[h * most + r] * own[o] + weight[h * most + r] * from[o];
+    }
+    EACH(rows) ALSO(vectors) *(vec *)(d_key[r] + c + o * LANES) = sum[r][o];
+}
+
+INLINE void spread_rows(int rows, const query_t *q, const float *score, const float *weight, const float *x,
+                        const float *grad, float **d_key) {
     const long C = q->C, most = q->most;
     long c = 0;
-    for (; c + LANES <= C; c += LANES) {
-        vec sum = *(const vec *)(d_key + c);
-        for (long h = 0; h < q->H; h++)
-            sum += score[h * most] * *(const vec *)(x + h * C + c) +
-                   weight[h * most] * *(const vec *)(grad + h * C + c);
-        *(vec *)(d_key + c) = sum;
-    }
+    for (; c + 2 * LANES <= C; c += 2 * LANES) spread_block(rows, 2, q, score, weight, x, grad, c, d_key);
+    for (; c + LANES <= C; c += LANES) spread_block(rows, 1, q, score, weight, x, grad, c, d_key);
     for (; c < C; c++)
         for (long h = 0; h < q->H; h++)
-            d_key[c] += score[h * most] * x[h * C + c] + weight[h * most] * grad[h * C + c];
+            EACH(rows) d_key[r][c] += score[h * most + r] * x[h * C + c] + weight[h * most + r] * grad[h * C + c];
+}
+
+/* Gradients of n keys, of the one at columns[j] or else `start` + j; a column comes at most once. */
+INLINE void spread(long n, const query_t *q, const float *score, const float *weight, const float *x,
+                   const float *grad, const long *columns, long start, float *d_keys) {
+    float *places[ROWS];
+    for (long j = 0; j < n;) {
+        const int rows = n - j < ROWS ? 1 : ROWS;
+        for (int r = 0; r < rows; r++) places[r] = d_keys + (columns ? columns[j + r] : start + j + r) * q->C;
+        if (rows == ROWS) spread_rows(ROWS, q, score + j, weight + j, x, grad, places);
+        else spread_rows(1, q, score + j, weight + j, x, grad, places);
+        j += rows;
+    }
 }
 
 /* d_window, d_entries and d_sink are added to. work: 2 H most + K C floats; places: 2 H pointers. */
@@ -122,13 +174,10 @@ void range_backward(long B, long T, long H, long C, long S, long M, long K, long
                 d_sink[h] -= own * inner;
             }
             mix(&q, scores, d_query + at);
-            float *d_near = d_window + (q.near_keys - window);
-            for (long j = 0; j < q.near; j++)
-                spread(&q, scores + j, work + j, query + at, grad + at, d_near + j * C);
-            for (long j = 0; j < q.far; j++) {
-                const long column = picks ? picks[row * K + j] : first[row] + j;
-                spread(&q, scores + q.near + j, work + q.near + j, query + at, grad + at,
-                       d_entries + (b * M + column) * C);
-            }
+            const long first_key = (q.near_keys - window) / C;
+            const long *columns = picks ? picks + row * K : 0, from = first && !picks ? first[row] : 0;
+            spread(q.near, &q, scores, work, query + at, grad + at, 0, first_key, d_window);
+            spread(q.far, &q, scores + q.near, work + q.near, query + at, grad + at, columns, from,
+                   d_entries + b * M * C);
         }
 }
