@@ -61,8 +61,8 @@ def compress(compressor: Any, values: Tensor, gates: Tensor, layout: Layout, sta
     for token in range(values.shape[1]):  # a window of these tokens closes with one of them
         new = [x[:, token].contiguous() for x in (values, gates)]
         position = layout.position[:, token].contiguous()
-        given = (*new, compressor.ape, norm.weight, norm.eps, frequencies, position)
-        kernels.compress(*given, layout.state.tables, kept)
+        given = (compressor.ape, norm.weight, norm.eps, frequencies, position, layout.state.tables, kept)
+        kernels.compress(new[0], new[1], *given)
 
 
 def pick(

@@ -46,15 +46,19 @@ def _compress(
         series_of = tl.where(slot < ratio, 0, width) if IS_OVERLAPPING else slot * 0
         place = own + (token % ring * series + series_of).to(tl.int64)
         is_seen = ((slot < slots) & (token >= 0))[:, None] & is_mine[None, :]
-        gate = tl.load(gates + place[:, None] + column[None, :], mask=is_seen, other=float("-inf"))
-        value = tl.load(values + place[:, None] + column[None, :], mask=is_seen, other=0.0)
-        higher = tl.maximum(top, tl.max(gate, 0))
+        logits = tl.load(gates + place[:, None] + column[None, :], mask=is_seen, other=float("-inf"))
+        kept = tl.load(values + place[:, None] + column[None, :], mask=is_seen, other=0.0)
+        higher = tl.maximum(top, tl.max(logits, 0))
         level = tl.where(higher == float("-inf"), 0.0, higher)
-        weight, decay = tl.exp(gate - level[None, :]), tl.exp(top - level)
+        weight, decay = tl.exp(logits - level[None, :]), tl.exp(top - level)
         mass = mass * decay + tl.sum(weight, 0)
-        pooled = pooled * decay + tl.sum(weight * value, 0)
+        pooled = pooled * decay + tl.sum(weight * kept, 0)
         top = higher
-    entry = tl.where(is_mine, pooled / tl.where(is_mine, mass, 1.0), 0.0).to(pages.dtype.element_ty).to(tl.float32)
+    entry = (
+        tl.where(is_mine, pooled / tl.where(is_mine, mass, 1.0), 0.0)
+        .to(pages.dtype.element_ty)
+        .to(tl.float32)
+    )
     entry *= tl.rsqrt(tl.sum(entry * entry, 0) / width + eps)
     entry *= tl.load(norm + column, mask=is_mine, other=0.0).to(tl.float32)
     entry = entry.to(pages.dtype.element_ty).to(tl.float32)
