@@ -1,6 +1,7 @@
 """The whole mixture of experts by Triton and grouped GEMMs against the modules in model/moe.py."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from consilience.model.config import TINY
 from consilience.model.kernels import gpu_moe
 from consilience.model.moe import MoE
+from consilience.model.recompute import NAMES, Recompute
 
 torch.set_num_threads(1)
 
@@ -131,3 +133,20 @@ def test_only_what_wants_a_gradient_gets_one(triton_device):
     assert torch.equal(torch.autograd.grad(out.float().square().sum(), moe.experts.w2)[0], full[1])
     with torch.no_grad():
         assert not run(moe, hidden, ids).requires_grad
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("again", [(), ("router",), ("expert_activations",), tuple(NAMES)])
+def test_what_a_policy_computes_again_changes_no_bit(again, triton_device):
+    moe, calls = moe_of(7, triton_device), []
+    hidden, ids = given(6, triton_device)
+    layout = SimpleNamespace(trace=None)
+
+    def forward(streams, token_ids, _layout, _state):
+        calls.append(1)
+        return run(moe, streams, token_ids)
+
+    grads = []
+    for out in (run(moe, hidden, ids), Recompute(frozenset(again)).run(forward, hidden, ids, layout)):
+        grads.append([out, *torch.autograd.grad(out.float().square().sum(), [hidden, *learned(moe)])])
+    assert len(calls) == 2 and all(torch.equal(a, b) for a, b in zip(*grads))
