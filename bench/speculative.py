@@ -1,24 +1,27 @@
 """Speculative decoding beside plain decoding: acceptance, tokens a round, tokens a second.
 
-    python bench/speculative.py [steps] [preset]
+    PYTHONPATH=. python bench/speculative.py [steps] [preset]
 
 A model with one MTP block learns the demo's worked solutions in mathematics and code for a few hundred steps
-(1,024 tokens each, MTP weight 0.3, then 0.1), then answers test problems. The two arms take turns, a warm-up
-first; medians of three rounds, decoding alone (without prefill). One CPU thread, or the GPU if there is one.
+(1,024 tokens each, MTP weight 0.3, then 0.1), then answers test problems. Both come from reasoning_gym; where
+that is not installed, the base's exercises in copying take their place, and the first line says so. The two
+arms take turns, a warm-up first; medians of three rounds, decoding alone (without prefill). One CPU thread,
+or the GPU if there is one.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from consilience.cli.supervised_stages import encode
-from consilience.conf.load import compose
 from consilience.grpo.sft import SupervisedSettings, supervised_step
 from consilience.grpo.supervised_batches import Example
 from consilience.model.config import PRESETS
@@ -27,22 +30,26 @@ from consilience.model.transformer import Transformer
 from consilience.rollout.encoding import encode_messages
 from consilience.rollout.engine import EngineState, Request, SamplingParams
 from consilience.rollout.native_engine import NativeEngine
-from consilience.rollout.prompts import prompt_ids
+from consilience.rollout.prompts import conversation_ids, prompt_ids
 from consilience.rollout.tokenizer import Tokenizer
-from consilience.tasks.corpus import base_texts
+from consilience.tasks.corpus import Conversation, base_texts
+from consilience.tasks.recall import recall_texts
 from consilience.tasks.registry import load_domain
 from consilience.training.packing import pack
 from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DOMAINS = (  # as conf/task/three.yaml has them
+    {"kind": "math", "seed": 1},
+    {"kind": "code", "seed": 1, "parameters": {"min_terms": 5, "max_terms": 5}},
+)
 ROWS, TEMPERATURES, ROUNDS, MAX_TOKENS = (1, 8, 64), (1.0, 0.0), 3, 48
 
 
 def main(steps: int, preset: str) -> None:
     torch.set_num_threads(1)
-    configured = compose().task.domains
-    domains = [load_domain(configured[name].to_settings(name, 1)) for name in ("math", "code")]
-    texts = base_texts(domains, 4000, seed=1)
+    texts, asked = solutions_and_problems()
+    print(f"torch {torch.__version__} on {DEVICE}; {', '.join(sorted({c.domain for c in texts}))}")
     tokenizer = Tokenizer.train([encode_messages(c.messages, c.effort) for c in texts[:2000]], 672)
     config = replace(
         PRESETS[preset],
@@ -51,17 +58,27 @@ def main(steps: int, preset: str) -> None:
         mtp_compress_ratios=(0,),
     )
     model = initialize(Transformer(config), 1).to(DEVICE)
-    train(model, encode(tokenizer, texts, 0.1), steps)
-    prompts = [
-        prompt_ids(tokenizer, problem.messages, domain.effort)
-        for domain in domains
-        for problem in domain.problems("test", max(ROWS))
-    ]
+    examples = []
+    for text in texts:
+        ids, mask = conversation_ids(tokenizer, text.messages, text.effort)
+        examples.append(Example(ids, [max(float(m), 0.1) for m in mask]))
+    train(model, examples, steps)
+    prompts = [prompt_ids(tokenizer, messages, effort) for messages, effort in asked]
     model.requires_grad_(False)
     print(f"{'rows':>4} {'T':>3}   plain tok/s   speculative   ratio   accepted   tokens a round")
     for rows in ROWS:
         for temperature in TEMPERATURES:
             compare(model, prompts, rows, temperature, tokenizer.eos_id)
+
+
+def solutions_and_problems() -> tuple[list[Conversation], Sequence[tuple[Sequence[Any], str]]]:
+    """Worked solutions to learn from, and held-out messages with their effort."""
+    if importlib.util.find_spec("reasoning_gym") is None:
+        held = recall_texts(2 * max(ROWS), seed=2)
+        return recall_texts(4000, seed=1), [(c.messages[: c.num_prompt], c.effort) for c in held]
+    domains = [load_domain(settings) for settings in DOMAINS]
+    problems = [(p.messages, d.effort) for d in domains for p in d.problems("test", max(ROWS))]
+    return base_texts(domains, 4000, seed=1), problems
 
 
 def train(model: Transformer, examples: list[Example], steps: int) -> None:

@@ -28,6 +28,7 @@ from consilience.model.state import DecodeState
 
 torch.set_num_threads(1)
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 EVERY = [*POLICIES, *NAMES]
 TOKENS = torch.randint(53, (2, 37), generator=torch.Generator().manual_seed(3))
 SEGMENTS = torch.tensor([[0] * 20 + [1] * 17, [0] * 30 + [-1] * 7])
@@ -111,7 +112,8 @@ def gradients(model, run, *, losses=True):
 
 
 def hidden(model, trace):
-    return model.hidden(TOKENS, SEGMENTS, trace=trace)
+    device = model.embed.weight.device
+    return model.hidden(TOKENS.to(device), SEGMENTS.to(device), trace=trace)
 
 
 def same(ours, theirs):
@@ -122,18 +124,21 @@ def same(ours, theirs):
     return True
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_gradients_are_equal_to_the_bit_under_every_policy(rough_model, dtype):
-    model = rough_model(dtype=dtype)  # fp32 runs the compiled kernels, the others their plain twins
+def test_gradients_are_equal_to_the_bit_under_every_policy(rough_model, dtype, device):
+    # On a CPU fp32 runs the compiled kernels, the others their plain twins.
+    model = rough_model(dtype=dtype).to(device)
     expected = gradients(model, hidden)
     for setting in EVERY:
         set_recompute(model, recompute_policy(setting))
         assert same(gradients(model, hidden), expected), setting
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("setting", ["cheap", "block", "picks"])
-def test_counters_and_losses_of_a_trace_count_a_forward_once(rough_model, setting):
-    model = rough_model()
+def test_counters_and_losses_of_a_trace_count_a_forward_once(rough_model, setting, device):
+    model = rough_model().to(device)
     for losses in (False, True):
         set_recompute(model, None)
         plain = gradients(model, hidden, losses=losses)[2]
@@ -147,9 +152,10 @@ def test_counters_and_losses_of_a_trace_count_a_forward_once(rough_model, settin
         assert len(again.indexer_loss) == len(plain.indexer_loss) == 2 * losses
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("setting", ["cheap", "experts", "block"])
-def test_the_backward_recomputes_as_the_forward_ran_exact_mode_included(rough_model, setting):
-    model = rough_model()
+def test_the_backward_recomputes_as_the_forward_ran_exact_mode_included(rough_model, setting, device):
+    model = rough_model().to(device)
 
     def run(model, trace):
         with exact_mode():  # the backward is outside
