@@ -1,8 +1,9 @@
 """mHC's reads and writes on a GPU; a write followed by the next read is one operation.
 
-The twin, and the definition, is model/hyper_connections.py: `HyperConnection.read_plainly` and `write`. What the
-operations compute does not depend on which of them are fused: new streams are rounded to their type before they
-are read. Coefficients are fp32 throughout, as DeepSeek's are; streams and layer inputs are fp32 sums, rounded once.
+The twin, and the definition, is model/hyper_connections.py: `HyperConnection.read_plainly` and `write`.
+What the operations compute does not depend on which of them are fused: new streams are rounded to their
+type before they are read. Coefficients are fp32 throughout, as DeepSeek's are; streams and layer inputs are
+fp32 sums, rounded once.
 
 R tokens, N streams, D model width, K rows of `fn`: N (2 + N) of a connection, N of a collapse.
 """
@@ -31,7 +32,7 @@ class Written(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """What a connection or, with rounds = 0, a collapse reads by: `fn` [K, N D], base [K], scale, all fp32."""
+    """What a connection or, with rounds = 0, a collapse reads by: fn [K, N D], base [K], scale, all fp32."""
 
     fn: Tensor
     base: Tensor
@@ -58,8 +59,7 @@ def _fits(streams: Tensor, output: Tensor | None, *coefficients: Tensor) -> bool
 
 
 def _forward(written: Written, reader: Reader | None) -> tuple[Tensor, ...]:
-    """What was made of: new streams if something was written; of a read layer input, post, comb, pre, mixes and
-    inverse norms."""
+    """Of a write new streams; of a read layer input, post, comb, then pre, mixes and inverse norms."""
     from consilience.model.kernels import triton_hyper_connections as kernels
 
     fn = None if reader is None else reader.fn
@@ -78,8 +78,8 @@ class _Connection(torch.autograd.Function):
     """A write, a read, or a write and a read of what was written.
 
     streams [R, N, D], output [R, D], post [R, N], comb [R, N, N] (these three None: a read only), then what a
-    Reader holds (None each: a write only) -> new streams [R, N, D] if written; of a read layer input [R, D], post
-    [R, N], comb [R, N, N].
+    Reader holds (None each: a write only) -> new streams [R, N, D] if written; of a read layer input [R, D],
+    post [R, N], comb [R, N, N].
     """
 
     @staticmethod
@@ -89,10 +89,10 @@ class _Connection(torch.autograd.Function):
         name = "layer_input" if written.output is None else "streams"
         found = named(name, _forward, written, reader)
         made = found if isinstance(found, tuple) else (found,)
-        num_results = (written.output is not None) + 3 * (reader is not None)
-        ctx.save_for_backward(*arguments[:7], *made)
+        num_writes = int(written.output is not None)
+        ctx.save_for_backward(*arguments[:7], *made[:num_writes], *made[num_writes + 3 :])
         ctx.settings = arguments[7:]
-        return made[:num_results]
+        return made[: num_writes + 3]
 
     @staticmethod
     def backward(ctx, *gradients):  # type: ignore[override]
@@ -100,13 +100,13 @@ class _Connection(torch.autograd.Function):
 
         streams, output, post, comb, fn, base, scale, *made = ctx.saved_tensors
         gradients = [g.contiguous() for g in gradients]
-        write = read = d_base = d_scale = None
+        write = read = d_fn = d_base = d_scale = None
         new_streams = streams
         if output is not None:
             new_streams = made.pop(0)
             write = (output, post, comb, gradients.pop(0))
         if fn is not None:
-            *_, pre, mixes, inverse = made
+            pre, mixes, inverse = made
             d_input, d_post, d_comb = gradients
             rounds, eps, _ = ctx.settings
             d_pre = kernels.d_pre(new_streams, d_input)
@@ -114,8 +114,8 @@ class _Connection(torch.autograd.Function):
                 mixes, inverse, base, scale, (d_pre, d_post, d_comb), streams.shape[2], rounds, eps
             )
             read = (d_input, pre, fn, d_raw, d_norm)
-        *found, d_fn = kernels.d_streams(streams, write, read)
-        return *found, d_fn, d_base, d_scale, None, None, None
+            d_fn = kernels.d_fn(new_streams, d_raw)
+        return *kernels.d_streams(streams, write, read), d_fn, d_base, d_scale, None, None, None
 
 
 def write(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:

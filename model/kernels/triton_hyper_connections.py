@@ -1,17 +1,21 @@
-"""mHC on a GPU, forward: the write of one sub-layer and the read of the next (specification 3; kernels 3.4, 5).
+"""mHC on a GPU, forward: the write of one sub-layer and the read of the next (specification 3; kernels 3.4,
+5).
 
-Three kernels. `_write_project` writes new streams and multiplies them by `fn` while they are on chip, split over
-the width into partial sums; `_coefficients` adds these in a fixed order and runs Sinkhorn in registers, a few
-lanes a token; `_apply` reads the new streams again and writes the layer input. 112 KB a token at D 4096 and N 4
-in bf16: 157 us for 4,096 tokens at 3 TB/s, so about 185 us are expected of 85 % of it.
+Three kernels. `_write_project` writes new streams and multiplies them by `fn` while they are on chip, split
+over the width into partial sums; `_coefficients` adds these in a fixed order and runs Sinkhorn in
+registers, a few lanes a token; `_apply` reads the new streams again and writes the layer input. 112 KB a
+token at D 4096 and N 4 in bf16: 157 us for 4,096 tokens at 3 TB/s, so about 185 us are expected of 85 % of
+it.
 
-One kernel that holds a token's row from the write to the read would move 80 KB. But a chip's 132 cores hold 8
-tokens' rows each, and then read the 1.6 MB of `fn` once every 8 tokens: 800 MB from L2, longer than what it saves.
+One kernel that holds a token's row from the write to the read would move 80 KB. But a chip's 132 cores hold
+8 tokens' rows each, and then read the 1.6 MB of `fn` once every 8 tokens: 800 MB from L2, longer than what
+it saves.
 
-No atomics, and neither tiles nor splits depend on the number of tokens: a token's result does not depend on what
-it is computed with, and a new length compiles nothing.
+No atomics, and neither tiles nor splits depend on the number of tokens: a token's result does not depend on
+what it is computed with, and a new length compiles nothing.
 
-R tokens, N streams, D model width, K rows of `fn` (N (2 + N) of a connection, N of a collapse), S splits of D.
+R tokens, N streams, D model width, K rows of `fn` (N (2 + N) of a connection, N of a collapse), S splits of
+D.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from torch import Tensor
 
 SPLIT = 256  # width of a partial sum
 CONFIGS: dict[str, dict[str, int]] = {
-    "write_project": {"BLOCK_T": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
+    "write_project": {"BLOCK_T": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2},
     "coefficients": {"BLOCK_T": 32, "num_warps": 4},
     "apply": {"BLOCK_T": 4, "BLOCK_D": 512, "num_warps": 4},
 }
@@ -43,11 +47,23 @@ def _dot(a, b, sums):
 
 
 @triton.jit
+def _settle(tile):
+    """tile itself, computed once: without this Triton computes it in the layout of a store and again in that
+    of a product, with twice the registers."""
+    if not INTERPRETED:
+        if tile.dtype == tl.bfloat16:
+            tile = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], tl.bfloat16, False, 2)
+        else:
+            tile = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], tl.float32, False, 1)
+    return tile
+
+
+@triton.jit
 def _load_streams(pointer, offset, keep, N: tl.constexpr, D: tl.constexpr):
     """The N streams' tiles of the tokens and columns in `offset`."""
     tiles = ()
     for j in tl.static_range(N):
-        tiles = tiles + (tl.load(pointer + offset + j * D, mask=keep, other=0.0),)
+        tiles += (tl.load(pointer + offset + j * D, mask=keep, other=0.0),)
     return tiles
 
 
@@ -56,7 +72,7 @@ def _load_columns(pointer, row, keep, COUNT: tl.constexpr):
     """The COUNT numbers of each token, one vector each."""
     columns = ()
     for c in tl.static_range(COUNT):
-        columns = columns + (tl.load(pointer + row * COUNT + c, mask=keep, other=0.0),)
+        columns += (tl.load(pointer + row * COUNT + c, mask=keep, other=0.0),)
     return columns
 
 
@@ -66,7 +82,7 @@ def _written(tiles, output, post, comb, k: tl.constexpr, N: tl.constexpr):
     total = post[k][:, None] * output.to(tl.float32)
     for j in tl.static_range(N):
         total += comb[j * N + k][:, None] * tiles[j].to(tl.float32)
-    return total.to(tiles[0].dtype)
+    return _settle(total.to(tiles[0].dtype))
 
 
 @triton.jit
@@ -125,9 +141,10 @@ def _write_project(
 
 @triton.jit
 def _add_product(sums, x, weight):
-    """sums + x · weight, fp32 to its last bits: bfloat16 streams are exact, the weight goes in three pieces."""
+    """sums + x · weight. bfloat16 streams are exact in a product of bfloat16; the weight goes in two pieces,
+    to 2^-17 (DeepSeek's own kernel multiplies in tf32, to 2^-11)."""
     if x.dtype == tl.bfloat16:
-        for _ in tl.static_range(3):
+        for _ in tl.static_range(2):
             piece = weight.to(tl.bfloat16)
             sums = _dot(x, piece, sums)
             weight -= piece.to(tl.float32)

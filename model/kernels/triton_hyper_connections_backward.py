@@ -1,13 +1,19 @@
 """mHC on a GPU, backward of triton_hyper_connections.py.
 
-Four kernels. `_d_pre` reads the streams and the layer input's gradient; `_d_mixes` makes the gradient of the
-projection from it, with Sinkhorn run again in registers; `_d_streams` does the rest in one pass: it rebuilds the
-new streams from the old ones, forms their gradient, and takes it back through the write, with partial sums of the
-gradients of `fn` (over the tokens of a part), post and comb (over the columns of a block); torch adds those up, in
-a fixed order. 40 + 120 KB a token at D 4096 and N 4 in bf16: 218 us for 4,096 tokens at 3 TB/s, with partial sums
-and 85 % of the rate about 275 us are expected. The 120 KB alone would need pre's gradient before anything is read.
+`_d_pre` reads the new streams and the layer input's gradient (40 KB a token at D 4096 and N 4 in bf16);
+`_d_mixes` makes the gradient of the projection from it, with Sinkhorn run again in registers; `_d_streams`
+rebuilds the new streams from the old ones, forms their gradient, and takes it back through the write (120
+KB); `d_fn` is a matrix product over all tokens (32 KB). 192 KB: 262 us for 4,096 tokens at 3 TB/s, about
+310 us expected.
 
-Legend as in triton_hyper_connections.py.
+The 120 KB alone would need the gradient of `pre` before anything is read, and the sums over tokens for `fn`
+beside the sums over columns for post and comb: in one kernel either a token block writes 1.6 MB of partial
+`fn`, or a column block 20 numbers of every token, which costs what the extra read costs.
+
+No atomics. Sums over columns are partial and added up in a fixed order; those over tokens for base and
+scale too.
+
+Legend as in triton_hyper_connections.py, S splits of D.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ from torch import Tensor
 
 from consilience.model.kernels.triton_hyper_connections import (
     INTERPRETED,
-    _dot,
+    SPLIT,
     _keep,
     _load_columns,
     _load_streams,
@@ -28,12 +34,10 @@ from consilience.model.kernels.triton_hyper_connections import (
     sizes,
 )
 
-NUM_PARTS = 4  # at most so many partial gradients of `fn`, each of at least PART tokens
-PART = 256
 CONFIGS: dict[str, dict[str, int]] = {
     "d_pre": {"BLOCK_T": 2, "BLOCK_D": 1024, "num_warps": 4},
     "d_mixes": {"BLOCK_T": 32, "num_warps": 4},
-    "d_streams": {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
+    "d_streams": {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 1},
 }
 
 
@@ -46,7 +50,7 @@ def _d_pre(
     here = row < num_tokens
     sums = ()
     for _ in tl.static_range(N):
-        sums = sums + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
+        sums += (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
     for start in tl.static_range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         keep = _keep(row, d, num_tokens, D, BLOCK_D)
@@ -54,7 +58,7 @@ def _d_pre(
         tiles = _load_streams(streams, row[:, None] * (N * D) + d[None, :], keep, N, D)
         added = ()
         for j in tl.static_range(N):
-            added = added + (sums[j] + upstream * tiles[j].to(tl.float32),)
+            added += (sums[j] + upstream * tiles[j].to(tl.float32),)
         sums = added
     for j in tl.static_range(N):
         tl.store(d_pre + row * N + j, tl.sum(sums[j], 1), mask=here)
@@ -72,9 +76,8 @@ def _sinkhorn_backward(d, logits, eps, ROUNDS: tl.constexpr):
     for step in tl.static_range(2 * ROUNDS - 1):
         total = tl.sum(x, 1 + step % 2, keep_dims=True) + eps
         x = x / total
-        totals = totals + (total,)
-    for back in tl.static_range(2 * ROUNDS - 1):
-        step: tl.constexpr = 2 * ROUNDS - 2 - back
+        totals += (total,)
+    for step in tl.static_range(2 * ROUNDS - 2, -1, -1):
         d = (d - tl.sum(d * x, 1 + step % 2, keep_dims=True)) / totals[step]
         x = x * totals[step]
     return soft * (d - tl.sum(d * soft, 2, keep_dims=True))
@@ -85,7 +88,7 @@ def _d_mixes(
     mixes, inverse, base, scale, d_pre, d_post, d_comb, d_raw, d_norm, parameters, num_tokens, eps,
     N: tl.constexpr, D: tl.constexpr, K: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """d_raw [R, K]: gradient of the products fn · x; d_norm [R]: x's factor in its gradient through the norm."""
+    """d_raw [R, K]: gradient of the products fn · x; d_norm [R]: x's factor in its gradient by the norm."""
     row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     here = row < num_tokens
     n = tl.arange(0, N)
@@ -134,105 +137,108 @@ def _d_mixes(
 
 @triton.jit
 def _product(a, weight, dtype: tl.constexpr):
-    """a [BLOCK_T, PADDED] · weight [PADDED, BLOCK_D], rounded to less than bfloat16's last bit if that is dtype."""
+    """a [BLOCK_T, PADDED] · weight [PADDED, BLOCK_D] to an eighth of bfloat16's last bit if that is dtype."""
     if dtype == tl.bfloat16 and not INTERPRETED:
         product = tl.dot(a, weight, input_precision="tf32")
     else:
         product = tl.dot(a, weight, input_precision="ieee")
+    # Loosened from the product's layout, which Triton would take for everything that is added to it.
+    product, _ = tl.split(tl.join(product, product))
     return product
 
 
-@triton.jit
-def _add_outer(sums, a, x):
-    """sums + a · x for fp32 a [PADDED, BLOCK_T] in two pieces of bfloat16 where x [BLOCK_T, BLOCK_D] is such."""
-    if x.dtype == tl.bfloat16:
-        high = a.to(tl.bfloat16)
-        sums = _dot(high, x, sums)
-        sums = _dot((a - high.to(tl.float32)).to(tl.bfloat16), x, sums)
-    else:
-        sums = tl.dot(a, x, sums, input_precision="ieee")
-    return sums
-
-
-@triton.jit(do_not_specialize=["num_tokens", "part_size"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def _d_streams(
     streams, output, post, comb, d_written, d_input, pre, fn, d_raw, d_norm,
-    d_streams, d_output, d_columns, d_fn, num_tokens, part_size,
-    N: tl.constexpr, D: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr,
+    d_streams, d_output, partial, num_tokens,
+    N: tl.constexpr, D: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr,
     HAS_WRITE: tl.constexpr, HAS_READ: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    NUM_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    """partial [S, N + N·N, R]: gradients of post and comb from the columns of a split."""
+    NUM_SPLITS: tl.constexpr = (D + WIDTH - 1) // WIDTH
     dtype: tl.constexpr = streams.dtype.element_ty
-    block = tl.program_id(0) % NUM_BLOCKS
-    part = tl.program_id(0) // NUM_BLOCKS
-    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.program_id(0) % NUM_SPLITS
+    row = (tl.program_id(0) // NUM_SPLITS * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    here = row < num_tokens
     c = tl.arange(0, PADDED)
-    weight_keep = (c < K)[:, None] & (d < D)[None, :]
-    weight_place = c[:, None] * (N * D) + d[None, :]
-    stride = num_tokens.to(tl.int64)
+    d_columns = ()
     if HAS_WRITE:
-        d_columns += block * (N + N * N) * stride
-    d_fns = ()
-    for _ in tl.static_range(N):
-        d_fns = d_fns + (tl.zeros([PADDED, BLOCK_D], tl.float32),)
-    last = tl.minimum((part + 1) * part_size, num_tokens)
-    for start in tl.range(part * part_size, last, BLOCK_T):
-        row = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-        here = row < num_tokens
-        keep = _keep(row, d, num_tokens, D, BLOCK_D)
+        posts = _load_columns(post, row, here, N)
+        combs = _load_columns(comb, row, here, N * N)
+        for _ in tl.static_range(N + N * N):
+            d_columns += (tl.zeros([BLOCK_T], tl.float32),)
+    if HAS_READ:
+        pres = _load_columns(pre, row, here, N)
+        through_norm = tl.load(d_norm + row, mask=here, other=0.0)
+        raw_keep = here[:, None] & (c < K)[None, :]
+        raw = tl.load(d_raw + row[:, None] * K + c[None, :], mask=raw_keep, other=0.0)
+    for start in tl.range(0, WIDTH, BLOCK_D):
+        d = split * WIDTH + start + tl.arange(0, BLOCK_D)
+        keep = _keep(row, d, num_tokens, D, WIDTH)
         offset = row[:, None] * (N * D) + d[None, :]
         flat = row[:, None] * D + d[None, :]
         tiles = _load_streams(streams, offset, keep, N, D)
         if HAS_WRITE:
             upstreams = _load_streams(d_written, offset, keep, N, D)
-            posts = _load_columns(post, row, here, N)
-            combs = _load_columns(comb, row, here, N * N)
             added = tl.load(output + flat, mask=keep, other=0.0)
             d_added = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             d_tiles = ()
             for _ in tl.static_range(N):
-                d_tiles = d_tiles + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
-        if HAS_READ:
-            arrived = tl.load(d_input + flat, mask=keep, other=0.0).to(tl.float32)
-            pres = _load_columns(pre, row, here, N)
-            through_norm = tl.load(d_norm + row, mask=here, other=0.0)
-            raw_keep = here[:, None] & (c < K)[None, :]
-            raw = tl.load(d_raw + row[:, None] * K + c[None, :], mask=raw_keep, other=0.0)
-            more_fns = ()
+                d_tiles += (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
         for k in tl.static_range(N):
+            g = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             if HAS_READ:
                 tile = tiles[k]
                 if HAS_WRITE:
                     tile = _written(tiles, added, posts, combs, k, N)
-                more_fns = more_fns + (_add_outer(d_fns[k], tl.trans(raw), tile),)
-                weight = tl.load(fn + weight_place + k * D, mask=weight_keep, other=0.0)
-                g = _product(raw, weight, dtype)
-                g += pres[k][:, None] * arrived + through_norm[:, None] * tile.to(tl.float32)
-                if HAS_WRITE:
-                    g += upstreams[k].to(tl.float32)
-            else:
-                g = upstreams[k].to(tl.float32)
+                weight = tl.load(
+                    fn + c[:, None] * (N * D) + k * D + d[None, :],
+                    mask=(c < K)[:, None] & (d < D)[None, :],
+                    other=0.0,
+                )
+                product = _product(raw, weight, dtype)
+                # Loaded after the product: Triton takes the layout of what comes last for their sum.
+                arrived = tl.load(d_input + flat, mask=keep, other=0.0).to(tl.float32)
+                g = pres[k][:, None] * arrived + through_norm[:, None] * tile.to(tl.float32) + product
             if HAS_WRITE:
+                g += upstreams[k].to(tl.float32)
                 d_added += posts[k][:, None] * g
-                tl.store(d_columns + k * stride + row, tl.sum(g * added.to(tl.float32), 1), mask=here)
-                more_tiles = ()
-                for j in tl.static_range(N):
-                    more_tiles = more_tiles + (d_tiles[j] + combs[j * N + k][:, None] * g,)
-                    pair = (N + j * N + k) * stride
-                    tl.store(d_columns + pair + row, tl.sum(g * tiles[j].to(tl.float32), 1), mask=here)
-                d_tiles = more_tiles
+                d_tiles = _add_to_each(d_tiles, combs, g, k, N)
+                d_columns = _add_columns(d_columns, tiles, added, g, k, N)
             else:
                 tl.store(d_streams + offset + k * D, g.to(dtype), mask=keep)
-        if HAS_READ:
-            d_fns = more_fns
         if HAS_WRITE:
             tl.store(d_output + flat, d_added.to(dtype), mask=keep)
             for j in tl.static_range(N):
                 tl.store(d_streams + offset + j * D, d_tiles[j].to(dtype), mask=keep)
-    if HAS_READ:
-        d_fn += part * K * (N * D)
-        for k in tl.static_range(N):
-            tl.store(d_fn + weight_place + k * D, d_fns[k], mask=weight_keep)
+    if HAS_WRITE:
+        place = split * (N + N * N) * num_tokens.to(tl.int64) + row
+        for column in tl.static_range(N + N * N):
+            tl.store(partial + place + column * num_tokens.to(tl.int64), d_columns[column], mask=here)
+
+
+@triton.jit
+def _add_to_each(d_tiles, combs, g, k: tl.constexpr, N: tl.constexpr):
+    """d_tiles_j + comb[j, k] · g."""
+    more = ()
+    for j in tl.static_range(N):
+        more += (d_tiles[j] + combs[j * N + k][:, None] * g,)
+    return more
+
+
+@triton.jit
+def _add_columns(d_columns, tiles, added, g, k: tl.constexpr, N: tl.constexpr):
+    """The columns [post N | comb N·N] with the sums over a tile of g · o for post_k and g · X_j for comb[j,
+    k]."""
+    more = ()
+    for column in tl.static_range(N + N * N):
+        total = d_columns[column]
+        if column == k:
+            total += tl.sum(g * added.to(tl.float32), 1)
+        elif column >= N and column % N == k:
+            total += tl.sum(g * tiles[column // N - 1].to(tl.float32), 1)
+        more += (total,)
+    return more
 
 
 def d_pre(streams: Tensor, d_input: Tensor) -> Tensor:
@@ -274,36 +280,46 @@ def d_mixes(
 
 def d_streams(
     streams: Tensor, written: tuple[Tensor, ...] | None, read: tuple[Tensor, ...] | None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of streams [R, N, D], output [R, D], post [R, N], comb [R, N, N], fn [K, N D].
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of streams [R, N, D], output [R, D], post [R, N] and comb [R, N, N]; the last three None if
+    nothing was written.
 
     streams: before the write. written: output, post, comb and the gradient of the new streams from elsewhere
-    than the read; None: nothing was written. read: the gradient of the layer input, pre, fn, d_raw, d_norm; None:
-    nothing was read. What has no gradient is None.
+    than the read. read: the gradient of the layer input, pre, fn, d_raw, d_norm; None: nothing was read.
     """
     num_tokens, n, width = streams.shape
     config = CONFIGS["d_streams"]
-    shared = sizes(streams, None if read is None else read[2])
-    num_blocks = triton.cdiv(width, config["BLOCK_D"])
-    num_parts, part_size = 1, num_tokens
-    d_output = columns = d_fn = None
+    num_splits = triton.cdiv(width, SPLIT)
+    d_output = partial = None
     found = torch.empty_like(streams)
     if written is not None:
         d_output = torch.empty_like(written[0])
-        columns = found.new_empty(num_blocks, n + n * n, num_tokens, dtype=torch.float32)
-    num_parts = max(1, min(NUM_PARTS, num_tokens // PART))
-    part_size = triton.cdiv(triton.cdiv(num_tokens, num_parts), config["BLOCK_T"]) * config["BLOCK_T"]
-    if read is not None:
-        d_fn = found.new_empty(num_parts, shared["K"], n * width, dtype=torch.float32)
+        partial = found.new_empty(num_splits, n + n * n, num_tokens, dtype=torch.float32)
     output, post, comb, d_written = written or (None,) * 4
     d_input, pre, fn, d_raw, d_norm = read or (None,) * 5
-    _d_streams[(num_blocks * num_parts,)](
+    _d_streams[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_splits,)](
         streams, output, post, comb, d_written, d_input, pre, fn, d_raw, d_norm,
-        found, d_output, columns, d_fn, num_tokens, part_size,
-        **shared, HAS_WRITE=written is not None, HAS_READ=read is not None, **config,
+        found, d_output, partial, num_tokens,
+        **sizes(streams, fn), WIDTH=SPLIT, HAS_WRITE=written is not None, HAS_READ=read is not None, **config,
     )  # fmt: skip
-    d_post = d_comb = None
-    if columns is not None:
-        total = columns.sum(0).t()
-        d_post, d_comb = total[:, :n].contiguous(), total[:, n:].reshape(num_tokens, n, n)
-    return found, d_output, d_post, d_comb, None if d_fn is None else d_fn.sum(0)
+    if partial is None:
+        return found, None, None, None
+    total = partial.sum(0).t()
+    return found, d_output, total[:, :n].contiguous(), total[:, n:].reshape(num_tokens, n, n)
+
+
+def d_fn(streams: Tensor, d_raw: Tensor) -> Tensor:
+    """Gradient of `fn` [K, N D] fp32: d_raw' · streams, over all tokens.
+
+    For bfloat16 streams d_raw goes in two pieces, so that the product is a bfloat16 one with fp32 sums.
+    """
+    flat = streams.flatten(1)
+    if streams.dtype == torch.float32:
+        return d_raw.t() @ flat
+    high = d_raw.bfloat16()
+    pieces = torch.cat((high, (d_raw - high).bfloat16()), 1).t()
+    if flat.is_cuda:
+        both = torch.mm(pieces, flat, out_dtype=torch.float32)
+    else:
+        both = pieces.float() @ flat.float()
+    return both[: d_raw.shape[1]] + both[d_raw.shape[1] :]
