@@ -67,10 +67,8 @@ def _forward(written: Written, reader: Reader | None) -> tuple[Tensor, ...]:
     made = () if written.output is None else (streams,)
     if reader is None:
         return made
-    _, base, scale, *settings = reader
-    pre, post, comb, mixes, inverse = kernels.coefficients(
-        partial, squares, base, scale, streams.shape[1:], *settings
-    )
+    assert partial is not None and squares is not None  # of a read they are made
+    pre, post, comb, mixes, inverse = kernels.coefficients(partial, squares, streams.shape[2], *reader[1:])
     return *made, kernels.apply(streams, pre), post, comb, pre, mixes, inverse
 
 

@@ -1,5 +1,4 @@
-"""mHC on a GPU, forward: the write of one sub-layer and the read of the next (specification 3; kernels 3.4,
-5).
+"""mHC on a GPU, forward: the write of one sub-layer and the read of the next (specification 3).
 
 Three kernels. `_write_project` writes new streams and multiplies them by `fn` while they are on chip, split
 over the width into partial sums; `_coefficients` adds these in a fixed order and runs Sinkhorn in
@@ -20,6 +19,7 @@ D.
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any
 
 import torch
@@ -261,21 +261,21 @@ def write_project(
 def coefficients(
     partial: Tensor,
     squares: Tensor,
+    width: int,
     base: Tensor,
     scale: Tensor,
-    shape: tuple[int, int],
     rounds: int,
     eps: float,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """pre [R, N], post [R, N], comb [R, N, N] (both empty if rounds is 0), mixes [R, K], inverse norms [R].
 
-    shape: the streams' N and D.
+    partial [S, R, K] and squares [S, R] as `write_project` returns them for streams of `width` D.
     """
     num_splits, num_tokens, num_rows = partial.shape
-    n, width = shape
     new = partial.new_empty
     is_whole = rounds > 0
+    n = isqrt(num_rows + 1) - 1 if is_whole else num_rows  # K = N (2 + N)
     mixes, inverse, pre = new(num_tokens, num_rows), new(num_tokens), new(num_tokens, n)
     post, comb = (new(num_tokens, n), new(num_tokens, n, n)) if is_whole else (new(0), new(0))
     config = CONFIGS["coefficients"]

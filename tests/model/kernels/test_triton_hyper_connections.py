@@ -170,7 +170,7 @@ def test_a_tokens_values_and_gradients_do_not_depend_on_the_tokens_beside_it(tri
         return [*values, *torch.autograd.grad(values, leaves, upstream)]
 
     together = run(0, 67)
-    for first, last in ((0, 1), (15, 18), (65, 67)):
+    for first, last in ((0, 1), (63, 66)):
         assert all(torch.equal(a, b[first:last]) for a, b in zip(run(first, last), together))
 
 

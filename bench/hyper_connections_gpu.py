@@ -1,0 +1,310 @@
+"""mHC on a GPU: the write of one sub-layer with the read of the next, forward and backward.
+
+    python bench/hyper_connections_gpu.py [--sweep]
+
+N 4, bf16 streams, random data. Each arm is a CUDA graph, so that launches from Python cost nothing; inputs
+are larger than L2. The goal of a forward is 112 KB a token at 70 % of the copy rate (D 4096), that of a
+backward 120 KB by the same rule; our backward moves 192. Other arms: the same in steps (write, read,
+gradients added by autograd), the definition in PyTorch, eager and compiled.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from gpu_timing import Arm, Table, arguments, copy_rate, median_text, peak_bytes, relative_errors, time_arms
+from torch import Tensor
+
+from consilience.model.config import TINY
+from consilience.model.hyper_connections import HyperConnection
+from consilience.model.kernels import gpu_hyper_connections as gpu
+from consilience.model.kernels import triton_hyper_connections as forward
+from consilience.model.kernels import triton_hyper_connections_backward as backward
+
+N = 4
+SHARE = 0.7  # of the copy rate, that the goals ask for
+NAMES = (
+    *("streams", "layer_input", "post", "comb"),
+    *("d_streams", "d_output", "d_post", "d_comb", "d_fn", "d_base", "d_scale"),
+)
+SWEEP: dict[str, list[dict[str, int]]] = {
+    "write_project": [
+        {"BLOCK_T": t, "BLOCK_D": d, "num_warps": w, "num_stages": s}
+        for t, d, w in ((64, 32, 8), (64, 32, 4), (64, 64, 8), (32, 64, 4), (32, 32, 4), (128, 32, 8))
+        for s in (1, 2, 3)
+    ],
+    "coefficients": [{"BLOCK_T": t, "num_warps": w} for t, w in ((16, 2), (32, 4), (32, 1), (64, 4))],
+    "apply": [
+        {"BLOCK_T": t, "BLOCK_D": d, "num_warps": w}
+        for t, d, w in ((4, 512, 4), (2, 1024, 4), (8, 256, 4), (1, 1024, 4), (4, 1024, 8), (2, 512, 4))
+    ],
+    "d_pre": [
+        {"BLOCK_T": t, "BLOCK_D": d, "num_warps": w}
+        for t, d, w in ((2, 1024, 4), (1, 1024, 4), (1, 2048, 8), (4, 512, 4), (4, 256, 4), (1, 4096, 8))
+    ],
+    "d_mixes": [{"BLOCK_T": t, "num_warps": w} for t, w in ((16, 2), (32, 4), (8, 1))],
+    "d_streams": [
+        {"BLOCK_T": t, "BLOCK_D": d, "num_warps": w, "num_stages": s}
+        for t, d, w in ((16, 64, 4), (32, 64, 8), (64, 32, 8), (16, 32, 2), (32, 32, 4), (16, 128, 8))
+        for s in (1, 2, 3)
+    ],
+}
+
+
+def connection(width: int) -> HyperConnection:
+    """A connection with coefficients that differ from token to token."""
+    torch.manual_seed(width)
+    module = HyperConnection(replace(TINY, hc_mult=N, hidden_size=width)).cuda()
+    module.fn.data.normal_(std=0.02)
+    module.base.data.normal_()
+    module.scale.data.fill_(0.3)
+    return module
+
+
+def reader(module: HyperConnection) -> gpu.Reader:
+    return gpu.Reader(module.fn, module.base, module.scale, module.rounds, module.eps, module.norm_eps)
+
+
+def draw(num_tokens: int, width: int) -> gpu.Written:
+    normal = lambda *shape: torch.randn(*shape, device="cuda").bfloat16()
+    comb = torch.softmax(torch.randn(num_tokens, N, N, device="cuda"), -1)
+    leaves = (
+        normal(num_tokens, N, width),
+        normal(num_tokens, width),
+        2 * torch.rand(num_tokens, N).cuda(),
+        comb,
+    )
+    return gpu.Written(*(t.requires_grad_() for t in leaves))
+
+
+def ours(written: gpu.Written, module: HyperConnection) -> tuple[Tensor, ...]:
+    return gpu.write_read(written, reader(module))
+
+
+def in_steps(written: gpu.Written, module: HyperConnection) -> tuple[Tensor, ...]:
+    new = gpu.write(*written)
+    return new, *gpu.read(new, reader(module))
+
+
+def plain(written: gpu.Written, module: HyperConnection) -> tuple[Tensor, ...]:
+    """The definition: coefficients and mixing in fp32 (or wider), one rounding of streams and layer input."""
+    streams, output, post, comb = written
+    kind = module.fn.dtype
+    new = torch.einsum("rjk,rjd->rkd", comb, streams.to(kind)) + post[:, :, None] * output.to(kind)[:, None]
+    new = new.to(streams.dtype)
+    flat = new.flatten(1).to(kind)
+    mixes = (flat @ module.fn.t()) * torch.rsqrt(flat.square().mean(1, keepdim=True) + module.norm_eps)
+    factor = torch.cat([part.expand(n) for part, n in zip(module.scale.split(1), (N, N, N * N))])
+    z = factor * mixes + module.base
+    pre, next_post = z[:, :N].sigmoid() + module.eps, 2 * z[:, N : 2 * N].sigmoid()
+    x = z[:, 2 * N :].view(-1, N, N).softmax(2) + module.eps
+    for step in range(2 * module.rounds - 1):
+        x = x / (x.sum(1 + step % 2, keepdim=True) + module.eps)
+    return new, (pre[:, :, None] * new.to(kind)).sum(1).to(streams.dtype), next_post, x
+
+
+compiled = torch.compile(plain, dynamic=False)
+FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "ours, fused": ours,
+    "ours again (A/A)": ours,
+    "ours in steps: write, read": in_steps,
+    "PyTorch, eager": plain,
+    "PyTorch, compiled": compiled,
+}
+
+
+def captured(arm: Arm) -> Arm:
+    """`arm` as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            arm()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        arm()
+    return graph.replay
+
+
+def passes(
+    function: Callable[..., tuple[Tensor, ...]], written: gpu.Written, module: HyperConnection
+) -> dict[str, Arm]:
+    """Forward without gradients; backward alone, of a forward that ran before."""
+
+    def run_forward() -> None:
+        with torch.no_grad():
+            function(written, module)
+
+    leaves = [*written, *module.parameters()]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        values = function(written, module)
+        upstream = [torch.randn_like(v) for v in values]
+        run_backward = lambda: torch.autograd.grad(values, leaves, upstream, retain_graph=True)
+        for _ in range(3):
+            run_backward()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run_backward()
+    return {"forward": captured(run_forward), "backward": graph.replay}
+
+
+def kilobytes(width: int) -> dict[str, float]:
+    """What a token moves by the goals, bf16."""
+    row = 2 * width / 1e3
+    return {"forward": (3 * N + 2) * row, "backward": (3 * N + 3) * row}
+
+
+def show_errors(table: Table, num_tokens: int = 256, width: int = 4096) -> None:
+    """Every output and gradient against fp64 on the same inputs."""
+    module, written = connection(width), draw(num_tokens, width)
+    exact_module = connection(width).double()
+    for name, function in {"ours, fused": ours, "PyTorch, eager": plain}.items():
+        values = function(written, module)
+        upstream = [torch.randn_like(v) for v in values]
+        found = [*values, *torch.autograd.grad(values, [*written, *module.parameters()], upstream)]
+        leaves = gpu.Written(*(t.detach().double().requires_grad_() for t in written))
+        unrounded = exact_module.write(*leaves)
+        new = unrounded + (values[0].double() - unrounded).detach()
+        wide = new, *exact_module.read_plainly(new)
+        exact = torch.autograd.grad(
+            wide, [*leaves, *exact_module.parameters()], [u.double() for u in upstream]
+        )
+        for what, a, b in zip(NAMES, found, [unrounded, *wide[1:], *exact]):
+            table.add(name, what, *(f"{e:.1e}" for e in relative_errors(a.detach(), b.detach())))
+
+
+def show_passes(table: Table, num_tokens: int, width: int, copied: float) -> None:
+    module, written = connection(width), draw(num_tokens, width)
+    arms: dict[str, dict[str, Arm]] = {"forward": {}, "backward": {}}
+    for name, function in FUNCTIONS.items():
+        if function in (plain, compiled) and num_tokens * width > 2**25:
+            continue  # eager keeps about 1 MB a token
+        try:
+            for which, arm in passes(function, written, module).items():
+                arms[which][name] = arm
+        except Exception as fault:  # the table goes on without an arm that PyTorch cannot capture or compile
+            print(f"  {name} is left out: {type(fault).__name__}: {str(fault)[:200]}")
+    moved = kilobytes(width)
+    where = f"{num_tokens} x {width}"
+    for which, group in arms.items():
+        bound = moved[which] * 1e3 * num_tokens / copied * 1e6
+        table.add(where, which, f"{moved[which]:.0f} KB a token at the copy rate", f"{bound:.0f}", "")
+        for name, times in time_arms(group, rounds=9).items():
+            reached = bound / (statistics.median(times) * 1e3)
+            verdict = f"{reached:.0%} of it (goal {SHARE:.0%})"
+            table.add(where, which, name, median_text(times, 1e3, 0), verdict)
+
+
+def kernels(num_tokens: int, width: int) -> dict[str, tuple[Arm, float]]:
+    """Each kernel alone, and the kilobytes a token that it must move."""
+    module, given = connection(width), draw(num_tokens, width)
+    row = 2 * width / 1e3
+    with torch.no_grad():
+        streams, output, post, comb = (t.detach() for t in given)
+        fn, base, scale, *settings = (t.detach() if isinstance(t, Tensor) else t for t in reader(module))
+        new, partial, squares = forward.write_project(streams, output, post, comb, fn)
+        project = lambda: forward.write_project(streams, output, post, comb, fn)
+        coefficients = lambda: forward.coefficients(partial, squares, width, base, scale, *settings)
+        pre, next_post, next_comb, mixes, inverse = coefficients()
+        d_input, d_new = torch.randn_like(output), torch.randn_like(new)
+        d_pre = backward.d_pre(new, d_input)
+        upstream = (d_pre, torch.randn_like(next_post), torch.randn_like(next_comb))
+        d_mixes = lambda: backward.d_mixes(mixes, inverse, base, scale, upstream, width, *settings[:2])
+        d_raw, d_norm, *_ = d_mixes()
+        write, read = (output, post, comb, d_new), (d_input, pre, fn, d_raw, d_norm)
+    return {
+        "write_project": (project, (2 * N + 1) * row),
+        "coefficients": (coefficients, 25 * 4 * (-(-width // forward.SPLIT) + 2) / 1e3),
+        "apply": (lambda: forward.apply(new, pre), (N + 1) * row),
+        "d_pre": (lambda: backward.d_pre(new, d_input), (N + 1) * row),
+        "d_mixes": (d_mixes, 80 * 4 / 1e3),
+        "d_fn": (lambda: backward.d_fn(new, d_raw), N * row),
+        "d_streams": (lambda: backward.d_streams(streams, write, read), (3 * N + 3) * row),
+    }
+
+
+def show_kernels(table: Table, num_tokens: int, width: int, copied: float) -> None:
+    found = kernels(num_tokens, width)
+    for name, times in time_arms({name: captured(arm) for name, (arm, _) in found.items()}, rounds=9).items():
+        rate = found[name][1] * 1e3 * num_tokens / (statistics.median(times) / 1e3)
+        size = f"{found[name][1]:.1f} KB"
+        table.add(f"{num_tokens} x {width}", name, median_text(times, 1e3, 1), size, f"{rate / copied:.0%}")
+
+
+def show_variants(width: int = 4096) -> None:
+    """How often the kernels are compiled over several numbers of tokens, and what few tokens cost."""
+    module = connection(width)
+    lengths = (1, 2, 8, 16, 17, 128, 1000)
+    for num_tokens in lengths:
+        values = ours(draw(num_tokens, width), module)
+        sum(v.float().sum() for v in values).backward()
+    device = torch.cuda.current_device()
+    counts = {
+        name: len(getattr(home, "_" + name).device_caches[device][0])
+        for home in (forward, backward)
+        for name in home.CONFIGS
+    }
+    print(f"\nCompiled variants after {lengths} tokens: {counts}")
+    for num_tokens in (1, 8, 64):
+        written = draw(num_tokens, width)
+        arms = {name: passes(FUNCTIONS[name], written, module)["forward"] for name in list(FUNCTIONS)[:4]}
+        times = time_arms(arms, rounds=15)
+        cells = ", ".join(f"{name} {median_text(ts, 1e3, 1)}" for name, ts in times.items())
+        print(f"{num_tokens} tokens, forward, us: {cells}", flush=True)
+
+
+def sweep(num_tokens: int = 4096, width: int = 4096) -> None:
+    """Each kernel alone with several launch settings, the fastest last."""
+    copied = copy_rate()
+    print(f"copy {copied / 1e9:.0f} GB/s")
+    found = kernels(num_tokens, width)
+    for home in (forward, backward):
+        for name, chosen in list(home.CONFIGS.items()):
+            ranks: list[tuple[float, str]] = []
+            for config in SWEEP[name]:
+                home.CONFIGS[name] = config
+                try:
+                    times = time_arms({name: captured(found[name][0])}, rounds=7)[name]
+                except Exception as fault:  # settings that do not fit on this device
+                    print(f"{name} {config}: {type(fault).__name__}")
+                    continue
+                rate = found[name][1] * 1e3 * num_tokens / (statistics.median(times) / 1e3)
+                text = f"{name} {config}: {median_text(times, 1e3, 1)} us, {rate / copied:.0%} of copy"
+                ranks.append((-statistics.median(times), text + (" (chosen)" if config == chosen else "")))
+            home.CONFIGS[name] = chosen
+            print("\n".join(text for _, text in sorted(ranks)), flush=True)
+
+
+def main() -> None:
+    if arguments(__doc__).parse_args().sweep:
+        sweep()
+        return
+    show_errors(Table("arm", "what", "max error", "rms error"))
+    copied = copy_rate()
+    print(f"\nCopy {copied / 1e12:.2f} TB/s.\n")
+    table: Any = Table("tokens x width", "pass", "arm", "us", "")
+    for num_tokens, width in ((4096, 4096), (4096, 7168), (16384, 4096)):
+        show_passes(table, num_tokens, width, copied)
+        torch.cuda.empty_cache()
+    print()
+    table = Table("tokens x width", "kernel", "us", "a token", "of the copy rate")
+    for width in (4096, 7168):
+        show_kernels(table, 4096, width, copied)
+    module, written = connection(4096), draw(4096, 4096)
+    for name, function in FUNCTIONS.items():
+        if function is not compiled:
+            kept = peak_bytes(lambda f=function: sum(v.float().sum() for v in f(written, module)).backward())
+            print(f"\n{name}: {kept / 2**20:.0f} MiB at the peak of forward and backward, 4096 x 4096")
+    show_variants()
+
+
+if __name__ == "__main__":
+    main()
