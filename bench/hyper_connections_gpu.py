@@ -239,13 +239,26 @@ def show_kernels(table: Table, num_tokens: int, width: int, copied: float) -> No
         table.add(f"{num_tokens} x {width}", name, median_text(times, 1e3, 1), size, f"{rate / copied:.0%}")
 
 
+def show_memory(num_tokens: int = 4096, width: int = 4096) -> None:
+    """Peak of a forward and backward beyond its inputs and its results' gradients."""
+    module, written = connection(width), draw(num_tokens, width)
+    with torch.no_grad():
+        upstream = [torch.randn_like(v) for v in ours(written, module)]
+    leaves = [*written, *module.parameters()]
+    for name, function in FUNCTIONS.items():
+        if function is not compiled:
+            step = lambda f=function: torch.autograd.grad(f(written, module), leaves, upstream)
+            print(f"\n{name}: {peak_bytes(step) / 2**20:.0f} MiB at most, {num_tokens} x {width}")
+
+
 def show_variants(width: int = 4096) -> None:
     """How often the kernels are compiled over several numbers of tokens, and what few tokens cost."""
     module = connection(width)
     lengths = (1, 2, 8, 16, 17, 128, 1000)
     for num_tokens in lengths:
-        values = ours(draw(num_tokens, width), module)
-        sum(v.float().sum() for v in values).backward()
+        written = draw(num_tokens, width)
+        values = ours(written, module)
+        torch.autograd.grad(values, [*written, *module.parameters()], [torch.ones_like(v) for v in values])
     device = torch.cuda.current_device()
     counts = {
         name: len(getattr(home, "_" + name).device_caches[device][0])
@@ -269,7 +282,7 @@ def sweep(num_tokens: int = 4096, width: int = 4096) -> None:
     for home in (forward, backward):
         for name, chosen in list(home.CONFIGS.items()):
             ranks: list[tuple[float, str]] = []
-            for config in SWEEP[name]:
+            for config in SWEEP.get(name, []):
                 home.CONFIGS[name] = config
                 try:
                     times = time_arms({name: captured(found[name][0])}, rounds=7)[name]
@@ -298,11 +311,7 @@ def main() -> None:
     table = Table("tokens x width", "kernel", "us", "a token", "of the copy rate")
     for width in (4096, 7168):
         show_kernels(table, 4096, width, copied)
-    module, written = connection(4096), draw(4096, 4096)
-    for name, function in FUNCTIONS.items():
-        if function is not compiled:
-            kept = peak_bytes(lambda f=function: sum(v.float().sum() for v in f(written, module)).backward())
-            print(f"\n{name}: {kept / 2**20:.0f} MiB at the peak of forward and backward, 4096 x 4096")
+    show_memory()
     show_variants()
 
 

@@ -10,8 +10,8 @@ The 120 KB alone would need the gradient of `pre` before anything is read, and t
 beside the sums over columns for post and comb: in one kernel either a token block writes 1.6 MB of partial
 `fn`, or a column block 20 numbers of every token, which costs what the extra read costs.
 
-No atomics. Sums over columns are partial and added up in a fixed order; those over tokens for base and
-scale too.
+No atomics. Partial sums over columns are added up in a fixed order by `_sum_columns`, those over tokens, for
+base and scale, by torch.
 
 Legend as in triton_hyper_connections.py, S splits of D.
 """
@@ -30,6 +30,7 @@ from consilience.model.kernels.triton_hyper_connections import (
     _load_columns,
     _load_streams,
     _soft,
+    _total,
     _written,
     sizes,
 )
@@ -38,6 +39,7 @@ CONFIGS: dict[str, dict[str, int]] = {
     "d_pre": {"BLOCK_T": 2, "BLOCK_D": 1024, "num_warps": 4},
     "d_mixes": {"BLOCK_T": 32, "num_warps": 4},
     "d_streams": {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 1},
+    "sum_columns": {"BLOCK_T": 128, "num_warps": 4},
 }
 
 
@@ -241,6 +243,22 @@ def _add_columns(d_columns, tiles, added, g, k: tl.constexpr, N: tl.constexpr):
     return more
 
 
+@triton.jit(do_not_specialize=["num_tokens"])
+def _sum_columns(
+    partial, d_post, d_comb, num_tokens, N: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    COUNT: tl.constexpr = N + N * N
+    column = tl.program_id(0) % COUNT
+    row = (tl.program_id(0) // COUNT * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    here = row < num_tokens
+    num = num_tokens.to(tl.int64)
+    total = _total(partial, column * num + row, here, COUNT * num, NUM_SPLITS)
+    if column < N:
+        tl.store(d_post + row * N + column, total, mask=here)
+    else:
+        tl.store(d_comb + row * (N * N) + column - N, total, mask=here)
+
+
 def d_pre(streams: Tensor, d_input: Tensor) -> Tensor:
     """Gradient of the weights of a read [R, N] from that of what it read [R, D]."""
     num_tokens, n, width = streams.shape
@@ -302,10 +320,14 @@ def d_streams(
         found, d_output, partial, num_tokens,
         **sizes(streams, fn), WIDTH=SPLIT, HAS_WRITE=written is not None, HAS_READ=read is not None, **config,
     )  # fmt: skip
-    if partial is None:
+    if written is None or partial is None:
         return found, None, None, None
-    total = partial.sum(0).t()
-    return found, d_output, total[:, :n].contiguous(), total[:, n:].reshape(num_tokens, n, n)
+    d_post, d_comb = torch.empty_like(written[1]), torch.empty_like(written[2])
+    config = CONFIGS["sum_columns"]
+    _sum_columns[(triton.cdiv(num_tokens, config["BLOCK_T"]) * (n + n * n),)](
+        partial, d_post, d_comb, num_tokens, N=n, NUM_SPLITS=num_splits, **config
+    )
+    return found, d_output, d_post, d_comb
 
 
 def d_fn(streams: Tensor, d_raw: Tensor) -> Tensor:
