@@ -209,15 +209,18 @@ def kernels(num_tokens: int, width: int) -> dict[str, tuple[Arm, float]]:
     row = 2 * width / 1e3
     with torch.no_grad():
         streams, output, post, comb = (t.detach() for t in given)
-        fn, base, scale, *settings = (t.detach() if isinstance(t, Tensor) else t for t in reader(module))
+        fn, base, scale, rounds, eps, norm_eps = reader(module)
         new, partial, squares = forward.write_project(streams, output, post, comb, fn)
+        assert partial is not None and squares is not None
         project = lambda: forward.write_project(streams, output, post, comb, fn)
-        coefficients = lambda: forward.coefficients(partial, squares, width, base, scale, *settings)
+        coefficients = lambda: forward.coefficients(
+            partial, squares, width, base, scale, rounds, eps, norm_eps
+        )
         pre, next_post, next_comb, mixes, inverse = coefficients()
         d_input, d_new = torch.randn_like(output), torch.randn_like(new)
         d_pre = backward.d_pre(new, d_input)
         upstream = (d_pre, torch.randn_like(next_post), torch.randn_like(next_comb))
-        d_mixes = lambda: backward.d_mixes(mixes, inverse, base, scale, upstream, width, *settings[:2])
+        d_mixes = lambda: backward.d_mixes(mixes, inverse, base, scale, upstream, width, rounds, eps)
         d_raw, d_norm, *_ = d_mixes()
         write, read = (output, post, comb, d_new), (d_input, pre, fn, d_raw, d_norm)
     return {
