@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from consilience.model import exact
 from consilience.model.config import ModelConfig
+from consilience.model.kernels import gpu_hyper_connections as gpu
 from consilience.model.kernels import hyper_connections as fused
+from consilience.model.kernels.gpu_hyper_connections import Reader, Written
 from consilience.model.recompute import named
 
 BLOCK = (
@@ -145,6 +147,8 @@ class HyperConnection(nn.Module):
         if fused.is_available(streams, self.fn):
             sizes = {"rounds": self.rounds, "eps": self.eps, "norm_eps": self.norm_eps}
             return fused.read(streams, self.fn, self.base, self.scale, **sizes)
+        if gpu.is_available(streams, None, self.fn):
+            return gpu.read(streams, self._reader())
         return exact.by_tiles(self.read_plainly, streams)
 
     def read_plainly(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,9 +169,31 @@ class HyperConnection(nn.Module):
         """X'_k = post_k · o + Σ_j comb[j, k] X_j: [R, N, D]. The sum runs over the first index."""
         if fused.is_available(streams, output, comb):
             return fused.write(streams, output, post, comb)
+        if gpu.is_available(streams, output, post, comb):
+            return gpu.write(streams, output, post, comb)
         wide = streams.to(comb.dtype).contiguous()
         output = output.to(comb.dtype).contiguous()
         return exact.by_tiles(lambda *rows: _Write.apply(*rows, streams.dtype), wide, output, post, comb)
+
+    def pass_on(self, streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor | Written:
+        """`write`; on a GPU unwritten as yet, as the next `receive` writes and reads in one operation."""
+        if gpu.is_available(streams, output, post, comb):
+            return Written(streams, output, post, comb)
+        return self.write(streams, output, post, comb)
+
+    def receive(self, streams: Tensor | Written) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Streams [R, N, D] as the last sub-layer left them, and what `read` finds in them."""
+        if isinstance(streams, Written):
+            return gpu.write_read(streams, self._reader())
+        return streams, *self.read(streams)
+
+    def _reader(self) -> Reader:
+        return Reader(self.fn, self.base, self.scale, self.rounds, self.eps, self.norm_eps)
+
+
+def settle(streams: Tensor | Written) -> Tensor:
+    """Streams [R, N, D], written if they were passed on unwritten."""
+    return gpu.write(*streams) if isinstance(streams, Written) else streams
 
 
 class HeadCollapse(nn.Module):
@@ -188,6 +214,8 @@ class HeadCollapse(nn.Module):
             return fused.collapse(
                 streams, self.fn, self.base, self.scale, eps=self.eps, norm_eps=self.norm_eps
             )
+        if gpu.is_available(streams, None, self.fn):
+            return gpu.read(streams, Reader(self.fn, self.base, self.scale, 0, self.eps, self.norm_eps))[0]
         return exact.by_tiles(self._collapse, streams)
 
     def _collapse(self, streams: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from consilience.model.config import ModelConfig
 from consilience.model.exact import Linear
-from consilience.model.hyper_connections import HeadCollapse
+from consilience.model.hyper_connections import HeadCollapse, settle
 from consilience.model.layout import Layout
 from consilience.model.norm import RMSNorm
 from consilience.model.state import LayerState
@@ -43,5 +43,5 @@ class MTPBlock(Block):
         [R, N, D], from which a next draft step goes on.
         """
         own = self.h_proj(self.hnorm(streams)) + self.e_proj(self.enorm(embedding))[:, None]
-        streams = self(own, next_ids, layout, state)
+        streams = settle(self(own, next_ids, layout, state))
         return self.norm(self.hc_head(streams)), streams

@@ -15,8 +15,9 @@ from consilience.model.attention import Attention
 from consilience.model.config import ModelConfig
 from consilience.model.forward_trace import Trace
 from consilience.model.head import Head
-from consilience.model.hyper_connections import HeadCollapse, HyperConnection
+from consilience.model.hyper_connections import HeadCollapse, HyperConnection, settle
 from consilience.model.kernels import decode_step
+from consilience.model.kernels.gpu_hyper_connections import Written
 from consilience.model.layout import Layout, chunk_layout, packed_layout
 from consilience.model.moe import MoE
 from consilience.model.norm import RMSNorm
@@ -41,18 +42,26 @@ class Block(nn.Module):
         self.hc_ffn = HyperConnection(config)
 
     @recomputable
-    def forward(self, streams: Tensor, token_ids: Tensor, layout: Layout, state: LayerState | None) -> Tensor:
-        """streams [R, N, D], token_ids [R] -> [R, N, D]."""
-        if state is not None and decode_step.is_available(self, streams, layout):
+    def forward(
+        self, streams: Tensor | Written, token_ids: Tensor, layout: Layout, state: LayerState | None
+    ) -> Tensor | Written:
+        """streams [R, N, D], token_ids [R] -> [R, N, D]; either may be unwritten as yet (`settle`)."""
+        if (
+            state is not None
+            and isinstance(streams, Tensor)
+            and decode_step.is_available(self, streams, layout)
+        ):
             return decode_step.step(self, streams, token_ids, layout, state)
         num_rows, num_tokens = layout.position.shape
-        x, post, comb = self.hc_attn.read(streams)
+        streams, x, post, comb = self.hc_attn.receive(streams)
         output = self.attn(self.attn_norm(x).view(num_rows, num_tokens, -1), layout, state)
-        streams = self.hc_attn.write(streams, output.flatten(0, 1), post, comb)
-        x, post, comb = self.hc_ffn.read(streams)
+        streams = self.hc_attn.pass_on(streams, output.flatten(0, 1), post, comb)
+        streams, x, post, comb = self.hc_ffn.receive(streams)
         sample = None if layout.trace is None else layout.sample
         output = self.ffn(self.ffn_norm(x), token_ids, sample, layout.trace, layout.routing)
-        return self.hc_ffn.write(streams, output, post, comb)
+        if self.recompute is None:
+            return self.hc_ffn.pass_on(streams, output, post, comb)
+        return self.hc_ffn.write(streams, output, post, comb)  # a policy keeps streams, not what makes them
 
 
 class Transformer(nn.Module):
@@ -130,6 +139,7 @@ class Transformer(nn.Module):
         streams = self.embed(flat_ids)[:, None].expand(-1, self.config.hc_mult, -1)
         for index, block in enumerate(self.layers):
             streams = block(streams, flat_ids, layout, state.layers[index] if state else None)
+        streams = settle(streams)
         if state is not None:
             state.position += token_ids.shape[1] if lengths is None else lengths
         if trace is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from consilience.model.config import TINY
-from consilience.model.hyper_connections import HeadCollapse, HyperConnection
+from consilience.model.hyper_connections import HeadCollapse, HyperConnection, settle
 from consilience.model.kernels import gpu_hyper_connections as gpu
 
 pytestmark = pytest.mark.triton
@@ -177,6 +177,16 @@ def test_a_tokens_values_and_gradients_do_not_depend_on_the_tokens_beside_it(tri
 def test_two_runs_give_the_same_bits(triton_device):
     first, second = (_ours((19, 40, 4), torch.bfloat16, triton_device) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_streams_passed_on_unwritten_are_received_as_the_streams_written(triton_device):
+    module = _module(40).to(triton_device)
+    written = _written(19, 40, 4, torch.float32, triton_device)
+    unwritten, now = module.receive(written), module.receive(module.write(*written))
+    for a, b in zip(unwritten, now):
+        assert_close(a, b, rtol=1e-4, atol=2e-6)
+    assert torch.equal(settle(written), unwritten[0])
+    assert settle(now[0]) is now[0]
 
 
 def test_gradients_of_an_expanded_embedding_arrive(triton_device):
