@@ -1,0 +1,159 @@
+"""Attention's backward (Triton): no atomics, every sum in a fixed order; twin: sink_attention.py.
+
+Over a range of queries whose weights fit a bounded buffer, programs by queries compute logits and their
+gradients anew, dQ and the sink's part, and write P and scale · dS (the weights). Programs by keys then sum
+Pᵀ·dO + scale · dSᵀ·Q (triton_attention_keys.py). No logit is computed twice: 5 products a visible key.
+
+B rows, T queries, H heads (padded to P), C head width, S window keys, M entries, K picks, W window,
+n queries of a range, weights [B, n, W, 2, P] of window keys and [B, n, M or K, 2, P] of entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from consilience.model.kernels import gpu_attention
+from consilience.model.kernels.gpu_attention import Problem
+from consilience.model.kernels.triton_attention import LENGTHS, LOG2_E, NONE, Tile, blocks, place_of, seen_by
+from consilience.model.kernels.triton_attention_keys import KeyGradient, padded_heads
+
+# By bytes an element and by whether a row of keys has more than 128 channels.
+QUERIES = {
+    (2, True): Tile(64, 32, 8, 2),
+    (2, False): Tile(64, 64, 4, 2),
+    (4, True): Tile(16, 16, 4, 1),
+    (4, False): Tile(16, 16, 4, 1),
+}
+
+
+BUDGET = 1 << 30  # bytes of weights and rows held at once
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "size", "begin", "end", "num_far"])
+def _queries(
+    query, window, entries, chosen, oldest, first, stop, sink, out, lse, grad, d_query, d_sink,
+    near_weights, far_weights, scale,
+    num_queries, num_window, num_entries, num_picks, num_heads, offset, size, begin, end, num_far,
+    PADDED: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = BLOCK_Q * BLOCK_H
+    block, row = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2)
+    r, c = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    head = tl.program_id(1) * BLOCK_H + r % BLOCK_H
+    token = begin + block * BLOCK_Q + r // BLOCK_H
+    is_there = (head < num_heads) & (token < end)
+    count = (end - begin - block * BLOCK_Q) * BLOCK_H
+    token = tl.minimum(token, end - 1)
+    own = (row * num_queries + token).to(tl.int64) * num_heads + head
+    at = own[:, None] * WIDTH + c[None, :]
+    upstream = tl.load(grad + at, mask=is_there[:, None], other=0.0).to(tl.float32)
+    delta = tl.sum(upstream * tl.load(out + at, mask=is_there[:, None], other=0.0).to(tl.float32), 1)
+    bottom = tl.load(lse + own, mask=is_there, other=0.0)
+    factor = scale * LOG2_E
+    sinks = tl.load(sink + head, mask=head < num_heads, other=0.0).to(tl.float32) * LOG2_E
+    tl.store(d_sink + own, -delta * tl.exp2(sinks - bottom), mask=is_there)
+
+    # Queries above their upstream gradients: one product with the keys gives logits and dP.
+    r2 = tl.arange(0, 2 * ROWS)
+    both_head = tl.program_id(1) * BLOCK_H + r2 % BLOCK_H
+    both_token = begin + block * BLOCK_Q + r2 % ROWS // BLOCK_H
+    both = (row * num_queries + both_token).to(tl.int64) * num_heads + both_head
+    start_of = tl.where(r2 < ROWS, query, grad)
+    both_there = (both_head < num_heads) & (both_token < end)
+    stacked = tl.load(
+        start_of[:, None] + both[:, None] * WIDTH + c[None, :], mask=both_there[:, None], other=0.0
+    )
+    near_low, near_high, near_start, near_tiles, far_low, far_high, far_start, far_tiles = seen_by(
+        chosen, oldest, first, stop, row, token, num_queries, num_picks, offset, MODE, BLOCK_N
+    )
+    place = (row * (end - begin) + token - begin).to(tl.int64)
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    for index in range(near_tiles + far_tiles):
+        address, seen, ranged, position = place_of(
+            index, window, entries, chosen, row, token, num_queries, num_window, num_entries, num_picks,
+            near_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
+            MODE, WIDTH, BLOCK_N,
+        )  # fmt: skip
+        k = tl.load(address[:, None] + c[None, :])
+        products = tl.dot(stacked, tl.trans(k), input_precision=PRECISION)
+        logits, d_p = tl.reshape(products, [2, ROWS, BLOCK_N]).permute(1, 2, 0).split()
+        p = tl.where(seen, tl.exp2(logits * factor - bottom[:, None]), 0.0)
+        d_s = (p * (d_p - delta[:, None]) * scale).to(k.dtype)
+        acc = tl.dot(d_s, k, acc, input_precision=PRECISION)
+
+        first_slot, num_slots, target = token + (offset + 1 - size), size, near_weights
+        if MODE != NONE:
+            is_far = index >= near_tiles
+            first_slot, num_slots = tl.where(is_far, 0, first_slot), tl.where(is_far, num_far, size)
+            target = tl.where(is_far, far_weights, near_weights)
+        slot = (place * num_slots - first_slot)[:, None] + position[None, :]
+        target = target + slot * (2 * PADDED) + head[:, None]
+        kept = ranged & (r < count)[:, None]
+        tl.store(target, p.to(k.dtype), mask=kept)
+        tl.store(target + PADDED, d_s, mask=kept)
+    tl.store(d_query + at, acc.to(d_query.dtype.element_ty), mask=is_there[:, None])
+
+
+def _chunks(problem: Problem, budget: int) -> Iterator[tuple[int, int]]:
+    """Ranges of queries, in steps of 64, as few as the budget allows and about equally long."""
+    rows, num_queries, _, width = problem.query.shape
+    num_picks = problem.lengths[3] if problem.mode == gpu_attention.GATHER else 0
+    slots = problem.size + (num_picks or problem.num_entries)
+    size = problem.query.element_size() * rows * (slots * 2 * padded_heads(problem) + num_picks * width)
+    num_chunks = triton.cdiv(num_queries * size, budget)
+    length = triton.cdiv(triton.cdiv(num_queries, num_chunks), 64) * 64
+    for begin in range(0, num_queries, length):
+        yield begin, min(begin + length, num_queries)
+
+
+def _weigh(
+    problem: Problem,
+    results: tuple[Tensor, Tensor],
+    grad: Tensor,
+    grads: tuple[Tensor, Tensor],
+    begin: int,
+    end: int,
+) -> tuple[Tensor, Tensor]:
+    """Weights of window keys and of entries of the queries begin … end - 1; writes their dQ and sink's parts."""
+    rows, _, num_heads, width = problem.query.shape
+    tile = QUERIES[problem.query.element_size(), width > 128]
+    sizes, padded = blocks(problem, tile), padded_heads(problem)
+    num_far = problem.lengths[3] if problem.mode == gpu_attention.GATHER else problem.num_entries
+    near = problem.query.new_empty(rows, end - begin, problem.size, 2, padded)
+    far = problem.query.new_empty(rows, end - begin, num_far, 2, padded)
+    grid = (triton.cdiv(end - begin, sizes["BLOCK_Q"]), triton.cdiv(num_heads, sizes["BLOCK_H"]), rows)
+    _queries[grid](
+        *problem.tensors, *results, grad, *grads, near, far, problem.scale, *problem.lengths,
+        problem.size, begin, end, num_far, PADDED=padded, **sizes,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return near, far
+
+
+def backward(
+    problem: Problem, out: Tensor, lse: Tensor, grad: Tensor, budget: int = BUDGET
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of query, window, entries (None without) and sink; of `forward`'s results and dO.
+
+    `budget` bounds the bytes of weights and rows held at once, but never below those of 64 queries.
+    """
+    gathers = problem.mode == gpu_attention.GATHER
+    d_query, d_sink = torch.empty_like(problem.query), torch.empty_like(lse)
+    near = KeyGradient(problem, is_far=False)
+    far = KeyGradient(problem, is_far=True) if problem.num_entries else None
+    for begin, end in _chunks(problem, budget):
+        weights = _weigh(problem, (out, lse), grad, (d_query, d_sink), begin, end)
+        near.add_range(weights[0], grad, begin, end)
+        if far is not None:
+            (far.add_picks if gathers else far.add_range)(weights[1], grad, begin, end)
+        del weights
+    d_entries = None if problem.entries is None else torch.zeros_like(problem.entries)
+    if far is not None:
+        d_entries = far.total()
+    return d_query, near.total(), d_entries, d_sink.sum((0, 1)).to(problem.sink.dtype)
