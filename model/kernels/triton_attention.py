@@ -42,7 +42,7 @@ FORWARD = {
     (2, True): Tile(64, 64, 8, 2),
     (2, False): Tile(64, 64, 4, 3),
     (4, True): Tile(16, 16, 4, 1),
-    (4, False): Tile(16, 32, 4, 2),
+    (4, False): Tile(64, 32, 4, 1),
 }
 
 

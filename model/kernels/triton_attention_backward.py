@@ -27,7 +27,7 @@ QUERIES = {
     (2, True): Tile(64, 32, 8, 2),
     (2, False): Tile(64, 64, 4, 2),
     (4, True): Tile(16, 16, 4, 1),
-    (4, False): Tile(16, 16, 4, 1),
+    (4, False): Tile(64, 16, 4, 1),
 }
 
 
