@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from consilience.model import exact
-from consilience.model.kernels import range_attention
+from consilience.model.kernels import gpu_attention, range_attention
 from consilience.model.kernels.exact_attention import exact_attention
 from consilience.model.layout import Layout, Windows
 from consilience.model.recompute import named
@@ -305,6 +305,8 @@ def sink_attention(query: Tensor, keys: Keys, sink: Tensor, scale: float, buffer
     if keys.layout.is_step:
         step = exact_attention if exact.is_on() else _step
         return step(query, keys, sink, scale)  # pyright: ignore[reportArgumentType]
+    if gpu_attention.is_available(query, keys, sink):
+        return gpu_attention.sink_attention(query, keys, sink, scale)
     place = replace(keys, window=None, entries=None, picks=None)
     tensors = (query, keys.window, keys.entries, keys.picks, sink)
     return _SinkAttention.apply(*tensors, scale, place, buffer)  # type: ignore[return-value]

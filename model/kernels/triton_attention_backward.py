@@ -120,7 +120,7 @@ def _weigh(
     begin: int,
     end: int,
 ) -> tuple[Tensor, Tensor]:
-    """Weights of window keys and of entries of the queries begin … end - 1; writes their dQ and sink's parts."""
+    """Weights of keys and of entries of the queries begin … end - 1; writes their dQ and sink's parts."""
     rows, _, num_heads, width = problem.query.shape
     tile = QUERIES[problem.query.element_size(), width > 128]
     sizes, padded = blocks(problem, tile), padded_heads(problem)
