@@ -159,17 +159,21 @@ def twin(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Tensor:
 # ---- speed --------------------------------------------------------------------------------------
 
 
-def speed_cases() -> Iterator[tuple[str, Callable[[], Call]]]:
-    for length in (4096, 32768):
-        yield f"sliding {length}", partial(draw, FLASH, "sliding", length)
-    for length in (4096, 32768):
-        yield f"HCA {length}", partial(draw, FLASH, "HCA", length)
-    for length in (4096, 8192, 32768):
-        yield f"CSA {length}", partial(draw, FLASH, "CSA", length)
-    yield "CSA 32768 recent picks", partial(draw, FLASH, "CSA", 32768, is_recent=True)
-    yield "CSA 32768, 8 samples", partial(draw, FLASH, "CSA", 32768, samples=8)
+def speed_cases() -> Iterator[tuple[str, Callable[[], Call], int]]:
+    """Name, call, and up to how many entries a pick they are masked."""
+    usual = gpu_attention.MASK_BELOW
+    for kind, lengths in {"sliding": (4096, 32768), "HCA": (4096, 32768), "CSA": (4096, 8192, 32768)}.items():
+        for length in lengths:
+            yield f"{kind} {length}", partial(draw, FLASH, kind, length), usual
+    for length, below in ((4096, 0), (6144, 0), (6144, 3), (8192, 4)):
+        yield f"CSA {length}, the way forced", partial(draw, FLASH, "CSA", length), below
+    yield "CSA 32768, 1,024 picks", partial(draw, FLASH, "CSA", 32768, count=1024), usual
+    yield "CSA 32768, recent picks", partial(draw, FLASH, "CSA", 32768, is_recent=True), usual
+    yield "CSA 32768, 8 samples", partial(draw, FLASH, "CSA", 32768, samples=8), usual
     for kind in ("sliding", "HCA", "CSA"):
-        yield f"small: {kind} 16384", partial(draw, SMALL, kind, 16384)
+        yield f"small: {kind} 16384", partial(draw, SMALL, kind, 16384), usual
+    yield "small: CSA 4096, the way forced", partial(draw, SMALL, "CSA", 4096), 0
+    yield "small: CSA 4096, the way forced", partial(draw, SMALL, "CSA", 4096), 4
 
 
 def speed(folder: Path | None) -> None:
@@ -178,7 +182,7 @@ def speed(folder: Path | None) -> None:
     columns = ["case", "way", "pass", "ms", "again", "TFLOP/s", "TB/s", "floor ms", "of floor", "beyond GiB"]
     table = Table("attention", columns)
     table.figures |= {"matrix": matrix, "copy": copy}
-    for name, make in speed_cases():
+    for name, make, gpu_attention.MASK_BELOW in speed_cases():
         time_case(table, name, make())
     table.save(folder)
 
@@ -227,14 +231,15 @@ def profile(name: str, work: Callable[[], object]) -> None:
 
 TILE, KEYS = triton_attention.Tile, triton_attention_keys.KeyTile
 SWEEP = [
-    (triton_attention, "FORWARD", "_forward", [
-        TILE(64, 64, 8, 2), TILE(64, 64, 8, 3), TILE(64, 32, 8, 2), TILE(64, 32, 8, 3), TILE(64, 32, 8, 4)]),
-    (triton_attention_backward, "QUERIES", "_queries", [
-        TILE(64, 32, 8, 2), TILE(64, 32, 8, 3), TILE(64, 16, 8, 2), TILE(64, 16, 8, 3)]),
-    (triton_attention_keys, "RANGES", "_ranges", [
+    (triton_attention.FORWARD, "_forward", [
+        TILE(64, 64, 8, 2), TILE(64, 64, 8, 3), TILE(64, 32, 8, 2), TILE(64, 32, 8, 3), TILE(64, 32, 8, 4),
+        TILE(64, 32, 8, 5)]),
+    (triton_attention_backward.QUERIES, "_queries", [
+        TILE(64, 32, 8, 2), TILE(64, 32, 8, 3), TILE(64, 16, 8, 2), TILE(64, 16, 8, 3), TILE(64, 16, 8, 4)]),
+    (triton_attention_keys.RANGES, "_ranges", [
         KEYS(64, 256, 64, 8, 2), KEYS(64, 256, 32, 8, 2), KEYS(64, 256, 32, 8, 3), KEYS(128, 256, 64, 8, 2),
         KEYS(128, 256, 32, 8, 3), KEYS(64, 256, 32, 4, 3), KEYS(64, 128, 64, 4, 2)]),
-    (triton_attention_keys, "ROWS", "_rows", [
+    (triton_attention_keys.ROWS, "_rows", [
         KEYS(64, 256, 0, 8, 2), KEYS(64, 256, 0, 8, 3), KEYS(64, 256, 0, 4, 3), KEYS(128, 256, 0, 8, 2),
         KEYS(64, 128, 0, 4, 3), KEYS(128, 128, 0, 8, 3)]),
 ]  # fmt: skip
@@ -258,13 +263,13 @@ def sweep() -> None:
     """Flash's widths; a setting that does not fit the chip says so."""
     cases = {"sliding 4096": draw(FLASH, "sliding", 4096), "HCA 8192": draw(FLASH, "HCA", 8192)}
     cases |= {"CSA 4096": draw(FLASH, "CSA", 4096), "CSA 8192": draw(FLASH, "CSA", 8192)}
-    table = Table("attention_sweep", ["table", "setting", *cases])
-    for module, name, kernel, settings in SWEEP:
-        kept = getattr(module, name)[2, True]
-        for setting in settings:
-            getattr(module, name)[2, True] = setting
-            table.add(name, setting, *(setting_ms(problem(call), kernel) for call in cases.values()))
-        getattr(module, name)[2, True] = kept
+    table = Table("attention_sweep", ["kernel", "setting", *cases])
+    for settings, kernel, choices in SWEEP:
+        kept = dict(settings)
+        for choice in choices:
+            settings.update(dict.fromkeys((key for key in kept if key[:2] == (2, True)), choice))
+            table.add(kernel, choice, *(setting_ms(problem(call), kernel) for call in cases.values()))
+        settings.update(kept)
 
 
 def setting_ms(given: Problem, kernel: str) -> str:

@@ -37,13 +37,24 @@ class Tile:
     stages: int
 
 
-# By bytes an element and by whether a row of keys has more than 128 channels.
+# By bytes an element, whether a row of keys has more than 128 channels, and whether picks are gathered (whose
+# loads take a stage of their own).
 FORWARD = {
-    (2, True): Tile(64, 64, 8, 2),
-    (2, False): Tile(64, 64, 4, 3),
-    (4, True): Tile(16, 16, 4, 1),
-    (4, False): Tile(64, 32, 4, 1),
+    (2, True, False): Tile(64, 64, 8, 2),
+    (2, True, True): Tile(64, 64, 8, 3),
+    (2, False, False): Tile(64, 64, 4, 3),
+    (2, False, True): Tile(64, 64, 4, 3),
+    (4, True, False): Tile(16, 16, 4, 1),
+    (4, True, True): Tile(16, 16, 4, 1),
+    (4, False, False): Tile(64, 32, 4, 1),
+    (4, False, True): Tile(16, 32, 4, 1),
 }
+
+
+def setting_of(problem: Problem) -> tuple[int, bool, bool]:
+    """The key of a launch's tile in the tables."""
+    query = problem.query
+    return query.element_size(), query.shape[3] > 128, problem.mode == gpu_attention.GATHER
 
 
 def blocks(problem: Problem, tile: Tile) -> dict[str, Any]:
@@ -169,10 +180,10 @@ def _forward(
     tl.store(lse + own, top + tl.log2(total), mask=is_there)
 
 
-def forward(problem: Problem, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, C] in the query's dtype and log2 of the softmax' denominator [B, T, H] fp32."""
-    rows, num_queries, num_heads, width = problem.query.shape
-    tile = tile or FORWARD[problem.query.element_size(), width > 128]
+    rows, num_queries, num_heads, _ = problem.query.shape
+    tile = FORWARD[setting_of(problem)]
     out = torch.empty_like(problem.query)
     lse = torch.empty(rows, num_queries, num_heads, dtype=torch.float32, device=out.device)
     sizes = blocks(problem, tile)

@@ -19,18 +19,29 @@ from torch import Tensor
 
 from consilience.model.kernels import gpu_attention
 from consilience.model.kernels.gpu_attention import Problem
-from consilience.model.kernels.triton_attention import LENGTHS, LOG2_E, NONE, Tile, blocks, place_of, seen_by
+from consilience.model.kernels.triton_attention import (
+    LENGTHS,
+    LOG2_E,
+    NONE,
+    Tile,
+    blocks,
+    place_of,
+    seen_by,
+    setting_of,
+)
 from consilience.model.kernels.triton_attention_keys import KeyGradient, padded_heads
 
-# By bytes an element and by whether a row of keys has more than 128 channels.
+# Keys as FORWARD's.
 QUERIES = {
-    (2, True): Tile(64, 32, 8, 2),
-    (2, False): Tile(64, 64, 4, 2),
-    (4, True): Tile(16, 16, 4, 1),
-    (4, False): Tile(64, 16, 4, 1),
+    (2, True, False): Tile(64, 32, 8, 2),
+    (2, True, True): Tile(64, 32, 8, 3),
+    (2, False, False): Tile(64, 64, 4, 2),
+    (2, False, True): Tile(64, 64, 4, 3),
+    (4, True, False): Tile(16, 16, 4, 1),
+    (4, True, True): Tile(16, 16, 4, 1),
+    (4, False, False): Tile(64, 16, 4, 1),
+    (4, False, True): Tile(16, 16, 4, 1),
 }
-
-
 BUDGET = 1 << 30  # bytes of weights and rows held at once
 
 
@@ -121,8 +132,8 @@ def _weigh(
     end: int,
 ) -> tuple[Tensor, Tensor]:
     """Weights of keys and of entries of the queries begin … end - 1; writes their dQ and sink's parts."""
-    rows, _, num_heads, width = problem.query.shape
-    tile = QUERIES[problem.query.element_size(), width > 128]
+    rows, _, num_heads, _ = problem.query.shape
+    tile = QUERIES[setting_of(problem)]
     sizes, padded = blocks(problem, tile), padded_heads(problem)
     num_far = problem.lengths[3] if problem.mode == gpu_attention.GATHER else problem.num_entries
     near = problem.query.new_empty(rows, end - begin, problem.size, 2, padded)
