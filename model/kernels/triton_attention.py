@@ -103,7 +103,7 @@ def seen_by(
 def place_of(
     index, window, entries, chosen, row, token, num_queries, num_window, num_entries, num_picks,
     near_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
-    MODE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
+    MODE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Of tile `index`: the addresses [BLOCK_N] of its keys; which of them each query sees, and which lie
     within its bounds [R, BLOCK_N]; their positions [BLOCK_N]. What no query sees stands for some key."""
@@ -122,9 +122,14 @@ def place_of(
     seen = ranged
     inside = tl.minimum(position, most - 1)
     if MODE == MASK:
-        at = (row * num_queries + token).to(tl.int64) * num_entries
-        picked = tl.load(chosen + at[:, None] + inside[None, :], mask=ranged & is_far, other=1)
-        seen = ranged & (picked != 0)
+        # Once a query, not once a head.
+        each = tl.minimum(tl.min(token) + tl.arange(0, BLOCK_Q), num_queries - 1)
+        at = (row * num_queries + each).to(tl.int64) * num_entries
+        is_inside = (position < num_entries) & is_far
+        picked = tl.load(chosen + at[:, None] + inside[None, :], mask=is_inside[None, :], other=1)
+        block_h: tl.constexpr = token.shape[0] // BLOCK_Q
+        picked = tl.broadcast_to(picked[:, None, :], (BLOCK_Q, block_h, BLOCK_N))
+        seen = ranged & (tl.reshape(picked, (BLOCK_Q * block_h, BLOCK_N)) != 0)
     if MODE == GATHER:
         at = (row * num_queries + tl.min(token)).to(tl.int64) * num_picks
         pick = tl.load(chosen + at + inside, mask=(n >= 0) & is_far, other=0).to(tl.int32)
@@ -160,7 +165,7 @@ def _forward(
         address, seen, _, _ = place_of(
             index, window, entries, chosen, row, token, num_queries, num_window, num_entries, num_picks,
             near_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
-            MODE, WIDTH, BLOCK_N,
+            MODE, WIDTH, BLOCK_Q, BLOCK_N,
         )  # fmt: skip
         k = tl.load(address[:, None] + c[None, :])
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor

@@ -89,7 +89,7 @@ def _queries(
         address, seen, ranged, position = place_of(
             index, window, entries, chosen, row, token, num_queries, num_window, num_entries, num_picks,
             near_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
-            MODE, WIDTH, BLOCK_N,
+            MODE, WIDTH, BLOCK_Q, BLOCK_N,
         )  # fmt: skip
         k = tl.load(address[:, None] + c[None, :])
         products = tl.dot(stacked, tl.trans(k), input_precision=PRECISION)
