@@ -93,7 +93,11 @@ def _queries(
         )  # fmt: skip
         k = tl.load(address[:, None] + c[None, :])
         products = tl.dot(stacked, tl.trans(k), input_precision=PRECISION)
-        logits, d_p = tl.reshape(products, [2, ROWS, BLOCK_N]).permute(1, 2, 0).split()
+        # Sums of one term part the two: a split would be computed once a layout that its uses want.
+        products = tl.reshape(products, [2, ROWS, BLOCK_N])
+        is_logit = tl.arange(0, 2)[:, None, None] == 0
+        logits = tl.sum(tl.where(is_logit, products, 0.0), 0)
+        d_p = tl.sum(tl.where(is_logit, 0.0, products), 0)
         p = tl.where(seen, tl.exp2(logits * factor - bottom[:, None]), 0.0)
         d_s = (p * (d_p - delta[:, None]) * scale).to(k.dtype)
         acc = tl.dot(d_s, k, acc, input_precision=PRECISION)
