@@ -235,7 +235,8 @@ SWEEP = [
         TILE(64, 64, 8, 2), TILE(64, 64, 8, 3), TILE(64, 32, 8, 2), TILE(64, 32, 8, 3), TILE(64, 32, 8, 4),
         TILE(64, 32, 8, 5)]),
     (triton_attention_backward.QUERIES, "_queries", [
-        TILE(64, 32, 8, 2), TILE(64, 32, 8, 3), TILE(64, 16, 8, 2), TILE(64, 16, 8, 3), TILE(64, 16, 8, 4)]),
+        TILE(64, 32, 8, 2), TILE(64, 32, 8, 3), TILE(64, 16, 8, 2), TILE(64, 16, 8, 3), TILE(64, 16, 8, 4),
+        TILE(64, 64, 8, 1)]),
     (triton_attention_keys.RANGES, "_ranges", [
         KEYS(64, 256, 64, 8, 2), KEYS(64, 256, 32, 8, 2), KEYS(64, 256, 32, 8, 3), KEYS(128, 256, 64, 8, 2),
         KEYS(128, 256, 32, 8, 3), KEYS(64, 256, 32, 4, 3), KEYS(64, 128, 64, 4, 2)]),

@@ -160,9 +160,10 @@ def backward(
     """
     gathers = problem.mode == gpu_attention.GATHER
     d_query, d_sink = torch.empty_like(problem.query), torch.empty_like(lse)
-    near = KeyGradient(problem, is_far=False)
-    far = KeyGradient(problem, is_far=True) if problem.num_entries else None
-    for begin, end in _chunks(problem, budget):
+    chunks = list(_chunks(problem, budget))
+    near = KeyGradient(problem, is_far=False, num_queries=chunks[0][1])
+    far = KeyGradient(problem, is_far=True, num_queries=chunks[0][1]) if problem.num_entries else None
+    for begin, end in chunks:
         weights = _weigh(problem, (out, lse), grad, (d_query, d_sink), begin, end)
         near.add_range(weights[0], grad, begin, end)
         if far is not None:

@@ -155,9 +155,12 @@ def padded_heads(problem: Problem) -> int:
 
 
 class KeyGradient:
-    """The gradient of the window keys or the entries [B, N, C], summed in fp32 over ranges of queries."""
+    """The gradient of the window keys or the entries [B, N, C], summed in fp32 over ranges of queries.
 
-    def __init__(self, problem: Problem, is_far: bool) -> None:
+    A launch over `num_queries` queries is split into parts that sum apart until it fills the chip.
+    """
+
+    def __init__(self, problem: Problem, is_far: bool, num_queries: int) -> None:
         keys = problem.entries if is_far else problem.window
         assert keys is not None
         rows, self.num_keys, width = keys.shape
@@ -167,8 +170,9 @@ class KeyGradient:
         self.channels = min(self.tile.channels, width)
         self.num_splits = 1
         if not (is_far and problem.mode == gpu_attention.GATHER):
-            blocks = triton.cdiv(self.num_keys, self.tile.keys) * (width // self.channels) * rows
-            self.num_splits = max(1, min(round(PROGRAMS / blocks), triton.cdiv(problem.query.shape[1], 16)))
+            seen = self.num_keys if is_far else min(self.num_keys, num_queries + problem.size)
+            programs = triton.cdiv(seen, self.tile.keys) * (width // self.channels) * rows
+            self.num_splits = max(1, min(round(PROGRAMS / programs), triton.cdiv(num_queries, 16)))
             self.begin, self.end = self._seers() if is_far else (problem.oldest, problem.oldest)
         self.sums = torch.zeros(self.num_splits, *keys.shape, dtype=torch.float32, device=keys.device)
 
