@@ -58,7 +58,7 @@ class Attention(nn.Module):
         latent = self.q_norm(named("attention_inner", self.wq_a, hidden))
         query = named("attention_inner", self.wq_b, latent).unflatten(-1, (self.num_heads, self.width))
         query = rms(query, self.eps, for_heads)
-        kv = rotate(self.kv_norm(named("attention_inner", self.wkv, hidden)), rotation)
+        kv = self.kv_norm(named("attention_inner", self.wkv, hidden), rotation)
         if self.quantization.kv:
             kv = kv_values(kv, self.num_rope)
 

@@ -16,7 +16,7 @@ from consilience.model.layout import Closing, Layout
 from consilience.model.norm import RMSNorm
 from consilience.model.quantization import OFF, index_values, kv_values
 from consilience.model.recompute import named
-from consilience.model.rope import rotate, rotations
+from consilience.model.rope import rotations
 from consilience.model.state import CompressorState
 
 
@@ -110,7 +110,7 @@ class Compressor(nn.Module):
             pooled_values, pooled_gates = flat_values[closing.source], flat_gates[closing.source]
         entries = exact.by_tiles(_pooled, pooled_gates, pooled_values).to(dtype)
         turn = rotations(closing.position, layout.frequencies[True])
-        entries = rotate(self.norm(entries), turn)
+        entries = self.norm(entries, turn)
         if self.is_index:
             return index_values(entries) if self.quantization.indexer else entries
         return kv_values(entries, self.num_rope) if self.quantization.kv else entries

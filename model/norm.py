@@ -53,9 +53,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width, dtype=dtype))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width] in x's dtype."""
-        if is_available(x) and self.weight.dtype == x.dtype:
-            return norm_rotate(x, self.weight, None, self.eps)
-        normed = plain_norm(x, self.eps)
-        return (normed * self.weight.to(normed.dtype)).to(x.dtype)
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """[..., width] -> [..., width] in x's dtype; then, given a rotation, `rotate` by it."""
+        if is_available(x, rotation) and self.weight.dtype == x.dtype:
+            return norm_rotate(x, self.weight, rotation, self.eps)
+        wide = plain_norm(x, self.eps)
+        normed = (wide * self.weight.to(wide.dtype)).to(x.dtype)
+        return normed if rotation is None else rotate(normed, rotation)

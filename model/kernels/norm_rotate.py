@@ -1,4 +1,6 @@
-"""RMS norm and rotation in one pass on a CPU (norm_rotate.c); the twins are model/norm.py and model/rope.py.
+"""RMS norm and rotation in one pass: norm_rotate.c on a CPU, triton_norm.py on a GPU.
+
+The twins are model/norm.py and model/rope.py.
 
 Composed from PyTorch's operations the two are about 15 small ones a call, and at the demo's size the number
 of operations is the time.
@@ -9,19 +11,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from consilience.model.kernels import gpu_norm
 from consilience.model.kernels.compiled import call, library
 
 
 def is_available(x: Tensor, rotation: Tensor | None = None) -> bool:
-    """Whether the compiled kernel takes these: fp32 on the CPU, a rotation a token, a compiler found.
+    """Whether a kernel takes these: a rotation a token; on the CPU fp32 and a compiler found.
 
     rotation [..., R/2] has the leading axes of x, or 1 in place of the last of them (the heads).
     """
-    fits = x.device.type == "cpu" and x.dtype == torch.float32
     if rotation is not None:
         axes, own = tuple(rotation.shape[:-1]), tuple(x.shape[:-1])
-        fits &= axes == own or (len(axes) > 1 and axes == (*own[:-1], 1))
-    return fits and not isinstance(library("norm_rotate"), str)
+        if axes != own and (len(axes) < 2 or axes != (*own[:-1], 1)):
+            return False
+    if x.device.type != "cpu":
+        return gpu_norm.is_available(x, rotation)
+    return x.dtype == torch.float32 and not isinstance(library("norm_rotate"), str)
 
 
 def _forward(
@@ -73,8 +78,10 @@ def norm_rotate(
 
     rotation [..., R/2] complex64 as `is_available` says.
     """
-    rotation = None if rotation is None else rotation.resolve_conj().contiguous()
     sign = -1.0 if is_inverse else 1.0
+    if x.device.type != "cpu":
+        return gpu_norm.norm_rotate(x, weight, rotation, eps, sign)
+    rotation = None if rotation is None else rotation.resolve_conj().contiguous()
     if not torch.is_grad_enabled():
         return _forward(x.contiguous(), weight, rotation, eps, sign)[0]
     return _NormRotate.apply(x, weight, rotation, eps, sign)  # type: ignore[return-value]
