@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from consilience.model import exact
 from consilience.model.config import CSA_RATIO, ModelConfig
 from consilience.model.exact import Linear
+from consilience.model.kernels import gpu_compressor
 from consilience.model.kernels.gpu_decode import step_kernels
 from consilience.model.layout import Closing, Layout
 from consilience.model.norm import RMSNorm
@@ -58,8 +59,14 @@ class Compressor(nn.Module):
             assert layout.state is not None
             self.advance(hidden, layout, state)
             return state.read(layout.state.tables, windows.num_columns)
-        values, gates = self._projected(hidden)
         closing = windows.closing
+        weights = gpu_compressor.Weights(
+            self.wkv.weight, self.wgate.weight, self.ape, self.norm.weight, self.norm.eps
+        )
+        if gpu_compressor.is_available(hidden, weights, closing):
+            turn = layout.compressed_rotation
+            return self._cut(gpu_compressor.compress(hidden, weights, closing, turn, windows.num_columns))
+        values, gates = self._projected(hidden)
         entries = self._pool(values, self._biased(gates, layout), closing, layout, hidden.dtype)
         flat = closing.row * windows.num_columns + closing.column
         shape = (hidden.shape[0], windows.num_columns, self.width)
@@ -110,7 +117,10 @@ class Compressor(nn.Module):
             pooled_values, pooled_gates = flat_values[closing.source], flat_gates[closing.source]
         entries = exact.by_tiles(_pooled, pooled_gates, pooled_values).to(dtype)
         turn = rotations(closing.position, layout.frequencies[True])
-        entries = self.norm(entries, turn)
+        return self._cut(self.norm(entries, turn))
+
+    def _cut(self, entries: Tensor) -> Tensor:
+        """Entries [..., C] as the quantized model reads them."""
         if self.is_index:
             return index_values(entries) if self.quantization.indexer else entries
         return kv_values(entries, self.num_rope) if self.quantization.kv else entries
