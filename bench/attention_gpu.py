@@ -1,6 +1,6 @@
 """Attention on one GPU: sliding, HCA and CSA, forward and backward, beside the floors of the same run.
 
-    PYTHONPATH=. python bench/attention_gpu.py [--sweep] [--out FOLDER]
+    PYTHONPATH=. python bench/attention_gpu.py [--sweep]
 
 Flash's widths: 64 heads of 512, window 128, 512 picks of entries of 4 tokens, entries of 128 tokens; `small`:
 16 heads of 128, 256 picks. bf16, random normal data (picks at random or leaning to recent entries). First the
@@ -21,7 +21,6 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from gpu_timing import (
@@ -117,7 +116,7 @@ def cost(call: Call) -> tuple[float, float, float]:
 
 def correctness() -> None:
     print("\nErrors to fp64 on the same bf16 inputs: RMS / largest, over the exact RMS / largest\n")
-    table = Table("attention_errors", ["case", "what", "ours", "bf16 twin (fp32 softmax)"])
+    table = Table("case", "what", "ours", "bf16 twin (fp32 softmax)")
     cases = {
         "sliding 777": draw(FLASH, "sliding", 777, 3),
         "HCA 1,500": draw(FLASH, "HCA", 1500, 2),
@@ -176,18 +175,16 @@ def speed_cases() -> Iterator[tuple[str, Callable[[], Call], int]]:
     yield "small: CSA 4096, the way forced", partial(draw, SMALL, "CSA", 4096), 4
 
 
-def speed(folder: Path | None) -> None:
+def speed() -> None:
     matrix, copy = matrix_rate(), copy_rate()
     print(f"\nThis run: matrices {matrix / 1e12:.0f} TFLOP/s, copies {copy / 1e12:.2f} TB/s\n")
     columns = ["case", "way", "pass", "ms", "again", "TFLOP/s", "TB/s", "floor ms", "of floor", "beyond GiB"]
-    table = Table("attention", columns)
-    table.figures |= {"matrix": matrix, "copy": copy}
+    table = Table(*columns)
     for name, make, gpu_attention.MASK_BELOW in speed_cases():
-        time_case(table, name, make())
-    table.save(folder)
+        time_case(table, name, make(), matrix, copy)
 
 
-def time_case(table: Table, name: str, call: Call) -> None:
+def time_case(table: Table, name: str, call: Call, matrix: float, copy: float) -> None:
     given = problem(call)
     out, lse = triton_attention.forward(given)
     grad = torch.randn_like(out)
@@ -203,13 +200,12 @@ def time_case(table: Table, name: str, call: Call) -> None:
         ("backward", 10, 4 * query_bytes + 2 * key_bytes),
     ):
         seconds = statistics.median(times[what]) / 1e3
-        floor = max(factor * flop / table.figures["matrix"], num_bytes / table.figures["copy"])
+        floor = max(factor * flop / matrix, num_bytes / copy)
         again = f"{statistics.median(times[f'{what} again']):.3f}"
         rates = f"{factor * flop / seconds / 1e12:.0f}", f"{num_bytes / seconds / 1e12:.2f}"
         peak = f"{peak_bytes(arms[what]) / 2**30:.2f}"
         floors = f"{floor * 1e3:.3f}", f"{floor / seconds:.0%}"
         table.add(name, way, what, median_text(times[what], digits=3), again, *rates, *floors, peak)
-        table.figures[f"{name} {what}"] = times[what]
     if name in ("sliding 4096", "CSA 8192", "CSA 32768"):
         profile(name, backward)
 
@@ -264,7 +260,7 @@ def sweep() -> None:
     """Flash's widths; a setting that does not fit the chip says so."""
     cases = {"sliding 4096": draw(FLASH, "sliding", 4096), "HCA 8192": draw(FLASH, "HCA", 8192)}
     cases |= {"CSA 4096": draw(FLASH, "CSA", 4096), "CSA 8192": draw(FLASH, "CSA", 8192)}
-    table = Table("attention_sweep", ["kernel", "setting", *cases])
+    table = Table("kernel", "setting", *cases)
     for settings, kernel, choices in SWEEP:
         kept = dict(settings)
         for choice in choices:
@@ -291,7 +287,7 @@ def main() -> None:
         sweep()
         return
     correctness()
-    speed(chosen.out)
+    speed()
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ NORMS = ["queries 64 x 512", "hidden 4096", "latent 1024", "keys 512"]
 
 def show_errors() -> None:
     """Whole compressors and norms against fp64: each output's and gradient's largest and RMS error."""
-    table = Table("compressor_error", ["operation", "tensor", "max", "rms"])
+    table = Table("operation", "tensor", "max", "rms")
     layout, tokens = layout_of(2048), 2048
     hidden = torch.randn(1, tokens, 4096, device="cuda").bfloat16()
     for name, (width, ratio) in KINDS.items():
@@ -203,7 +203,6 @@ def show(cases: list[Case], tokens: int, copied: float, table: Table) -> None:
             table.add(
                 tokens, case.name, name, median_text(ts, 1e3 / CALLS, 1), f"{floor * 1e3:.1f}", f"{times:.2f}"
             )
-            table.figures[f"{tokens} {case.name} {name}"] = {"ms": [t / CALLS for t in ts], "floor": floor}
 
 
 def show_whole(tokens: int, layout: Layout, table: Table) -> None:
@@ -265,7 +264,7 @@ def main() -> None:
         return
     show_errors()
     copied = copy_rate()
-    table = Table("compressor", ["tokens", "operation", "arm", "us", "floor, us", "x floor"])
+    table = Table("tokens", "operation", "arm", "us", "floor, us", "x floor")
     for tokens in given.tokens:
         layout = layout_of(tokens)
         for name in KINDS:
@@ -274,7 +273,7 @@ def main() -> None:
             show(norm_cases(name, tokens, layout), tokens, copied, table)
         show_whole(tokens, layout, table)
         torch.cuda.empty_cache()
-    table.save(given.out, f"Copy {copied / 1e12:.2f} TB/s.")
+    table.note(f"Copy {copied / 1e12:.2f} TB/s.")
 
 
 if __name__ == "__main__":

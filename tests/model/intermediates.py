@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from consilience.model.config import CSA_RATIO, SLIDING
 from consilience.model.forward_trace import Trace
-from consilience.model.norm import rms
+from consilience.model.norm import RMSNorm, rms
 from consilience.model.rope import inverse_frequencies, rotate, rotations
 from consilience.model.state import DecodeState
 
@@ -55,9 +55,14 @@ class Watch:
         self._undo: list[Callable[[], object]] = []
 
     def output(self, module: nn.Module | None, name: str, pick=lambda output: output) -> None:
-        """Keep `pick(output)` of every call of `module` as `name`."""
+        """Keep `pick(output)` of every call of `module` as `name`; a norm that turns too is turned back."""
         if module is not None:
-            keep = lambda _, __, output: self.found.__setitem__(name, pick(output).detach())
+
+            def keep(_, given, output):
+                found = pick(output).detach()
+                is_turned = isinstance(module, RMSNorm) and len(given) > 1 and given[1] is not None
+                self.found[name] = rotate(found, given[1], is_inverse=True) if is_turned else found
+
             self._undo.append(module.register_forward_hook(keep).remove)
 
     def inputs(self, module: nn.Module | None, keep: Callable[[tuple], None]) -> None:
