@@ -169,6 +169,10 @@ class Experts(nn.Module):
 
         Pairs are sorted by expert, tokens in order within each, so results do not depend on timing.
         """
+        if by_pieces.is_available(hidden, weights, self.w1):
+            own = by_pieces.Expert(*self.weights())
+            counts = torch.bincount(experts.flatten(), minlength=len(own.w1))
+            return by_pieces.routed_experts(hidden, weights, experts, self.limit, own), counts
         num_tokens, topk = experts.shape
         flat = experts.flatten()
         order = flat.argsort(stable=True)
@@ -218,6 +222,9 @@ class SharedExperts(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[R, D] -> [R, D]."""
+        if by_pieces.is_available(hidden, self.w1.weight):
+            own = by_pieces.Expert(self.w1.weight, self.w2.weight, self.w3.weight)
+            return by_pieces.one_expert(hidden, self.limit, own)
         gate = named("expert_activations", self.w1, hidden)
         up = named("expert_activations", self.w3, hidden)
         return self.w2(gated(gate, up, self.limit).to(hidden.dtype))
@@ -266,17 +273,12 @@ class MoE(nn.Module):
         return output
 
     def _experts(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """Routed and shared experts of hidden [R, D], by weights, experts [R, K] -> [R, D]."""
+        """Routed and shared experts of hidden [R, D] by weights, experts [R, K] -> [R, D]."""
         routed, shared = self.experts, self.shared_experts
         if self._is_on_gpu(hidden):
             own = gpu_moe.shared_expert(shared, hidden)
             return gpu_moe.routed_experts(hidden, weights, experts, routed.weights(), routed.limit, own)
-        if by_pieces.is_available(hidden, routed.w1, shared.w1.weight):
-            own = by_pieces.Expert(shared.w1.weight, shared.w2.weight, shared.w3.weight)
-            each = by_pieces.Expert(*routed.weights())
-            return by_pieces.all_experts(hidden, weights, experts, routed.limit, each, own)
-        output, _ = routed(hidden, weights, experts)
-        return (output + shared(hidden)).to(hidden.dtype)
+        return (routed(hidden, weights, experts)[0] + shared(hidden)).to(hidden.dtype)
 
     def _is_on_gpu(self, hidden: Tensor) -> bool:
         return gpu_moe.is_available(hidden, self.experts.w1, self.gate.topk)

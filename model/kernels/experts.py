@@ -1,4 +1,4 @@
-"""All experts of a layer on a CPU, a few hundred rows at a time (experts.c); twin: `MoE` in model/moe.py.
+"""The experts of a layer on a CPU, a few hundred rows at a time (experts.c); the twins are in model/moe.py.
 
 Between the matrix products of one expert its rows stay in cache: gates, activations and expert outputs of
 a whole batch are never made. The backward makes gate and up anew, two products beside a step's nine.
@@ -67,8 +67,8 @@ def _sorted_pairs(experts: Tensor, num_experts: int) -> _Pairs:
 class _Buffers:
     """Memory for a piece: `of(i, n, width)` is the i-th buffer as [n, width], with anything in it."""
 
-    def __init__(self, count: int, routed: Expert, shared: Expert) -> None:
-        self.memory = torch.empty(count, ROWS * max(*routed.w1.shape[1:], *shared.w1.shape))
+    def __init__(self, count: int, own: Expert) -> None:
+        self.memory = torch.empty(count, ROWS * max(own.w1.shape[-2:]))
 
     def of(self, index: int, num_rows: int, width: int) -> Tensor:
         return self.memory[index, : num_rows * width].view(num_rows, width)
@@ -102,18 +102,20 @@ def _apply(
 
 
 def _forward(
-    hidden: Tensor, shares: Tensor, experts: Tensor, limit: float, routed: Expert, shared: Expert
+    hidden: Tensor, shares: Tensor | None, experts: Tensor | None, limit: float, own: Expert
 ) -> Tensor:
-    pairs = _sorted_pairs(experts, len(routed.w1))
-    share = shares.flatten().index_select(0, pairs.order)
-    buffers = _Buffers(4, routed, shared)
-    output = torch.empty_like(hidden)
-    for here in _cut(0, len(hidden)):
-        _apply(hidden[here], shared, limit, None, buffers, output[here])
+    buffers = _Buffers(4, own)
+    if shares is None or experts is None:
+        output = torch.empty_like(hidden)
+        for here in _cut(0, len(hidden)):
+            _apply(hidden[here], own, limit, None, buffers, output[here])
+        return output
+    pairs = _sorted_pairs(experts, len(own.w1))
+    share, output = shares.flatten().index_select(0, pairs.order), torch.zeros_like(hidden)
     for e, here in pairs.pieces():
         tokens = pairs.tokens[here]
         x, out = buffers.gathered(2, hidden, tokens), buffers.of(3, len(tokens), hidden.shape[1])
-        _scatter(tokens, _apply(x, routed.of(e), limit, share[here], buffers, out), output)
+        _scatter(tokens, _apply(x, own.of(e), limit, share[here], buffers, out), output)
     return output
 
 
@@ -148,40 +150,43 @@ class _Backward(NamedTuple):
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, shares, experts, limit, *weights):  # type: ignore[override]
-        given = (hidden, shares, experts, limit, Expert(*weights[:3]), Expert(*weights[3:]))
         ctx.save_for_backward(hidden, shares, experts, *weights)
         ctx.limit = limit
-        return named("expert_activations", _forward, *given)
+        return named("expert_activations", _forward, hidden, shares, experts, limit, Expert(*weights))
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         hidden, shares, experts, *weights = ctx.saved_tensors
-        grad, wants_weights = grad.contiguous(), any(ctx.needs_input_grad[4:])
-        routed, shared = Expert(*weights[:3]), Expert(*weights[3:])
-        pairs = _sorted_pairs(experts, len(routed.w1))
-        share = shares.flatten().index_select(0, pairs.order)
-        d_share, d_hidden = torch.empty_like(share), torch.empty_like(hidden)
-        d_routed, d_shared = (Expert(*map(torch.zeros_like, part)) for part in (routed, shared))
-        buffers = _Buffers(6, routed, shared)
-        work = _Backward(ctx.limit, buffers, wants_weights)
-        for here in _cut(0, len(hidden)):
-            work.apply(hidden[here], grad[here], shared, d_shared, (None, None), d_hidden[here])
+        own, grad = Expert(*weights), grad.contiguous()
+        grads, buffers = Expert(*map(torch.zeros_like, own)), _Buffers(6, own)
+        work = _Backward(ctx.limit, buffers, any(ctx.needs_input_grad[4:]))
+        if experts is None:
+            d_hidden = torch.empty_like(hidden)
+            for here in _cut(0, len(hidden)):
+                work.apply(hidden[here], grad[here], own, grads, (None, None), d_hidden[here])
+            return d_hidden, None, None, None, *grads
+        pairs = _sorted_pairs(experts, len(own.w1))
+        share, d_hidden = shares.flatten().index_select(0, pairs.order), torch.zeros_like(hidden)
+        d_share, d_shares = torch.empty_like(share), torch.empty_like(share)
         for e, here in pairs.pieces():
             tokens = pairs.tokens[here]
             x, g = buffers.gathered(3, hidden, tokens), buffers.gathered(4, grad, tokens)
-            d_x = buffers.of(5, *x.shape)
-            each = (share[here], d_share[here])
-            _scatter(tokens, work.apply(x, g, routed.of(e), d_routed.of(e), each, d_x), d_hidden)
-        d_shares = torch.empty_like(d_share)
+            d_x, each = buffers.of(5, *x.shape), (share[here], d_share[here])
+            _scatter(tokens, work.apply(x, g, own.of(e), grads.of(e), each, d_x), d_hidden)
         d_shares[pairs.order] = d_share
-        return d_hidden, d_shares.view_as(shares), None, None, *d_routed, *d_shared
+        return d_hidden, d_shares.view_as(shares), None, None, *grads
 
 
-def all_experts(
-    hidden: Tensor, shares: Tensor, experts: Tensor, limit: float, routed: Expert, shared: Expert
-) -> Tensor:
-    """Routed experts, weighted, plus the shared one: hidden [R, D], shares, experts [R, K] -> [R, D]."""
-    hidden = hidden.contiguous()
-    if not torch.is_grad_enabled():
-        return _forward(hidden, shares, experts, limit, routed, shared)
-    return _Experts.apply(hidden, shares, experts, limit, *routed, *shared)  # type: ignore[return-value]
+def routed_experts(hidden: Tensor, shares: Tensor, experts: Tensor, limit: float, own: Expert) -> Tensor:
+    """Sum of a token's experts: hidden [R, D], shares [R, K] fp32, experts [R, K] int64 -> [R, D]."""
+    return _run(hidden, shares, experts, limit, own)
+
+
+def one_expert(hidden: Tensor, limit: float, own: Expert) -> Tensor:
+    """An expert that takes every token: [R, D] -> [R, D]."""
+    return _run(hidden, None, None, limit, own)
+
+
+def _run(hidden: Tensor, shares: Tensor | None, experts: Tensor | None, limit: float, own: Expert) -> Tensor:
+    given = (hidden.contiguous(), shares, experts, limit)
+    return _Experts.apply(*given, *own) if torch.is_grad_enabled() else _forward(*given, own)  # type: ignore[return-value]

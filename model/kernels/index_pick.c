@@ -1,7 +1,8 @@
 /* The indexer's choice for packed rows and chunks on a CPU, query by query, fp32; integers are longs.
  *
- * n queries, H index heads, M columns, K picks. match [n, H, M] = q · k; score[i] = Σ_h weight[h] max(match[h,
- * i], 0). A query sees the columns first … stop - 1; it picks the K highest, of equals the lowest column.
+ * n queries, H index heads, M columns, K picks. match [n, H, M] = q · k; score[i] = Σ_h weight[h] ·
+ * max(match[h, i], 0). A query sees the columns first … stop - 1; it picks the K highest, of equals the
+ * lowest column.
  */
 #include <stdint.h>
 #include "products.h"

@@ -74,7 +74,8 @@ INLINE void mix_keys(long n, long H, long C, long most, const float *weights, co
             mix_block(1, OUTS, n, C, most, weights + h * most, keys, c, out + h * C);
     for (h = 0; h < H; h++) {
         long c = whole;
-        for (; c + LANES <= C; c += LANES) mix_block(1, 1, n, C, most, weights + h * most, keys, c, out + h * C);
+        for (; c + LANES <= C; c += LANES)
+            mix_block(1, 1, n, C, most, weights + h * most, keys, c, out + h * C);
         for (long j = 0; j < n; j++)
             for (long i = c; i < C; i++) out[h * C + i] += weights[h * most + j] * keys[j * C + i];
     }

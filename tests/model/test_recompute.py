@@ -291,7 +291,7 @@ def test_what_a_policy_recomputes_is_not_kept(rough_model):
     # floats a token, by the shapes in NAMES
     assert saved["streams"] == layers * config.hc_mult * config.hidden_size
     assert saved["router"] == layers * config.n_routed_experts
-    assert saved["expert_activations"] == layers * config.hidden_size  # gate and up are never kept
+    assert saved["expert_activations"] == layers * 2 * config.hidden_size  # no gate, no up
     heads = config.num_attention_heads * config.head_dim
     assert saved["attention_output"] == layers * (heads + config.hidden_size)
     assert saved["picks"] == 2 * 2 * config.index_topk  # two CSA layers, 8 bytes a pick

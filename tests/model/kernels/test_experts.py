@@ -8,7 +8,7 @@ from consilience.model.config import TINY
 from consilience.model.exact import exact_mode
 from consilience.model.kernels import experts as compiled
 from consilience.model.kernels.compiled import library
-from consilience.model.kernels.experts import ROWS, Expert, all_experts, is_available
+from consilience.model.kernels.experts import ROWS, Expert, is_available, one_expert, routed_experts
 from consilience.model.moe import MoE
 
 torch.set_num_threads(1)
@@ -33,10 +33,14 @@ def _case(tokens: int, dtype: torch.dtype, width: int, experts: int) -> tuple[to
     return hidden.requires_grad_(), shares.requires_grad_(), choices, upstream
 
 
+def _output(moe: MoE, hidden, shares, choices) -> torch.Tensor:
+    return moe.experts(hidden, shares, choices)[0] + moe.shared_experts(hidden)
+
+
 def _run(moe: MoE, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
     width, experts = moe.gate.weight.shape[1], moe.gate.weight.shape[0]
     hidden, shares, choices, upstream = _case(tokens, dtype, width, experts)
-    output = moe._experts(hidden, shares, choices)
+    output = _output(moe, hidden, shares, choices)
     weights = [*moe.experts.parameters(), *moe.shared_experts.parameters()]
     return [output.detach(), *torch.autograd.grad(output, (hidden, shares, *weights), upstream)]
 
@@ -53,10 +57,11 @@ def test_two_tokens_worked_by_hand():
     """Width 1, limit 1, every matrix 1: an expert of x is silu(min(x, 1)) · clamp(x, ±1)."""
     one = torch.ones(1, 1)
     x, shares = torch.tensor([[0.5], [3.0]]), torch.tensor([[2.0], [10.0]])
-    routed, shared = Expert(*(one.expand(2, 1, 1).contiguous() for _ in range(3))), Expert(one, one, one)
-    found = all_experts(x, shares, torch.tensor([[1], [0]]), 1.0, routed, shared)
+    routed = Expert(*(one.expand(2, 1, 1).contiguous() for _ in range(3)))
+    found = routed_experts(x, shares, torch.tensor([[1], [0]]), 1.0, routed)
     half, unit = 0.5 * 0.5 / (1 + torch.exp(torch.tensor(-0.5))), 1 / (1 + torch.exp(torch.tensor(-1.0)))
-    assert_close(found, torch.stack((3 * half, 11 * unit))[:, None])
+    assert_close(found, torch.stack((2 * half, 10 * unit))[:, None])
+    assert_close(one_expert(x, 1.0, Expert(one, one, one)), torch.stack((half, unit))[:, None])
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64, ROWS + 3])
@@ -84,11 +89,11 @@ def test_a_second_run_is_equal_to_the_bit_and_frozen_weights_cost_the_rest_nothi
     assert all(map(torch.equal, first, second))
     moe.requires_grad_(False)
     hidden, shares, choices, upstream = _case(40, torch.float32, 24, 4)
-    output = moe._experts(hidden, shares, choices)
+    output = _output(moe, hidden, shares, choices)
     assert torch.equal(output, first[0])
     assert all(map(torch.equal, torch.autograd.grad(output, (hidden, shares), upstream), first[1:3]))
     with torch.no_grad():
-        assert torch.equal(moe._experts(hidden, shares, choices), first[0])
+        assert torch.equal(_output(moe, hidden, shares, choices), first[0])
 
 
 def test_no_tokens_give_an_empty_output_and_zero_gradients():
@@ -101,5 +106,5 @@ def test_nothing_of_the_experts_width_is_kept_for_the_backward():
     hidden, shares, choices, _ = _case(30, torch.float32, 24, 4)
     own = {p.data_ptr() for p in moe.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        moe._experts(hidden, shares, choices)
+        _output(moe, hidden, shares, choices)
     assert kept and max(t.numel() for t in kept if t.data_ptr() not in own) == hidden.numel()
