@@ -51,8 +51,8 @@ INLINE void match(query_t *q, const float *x, float *lines) {
 }
 
 /* out[r] [C] += Σ_j weights[r][j] keys[j] from channel c: `rows` heads, `vectors` wide, in registers. */
-INLINE void mix_block(int rows, int vectors, long n, long C, long most, const float *weights, const float *keys,
-                      long c, float *out) {
+INLINE void mix_block(int rows, int vectors, long n, long C, long most, const float *weights,
+                      const float *keys, long c, float *out) {
     vec sum[ROWS][OUTS];
     EACH(rows) ALSO(vectors) sum[r][o] = *(const vec *)(out + r * C + c + o * LANES);
     for (long j = 0; j < n; j++) {
@@ -132,7 +132,10 @@ INLINE void spread_rows(int rows, const query_t *q, const float *score, const fl
     for (; c + LANES <= C; c += LANES) spread_block(rows, 1, q, score, weight, x, grad, c, d_key);
     for (; c < C; c++)
         for (long h = 0; h < q->H; h++)
-            EACH(rows) d_key[r][c] += score[h * most + r] * x[h * C + c] + weight[h * most + r] * grad[h * C + c];
+            EACH(rows) {
+                const float *s = score + h * most, *w = weight + h * most;
+                d_key[r][c] += s[r] * x[h * C + c] + w[r] * grad[h * C + c];
+            }
 }
 
 /* Gradients of n keys, of the one at columns[j] or else `start` + j; a column comes at most once. */
