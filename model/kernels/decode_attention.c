@@ -5,6 +5,7 @@
  * pages [blocks, per, C]: entry c of row b is pages[tables[b, c / per], c % per], tables [B, A].
  */
 #include <math.h>
+#include "decode_parts.h"
 
 #include "products.h"
 

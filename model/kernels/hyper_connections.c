@@ -6,6 +6,7 @@
  * channels. What needs a token's streams happens while they are in cache.
  */
 #include <math.h>
+#include "decode_parts.h"
 #include "products.h"
 
 #define MOST 8 /* streams */

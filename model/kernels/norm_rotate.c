@@ -6,6 +6,7 @@
  * Sums run over LANES partial sums in a fixed order: a row's result depends on nothing but the row.
  */
 #include <math.h>
+#include "decode_parts.h"
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))

@@ -20,9 +20,10 @@ def triton_device() -> str:
 
 
 def _repair_interpreter() -> None:
-    """Three faults of Triton 3.6's interpreter that no GPU has: numpy 2.4 does not turn its arrays of one
-    entry into the bound of a loop; fp32 is cut to bf16, not rounded; a product takes bf16 for integers."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    """Faults of Triton's interpreter that no GPU has: fp32 is cut to bf16, not rounded; a product takes bf16
+    for integers; up to 3.6, numpy 2.4 does not turn its arrays of one entry into the bound of a loop."""
+    from triton.runtime import interpreter
+
     builder, patch = interpreter.InterpreterBuilder, interpreter._patch_lang_tensor
     if patch.__name__ == "repaired":
         return
