@@ -16,7 +16,7 @@ from consilience.model import exact
 from consilience.model.compressor import Compressor
 from consilience.model.config import CSA_RATIO, ModelConfig
 from consilience.model.exact import Linear
-from consilience.model.kernels import decode_attention, gpu_decode, index_pick
+from consilience.model.kernels import decode_attention, gpu_decode, gpu_indexer, index_pick
 from consilience.model.kernels.exact_attention import exact_scores
 from consilience.model.kernels.sink_attention import Keys, Stretch, entry_mass, stretches, visible_columns
 from consilience.model.layout import Layout
@@ -139,6 +139,9 @@ class Indexer(nn.Module):
             tiles = exact_scores(index.query, index.weight, index.keys, windows)
             best = [self._best(fake_bf16(scores) if index.is_cut else scores) for scores in tiles]
             return torch.cat(best)[: rows * num_tokens].view(rows, num_tokens, -1)
+        if gpu_indexer.is_available(index.query, index.weight, index.keys):
+            given = (index.query, index.weight, index.keys, windows.first, windows.stop)
+            return gpu_indexer.pick(*given, self.topk, index.is_cut)
         block = max(1, buffer // (rows * self.num_heads * windows.num_columns))
         picks = torch.full((rows, num_tokens, self.topk), -1, device=layout.position.device)
         is_compiled = index_pick.is_available(index.query) and not index.is_cut
