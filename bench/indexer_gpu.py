@@ -1,0 +1,192 @@
+"""The lightning indexer on one GPU: scores and exact top-k, our kernels and composed operations.
+
+    python bench/indexer_gpu.py [--out FOLDER] [--tokens 4096 32768] [--sweep]
+
+Flash's sizes (64 heads of 128, 512 picks of T/4 entries), one sample of T tokens, bf16, random queries, keys
+and weights. First the scores against fp64, and the picks against a stable sort of the same scores: none may
+differ. `floor` is the product of what is visible, 2 · 64 · 128 FLOP a score, at the rate of an 8192³ product
+of the same run; the issue's goal is twice that for scores and picks together. `--sweep` tries tiles.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from typing import Any
+
+import torch
+from gpu_timing import (
+    Arm,
+    Table,
+    arguments,
+    copy_rate,
+    matrix_rate,
+    median_text,
+    peak_bytes,
+    relative_errors,
+    time_arms,
+)
+
+from consilience.model.kernels import gpu_indexer, triton_index_scores, triton_top_k
+from consilience.model.top_k import top_k
+
+HEADS, WIDTH, PICKS, RATIO = 64, 128, 512, 4
+
+
+def draw(tokens: int) -> list[torch.Tensor]:
+    """query [T, H, C], weight [T, H], keys [M, C], first, stop [T]."""
+    torch.manual_seed(0)
+    query = torch.randn(tokens, HEADS, WIDTH, device="cuda").bfloat16()
+    weight = torch.randn(tokens, HEADS, device="cuda") * (HEADS * WIDTH) ** -0.5
+    keys = torch.randn(tokens // RATIO, WIDTH, device="cuda").bfloat16()
+    stop = (torch.arange(tokens, device="cuda") + 1) // RATIO
+    return [query, weight, keys, torch.zeros_like(stop), stop]
+
+
+def pick(given: list[torch.Tensor]) -> torch.Tensor:
+    query, weight, keys, first, stop = (x[None] for x in given)
+    return gpu_indexer.pick(query, weight, keys, first, stop, PICKS)[0]
+
+
+def composed(given: list[torch.Tensor], block: int = 128) -> torch.Tensor:
+    """Batched product, ReLU, weights, mask and torch.topk, as large blocks of queries as memory likes."""
+    query, weight, keys, _, stop = given
+    picks, column = [], torch.arange(keys.shape[0], device="cuda")
+    for begin in range(0, query.shape[0], block):
+        here = slice(begin, begin + block)
+        match = (query[here].flatten(0, 1) @ keys.t()).relu_().view(-1, HEADS, keys.shape[0])
+        scores = torch.einsum("qhm,qh->qm", match, weight[here].to(match.dtype))
+        scores = scores.masked_fill(column >= stop[here, None], float("-inf"))
+        best = scores.topk(PICKS, dim=-1, sorted=False)
+        picks.append(torch.where(best.values > float("-inf"), best.indices, -1))
+    return torch.cat(picks)
+
+
+def show_errors(tokens: int = 4096) -> None:
+    table = Table("indexer_error", ["tokens", "what", "value"])
+    given = draw(tokens)
+    query, weight, keys, _, stop = given
+    scores = torch.full((tokens, keys.shape[0]), float("-inf"), device="cuda")
+    triton_index_scores.scores(*given, 0, scores)
+    seen = torch.arange(keys.shape[0], device="cuda") < stop[:, None]
+    exact = torch.empty_like(scores, dtype=torch.float64)
+    for begin in range(0, tokens, 256):
+        here = slice(begin, begin + 256)
+        match = torch.einsum("qhc,mc->qhm", query[here].double(), keys.double()).relu_()
+        exact[here] = torch.einsum("qhm,qh->qm", match, weight[here].double())
+    for name, error in zip(("max", "rms"), relative_errors(scores[seen], exact[seen])):
+        table.add(tokens, f"scores, {name} relative error", f"{error:.1e}")
+    picks = pick(given)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    best = top_k(scores, PICKS)
+    best = torch.where(scores.gather(1, best) > float("-inf"), best, keys.shape[0]).sort(1).values
+    wanted = torch.where(best < keys.shape[0], best, -1)
+    table.add(tokens, "picks that a stable sort does not make", int((picks != wanted).sum()))
+    coarse = (scores * 8).round() / 8  # many ties
+    found = triton_top_k.select(coarse, PICKS)
+    best = top_k(coarse, PICKS)
+    best = torch.where(coarse.gather(1, best) > float("-inf"), best, keys.shape[0]).sort(1).values
+    table.add(
+        tokens,
+        "the same with ties everywhere",
+        int((found != torch.where(best < keys.shape[0], best, -1)).sum()),
+    )
+    wide = torch.randn(64, 1 << 18, device="cuda")
+    best = top_k(wide, PICKS).sort(1).values
+    table.add(1 << 20, "the same of 262,144 columns", int((triton_top_k.select(wide, PICKS) != best).sum()))
+    again = pick(given)
+    table.add(tokens, "picks that a second run changes", int((again != picks).sum()))
+
+
+def visible_flops(given: list[torch.Tensor]) -> float:
+    return 2.0 * HEADS * WIDTH * float(given[4].sum())
+
+
+def parts(given: list[torch.Tensor]) -> dict[str, Arm]:
+    """Scores alone and top-k alone, over the same blocks of queries as `pick`."""
+    tokens, columns = given[0].shape[0], given[2].shape[0]
+    block = min(tokens, max(gpu_indexer.MIN_QUERIES, gpu_indexer.BUFFER_BYTES // (4 * columns)))
+    buffer = torch.randn(block, columns, device="cuda")
+    first, stop = given[3:]
+
+    def scores() -> None:
+        for begin in range(0, tokens, block):
+            triton_index_scores.scores(*given, begin, buffer[: min(block, tokens - begin)])
+
+    def chosen() -> None:
+        for begin in range(0, tokens, block):
+            end = min(begin + block, tokens)
+            triton_top_k.select(buffer[: end - begin], PICKS, first[begin:end], stop[begin:end])
+
+    def library() -> None:
+        for begin in range(0, tokens, block):
+            buffer[: min(block, tokens - begin)].topk(PICKS, dim=-1, sorted=False)
+
+    return {"scores alone": scores, "top-k alone": chosen, "torch.topk alone, unsorted, any tie": library}
+
+
+def show(tokens: int, rate: float, copied: float, table: Table) -> None:
+    given = draw(tokens)
+    floor = visible_flops(given) / rate * 1e3
+    arms: dict[str, Arm] = {"ours": lambda: pick(given), "ours again (A/A)": lambda: pick(given)}
+    arms |= parts(given)
+    arms["composed, bf16 matches"] = lambda: composed(given)
+    for name, ts in time_arms(arms, rounds=7).items():
+        took = statistics.median(ts)
+        memory = f"{peak_bytes(arms[name]) / 2**20:.0f}"
+        table.add(tokens, name, median_text(ts, digits=3), f"{floor:.3f}", f"{took / floor:.2f}", memory)
+        table.figures[f"{tokens} {name}"] = {"ms": ts, "floor": floor}
+    read = given[4].sum().item() * 4 / copied * 1e3
+    print(f"  {tokens}: visible scores at the copy rate {read:.3f} ms", flush=True)
+
+
+def sweep(tokens: int) -> None:
+    given = draw(tokens)
+    rate = matrix_rate()
+    floor = visible_flops(given) / rate * 1e3
+    print(f"{tokens} tokens, floor {floor:.3f} ms at {rate / 1e12:.0f} TFLOP/s")
+    scores: Any = triton_index_scores
+    settings = itertools.product((64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4))
+    for rows, keys, warps, stages in settings:
+        if not 32 <= rows * keys // (32 * warps) <= 160:
+            continue
+        scores.TILES = {2: triton_index_scores.Tile(rows, keys, warps, stages)}
+        measure("scores alone", given, f"rows {rows} keys {keys} warps {warps} stages {stages}", floor)
+    scores.TILES = {2: triton_index_scores.Tile(256, 64, 8, 2)}
+    home: Any = triton_top_k
+    for block, per_thread in itertools.product((2048, 4096, 8192, 16384), (8, 16, 32, 64)):
+        home.LAUNCH = triton_top_k.Launch(block, per_thread)
+        measure("top-k alone", given, f"block {block} per thread {per_thread}", floor)
+
+
+def measure(name: str, given: list[torch.Tensor], label: str, floor: float) -> None:
+    try:
+        ts = time_arms({name: parts(given)[name]}, rounds=5)[name]
+    except Exception as fault:
+        print(f"{name}: {label}: {type(fault).__name__} {str(fault)[:80]}", flush=True)
+        return
+    print(
+        f"{name}: {label}: {median_text(ts, digits=3)} ms, {statistics.median(ts) / floor:.2f} x floor",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 32768])
+    given = parser.parse_args()
+    if given.sweep:
+        for tokens in given.tokens:
+            sweep(tokens)
+        return
+    show_errors()
+    rate, copied = matrix_rate(), copy_rate()
+    table = Table("indexer", ["tokens", "arm", "ms", "matrix floor", "x floor", "MiB beyond inputs"])
+    for tokens in given.tokens:
+        show(tokens, rate, copied, table)
+        torch.cuda.empty_cache()
+    table.save(given.out, f"8192³ bf16 product {rate / 1e12:.0f} TFLOP/s, copy {copied / 1e12:.2f} TB/s.")
+
+
+if __name__ == "__main__":
+    main()
