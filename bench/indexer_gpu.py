@@ -1,6 +1,6 @@
 """The lightning indexer on one GPU: scores and exact top-k, our kernels and composed operations.
 
-    python bench/indexer_gpu.py [--out FOLDER] [--tokens 4096 32768] [--sweep]
+    python bench/indexer_gpu.py [--tokens 4096 32768] [--sweep]
 
 Flash's sizes (64 heads of 128, 512 picks of T/4 entries), one sample of T tokens, bf16, random queries, keys
 and weights. First the scores against fp64, and the picks against a stable sort of the same scores: none may
@@ -63,7 +63,7 @@ def composed(given: list[torch.Tensor], block: int = 128) -> torch.Tensor:
 
 
 def show_errors(tokens: int = 4096) -> None:
-    table = Table("indexer_error", ["tokens", "what", "value"])
+    table = Table("tokens", "what", "value")
     given = draw(tokens)
     query, weight, keys, _, stop = given
     scores = torch.full((tokens, keys.shape[0]), float("-inf"), device="cuda")
@@ -135,9 +135,8 @@ def show(tokens: int, rate: float, copied: float, table: Table) -> None:
         took = statistics.median(ts)
         memory = f"{peak_bytes(arms[name]) / 2**20:.0f}"
         table.add(tokens, name, median_text(ts, digits=3), f"{floor:.3f}", f"{took / floor:.2f}", memory)
-        table.figures[f"{tokens} {name}"] = {"ms": ts, "floor": floor}
     read = given[4].sum().item() * 4 / copied * 1e3
-    print(f"  {tokens}: visible scores at the copy rate {read:.3f} ms", flush=True)
+    table.add(tokens, "visible scores read at the copy rate", f"{read:.3f}", "", "", "")
 
 
 def sweep(tokens: int) -> None:
@@ -181,11 +180,11 @@ def main() -> None:
         return
     show_errors()
     rate, copied = matrix_rate(), copy_rate()
-    table = Table("indexer", ["tokens", "arm", "ms", "matrix floor", "x floor", "MiB beyond inputs"])
+    table = Table("tokens", "arm", "ms", "matrix floor", "x floor", "MiB beyond inputs")
     for tokens in given.tokens:
         show(tokens, rate, copied, table)
         torch.cuda.empty_cache()
-    table.save(given.out, f"8192³ bf16 product {rate / 1e12:.0f} TFLOP/s, copy {copied / 1e12:.2f} TB/s.")
+    table.note(f"8192³ bf16 product {rate / 1e12:.0f} TFLOP/s, copy {copied / 1e12:.2f} TB/s.")
 
 
 if __name__ == "__main__":
