@@ -29,8 +29,8 @@ from torch import Tensor
 
 SPLIT = 256  # width of a partial sum
 CONFIGS: dict[str, dict[str, int]] = {
-    "write_project": {"BLOCK_T": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2},
-    "coefficients": {"BLOCK_T": 32, "num_warps": 4},
+    "write_project": {"BLOCK_T": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3},
+    "coefficients": {"BLOCK_T": 16, "num_warps": 2},
     "apply": {"BLOCK_T": 4, "BLOCK_D": 512, "num_warps": 4},
 }
 # The interpreter multiplies bfloat16's bit patterns; fp32 holds the same numbers.

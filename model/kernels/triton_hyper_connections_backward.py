@@ -37,7 +37,7 @@ from consilience.model.kernels.triton_hyper_connections import (
 
 CONFIGS: dict[str, dict[str, int]] = {
     "d_pre": {"BLOCK_T": 2, "BLOCK_D": 1024, "num_warps": 4},
-    "d_mixes": {"BLOCK_T": 32, "num_warps": 4},
+    "d_mixes": {"BLOCK_T": 16, "num_warps": 2},
     "d_streams": {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 1},
     "sum_columns": {"BLOCK_T": 128, "num_warps": 4},
 }
