@@ -20,25 +20,37 @@ void experts_activate(long n, long I, float limit, const float *gate, const floa
     }
 }
 
+/* `count` numbers of one row: d_y becomes y, gate and up their gradients; d_y · y / w is added to sums. */
+INLINE void slopes(int count, float limit, float w, float *gate, float *up, float *d_y, float *sums) {
+    for (int l = 0; l < count; l++) {
+        const float raw = gate[l], lift = up[l], grad = d_y[l];
+        const float g = raw > limit ? limit : raw, u = clamped(lift, limit);
+        const float s = 1.0f / (1.0f + exponential(-g)), silu = g * s;
+        sums[l] += grad * silu * u;
+        d_y[l] = silu * u * w;
+        up[l] = (lift > limit) | (lift < -limit) ? 0.0f : grad * w * silu;
+        gate[l] = raw > limit ? 0.0f : (s + silu * (1.0f - s)) * grad * w * u;
+    }
+}
+
 /* d_y becomes y; gate and up become their gradients; d_weight [n] is written where weight is given. */
-void experts_activate_backward(long n, long I, float limit, const float *weight, float *gate, float *up,
-                               float *d_y, float *d_weight) {
+void experts_activate_backward(long n, long I, float limit, const float *weight, float *restrict gate,
+                               float *restrict up, float *restrict d_y, float *d_weight) {
     for (long r = 0; r < n; r++) {
         const float w = weight ? weight[r] : 1.0f;
         float sums[LANES] = {0}, sum = 0;
-        for (long first = r * I; first < (r + 1) * I; first += LANES) {
-            const long count = (r + 1) * I - first < LANES ? (r + 1) * I - first : LANES;
-            _Pragma("GCC ivdep")
-            for (long l = 0; l < count; l++) {
-                const long i = first + l;
-                const float g = gate[i] > limit ? limit : gate[i], u = clamped(up[i], limit), d = d_y[i] * w;
-                const float s = 1.0f / (1.0f + exponential(-g)), silu = g * s;
-                sums[l] += d_y[i] * silu * u;
-                d_y[i] = silu * u * w;
-                up[i] = u != up[i] && up[i] == up[i] ? 0.0f : d * silu;
-                gate[i] = gate[i] > limit ? 0.0f : (s + silu * (1.0f - s)) * d * u;
-            }
+        long i = r * I;
+        for (; i + LANES <= (r + 1) * I; i += LANES) {
+            float own[LANES], lift[LANES], grad[LANES]; /* copies: nothing overlaps */
+            memcpy(own, gate + i, sizeof own);
+            memcpy(lift, up + i, sizeof lift);
+            memcpy(grad, d_y + i, sizeof grad);
+            slopes(LANES, limit, w, own, lift, grad, sums);
+            memcpy(gate + i, own, sizeof own);
+            memcpy(up + i, lift, sizeof lift);
+            memcpy(d_y + i, grad, sizeof grad);
         }
+        slopes((int)((r + 1) * I - i), limit, w, gate + i, up + i, d_y + i, sums);
         if (!weight) continue;
         for (int l = 0; l < LANES; l++) sum += sums[l];
         d_weight[r] = sum;
