@@ -1,17 +1,20 @@
 """The lightning indexer on one GPU: scores and exact top-k, our kernels and composed operations.
 
-    python bench/indexer_gpu.py [--tokens 4096 32768] [--sweep]
+    python bench/indexer_gpu.py [--tokens 4096 32768] [--only picks loss] [--sweep]
 
 Flash's sizes (64 heads of 128, 512 picks of T/4 entries), one sample of T tokens, bf16, random queries, keys
 and weights. First the scores against fp64, and the picks against a stable sort of the same scores: none may
 differ. `floor` is the product of what is visible, 2 · 64 · 128 FLOP a score, at the rate of an 8192³ product
-of the same run; the issue's goal is twice that for scores and picks together. `--sweep` tries tiles.
+of the same run; the issue's goal is twice that for scores and picks together. The index loss, forward and
+backward, over the picks (attention of 64 heads of 512): its floor is the products with picked entries and
+index keys, and the two over all visible keys for the keys' gradient. `--sweep` tries tiles.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,10 +30,21 @@ from gpu_timing import (
     time_arms,
 )
 
-from consilience.model.kernels import gpu_indexer, triton_index_scores, triton_top_k
+from consilience.model.config import PRESETS
+from consilience.model.indexer import IndexQueries, index_loss
+from consilience.model.kernels import (
+    gpu_index_loss,
+    gpu_indexer,
+    triton_index_loss,
+    triton_index_scores,
+    triton_top_k,
+)
+from consilience.model.kernels.sink_attention import Keys
+from consilience.model.layout import packed_layout
 from consilience.model.top_k import top_k
 
 HEADS, WIDTH, PICKS, RATIO = 64, 128, 512, 4
+KEY_WIDTH = 512
 
 
 def draw(tokens: int) -> list[torch.Tensor]:
@@ -139,6 +153,117 @@ def show(tokens: int, rate: float, copied: float, table: Table) -> None:
     table.add(tokens, "visible scores read at the copy rate", f"{read:.3f}", "", "", "")
 
 
+def draw_loss(
+    tokens: int, picks: int, dtype: torch.dtype
+) -> tuple[IndexQueries, tuple[Any, ...], torch.Tensor]:
+    """Arguments of `index_loss`: one sample, picks by our kernels."""
+    config = replace(PRESETS["flash"], index_topk=picks)
+    position = torch.arange(tokens, device="cuda")[None]
+    layout = packed_layout(config, torch.zeros_like(position), position, None)
+    windows, given = layout.windows[RATIO], draw(tokens)
+    chosen = gpu_indexer.pick(*(x[None] for x in given), picks)
+    shape = (1, tokens, HEADS, KEY_WIDTH)
+    query, near, entries = (
+        torch.randn(shape, device="cuda"),
+        torch.randn(1, tokens, KEY_WIDTH, device="cuda"),
+        torch.randn(1, windows.num_columns, KEY_WIDTH, device="cuda"),
+    )
+    query, near, entries = (x.bfloat16().to(dtype) for x in (query, near, entries))
+    keys = Keys(layout, config.sliding_window, near, entries, windows, chosen)
+    parts = (given[0].to(dtype), given[1], given[2].to(dtype))
+    if dtype == torch.float64:
+        parts = tuple(x.double() for x in parts)
+    index = IndexQueries(*(x[None].requires_grad_() for x in parts))
+    sink = torch.zeros(HEADS, device="cuda", dtype=dtype if dtype == torch.float64 else torch.float32)
+    return index, (query, keys, sink, KEY_WIDTH**-0.5), layout.is_valid
+
+
+def differentiate(call: tuple[IndexQueries, tuple[Any, ...], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    loss, _ = index_loss(*call)
+    index = call[0]
+    return (loss, *torch.autograd.grad(loss, (index.query, index.weight, index.keys)))
+
+
+def show_loss_errors(tokens: int = 1024, picks: int = 96) -> None:
+    table = Table("tokens", "index loss", "max error", "rms error")
+    calls = []
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.manual_seed(5)
+        calls.append(draw_loss(tokens, picks, dtype))
+    labels = ("loss", "d_query", "d_weight", "d_keys")
+    for label, a, b in zip(labels, differentiate(calls[0]), differentiate(calls[1])):
+        table.add(tokens, label, *(f"{e:.1e}" for e in relative_errors(a.detach(), b.detach())))
+
+
+def show_loss(tokens: int, rate: float, table: Table) -> None:
+    call = draw_loss(tokens, PICKS, torch.bfloat16)
+    index, (query, keys, sink, scale), is_valid = call
+    stop = keys.windows.stop
+    picked, seen = stop.clamp(max=PICKS).sum().item(), stop.sum().item()
+    # Mass and scores; in the backward match and dq of the picks, match and dk of every visible key.
+    flops = 2.0 * HEADS * (picked * (KEY_WIDTH + 3 * WIDTH) + 2 * seen * WIDTH)
+    floor = flops / rate * 1e3
+    denominator = gpu_index_loss.denominators(query, keys, sink, scale)
+    teacher = gpu_index_loss.Teacher(query, keys.entries, denominator, scale, is_valid)
+    leaves = (index.query, index.weight, index.keys)
+    bounds = (keys.windows.first, stop)
+
+    def forward() -> torch.Tensor:
+        return gpu_index_loss.index_loss(leaves, teacher, keys.picks, bounds)[0]
+
+    slots = triton_index_loss.Candidates(keys.picks[0], bounds[0][0], stop[0], PICKS)
+    out = torch.empty(tokens, PICKS, device="cuda")
+    mass = (query[0], denominator[0], keys.entries[0], slots, 0, out, scale)
+    scores = (*(x.detach()[0] for x in leaves), slots, 0, out, None)
+    arms: dict[str, Arm] = {
+        "loss forward + backward": lambda: torch.autograd.grad(forward(), leaves),
+        "the same again (A/A)": lambda: torch.autograd.grad(forward(), leaves),
+        "loss forward": forward,
+        "mass alone": lambda: triton_index_loss.match(*mass),
+        "scores of the picks alone": lambda: triton_index_loss.match(*scores),
+        "attention's denominators": lambda: gpu_index_loss.denominators(query, keys, sink, scale),
+    }
+    for name, ts in time_arms(arms, rounds=5).items():
+        memory = f"{peak_bytes(arms[name]) / 2**20:.0f}"
+        times = statistics.median(ts) / floor
+        table.add(tokens, name, median_text(ts, digits=3), f"{floor:.3f}", f"{times:.2f}", memory)
+
+
+def sweep_loss(tokens: int) -> None:
+    home: Any = triton_index_loss
+    call = draw_loss(tokens, PICKS, torch.bfloat16)
+    index, (query, keys, sink, scale), _ = call
+    denominator = gpu_index_loss.denominators(query, keys, sink, scale)
+    leaves = tuple(x.detach()[0] for x in (index.query, index.weight, index.keys))
+    stop = keys.windows.stop
+    slots = home.Candidates(keys.picks[0], keys.windows.first[0], stop[0], PICKS)
+    count = min(2048, tokens)
+    out = torch.randn(tokens, PICKS, device="cuda")
+    dense = torch.randn(count, keys.windows.num_columns, device="cuda")
+    d_query, d_weight = (torch.empty_like(x) for x in leaves[:2])
+    unit, sums = torch.ones((), device="cuda"), home.key_sums(leaves[0], keys.windows.num_columns)
+    for keys_a_step, warps, stages in itertools.product((32, 64, 128), (4, 8), (1, 2, 3)):
+        tile = home.Tile(keys_a_step, warps, stages)
+        home.MATCH = {(2, True): tile, (2, False): tile}
+        home.QUERY_GRADIENT, home.KEY_GRADIENT = {2: tile}, {2: tile}
+        mass = (query[0], denominator[0], keys.entries[0], slots, 0, out, scale)
+        arms: dict[str, Arm] = {
+            "mass": lambda m=mass: home.match(*m),
+            "scores": lambda: home.match(*leaves, slots, 0, out, None),
+            "query gradient": lambda: home.query_gradient(leaves, slots, 0, out, unit, d_query, d_weight),
+            "key gradient of the last queries": lambda: home.add_key_gradient(
+                leaves, slots, tokens - count, dense, sums
+            ),
+        }
+        for name, arm in arms.items():
+            try:
+                ts = time_arms({name: arm}, rounds=3, warm_up=1)[name]
+            except Exception as fault:
+                print(f"{name}: {tile}: {type(fault).__name__}", flush=True)
+                continue
+            print(f"{name}: {tile}: {median_text(ts, digits=3)} ms", flush=True)
+
+
 def sweep(tokens: int) -> None:
     given = draw(tokens)
     rate = matrix_rate()
@@ -173,16 +298,22 @@ def measure(name: str, given: list[torch.Tensor], label: str, floor: float) -> N
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 32768])
+    parser.add_argument("--only", nargs="+", choices=["picks", "loss"], default=["picks", "loss"])
     given = parser.parse_args()
     if given.sweep:
         for tokens in given.tokens:
-            sweep(tokens)
+            for part in given.only:
+                {"picks": sweep, "loss": sweep_loss}[part](tokens)
         return
-    show_errors()
+    for part in given.only:
+        {"picks": show_errors, "loss": show_loss_errors}[part]()
     rate, copied = matrix_rate(), copy_rate()
     table = Table("tokens", "arm", "ms", "matrix floor", "x floor", "MiB beyond inputs")
     for tokens in given.tokens:
-        show(tokens, rate, copied, table)
+        if "picks" in given.only:
+            show(tokens, rate, copied, table)
+        if "loss" in given.only:
+            show_loss(tokens, rate, table)
         torch.cuda.empty_cache()
     table.note(f"8192³ bf16 product {rate / 1e12:.0f} TFLOP/s, copy {copied / 1e12:.2f} TB/s.")
 

@@ -16,7 +16,7 @@ from consilience.model import exact
 from consilience.model.compressor import Compressor
 from consilience.model.config import CSA_RATIO, ModelConfig
 from consilience.model.exact import Linear
-from consilience.model.kernels import decode_attention, gpu_decode, gpu_indexer, index_pick
+from consilience.model.kernels import decode_attention, gpu_decode, gpu_index_loss, gpu_indexer, index_pick
 from consilience.model.kernels.exact_attention import exact_scores
 from consilience.model.kernels.sink_attention import Keys, Stretch, entry_mass, stretches, visible_columns
 from consilience.model.layout import Layout
@@ -186,6 +186,13 @@ def index_loss(
     detached. Computed stretch by stretch, again in the backward: memory is linear in T.
     """
     query, keys, sink, scale = attention
+    parts = (index.query, index.weight, index.keys)
+    if gpu_index_loss.is_available(parts, query, keys, sink):
+        assert keys.entries is not None and keys.windows is not None
+        denominator = gpu_index_loss.denominators(query, keys, sink, scale)
+        teacher = gpu_index_loss.Teacher(query, keys.entries, denominator, scale, is_valid)
+        bounds = (keys.windows.first, keys.windows.stop)
+        return gpu_index_loss.index_loss(parts, teacher, keys.picks, bounds, index.is_cut)
     total, count = torch.zeros((), device=query.device), torch.zeros((), device=query.device)
     heads = max(query.shape[2], index.query.shape[2])
     for part in stretches(keys, query.shape[1], query.shape[0], heads, buffer):

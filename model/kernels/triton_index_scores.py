@@ -70,12 +70,12 @@ def _scores(
         match = tl.maximum(match, 0.0) * w[None, :]
         total = tl.sum(tl.reshape(match, [BLOCK_N, BLOCK_Q, BLOCK_H]), 2)
         if IS_CUT:
-            total = _rounded(total)
+            total = rounded(total)
         tl.store(place + n[:, None], total, mask=(n < most)[:, None] & (asked < end)[None, :])
 
 
 @triton.jit
-def _rounded(x):
+def rounded(x):
     """fp32 rounded to bf16's 8 bits, to the nearest, ties to even."""
     bits = x.to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
