@@ -59,7 +59,7 @@ def draw(tokens: int) -> list[torch.Tensor]:
 
 def pick(given: list[torch.Tensor]) -> torch.Tensor:
     query, weight, keys, first, stop = (x[None] for x in given)
-    return gpu_indexer.pick(query, weight, keys, first, stop, PICKS)[0]
+    return gpu_indexer.pick(query, weight, keys, first, stop, PICKS, lambda t: t // RATIO)[0]
 
 
 def composed(given: list[torch.Tensor], block: int = 128) -> torch.Tensor:
@@ -125,12 +125,14 @@ def parts(given: list[torch.Tensor]) -> dict[str, Arm]:
 
     def scores() -> None:
         for begin in range(0, tokens, block):
-            triton_index_scores.scores(*given, begin, buffer[: min(block, tokens - begin)])
+            end = min(begin + block, tokens)
+            triton_index_scores.scores(*given, begin, buffer[: end - begin, : end // RATIO])
 
     def chosen() -> None:
         for begin in range(0, tokens, block):
             end = min(begin + block, tokens)
-            triton_top_k.select(buffer[: end - begin], PICKS, first[begin:end], stop[begin:end])
+            scores = buffer[: end - begin, : end // RATIO]
+            triton_top_k.select(scores, PICKS, first[begin:end], stop[begin:end])
 
     def library() -> None:
         for begin in range(0, tokens, block):
@@ -161,7 +163,7 @@ def draw_loss(
     position = torch.arange(tokens, device="cuda")[None]
     layout = packed_layout(config, torch.zeros_like(position), position, None)
     windows, given = layout.windows[RATIO], draw(tokens)
-    chosen = gpu_indexer.pick(*(x[None] for x in given), picks)
+    chosen = gpu_indexer.pick(*(x[None] for x in given), picks, windows.columns_before)
     shape = (1, tokens, HEADS, KEY_WIDTH)
     query, near, entries = (
         torch.randn(shape, device="cuda"),

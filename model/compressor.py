@@ -92,6 +92,9 @@ class Compressor(nn.Module):
 
     def _projected(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Values and gates [B, T, series] of the tokens, fp32 or wider."""
+        if gpu_compressor.has_projection(hidden, self.wkv.weight):
+            project = gpu_compressor.project
+            return project(hidden, self.wkv.weight), project(hidden, self.wgate.weight)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         x = hidden.to(wide)
         weights = (self.wkv.weight.to(wide), self.wgate.weight.to(wide))

@@ -141,7 +141,7 @@ class Indexer(nn.Module):
             return torch.cat(best)[: rows * num_tokens].view(rows, num_tokens, -1)
         if gpu_indexer.is_available(index.query, index.weight, index.keys):
             given = (index.query, index.weight, index.keys, windows.first, windows.stop)
-            return gpu_indexer.pick(*given, self.topk, index.is_cut)
+            return gpu_indexer.pick(*given, self.topk, windows.columns_before, index.is_cut)
         block = max(1, buffer // (rows * self.num_heads * windows.num_columns))
         picks = torch.full((rows, num_tokens, self.topk), -1, device=layout.position.device)
         is_compiled = index_pick.is_available(index.query) and not index.is_cut

@@ -44,9 +44,16 @@ def is_available(hidden: Tensor, weights: Weights, closing: Closing) -> bool:
     return fits and uses_triton(hidden, weights.wkv, weights.norm)
 
 
-def _project(hidden: Tensor, joined: Tensor) -> Tensor:
-    out = hidden.new_empty(hidden.shape[0], joined.shape[0], dtype=torch.float32)
-    return head_products.project(hidden, joined, out)
+def has_projection(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether `project` may stand for the widened product: on a GPU, no gradient asked for."""
+    return not torch.is_grad_enabled() and uses_triton(hidden, weight)
+
+
+def project(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [..., D] times weight [series, D] transposed: [..., series] fp32."""
+    rows = hidden.flatten(0, -2)
+    out = rows.new_empty(rows.shape[0], weight.shape[0], dtype=torch.float32)
+    return head_products.project(rows, weight, out).unflatten(0, hidden.shape[:-1])
 
 
 def entries_of(closing: Closing, ratio: int, rotation: Tensor, num_columns: int) -> Entries:
@@ -121,7 +128,7 @@ def _straight(place: Entries) -> Entries:
 class _GpuCompressor(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, wkv, wgate, ape, norm, eps, place, shape):  # type: ignore[override]
-        projected = named("attention_inner", _project, hidden, torch.cat((wkv, wgate)))
+        projected = named("attention_inner", project, hidden, torch.cat((wkv, wgate)))
         rows, columns = shape
         is_full = place.source.shape[0] == rows * columns
         make = hidden.new_empty if is_full else hidden.new_zeros

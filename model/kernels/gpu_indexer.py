@@ -7,6 +7,8 @@ B rows, T queries, H heads, C channels, M keys, K picks of a query.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,18 +31,19 @@ def pick(
     first: Tensor,
     stop: Tensor,
     k: int,
+    columns_before: Callable[[int], int],
     is_cut: bool = False,
 ) -> Tensor:
     """Columns [B, T, K] int64 of the K highest of a query's scores, ascending, then -1; ties the lowest.
 
     query [B, T, H, C], weight [B, T, H] fp32, keys [B, M, C]; query t of row b has the columns
-    first[b, t] … stop[b, t] - 1.
+    first[b, t] … stop[b, t] - 1, and no query before t a column at or beyond columns_before(t).
     """
     from consilience.model.kernels import triton_index_scores, triton_top_k
 
     num_rows, num_queries = query.shape[:2]
     num_keys = keys.shape[1]
-    picks = torch.empty(num_rows, num_queries, k, dtype=torch.int64, device=query.device)
+    picks = torch.full((num_rows, num_queries, k), -1, dtype=torch.int64, device=query.device)
     block = max(MIN_QUERIES, BUFFER_BYTES // (4 * max(num_keys, 1)))
     buffer = torch.empty(min(block, num_queries), num_keys, dtype=torch.float32, device=query.device)
     query, weight, keys, first, stop = (x.contiguous() for x in (query, weight, keys, first, stop))
@@ -48,7 +51,10 @@ def pick(
         given = (query[row], weight[row], keys[row], first[row], stop[row])
         for begin in range(0, num_queries, block):
             end = min(begin + block, num_queries)
-            scores = buffer[: end - begin]
+            columns = columns_before(end)
+            if columns == 0:
+                continue
+            scores = buffer[: end - begin, :columns]
             triton_index_scores.scores(*given, begin, scores, is_cut)
             bounds = (first[row, begin:end], stop[row, begin:end])
             triton_top_k.select(scores, k, *bounds, out=picks[row, begin:end])

@@ -145,3 +145,17 @@ def test_the_module_takes_the_kernels_where_they_serve(smallest, triton_device, 
         kernels = module(hidden, layout, None)
     torch.testing.assert_close(kernels, plain, rtol=0, atol=5e-6)
     assert not torch.equal(kernels, plain)  # sums in another order
+
+
+def test_a_continued_row_has_its_projections_without_widened_weights(smallest, triton_device, monkeypatch):
+    """Rows on a state never ask for gradients; where they are asked for, the product stays a differentiable one."""
+    monkeypatch.setattr(gpu_compressor, "uses_triton", lambda *_: True)
+    module = module_of(smallest, 4, torch.float32).to(triton_device)
+    hidden = torch.randn(1, 3, smallest.hidden_size, device=triton_device)
+    with torch.no_grad():
+        found = module._projected(hidden)
+    weights = module.wkv.weight, module.wgate.weight
+    for x, weight in zip(found, weights):
+        assert x.shape == (1, 3, 40) and x.dtype == torch.float32
+        torch.testing.assert_close(x, hidden @ weight.t(), rtol=0, atol=2e-5)
+    assert all(x.requires_grad for x in module._projected(hidden))

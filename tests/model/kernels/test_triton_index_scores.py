@@ -45,7 +45,7 @@ def draw(layout, heads, width, dtype, is_coarse, seed=0):
 def picks_on(device, index, layout, k):
     windows, place = layout.windows[4], lambda x: x.to(device)
     given = (index.query, index.weight, index.keys, windows.first, windows.stop)
-    return gpu_indexer.pick(*map(place, given), k, index.is_cut).cpu()
+    return gpu_indexer.pick(*map(place, given), k, windows.columns_before, index.is_cut).cpu()
 
 
 @pytest.mark.parametrize(("heads", "width"), [(3, 4), (16, 32), (20, 24)])
@@ -96,7 +96,7 @@ def test_long_rows_are_shared_by_several_programs(smallest, triton_device, monke
     given = (index.query[:, last], index.weight[:, last], index.keys, windows.first[:, last])
     given = [x.to(triton_device) for x in (*given, windows.stop[:, last])]
     wanted = Indexer(replace(smallest, index_topk=20), None).pick(index, layout)
-    assert torch.equal(gpu_indexer.pick(*given, 20).cpu(), wanted[:, last])
+    assert torch.equal(gpu_indexer.pick(*given, 20, lambda _: windows.num_columns).cpu(), wanted[:, last])
 
 
 def test_cut_scores_are_rounded_to_the_nearest_bf16(smallest, triton_device):
