@@ -164,9 +164,7 @@ def recomputable(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A block's forward under its policy `recompute`; on a decode state or without gradients as it is."""
 
     @functools.wraps(forward)
-    def run(
-        self: Any, streams: Any, token_ids: Tensor, layout: Layout, state: LayerState | None
-    ) -> Any:
+    def run(self: Any, streams: Any, token_ids: Tensor, layout: Layout, state: LayerState | None) -> Any:
         policy: Recompute | None = self.recompute
         if policy is None or state is not None or not torch.is_grad_enabled():
             return forward(self, streams, token_ids, layout, state)

@@ -127,7 +127,7 @@ def problem_of(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Problem
 def _forward(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     from consilience.model.kernels import triton_attention
 
-    return triton_attention.forward(problem_of(query, keys, sink, scale))
+    return triton_attention.forward(problem_of(query, keys, sink, scale))  # pyright: ignore[reportArgumentType]
 
 
 class _GpuAttention(torch.autograd.Function):
@@ -149,7 +149,8 @@ class _GpuAttention(torch.autograd.Function):
         query, window, entries, picks, sink, output, denominator = ctx.saved_tensors
         keys = replace(ctx.place, window=window, entries=entries, picks=picks)
         problem = problem_of(query, keys, sink, ctx.scale)
-        found = triton_attention_backward.backward(problem, output, denominator, grad.contiguous())
+        given = (problem, output, denominator, grad.contiguous())
+        found = triton_attention_backward.backward(*given)  # pyright: ignore[reportArgumentType]
         return *found[:3], None, found[3], None, None
 
 

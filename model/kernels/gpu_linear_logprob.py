@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from consilience.model.kernels.head_products import (
     GRADIENT_TOKENS,
-    add_head_gradient_,
+    HeadGradient,
     filled,
     hidden_gradient,
     padded_rows,
@@ -81,9 +81,8 @@ class _LinearLogprob(torch.autograd.Function):
         operand = torch.promote_types(hidden.dtype, head.dtype)
         height = padded_rows(n, plan.chunk_tokens)
         dH = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        dW = plan.head_grad
-        if dW is None and ctx.needs_input_grad[1]:
-            dW = torch.zeros_like(head, dtype=torch.float32)
+        wants_head = ctx.needs_input_grad[1] or plan.head_grad is not None
+        dW = HeadGradient(head, plan.head_grad) if wants_head else None
         work = _Backward(head.to(operand), plan, statistics, dH, dW, hidden, target_ids)
         # What is kept needs no logits, so more of it goes into a product.
         wide = height * max(1, GRADIENT_TOKENS // max(height, 1))
@@ -91,7 +90,7 @@ class _LinearLogprob(torch.autograd.Function):
             work.kept(start, size, kept[start : start + -(-size // height) * height], grads)
         for start, size in _chunks(n - ctx.num_kept, height):
             work.projected(ctx.num_kept + start, size, height, grads)
-        grad_head = None if dW is None or plan.head_grad is not None else dW.to(head.dtype)
+        grad_head = None if dW is None or plan.head_grad is not None else dW.result().to(head.dtype)
         return dH, grad_head, None, None
 
 
@@ -104,7 +103,7 @@ class _Backward:
         plan: Plan,
         statistics: Tensor,
         dH: Tensor | None,
-        dW: Tensor | None,
+        dW: HeadGradient | None,
         hidden: Tensor,
         target_ids: Tensor,
     ):
@@ -153,7 +152,8 @@ class _Backward:
             product = product if scale is None else product.mul_(scale)
             self.dH[start : start + size] = product[:size].to(self.dH.dtype)
         if self.dW is not None:
-            add_head_gradient_(self.dW, g, h if scale is None else (h * scale).to(h.dtype))
+            h = h if scale is None else (h * scale).to(h.dtype)
+            self.dW.add(g, h, is_only=size == len(self.hidden))
 
 
 def _chunks(n: int, height: int) -> list[tuple[int, int]]:

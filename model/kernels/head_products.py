@@ -61,9 +61,32 @@ def hidden_gradient(g: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(g, head)
 
 
-def add_head_gradient_(total: Tensor, g: Tensor, hidden: Tensor) -> None:
-    """total [V, D] += g [c, V]ᵀ · hidden [c, D], in place, in the type of `total`."""
-    if g.dtype == total.dtype:
-        total.addmm_(g.t(), hidden.to(g.dtype))
-    else:
-        torch.addmm(total, g.t(), hidden, out_dtype=total.dtype, out=total)
+class HeadGradient:
+    """dW [V, D] as a sum of products g [c, V]ᵀ · hidden [c, D], fp32 (fp64 for fp64), in the order of `add`.
+
+    total   tensor to add to in place, as an optimiser's main gradient; None: one is made at the first product
+    """
+
+    def __init__(self, head: Tensor, total: Tensor | None = None):
+        self.head, self.total = head, total
+
+    def add(self, g: Tensor, hidden: Tensor, *, is_only: bool = False) -> None:
+        """One product more. `is_only`: no other came or comes, so the sum may be rounded at once."""
+        wide = compute_dtype(g)
+        if g.dtype == wide:
+            if self.total is None:
+                self.total = torch.mm(g.t(), hidden.to(wide))
+            else:
+                self.total.addmm_(g.t(), hidden.to(wide))
+        elif self.total is not None:
+            torch.addmm(self.total, g.t(), hidden, out_dtype=wide, out=self.total)
+        elif is_only and g.dtype == self.head.dtype:
+            self.total = torch.mm(g.t(), hidden)
+        else:
+            self.total = torch.mm(g.t(), hidden, out_dtype=wide)
+
+    def result(self) -> Tensor:
+        """The sum [V, D], zeros where nothing was added."""
+        if self.total is None:
+            self.total = torch.zeros_like(self.head, dtype=compute_dtype(self.head))
+        return self.total

@@ -26,7 +26,7 @@ from consilience.model.kernels import kl_rows
 from consilience.model.kernels.choice import uses_triton
 from consilience.model.kernels.head_products import (
     GRADIENT_TOKENS,
-    add_head_gradient_,
+    HeadGradient,
     compute_dtype,
     default_chunk,
     filled,
@@ -209,7 +209,8 @@ class _ReverseKL(torch.autograd.Function):
         loss = torch.dot(work.weight, kl)
         ctx.types = (student_hidden.dtype, student_head.dtype)
         dH = work.dH if work.dH is None else plan.vocabulary.summed(work.dH)
-        ctx.save_for_backward(dH, None if head_grad is not None else work.dW)
+        dW = None if work.dW is None or head_grad is not None else work.dW.result()
+        ctx.save_for_backward(dH, dW)
         ctx.mark_non_differentiable(kl, entropy, logprob, top1)
         return loss, kl, entropy, logprob, top1
 
@@ -254,9 +255,7 @@ class _Work:
         self.num_waiting = 0
         partial = self.dtype if plan.vocabulary.is_split else self.operand
         self.dH = torch.empty_like(student_hidden, dtype=partial) if plan.wants_hidden else None
-        self.dW = head_grad
-        if plan.wants_head and head_grad is None:
-            self.dW = torch.zeros_like(student_head, dtype=self.dtype)
+        self.dW = HeadGradient(student_head, head_grad) if plan.wants_head else None
 
     def chunk_rows(self, n: int) -> int:
         """Rows of each chunk of n tokens; on a GPU the last one is filled up, so that all have one shape."""
@@ -292,7 +291,8 @@ class _Work:
             # The rows of one stretch without gaps need no copy.
             is_whole = rows.stop - rows.start == self.num_waiting and self.hidden.dtype == self.operand
             hidden = self.hidden[rows] if is_whole else torch.cat([h for _, h in self.waiting])
-            add_head_gradient_(self.dW, self.g[: self.num_waiting], hidden)
+            is_only = rows.stop - rows.start == len(self.hidden)
+            self.dW.add(self.g[: self.num_waiting], hidden, is_only=is_only)
         self.waiting, self.num_waiting = [], 0
 
     def _row_pass(self, z_s: Tensor, z_t: Tensor, target: Tensor | None, weight: Tensor, g: Tensor) -> Tensor:

@@ -305,8 +305,8 @@ def sink_attention(query: Tensor, keys: Keys, sink: Tensor, scale: float, buffer
     if keys.layout.is_step:
         step = exact_attention if exact.is_on() else _step
         return step(query, keys, sink, scale)  # pyright: ignore[reportArgumentType]
-    if gpu_attention.is_available(query, keys, sink):
-        return gpu_attention.sink_attention(query, keys, sink, scale)
+    if gpu_attention.is_available(query, keys, sink):  # pyright: ignore[reportArgumentType]
+        return gpu_attention.sink_attention(query, keys, sink, scale)  # pyright: ignore[reportArgumentType]
     place = replace(keys, window=None, entries=None, picks=None)
     tensors = (query, keys.window, keys.entries, keys.picks, sink)
     return _SinkAttention.apply(*tensors, scale, place, buffer)  # type: ignore[return-value]

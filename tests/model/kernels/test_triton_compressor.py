@@ -148,7 +148,7 @@ def test_the_module_takes_the_kernels_where_they_serve(smallest, triton_device, 
 
 
 def test_a_continued_row_has_its_projections_without_widened_weights(smallest, triton_device, monkeypatch):
-    """Rows on a state never ask for gradients; where they are asked for, the product stays a differentiable one."""
+    """Rows on a state never ask for gradients; where they are asked for, the product is still differentiable."""
     monkeypatch.setattr(gpu_compressor, "uses_triton", lambda *_: True)
     module = module_of(smallest, 4, torch.float32).to(triton_device)
     hidden = torch.randn(1, 3, smallest.hidden_size, device=triton_device)
