@@ -32,7 +32,7 @@ from consilience.model.kernels.triton_norm import turned
 
 @dataclass(frozen=True)
 class Launch:
-    """elements of a tile (slots × channels), elements a thread, programs of the backward."""
+    """elements of a tile (slots × channels), elements a thread, programs of the backward of four warps."""
 
     tile: int
     per_thread: int
@@ -122,12 +122,19 @@ def _pool_backward(
             values, gates, ape, source, present, entry, stride, s, c, RATIO, SLOTS, WIDTH
         )  # fmt: skip
         pooled = tl.sum(p * v, 0)[None, :]
-        row = tl.load(target + entry)
-        g = tl.load(d_out + row * WIDTH + c, mask=c < WIDTH, other=0.0).to(tl.float32)[None, :]
+        upstream = d_out + tl.load(target + entry) * WIDTH
+        g = tl.load(upstream + c, mask=c < WIDTH, other=0.0).to(tl.float32)
         if FUSED:
-            one = tl.arange(0, 1)
-            place = tl.load(turn + entry + one).to(tl.int32)
-            g = turned(g, rotation, place, one == 0, -1.0, WIDTH, PAIRS)
+            # Turned back; a pair's other half is read again, where `turned` would move registers.
+            pair = c // 2 - (WIDTH // 2 - PAIRS)
+            is_turned = (pair >= 0) & (c < WIDTH)
+            turns = rotation + tl.load(turn + entry) * (2 * PAIRS) + 2 * pair
+            cos = tl.load(turns, mask=is_turned, other=1.0)
+            sin = tl.load(turns + 1, mask=is_turned, other=0.0)
+            other = tl.load(upstream + (c ^ 1), mask=is_turned, other=0.0).to(tl.float32)
+            g = g * cos + other * tl.where(c % 2 == 0, sin, -sin)
+        g = g[None, :]
+        if FUSED:
             scale = tl.rsqrt(tl.sum(pooled * pooled, 1) / WIDTH + eps)[:, None]
             d_w += g * pooled * scale
             g = g * w
@@ -198,7 +205,8 @@ def pool_backward(
     width, (count, num_slots) = d_out.shape[-1], entries.source.shape
     sizes = _sizes(entries, ape, width)
     parts = triton.cdiv(width, sizes["BLOCK_C"])
-    programs = max(1, min(count, LAUNCH.programs // parts))
+    programs = LAUNCH.programs * max(1, 4 // int(sizes["num_warps"])) // parts
+    programs = max(1, min(count, programs))
     d_apes = d_out.new_empty(programs, num_slots, width, dtype=torch.float32)
     d_weights = d_apes.new_empty(programs if sizes["FUSED"] else 0, width)
     e = entries
