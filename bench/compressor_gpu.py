@@ -241,7 +241,7 @@ def sweep(tokens: int) -> None:
             report(compressor_cases(name, tokens, layout), copied, f"{tile} {per_thread} {programs}")
     norm_home: Any = triton_norm
     for name in NORMS[:2]:
-        for tile, per_thread, programs in itertools.product((2048, 4096, 8192), (8, 16, 32), (264, 528)):
+        for tile, per_thread, programs in itertools.product((512, 1024, 2048), (16, 32, 64), (264, 528)):
             norm_home.FORWARD = norm_home.BACKWARD = triton_norm.Launch(tile, per_thread, programs)
             report(norm_cases(name, tokens, layout), copied, f"{tile} {per_thread} {programs}")
 
