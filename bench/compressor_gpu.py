@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,6 +79,17 @@ def repeated(calls: list[Callable[[], Any]]) -> Callable[[], None]:
     return graph.replay
 
 
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Compressors as PyTorch's operations (their norm keeps its kernel)."""
+    chosen = gpu_compressor.uses_triton
+    gpu_compressor.uses_triton = lambda *_: False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        gpu_compressor.uses_triton = chosen
+
+
 @dataclass(frozen=True)
 class Case:
     """A kernel's calls on each set of inputs, the composed twin's if any, and the bytes it must move."""
@@ -103,8 +115,10 @@ def compressor_cases(name: str, tokens: int, layout: Layout) -> list[Case]:
         projected = torch.randn(tokens, 2 * series, device="cuda")
         out = torch.empty(1, windows.num_columns, width, device="cuda", dtype=torch.bfloat16)
         d_out = torch.randn(count, width, device="cuda").bfloat16()
-        pooled = gpu_compressor.finish(projected, weights, place, out)
-        forward.append(lambda p=projected, o=out: gpu_compressor.finish(p, weights, place, o))
+        halves = (projected[:, :series], projected[:, series:])
+        finished = (*halves, weights.ape, weights.norm, 1e-6, place, out)
+        pooled = gpu_compressor.finish(*finished)
+        forward.append(lambda finished=finished: gpu_compressor.finish(*finished))
         given = (projected, pooled, weights, place, d_out, torch.bfloat16)
         backward.append(lambda given=given: gpu_compressor.pooled_gradient(*given))
 
@@ -196,7 +210,7 @@ def show(cases: list[Case], tokens: int, copied: float, table: Table) -> None:
         floor = case.num_bytes / copied * 1e3
         arms = {"ours": repeated(case.calls), "ours again (A/A)": repeated(case.calls)}
         if case.twins:
-            with torch.no_grad():
+            with torch.no_grad(), without_kernels():
                 arms["composed"] = repeated(case.twins)
         for name, ts in time_arms(arms, rounds=5).items():
             times = statistics.median(ts) / CALLS / floor
@@ -216,12 +230,9 @@ def show_whole(tokens: int, layout: Layout, table: Table) -> None:
         torch.autograd.backward((entries, keys), (entries.detach(), keys.detach()))
         hidden.grad = None
 
-    chosen = gpu_compressor.uses_triton
-
     def composed() -> None:
-        gpu_compressor.uses_triton = lambda *_: False  # type: ignore[assignment]
-        step()
-        gpu_compressor.uses_triton = chosen
+        with without_kernels():
+            step()
 
     arms: dict[str, Callable[[], Any]] = {"ours": step, "composed, fp32 products": composed}
     for name, ts in time_arms(arms, rounds=5).items():

@@ -92,7 +92,7 @@ class Compressor(nn.Module):
 
     def _projected(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Values and gates [B, T, series] of the tokens, fp32 or wider."""
-        if gpu_compressor.has_projection(hidden, self.wkv.weight):
+        if gpu_compressor.runs_without_gradient(hidden, self.wkv.weight):
             project = gpu_compressor.project
             return project(hidden, self.wkv.weight), project(hidden, self.wgate.weight)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -108,6 +108,11 @@ class Compressor(nn.Module):
         self, values: Tensor, gates: Tensor, closing: Closing, layout: Layout, dtype: torch.dtype
     ) -> Tensor:
         """Raw projections [B, ring + T, series] -> finished entries [E, C] in `dtype`."""
+        if gpu_compressor.runs_without_gradient(values, self.norm.weight):
+            turn = rotations(closing.position, layout.frequencies[True])
+            norm = (self.norm.weight, self.norm.eps)
+            given = (values, gates, norm, closing, self.ratio, turn, dtype)
+            return self._cut(gpu_compressor.pool_biased(*given))
         flat_values, flat_gates = values.flatten(0, 1), gates.flatten(0, 1)
         if self.is_overlapping:
             older, newer = closing.source[:, : self.ratio], closing.source[:, self.ratio :]

@@ -44,9 +44,9 @@ def is_available(hidden: Tensor, weights: Weights, closing: Closing) -> bool:
     return fits and uses_triton(hidden, weights.wkv, weights.norm)
 
 
-def has_projection(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether `project` may stand for the widened product: on a GPU, no gradient asked for."""
-    return not torch.is_grad_enabled() and uses_triton(hidden, weight)
+def runs_without_gradient(*tensors: Tensor) -> bool:
+    """Whether `project` and `pool_biased` serve these: on a GPU, no gradient asked for."""
+    return not torch.is_grad_enabled() and uses_triton(*tensors)
 
 
 def project(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -70,22 +70,23 @@ def entries_of(closing: Closing, ratio: int, rotation: Tensor, num_columns: int)
     )
 
 
-def finish(projected: Tensor, weights: Weights, place: Entries, out: Tensor) -> Tensor | None:
-    """Fill `out` [B, M, C] from projected [R, 2 series] (values, gates).
+def finish(
+    values: Tensor, gates: Tensor, ape: Tensor, norm: Tensor, eps: float, place: Entries, out: Tensor
+) -> Tensor | None:
+    """Fill `out` [*, C] from values and gates [R, series], which have the same strides.
 
     Returns the pooled values [E, C] if the norm followed in a pass of its own.
     """
     from consilience.model.kernels import triton_compressor, triton_norm
 
-    series, width = weights.ape.shape[1], out.shape[-1]
-    values, gates = projected[:, :series], projected[:, series:]
+    width = out.shape[-1]
     if triton_compressor.is_fused(place.source.shape[1], width):
-        triton_compressor.pool(values, gates, weights.ape, weights.norm, place, weights.eps, out)
+        triton_compressor.pool(values, gates, ape, norm, place, eps, out)
         return None
-    pooled = projected.new_empty(place.source.shape[0], width)
-    triton_compressor.pool(values, gates, weights.ape, weights.norm, _straight(place), weights.eps, pooled)
+    pooled = values.new_empty(place.source.shape[0], width)
+    triton_compressor.pool(values, gates, ape, norm, _straight(place), eps, pooled)
     turns = place.rotation.index_select(0, place.turn)
-    entries = triton_norm.forward(pooled, weights.norm, turns, weights.eps, 1.0)
+    entries = triton_norm.forward(pooled, norm, turns, eps, 1.0)
     out.view(-1, width).index_copy_(0, place.target, entries.to(out.dtype))
     return pooled
 
@@ -133,7 +134,8 @@ class _GpuCompressor(torch.autograd.Function):
         is_full = place.source.shape[0] == rows * columns
         make = hidden.new_empty if is_full else hidden.new_zeros
         out = make((rows, columns, norm.shape[0]))
-        pooled = finish(projected, Weights(wkv, wgate, ape, norm, eps), place, out)
+        series = ape.shape[1]
+        pooled = finish(projected[:, :series], projected[:, series:], ape, norm, eps, place, out)
         ctx.save_for_backward(hidden, wkv, wgate, ape, norm, projected, pooled)
         ctx.eps, ctx.place = eps, place
         return out
@@ -160,3 +162,35 @@ def compress(
     tensors = (weights.wkv, weights.wgate, weights.ape, weights.norm, weights.eps)
     shape = (hidden.shape[0], num_columns)
     return _GpuCompressor.apply(hidden.flatten(0, 1).contiguous(), *tensors, place, shape)  # type: ignore[return-value]
+
+
+def pool_biased(
+    values: Tensor,
+    gates: Tensor,
+    norm: tuple[Tensor, float],
+    closing: Closing,
+    ratio: int,
+    rotation: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Finished entries [E, C] in `dtype` of a chunk on a state; no gradient.
+
+    values, gates [B, ring + T, series] fp32, gates with ape added; norm = (weight [C], eps); rotation
+    [E, P] complex64 of the entries.
+    """
+    from consilience.model.kernels.triton_compressor import Entries
+
+    weight, eps = norm
+    every = torch.arange(closing.row.shape[0], device=values.device)
+    place = Entries(
+        source=closing.source.contiguous(),
+        present=closing.is_present.contiguous().view(torch.uint8),
+        target=every,
+        rotation=torch.view_as_real(rotation.resolve_conj()).contiguous(),
+        turn=every,
+    )
+    out = values.new_empty(every.shape[0], weight.shape[0], dtype=dtype)
+    no_bias = values.new_zeros(ratio, values.shape[-1])
+    flat_values, flat_gates = (x.contiguous().flatten(0, 1) for x in (values, gates))
+    finish(flat_values, flat_gates, no_bias, weight, eps, place, out)
+    return out

@@ -5,12 +5,14 @@ states and weights to 8 bits (both sides get them so), the gradient of the proje
 back, and results once.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from consilience.model.compressor import Compressor
 from consilience.model.kernels import gpu_compressor
-from consilience.model.layout import packed_layout
+from consilience.model.layout import _closing, packed_layout, ring_size
 
 pytestmark = pytest.mark.triton
 torch.set_num_threads(1)
@@ -145,6 +147,34 @@ def test_the_module_takes_the_kernels_where_they_serve(smallest, triton_device, 
         kernels = module(hidden, layout, None)
     torch.testing.assert_close(kernels, plain, rtol=0, atol=5e-6)
     assert not torch.equal(kernels, plain)  # sums in another order
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_chunks_on_a_state_make_the_entries_of_one_pass(
+    ratio, smallest, is_fused, triton_device, monkeypatch
+):
+    """Windows that begin in the ring of an earlier chunk among them."""
+    module = module_of(smallest, ratio, torch.float32).to(triton_device)
+    hidden = torch.randn(1, 50, smallest.hidden_size, generator=torch.Generator().manual_seed(5))
+    position = torch.arange(50)[None]
+    layout = packed_layout(smallest, torch.zeros_like(position), position, None)
+    wanted = module_of(smallest, ratio, torch.float32).double()(hidden.double(), layout, None)
+    monkeypatch.setattr(gpu_compressor, "uses_triton", lambda *_: True)
+    ring, series = ring_size(ratio), module.ape.shape[1]
+    kept = torch.zeros(2, 1, ring, series, device=triton_device)
+    found, hidden = [], hidden.to(triton_device)
+    with torch.no_grad():
+        for begin, end in ((0, 19), (19, 23), (23, 50)):
+            here = torch.arange(begin, end, device=triton_device)[None]
+            closing = _closing(ratio, here, here >= 0, ring, here // ratio)
+            values, gates = module._projected(hidden[:, begin:end])
+            gates = gates + module.ape[here % ratio]
+            joined = [torch.cat(pair, dim=1) for pair in zip(kept, (values, gates))]
+            chunk = SimpleNamespace(frequencies=packed(smallest, triton_device).frequencies)
+            found.append(module._pool(*joined, closing, chunk, torch.float32))
+            for slots, new in zip(kept, (values, gates)):
+                slots[:, here[0, -ring:] % ring] = new[:, -ring:]
+    torch.testing.assert_close(torch.cat(found).double().cpu(), wanted[0], rtol=0, atol=1e-5)
 
 
 def test_a_continued_row_has_its_projections_without_widened_weights(smallest, triton_device, monkeypatch):
