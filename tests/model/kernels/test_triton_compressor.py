@@ -178,7 +178,7 @@ def test_chunks_on_a_state_make_the_entries_of_one_pass(
 
 
 def test_a_continued_row_has_its_projections_without_widened_weights(smallest, triton_device, monkeypatch):
-    """Rows on a state never ask for gradients; where they are asked for, the product is still differentiable."""
+    """Rows on a state ask for no gradient; where one is asked for, the product stays differentiable."""
     monkeypatch.setattr(gpu_compressor, "uses_triton", lambda *_: True)
     module = module_of(smallest, 4, torch.float32).to(triton_device)
     hidden = torch.randn(1, 3, smallest.hidden_size, device=triton_device)
