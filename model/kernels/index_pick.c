@@ -27,7 +27,7 @@ INLINE uint32_t bin_of(long n, const uint32_t *keys, int shift, long *K) {
 }
 
 /* The K-th highest of n keys, n >= K >= 1; K becomes its rank among its equals. `rest` holds n. */
-INLINE uint32_t select(long n, const uint32_t *keys, long *K, uint32_t *rest) {
+INLINE uint32_t select_keys(long n, const uint32_t *keys, long *K, uint32_t *rest) {
     uint32_t found = 0;
     static const int shifts[] = {21, 10, 0}; /* 11, 11 and 10 bits; the last bin has one bit from before */
     for (int step = 0; step < 3; step++) {
@@ -62,7 +62,7 @@ void index_pick(long n, long H, long M, long K, const float *match, const float 
             }
             for (long i = 0; i < count; i++) keys[i] = ordered(work[i]);
             long equals = K;
-            const uint32_t least = select(count, keys, &equals, rest);
+            const uint32_t least = select_keys(count, keys, &equals, rest);
             for (long i = 0; made < K; i++) {
                 const int is_equal = keys[i] == least && equals > 0;
                 own[made] = start + i;

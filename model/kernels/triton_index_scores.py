@@ -32,7 +32,7 @@ class Tile:
     stages: int
 
 
-TILES = {2: Tile(256, 64, 8, 2), 4: Tile(64, 32, 4, 2)}
+TILES = {2: Tile(256, 64, 8, 3), 4: Tile(64, 32, 4, 2)}
 """By bytes of an element."""
 PROGRAMS = 528  # a launch's keys are split until it has about so many programs: four for each SM of an H100
 

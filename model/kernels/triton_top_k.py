@@ -32,7 +32,7 @@ class Launch:
     per_thread: int
 
 
-LAUNCH = Launch(8192, 32)
+LAUNCH = Launch(16384, 64)
 
 
 @triton.jit
