@@ -18,6 +18,7 @@ from consilience.model.config import CSA_RATIO, SLIDING, ModelConfig
 from consilience.model.exact import Linear
 from consilience.model.indexer import Indexer, index_loss
 from consilience.model.kernels.gpu_decode import step_kernels
+from consilience.model.kernels.grouped_projection import grouped_projection
 from consilience.model.kernels.sink_attention import Keys, sink_attention
 from consilience.model.layout import Layout
 from consilience.model.norm import RMSNorm, rms
@@ -120,6 +121,8 @@ class Attention(nn.Module):
         weight = self.wo_a.weight.view(self.groups, self.rank, -1)
         if exact.is_on():
             return torch.cat([exact.linear(x, w) for x, w in zip(output.unbind(1), weight)], dim=-1)
+        if output.is_cuda:
+            return grouped_projection(output, weight).flatten(1)
         low = named("attention_inner", torch.bmm, output.transpose(0, 1), weight.transpose(1, 2))
         return low.transpose(0, 1).flatten(1)
 
