@@ -16,7 +16,6 @@ from consilience.model.config import ModelConfig
 from consilience.model.exact import Linear
 from consilience.model.forward_trace import Trace
 from consilience.model.kernels import experts as by_pieces
-from consilience.model.kernels import gated as fused
 from consilience.model.kernels import gpu_moe
 from consilience.model.kernels.decode_moe import decode_moe, is_available
 from consilience.model.quantization import OFF, fake_mxfp4
@@ -145,8 +144,6 @@ def _wide(x: Tensor) -> Tensor:
 
 def gated(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """silu(min(gate, limit)) · clamp(up, ±limit), fp32 or wider: the gate is clamped from above only."""
-    if fused.is_available(gate):
-        return fused.FusedGated.apply(gate, up, limit)  # type: ignore[return-value]
     return exact.by_tiles(lambda g, u: _Gated.apply(g, u, limit), gate, up)  # type: ignore[return-value]
 
 
