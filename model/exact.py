@@ -2,7 +2,8 @@
 
 Sampling feeds one token a row, training whole packed rows. The mathematics is the same, yet matrix and
 vector libraries choose their order of summation by shape, so log-probabilities of the two usually differ
-in the last bits. In exact mode every product runs on tiles of a fixed number of rows, attention walks its
+in the last bits. In exact mode every product runs on tiles of a fixed number of rows (bf16 on a GPU: in a
+kernel whose sums have one order however many the rows), attention walks its
 keys in logical order tile by tile, and elementwise functions see whole tiles: the same operations on the same
 numbers, whoever computes them. What remains assumed of the library is that a row's result does not depend
 on its place in a tile; the tests hold it to that. Same machine and build; costs several times the fast mode.
@@ -76,6 +77,13 @@ class _TiledLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
+        if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
+            from consilience.model.kernels.choice import can_use_triton
+
+            if can_use_triton(x, weight):
+                from consilience.model.kernels import triton_invariant
+
+                return triton_invariant.linear(x, weight)
         rows = padded(x).contiguous()
         if rows.data_ptr() % ALIGNMENT:
             rows = rows.clone()  # libraries choose other kernels for data that is not aligned

@@ -16,10 +16,15 @@ from consilience.model import exact
 
 
 def uses_triton(*tensors: Tensor | None) -> bool:
-    """True if all tensors lie on a CUDA device of compute capability 8 or above, none is fp64, Triton is
-    installed and the exact mode is off. None stands for an argument that was not given."""
+    """`can_use_triton`, and exact mode is off."""
+    return not exact.is_on() and can_use_triton(*tensors)
+
+
+def can_use_triton(*tensors: Tensor | None) -> bool:
+    """True if all tensors lie on a CUDA device of compute capability 8 or above, none is fp64 and Triton is
+    installed. None stands for an argument that was not given."""
     given = [t for t in tensors if t is not None]
-    if exact.is_on() or not all(t.is_cuda and t.dtype != torch.float64 for t in given):
+    if not all(t.is_cuda and t.dtype != torch.float64 for t in given):
         return False
     return _is_installed() and _is_capable(given[0].device.index or 0)
 

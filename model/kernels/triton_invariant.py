@@ -2,7 +2,7 @@
 
 Libraries choose tiles and splits of the inner axis by the number of rows, and with them the order of the
 sums. Here every element is one sum over the inner axis in steps of BLOCK_K, never split, however many the
-rows. Few rows take tiles of fewer columns, so that more of the chip reads the weight; the steps are the same.
+rows. Where the result is small, tiles are, so that more of the chip works; the steps are the same.
 
 M rows, N outputs, K inputs.
 """
@@ -15,8 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 FEW = 64  # up to so many rows
+WAVE = 132  # programs that an H100 runs at once
 CONFIGS: dict[str, dict[str, int]] = {
     "many": {"BLOCK_M": 128, "BLOCK_N": 256, "num_warps": 8, "num_stages": 3},
+    "middle": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4},
     "few": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 5},
     "fp32": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},  # shared memory holds no more
 }
@@ -67,10 +69,22 @@ def linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> T
     out = torch.empty(num_rows, num_columns, dtype=out_dtype or x.dtype, device=x.device)
     if not out.numel():
         return out
-    config = CONFIGS["fp32" if x.dtype == torch.float32 else "few" if num_rows <= FEW else "many"]
-    grid = (triton.cdiv(num_rows, config["BLOCK_M"]) * triton.cdiv(num_columns, config["BLOCK_N"]),)
-    _linear[grid](
+    config = CONFIGS["fp32"] if x.dtype == torch.float32 else _config(num_rows, num_columns)
+    _linear[(_programs(config, num_rows, num_columns),)](
         x.contiguous(), weight.contiguous(), out, num_rows,
         N=num_columns, K=inner, BLOCK_K=BLOCK_K, GROUP=GROUP, **config,
     )  # fmt: skip
     return out
+
+
+def _config(num_rows: int, num_columns: int) -> dict[str, int]:
+    """The largest tiles that fill the chip, for products of 16 bits."""
+    if num_rows > FEW:
+        for name in ("many", "middle"):
+            if _programs(CONFIGS[name], num_rows, num_columns) >= WAVE:
+                return CONFIGS[name]
+    return CONFIGS["few"]
+
+
+def _programs(config: dict[str, int], num_rows: int, num_columns: int) -> int:
+    return triton.cdiv(num_rows, config["BLOCK_M"]) * triton.cdiv(num_columns, config["BLOCK_N"])

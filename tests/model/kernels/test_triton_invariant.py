@@ -36,6 +36,17 @@ def test_a_row_is_the_same_bits_in_any_batch_and_at_any_place(dtype, triton_devi
         assert torch.equal(linear(x[first:last], weight, torch.float32), whole[first:last]), (first, last)
 
 
+def test_tiles_of_every_size_give_the_same_bits(triton_device, monkeypatch):
+    from consilience.model.kernels import triton_invariant
+
+    x, weight = _draw(200, 300, 130, torch.bfloat16, triton_device)
+    found = []
+    for name in ("few", "middle", "many"):
+        monkeypatch.setattr(triton_invariant, "_config", lambda *_, name=name: triton_invariant.CONFIGS[name])
+        found.append(triton_invariant.linear(x, weight, torch.float32))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_small_hand_made_case(triton_device):
     from consilience.model.kernels.triton_invariant import linear
 
