@@ -35,6 +35,7 @@ class Tile:
     keys: int
     warps: int
     stages: int
+    channels: int = 512
 
 
 # By bytes an element, whether a row of keys has more than 128 channels, and whether picks are gathered (whose

@@ -1,8 +1,11 @@
 """Attention's backward (Triton): no atomics, every sum in a fixed order; twin: sink_attention.py.
 
-Over a range of queries whose weights fit a bounded buffer, programs by queries compute logits and their
-gradients anew, dQ and the sink's part, and write P and scale · dS (the weights). Programs by keys then sum
-Pᵀ·dO + scale · dSᵀ·Q (triton_attention_keys.py). No logit is computed twice: 5 products a visible key.
+Over a range of queries whose weights fit a bounded buffer:
+  weights    programs by queries compute logits and their gradients anew, and write P and scale · dS
+  d_query    programs by queries and channels sum dQ = scale · dS·K
+  keys       programs by keys sum Pᵀ·dO + scale · dSᵀ·Q (triton_attention_keys.py)
+No logit is computed twice: 5 products a visible key. Each launch is one product whose operands stream: dQ's
+sums beside the two products of the weights would leave no registers and no shared memory to load ahead.
 
 B rows, T queries, H heads (padded to P), C head width, S window keys, M entries, K picks, W window,
 n queries of a range, weights [B, n, W, 2, P] of window keys and [B, n, M or K, 2, P] of entries.
@@ -32,9 +35,19 @@ from consilience.model.kernels.triton_attention import (
 from consilience.model.kernels.triton_attention_keys import KeyGradient, padded_heads
 
 # Keys as FORWARD's.
-QUERIES = {
-    (2, True, False): Tile(64, 32, 8, 2),
-    (2, True, True): Tile(64, 32, 8, 3),
+WEIGHTS = {
+    (2, True, False): Tile(64, 64, 8, 1),
+    (2, True, True): Tile(64, 64, 8, 1),
+    (2, False, False): Tile(64, 64, 4, 1),
+    (2, False, True): Tile(64, 64, 4, 1),
+    (4, True, False): Tile(16, 16, 4, 1),
+    (4, True, True): Tile(16, 16, 4, 1),
+    (4, False, False): Tile(64, 16, 4, 1),
+    (4, False, True): Tile(16, 16, 4, 1),
+}
+D_QUERY = {
+    (2, True, False): Tile(64, 64, 4, 2, 256),
+    (2, True, True): Tile(64, 64, 4, 3, 256),
     (2, False, False): Tile(64, 64, 4, 2),
     (2, False, True): Tile(64, 64, 4, 3),
     (4, True, False): Tile(16, 16, 4, 1),
@@ -45,9 +58,23 @@ QUERIES = {
 BUDGET = 1 << 30  # bytes of weights and rows held at once
 
 
+@triton.jit
+def slots_of(
+    token, position, is_far, place, near_weights, far_weights, offset, size, num_far,
+    PADDED: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """Addresses [R, BLOCK_N] of the first head's weights of a tile's keys, for queries `token` [R]."""
+    first_slot, num_slots, target = token + (offset + 1 - size), size, near_weights
+    if MODE != NONE:
+        first_slot, num_slots = tl.where(is_far, 0, first_slot), tl.where(is_far, num_far, size)
+        target = tl.where(is_far, far_weights, near_weights)
+    slot = (place * num_slots - first_slot)[:, None] + position[None, :]
+    return target + slot * (2 * PADDED)
+
+
 @triton.jit(do_not_specialize=[*LENGTHS, "size", "begin", "end", "num_far"])
-def _queries(
-    query, window, entries, chosen, oldest, first, stop, sink, out, lse, grad, d_query, d_sink,
+def _weights(
+    query, window, entries, chosen, oldest, first, stop, sink, out, lse, grad, d_sink,
     near_weights, far_weights, scale,
     num_queries, num_window, num_entries, num_picks, num_heads, offset, size, begin, end, num_far,
     PADDED: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -70,12 +97,14 @@ def _queries(
     sinks = tl.load(sink + head, mask=head < num_heads, other=0.0).to(tl.float32) * LOG2_E
     tl.store(d_sink + own, -delta * tl.exp2(sinks - bottom), mask=is_there)
 
-    # Queries above their upstream gradients: one product with the keys gives logits and dP.
+    # One product with the keys gives logits and dP: 8 rows of queries, their upstream gradients, the next 8.
+    # A thread of a warp group's product holds rows 8 apart, so it has both of a pair.
     r2 = tl.arange(0, 2 * ROWS)
-    both_head = tl.program_id(1) * BLOCK_H + r2 % BLOCK_H
-    both_token = begin + block * BLOCK_Q + r2 % ROWS // BLOCK_H
+    of_both = r2 // 16 * 8 + r2 % 8
+    both_head = tl.program_id(1) * BLOCK_H + of_both % BLOCK_H
+    both_token = begin + block * BLOCK_Q + of_both // BLOCK_H
     both = (row * num_queries + both_token).to(tl.int64) * num_heads + both_head
-    start_of = tl.where(r2 < ROWS, query, grad)
+    start_of = tl.where(r2 // 8 % 2 == 0, query, grad)
     both_there = (both_head < num_heads) & (both_token < end)
     stacked = tl.load(
         start_of[:, None] + both[:, None] * WIDTH + c[None, :], mask=both_there[:, None], other=0.0
@@ -84,34 +113,88 @@ def _queries(
         chosen, oldest, first, stop, row, token, num_queries, num_picks, offset, MODE, BLOCK_N
     )
     place = (row * (end - begin) + token - begin).to(tl.int64)
-    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    # A tile of keys waits in registers while the one before it is worked on: beside `stacked`, shared memory
+    # holds but one. Addresses are a tile ahead of that, as picks take a load of their own.
+    address, _, _, _ = place_of(
+        0, window, entries, chosen, row, token, num_queries, num_window, num_entries, num_picks,
+        near_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
+        MODE, WIDTH, BLOCK_Q, BLOCK_N,
+    )  # fmt: skip
+    k = tl.load(address[:, None] + c[None, :])
+    address, _, _, _ = place_of(
+        1, window, entries, chosen, row, token, num_queries, num_window, num_entries, num_picks,
+        near_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
+        MODE, WIDTH, BLOCK_Q, BLOCK_N,
+    )  # fmt: skip
     for index in range(near_tiles + far_tiles):
-        address, seen, ranged, position = place_of(
+        _, seen, ranged, position = place_of(
             index, window, entries, chosen, row, token, num_queries, num_window, num_entries, num_picks,
             near_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
             MODE, WIDTH, BLOCK_Q, BLOCK_N,
         )  # fmt: skip
-        k = tl.load(address[:, None] + c[None, :])
+        following = tl.load(address[:, None] + c[None, :])
+        address, _, _, _ = place_of(
+            index + 2, window, entries, chosen, row, token, num_queries, num_window, num_entries, num_picks,
+            near_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
+            MODE, WIDTH, BLOCK_Q, BLOCK_N,
+        )  # fmt: skip
         products = tl.dot(stacked, tl.trans(k), input_precision=PRECISION)
         # Sums of one term part the two: a split would be computed once a layout that its uses want.
-        products = tl.reshape(products, [2, ROWS, BLOCK_N])
-        is_logit = tl.arange(0, 2)[:, None, None] == 0
-        logits = tl.sum(tl.where(is_logit, products, 0.0), 0)
-        d_p = tl.sum(tl.where(is_logit, 0.0, products), 0)
+        products = tl.reshape(products, [ROWS // 8, 2, 8, BLOCK_N])
+        is_logit = tl.arange(0, 2)[None, :, None, None] == 0
+        logits = tl.reshape(tl.sum(tl.where(is_logit, products, 0.0), 1), [ROWS, BLOCK_N])
+        d_p = tl.reshape(tl.sum(tl.where(is_logit, 0.0, products), 1), [ROWS, BLOCK_N])
         p = tl.where(seen, tl.exp2(logits * factor - bottom[:, None]), 0.0)
-        d_s = (p * (d_p - delta[:, None]) * scale).to(k.dtype)
-        acc = tl.dot(d_s, k, acc, input_precision=PRECISION)
-
-        first_slot, num_slots, target = token + (offset + 1 - size), size, near_weights
-        if MODE != NONE:
-            is_far = index >= near_tiles
-            first_slot, num_slots = tl.where(is_far, 0, first_slot), tl.where(is_far, num_far, size)
-            target = tl.where(is_far, far_weights, near_weights)
-        slot = (place * num_slots - first_slot)[:, None] + position[None, :]
-        target = target + slot * (2 * PADDED) + head[:, None]
+        d_s = p * (d_p - delta[:, None]) * scale
+        target = slots_of(
+            token, position, index >= near_tiles, place, near_weights, far_weights, offset, size, num_far,
+            PADDED, MODE,
+        )  # fmt: skip
         kept = ranged & (r < count)[:, None]
-        tl.store(target, p.to(k.dtype), mask=kept)
-        tl.store(target + PADDED, d_s, mask=kept)
+        tl.store(target + head[:, None], p.to(k.dtype), mask=kept)
+        tl.store(target + PADDED + head[:, None], d_s.to(k.dtype), mask=kept)
+        k = following
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "size", "begin", "end", "num_far"])
+def _d_query(
+    query, window, entries, chosen, oldest, first, stop, sink, d_query, near_weights, far_weights,
+    num_queries, num_window, num_entries, num_picks, num_heads, offset, size, begin, end, num_far,
+    PADDED: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = BLOCK_Q * BLOCK_H
+    num_parts: tl.constexpr = WIDTH // BLOCK_C
+    # Parts of one query run side by side and share its weights.
+    part, row = tl.program_id(0) % num_parts, tl.program_id(2)
+    block = tl.num_programs(0) // num_parts - 1 - tl.program_id(0) // num_parts
+    r, c = tl.arange(0, ROWS), part * BLOCK_C + tl.arange(0, BLOCK_C)
+    head = tl.program_id(1) * BLOCK_H + r % BLOCK_H
+    token = begin + block * BLOCK_Q + r // BLOCK_H
+    is_there = (head < num_heads) & (token < end)
+    count = (end - begin - block * BLOCK_Q) * BLOCK_H
+    token = tl.minimum(token, end - 1)
+    near_low, near_high, near_start, near_tiles, far_low, far_high, far_start, far_tiles = seen_by(
+        chosen, oldest, first, stop, row, token, num_queries, num_picks, offset, MODE, BLOCK_N
+    )
+    place = (row * (end - begin) + token - begin).to(tl.int64)
+    acc = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for index in range(near_tiles + far_tiles):
+        address, _, ranged, position = place_of(
+            index, window, entries, chosen, row, token, num_queries, num_window, num_entries, num_picks,
+            near_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
+            MODE, WIDTH, BLOCK_Q, BLOCK_N,
+        )  # fmt: skip
+        source = slots_of(
+            token, position, index >= near_tiles, place, near_weights, far_weights, offset, size, num_far,
+            PADDED, MODE,
+        )  # fmt: skip
+        kept = ranged & (r < count)[:, None]
+        d_s = tl.load(source + PADDED + head[:, None], mask=kept, other=0.0)
+        k = tl.load(address[:, None] + c[None, :])
+        acc = tl.dot(d_s, k, acc, input_precision=PRECISION)
+    own = (row * num_queries + token).to(tl.int64) * num_heads + head
+    at = own[:, None] * WIDTH + c[None, :]
     tl.store(d_query + at, acc.to(d_query.dtype.element_ty), mask=is_there[:, None])
 
 
@@ -136,17 +219,27 @@ def _weigh(
     end: int,
 ) -> tuple[Tensor, Tensor]:
     """Weights of keys and of entries of the queries begin … end - 1; writes their dQ and sink's parts."""
-    rows, _, num_heads, _ = problem.query.shape
-    tile = QUERIES[setting_of(problem)]
-    sizes, padded = blocks(problem, tile), padded_heads(problem)
+    rows, _, num_heads, width = problem.query.shape
+    tile, padded = WEIGHTS[setting_of(problem)], padded_heads(problem)
     num_far = problem.lengths[3] if problem.mode == gpu_attention.GATHER else problem.num_entries
     near = problem.query.new_empty(rows, end - begin, problem.size, 2, padded)
     far = problem.query.new_empty(rows, end - begin, num_far, 2, padded)
-    grid = (triton.cdiv(end - begin, sizes["BLOCK_Q"]), triton.cdiv(num_heads, sizes["BLOCK_H"]), rows)
-    _queries[grid](
-        *problem.tensors, *results, grad, *grads, near, far, problem.scale, *problem.lengths,
-        problem.size, begin, end, num_far, PADDED=padded, **sizes,
-        num_warps=tile.warps, num_stages=tile.stages,
+    numbers = (*problem.lengths, problem.size, begin, end, num_far)
+    sizes = blocks(problem, tile)
+    grid = lambda parts: (
+        triton.cdiv(end - begin, sizes["BLOCK_Q"]) * parts,
+        triton.cdiv(num_heads, sizes["BLOCK_H"]),
+        rows,
+    )
+    _weights[grid(1)](
+        *problem.tensors, *results, grad, grads[1], near, far, problem.scale, *numbers,
+        PADDED=padded, **sizes, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    tile = D_QUERY[setting_of(problem)]
+    sizes, channels = blocks(problem, tile), min(tile.channels, width)
+    _d_query[grid(width // channels)](
+        *problem.tensors, grads[0], near, far, *numbers,
+        PADDED=padded, BLOCK_C=channels, **sizes, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return near, far
 
