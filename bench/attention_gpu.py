@@ -228,11 +228,13 @@ def profile(name: str, work: Callable[[], object]) -> None:
 TILE, KEYS = triton_attention.Tile, triton_attention_keys.KeyTile
 SWEEP = [
     (triton_attention.FORWARD, "_forward", [
-        TILE(64, 64, 8, 2), TILE(64, 64, 8, 3), TILE(64, 32, 8, 2), TILE(64, 32, 8, 3), TILE(64, 32, 8, 4),
-        TILE(64, 32, 8, 5)]),
-    (triton_attention_backward.QUERIES, "_queries", [
-        TILE(64, 32, 8, 2), TILE(64, 32, 8, 3), TILE(64, 16, 8, 2), TILE(64, 16, 8, 3), TILE(64, 16, 8, 4),
-        TILE(64, 64, 8, 1)]),
+        TILE(64, 64, 8, 2), TILE(64, 64, 8, 3), TILE(64, 32, 4, 1, 256), TILE(64, 32, 4, 2, 256),
+        TILE(64, 16, 4, 2, 256), TILE(64, 64, 4, 1, 256)]),
+    (triton_attention_backward.WEIGHTS, "_weights", [
+        TILE(64, 64, 8, 1), TILE(64, 32, 8, 1), TILE(64, 32, 8, 2), TILE(64, 16, 8, 1)]),
+    (triton_attention_backward.D_QUERY, "_d_query", [
+        TILE(64, 64, 4, 2, 256), TILE(64, 64, 4, 3, 256), TILE(64, 32, 4, 3, 256), TILE(64, 32, 4, 5, 256),
+        TILE(64, 64, 8, 2), TILE(64, 64, 8, 3), TILE(64, 64, 8, 4), TILE(64, 32, 8, 5)]),
     (triton_attention_keys.RANGES, "_ranges", [
         KEYS(64, 256, 64, 8, 2), KEYS(64, 256, 32, 8, 2), KEYS(64, 256, 32, 8, 3), KEYS(128, 256, 64, 8, 2),
         KEYS(128, 256, 32, 8, 3), KEYS(64, 256, 32, 4, 3), KEYS(64, 128, 64, 4, 2)]),

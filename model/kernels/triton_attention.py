@@ -3,6 +3,8 @@
 A program takes BLOCK_Q queries × BLOCK_H heads, the rows of one product against keys that all of them share:
 the tiles of BLOCK_N window keys, then the tiles of entries. As keys are values, a tile is loaded once and
 serves both products. Logits are in base 2; the running maximum starts at the sink, the running sum at 1.
+Sums of 64 heads of 512 channels fill half a chip's registers. Where a query sees few keys, two programs share
+its channels and compute its logits twice: then two fit, and one loads and stores while the other multiplies.
 
 B rows, T queries, H heads, C head width, S window keys, M entries, K picks of a query.
 """
@@ -29,7 +31,8 @@ LENGTHS = ["num_queries", "num_window", "num_entries", "num_picks", "num_heads",
 
 @dataclass(frozen=True)
 class Tile:
-    """rows = BLOCK_Q · BLOCK_H at most; keys = BLOCK_N; the launch's warps and stages."""
+    """rows = BLOCK_Q · BLOCK_H at most; keys = BLOCK_N; the launch's warps and stages; the channels that a
+    program writes: all, or half of them, when it computes logits that another one computes too."""
 
     rows: int
     keys: int
@@ -41,7 +44,7 @@ class Tile:
 # By bytes an element, whether a row of keys has more than 128 channels, and whether picks are gathered (whose
 # loads take a stage of their own).
 FORWARD = {
-    (2, True, False): Tile(64, 64, 8, 2),
+    (2, True, False): Tile(64, 32, 4, 1, 256),
     (2, True, True): Tile(64, 64, 8, 3),
     (2, False, False): Tile(64, 64, 4, 3),
     (2, False, True): Tile(64, 64, 4, 3),
@@ -144,24 +147,30 @@ def _forward(
     query, window, entries, chosen, oldest, first, stop, sink, out, lse, scale,
     num_queries, num_window, num_entries, num_picks, num_heads, offset,
     WIDTH: tl.constexpr, MODE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    num_parts: tl.constexpr = WIDTH // BLOCK_C
+    part, row = tl.program_id(0) % num_parts, tl.program_id(2)
     # Later queries see more: they begin first.
-    block, row = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2)
-    r, c = tl.arange(0, BLOCK_Q * BLOCK_H), tl.arange(0, WIDTH)
+    block = tl.num_programs(0) // num_parts - 1 - tl.program_id(0) // num_parts
+    r, c = tl.arange(0, BLOCK_Q * BLOCK_H), part * BLOCK_C + tl.arange(0, BLOCK_C)
+    # Of two halves of the channels, the one that this program does not write.
+    c_rest = (1 - part) * BLOCK_C + tl.arange(0, BLOCK_C)
     head = tl.program_id(1) * BLOCK_H + r % BLOCK_H
     token = block * BLOCK_Q + r // BLOCK_H
     is_there = (head < num_heads) & (token < num_queries)
     token = tl.minimum(token, num_queries - 1)
     own = (row * num_queries + token).to(tl.int64) * num_heads + head
     q = tl.load(query + own[:, None] * WIDTH + c[None, :], mask=is_there[:, None], other=0.0)
+    if num_parts == 2:
+        q_rest = tl.load(query + own[:, None] * WIDTH + c_rest[None, :], mask=is_there[:, None], other=0.0)
     near_low, near_high, near_start, near_tiles, far_low, far_high, far_start, far_tiles = seen_by(
         chosen, oldest, first, stop, row, token, num_queries, num_picks, offset, MODE, BLOCK_N
     )
     factor = scale * LOG2_E
     top = tl.load(sink + head, mask=head < num_heads, other=0.0).to(tl.float32) * LOG2_E
     total = tl.full([BLOCK_Q * BLOCK_H], 1.0, tl.float32)
-    acc = tl.zeros([BLOCK_Q * BLOCK_H, WIDTH], tl.float32)
+    acc = tl.zeros([BLOCK_Q * BLOCK_H, BLOCK_C], tl.float32)
     for index in range(near_tiles + far_tiles):
         address, seen, _, _ = place_of(
             index, window, entries, chosen, row, token, num_queries, num_window, num_entries, num_picks,
@@ -169,7 +178,12 @@ def _forward(
             MODE, WIDTH, BLOCK_Q, BLOCK_N,
         )  # fmt: skip
         k = tl.load(address[:, None] + c[None, :])
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+        if num_parts == 2:
+            k_rest = tl.load(address[:, None] + c_rest[None, :])
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if num_parts == 2:
+            logits = tl.dot(q_rest, tl.trans(k_rest), logits, input_precision=PRECISION)
+        logits *= factor
         p, shrink = tl.zeros([BLOCK_Q * BLOCK_H, BLOCK_N], k.dtype), top
         # Always true. Without the branch the compiler sees one product feed another and gives every group
         # of warps all columns of the first, which it then computes once a group.
@@ -183,19 +197,20 @@ def _forward(
         acc = tl.dot(p, k, acc * shrink[:, None], input_precision=PRECISION)
     acc = acc / total[:, None]
     tl.store(out + own[:, None] * WIDTH + c[None, :], acc.to(out.dtype.element_ty), mask=is_there[:, None])
-    tl.store(lse + own, top + tl.log2(total), mask=is_there)
+    tl.store(lse + own, top + tl.log2(total), mask=is_there & (part == 0))
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, C] in the query's dtype and log2 of the softmax' denominator [B, T, H] fp32."""
-    rows, num_queries, num_heads, _ = problem.query.shape
+    rows, num_queries, num_heads, width = problem.query.shape
     tile = FORWARD[setting_of(problem)]
     out = torch.empty_like(problem.query)
     lse = torch.empty(rows, num_queries, num_heads, dtype=torch.float32, device=out.device)
-    sizes = blocks(problem, tile)
-    grid = (triton.cdiv(num_queries, sizes["BLOCK_Q"]), triton.cdiv(num_heads, sizes["BLOCK_H"]), rows)
-    _forward[grid](
-        *problem.tensors, out, lse, problem.scale, *problem.lengths, **sizes,
+    sizes, channels = blocks(problem, tile), min(tile.channels, width)
+    num_blocks = triton.cdiv(num_queries, sizes["BLOCK_Q"]) * (width // channels)
+    _forward[num_blocks, triton.cdiv(num_heads, sizes["BLOCK_H"]), rows](
+        *problem.tensors, out, lse, problem.scale, *problem.lengths,
+        BLOCK_C=channels, **sizes,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse

@@ -80,8 +80,10 @@ def test_every_kind_of_keys_equals_the_twin(kind, length, ratio, num_picks, conf
     assert_equals_the_twin(call, triton_device, torch.float32, 2e-5)
 
 
-@pytest.mark.parametrize(("heads", "width", "num_picks"), [(20, 32, 3), (65, 16, 1)])
-def test_half_precision_and_any_number_of_heads_equal_the_twin(
+@pytest.mark.parametrize(
+    ("heads", "width", "num_picks"), [(20, 32, 3), (65, 16, 1), (3, 512, None), (3, 512, 1)]
+)
+def test_half_precision_and_any_number_of_heads_and_channels_equal_the_twin(
     heads, width, num_picks, config, triton_device
 ):
     # Triton 3.6's interpreter multiplies the bits of bf16 as integers.
