@@ -124,7 +124,7 @@ def place_of(
     position = start + n
     ranged = (position[None, :] >= low[:, None]) & (position[None, :] < high[:, None])
     seen = ranged
-    inside = tl.minimum(position, most - 1)
+    inside = tl.maximum(tl.minimum(position, most - 1), 0)
     if MODE == MASK:
         # Once a query, not once a head.
         each = tl.minimum(tl.min(token) + tl.arange(0, BLOCK_Q), num_queries - 1)

@@ -112,30 +112,35 @@ def _weights(
     near_low, near_high, near_start, near_tiles, far_low, far_high, far_start, far_tiles = seen_by(
         chosen, oldest, first, stop, row, token, num_queries, num_picks, offset, MODE, BLOCK_N
     )
+    # All places of a window get weights, zeros where a sample begins inside it.
+    window_low = token + (offset + 1 - size)
+    near_start = tl.min(window_low)
+    near_tiles = tl.cdiv(tl.max(near_high) - near_start, BLOCK_N)
     place = (row * (end - begin) + token - begin).to(tl.int64)
     # A tile of keys waits in registers while the one before it is worked on: beside `stacked`, shared memory
     # holds but one. Addresses are a tile ahead of that, as picks take a load of their own.
     address, _, _, _ = place_of(
         0, window, entries, chosen, row, token, num_queries, num_window, num_entries, num_picks,
-        near_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
+        window_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
         MODE, WIDTH, BLOCK_Q, BLOCK_N,
     )  # fmt: skip
     k = tl.load(address[:, None] + c[None, :])
     address, _, _, _ = place_of(
         1, window, entries, chosen, row, token, num_queries, num_window, num_entries, num_picks,
-        near_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
+        window_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
         MODE, WIDTH, BLOCK_Q, BLOCK_N,
     )  # fmt: skip
     for index in range(near_tiles + far_tiles):
         _, seen, ranged, position = place_of(
             index, window, entries, chosen, row, token, num_queries, num_window, num_entries, num_picks,
-            near_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
+            window_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
             MODE, WIDTH, BLOCK_Q, BLOCK_N,
         )  # fmt: skip
+        seen &= (position[None, :] >= near_low[:, None]) | (index >= near_tiles)
         following = tl.load(address[:, None] + c[None, :])
         address, _, _, _ = place_of(
             index + 2, window, entries, chosen, row, token, num_queries, num_window, num_entries, num_picks,
-            near_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
+            window_low, near_high, near_start, near_tiles, far_low, far_high, far_start,
             MODE, WIDTH, BLOCK_Q, BLOCK_N,
         )  # fmt: skip
         products = tl.dot(stacked, tl.trans(k), input_precision=PRECISION)

@@ -35,7 +35,7 @@ class KeyTile:
 
 
 # By bytes an element and by whether a row of keys has more than 128 channels.
-RANGES = {(2, True): KeyTile(128, 256, 64, 8, 2), (2, False): KeyTile(64, 128, 64, 4, 3)}
+RANGES = {(2, True): KeyTile(128, 256, 32, 8, 4), (2, False): KeyTile(64, 128, 64, 4, 3)}
 ROWS = {(2, True): KeyTile(64, 256, 0, 8, 2), (2, False): KeyTile(64, 128, 0, 4, 2)}
 SMALL = KeyTile(32, 32, 16, 4, 1)  # fp32
 SUM_TILE = 16  # rows added at once
@@ -56,7 +56,7 @@ SUM_TILE = 16  # rows added at once
     ]
 )
 def _ranges(
-    query, grad, weights, oldest, first, stop, block_begin, block_end, d_keys,
+    query, grad, weights, first, stop, block_begin, block_end, d_keys,
     num_queries, num_keys, num_heads, offset, size, begin, end, num_far, first_block, num_splits,
     PADDED: tl.constexpr, WIDTH: tl.constexpr, IS_FAR: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
@@ -94,8 +94,8 @@ def _ranges(
             seen_high = tl.load(stop + at, mask=is_there, other=0).to(tl.int32)
             slot, num_slots = key[:, None] + tl.zeros_like(token)[None, :], num_far
         else:
-            seen_low = tl.load(oldest + at, mask=is_there, other=0).to(tl.int32)
-            seen_high = token + (offset + 1)
+            # Every place of a window holds a weight, so no load of bounds stands before the loads of weights.
+            seen_low, seen_high = token + (offset + 1 - size), token + (offset + 1)
             slot, num_slots = key[:, None] - (token + (offset + 1 - size))[None, :], size
         kept = (key[:, None] >= seen_low[None, :]) & (key[:, None] < seen_high[None, :]) & is_there[None, :]
         place = (row * (end - begin) + token - begin).to(tl.int64) * num_slots
@@ -195,9 +195,9 @@ class KeyGradient:
             first_block = max(0, begin + problem.offset + 1 - problem.size) // tile.keys
             last = end + problem.offset
         blocks = triton.cdiv(last, tile.keys) - first_block
-        _, _, _, _, oldest, first, stop, _ = problem.tensors
+        _, _, _, _, _, first, stop, _ = problem.tensors
         _ranges[blocks * (width // self.channels), self.num_splits, rows](
-            problem.query, grad, weights, oldest, first, stop, self.begin, self.end, self.sums,
+            problem.query, grad, weights, first, stop, self.begin, self.end, self.sums,
             num_queries, self.num_keys, num_heads, problem.offset, problem.size, begin, end, weights.shape[2],
             first_block, self.num_splits,
             PADDED=weights.shape[4], WIDTH=width, IS_FAR=self.is_far, BLOCK_K=tile.keys,
