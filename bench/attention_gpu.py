@@ -8,9 +8,9 @@ errors to fp64; then arms in turns. TFLOP/s count 4 (forward) and 10 (backward) 
 sees, bytes Q, O (and dO, dQ) and the keys once. "of floor" is the larger of FLOP over this run's matrix rate
 and bytes over its copy rate, over the time.
 
-Predicted for Flash: forward of CSA, a tile of 64 keys takes 2,560 cycles of matrix units and shared memory; it
-took 6,000, of which loads that begin behind the second product are the largest part. Sliding by halves: bytes
-ask for 6 µs a query and SM, products of two programs for 5, so 0.27 ms at 4k where one program took 0.42.
+Predicted for Flash: forward of CSA, a tile of 64 keys takes 2,560 cycles of matrix units and shared memory;
+it took 6,000, of which loads that begin behind the second product are the largest part. Sliding by halves:
+bytes ask for 6 µs a query and SM, products of two programs for 5: 0.27 ms at 4k where one program took 0.42.
 Backward at 32k CSA: weights 6 ms (2,048 cycles of products a tile of 64 keys, 1,400 of softmax and stores),
 dQ 4.6, rows and their sums move 38 GB in 15.8 (measured), ranges 3.5, sorting 2: 32 ms (210 TFLOP/s).
 """
@@ -231,10 +231,10 @@ SWEEP = [
         TILE(64, 64, 8, 2), TILE(64, 64, 8, 3), TILE(64, 32, 4, 1, 256), TILE(64, 32, 4, 2, 256),
         TILE(64, 16, 4, 2, 256), TILE(64, 64, 4, 1, 256)]),
     (triton_attention_backward.WEIGHTS, "_weights", [
-        TILE(64, 64, 8, 1), TILE(64, 32, 8, 1), TILE(64, 32, 8, 2), TILE(64, 16, 8, 1)]),
+        TILE(64, 64, 8, 1), TILE(64, 32, 8, 1), TILE(64, 16, 8, 1)]),
     (triton_attention_backward.D_QUERY, "_d_query", [
         TILE(64, 64, 4, 2, 256), TILE(64, 64, 4, 3, 256), TILE(64, 32, 4, 3, 256), TILE(64, 32, 4, 5, 256),
-        TILE(64, 64, 8, 2), TILE(64, 64, 8, 3), TILE(64, 64, 8, 4), TILE(64, 32, 8, 5)]),
+        TILE(64, 32, 4, 4, 256), TILE(64, 64, 8, 2), TILE(64, 64, 8, 3), TILE(64, 32, 8, 5)]),
     (triton_attention_keys.RANGES, "_ranges", [
         KEYS(128, 256, 64, 8, 2), KEYS(128, 256, 32, 8, 3), KEYS(128, 256, 32, 8, 4), KEYS(64, 256, 32, 8, 4),
         KEYS(64, 256, 64, 8, 2), KEYS(128, 128, 64, 8, 3), KEYS(128, 128, 32, 8, 4)]),

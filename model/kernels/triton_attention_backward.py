@@ -46,7 +46,7 @@ WEIGHTS = {
     (4, False, True): Tile(16, 16, 4, 1),
 }
 D_QUERY = {
-    (2, True, False): Tile(64, 64, 4, 2, 256),
+    (2, True, False): Tile(64, 32, 4, 5, 256),
     (2, True, True): Tile(64, 64, 4, 3, 256),
     (2, False, False): Tile(64, 64, 4, 2),
     (2, False, True): Tile(64, 64, 4, 3),
