@@ -158,7 +158,7 @@ def twin(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Tensor:
 # ---- speed --------------------------------------------------------------------------------------
 
 
-def speed_cases() -> Iterator[tuple[str, Callable[[], Call], int]]:
+def speed_cases() -> Iterator[tuple[str, Callable[[], Call], float | None]]:
     """Name, call, and up to how many entries a pick they are masked."""
     usual = gpu_attention.MASK_BELOW
     for kind, lengths in {"sliding": (4096, 32768), "HCA": (4096, 32768), "CSA": (4096, 8192, 32768)}.items():
