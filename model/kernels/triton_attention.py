@@ -44,7 +44,7 @@ class Tile:
 # By bytes an element, whether a row of keys has more than 128 channels, and whether picks are gathered (whose
 # loads take a stage of their own).
 FORWARD = {
-    (2, True, False): Tile(64, 32, 4, 1, 256),
+    (2, True, False): Tile(64, 64, 8, 2),
     (2, True, True): Tile(64, 64, 8, 3),
     (2, False, False): Tile(64, 64, 4, 3),
     (2, False, True): Tile(64, 64, 4, 3),

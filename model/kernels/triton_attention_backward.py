@@ -47,7 +47,7 @@ WEIGHTS = {
 }
 D_QUERY = {
     (2, True, False): Tile(64, 32, 4, 5, 256),
-    (2, True, True): Tile(64, 64, 4, 3, 256),
+    (2, True, True): Tile(64, 32, 4, 5, 256),
     (2, False, False): Tile(64, 64, 4, 2),
     (2, False, True): Tile(64, 64, 4, 3),
     (4, True, False): Tile(16, 16, 4, 1),

@@ -35,7 +35,7 @@ class KeyTile:
 
 
 # By bytes an element and by whether a row of keys has more than 128 channels.
-RANGES = {(2, True): KeyTile(128, 256, 32, 8, 4), (2, False): KeyTile(64, 128, 64, 4, 3)}
+RANGES = {(2, True): KeyTile(128, 256, 32, 8, 3), (2, False): KeyTile(64, 128, 64, 4, 3)}
 ROWS = {(2, True): KeyTile(64, 256, 0, 8, 2), (2, False): KeyTile(64, 128, 0, 4, 2)}
 SMALL = KeyTile(32, 32, 16, 4, 1)  # fp32
 SUM_TILE = 16  # rows added at once
