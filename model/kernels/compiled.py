@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,10 @@ from torch import Tensor
 # No product is fused with a sum unless the source says so: where a compiler fuses differs between the loop
 # over whole vectors and the one over the rest, and a row's last bit must not depend on which of them it met.
 EXACT = ("-ffp-contract=off",)
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", *EXACT, "-shared", "-fPIC")
+# Files of one library call each other, never a function of that name which the process had before: under a
+# distribution's Python zlib's `compress` is such a one. macOS links so of itself.
+OWN = ("-Wl,-Bsymbolic",) if sys.platform == "linux" else ()
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", *EXACT, "-shared", "-fPIC", *OWN)
 COMPILE_TIMEOUT_S = 120
 PARTS = {"decode_step": ("decode_attention", "decode_moe", "hyper_connections", "norm_rotate")}
 
