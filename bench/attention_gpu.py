@@ -37,13 +37,15 @@ from torch import Tensor
 
 from consilience.model.config import PRESETS, ModelConfig
 from consilience.model.kernels import (
+    attention_problem,
     gpu_attention,
     triton_attention,
     triton_attention_backward,
     triton_attention_keys,
 )
-from consilience.model.kernels.gpu_attention import Problem, problem_of
-from consilience.model.kernels.sink_attention import Keys, _SinkAttention, sink_attention_dense
+from consilience.model.kernels.attention_keys import Keys
+from consilience.model.kernels.attention_problem import Problem, problem_of
+from consilience.model.kernels.sink_attention import _SinkAttention, sink_attention_dense
 from consilience.model.layout import Windows, packed_layout
 from consilience.model.top_k import top_k
 
@@ -160,7 +162,7 @@ def twin(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Tensor:
 
 def speed_cases() -> Iterator[tuple[str, Callable[[], Call], float | None]]:
     """Name, call, and up to how many entries a pick they are masked."""
-    usual = gpu_attention.MASK_BELOW
+    usual = attention_problem.MASK_BELOW
     for kind, lengths in {"sliding": (4096, 32768), "HCA": (4096, 32768), "CSA": (4096, 8192, 32768)}.items():
         for length in lengths:
             yield f"{kind} {length}", partial(draw, FLASH, kind, length), usual
@@ -180,7 +182,7 @@ def speed() -> None:
     print(f"\nThis run: matrices {matrix / 1e12:.0f} TFLOP/s, copies {copy / 1e12:.2f} TB/s\n")
     columns = ["case", "way", "pass", "ms", "again", "TFLOP/s", "TB/s", "floor ms", "of floor", "beyond GiB"]
     table = Table(*columns)
-    for name, make, gpu_attention.MASK_BELOW in speed_cases():
+    for name, make, attention_problem.MASK_BELOW in speed_cases():
         time_case(table, name, make(), matrix, copy)
 
 

@@ -39,7 +39,7 @@ from consilience.model.kernels import (
     triton_index_scores,
     triton_top_k,
 )
-from consilience.model.kernels.sink_attention import Keys
+from consilience.model.kernels.attention_keys import Keys
 from consilience.model.layout import packed_layout
 from consilience.model.top_k import top_k
 

@@ -17,9 +17,10 @@ from consilience.model.compressor import Compressor
 from consilience.model.config import CSA_RATIO, SLIDING, ModelConfig
 from consilience.model.exact import Linear
 from consilience.model.indexer import Indexer, index_loss
+from consilience.model.kernels.attention_keys import Keys
 from consilience.model.kernels.gpu_decode import step_kernels
 from consilience.model.kernels.grouped_projection import grouped_projection
-from consilience.model.kernels.sink_attention import Keys, sink_attention
+from consilience.model.kernels.sink_attention import sink_attention
 from consilience.model.layout import Layout
 from consilience.model.norm import RMSNorm, rms
 from consilience.model.quantization import OFF, kv_values

@@ -17,8 +17,9 @@ from consilience.model.compressor import Compressor
 from consilience.model.config import CSA_RATIO, ModelConfig
 from consilience.model.exact import Linear
 from consilience.model.kernels import decode_attention, gpu_decode, gpu_index_loss, gpu_indexer, index_pick
+from consilience.model.kernels.attention_keys import Keys, Stretch, stretches, visible_columns
 from consilience.model.kernels.exact_attention import exact_scores
-from consilience.model.kernels.sink_attention import Keys, Stretch, entry_mass, stretches, visible_columns
+from consilience.model.kernels.sink_attention import entry_mass
 from consilience.model.layout import Layout
 from consilience.model.quantization import OFF, fake_bf16, index_values
 from consilience.model.rope import rotate

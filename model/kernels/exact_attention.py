@@ -17,7 +17,7 @@ from torch import Tensor
 from consilience.model.exact import KEY_TILE, padded, tile_of
 
 if TYPE_CHECKING:
-    from consilience.model.kernels.sink_attention import Keys
+    from consilience.model.kernels.attention_keys import Keys
     from consilience.model.layout import Windows
 
 

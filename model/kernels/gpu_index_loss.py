@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from consilience.model.kernels import gpu_attention
+from consilience.model.kernels.attention_problem import problem_of
 from consilience.model.kernels.choice import uses_triton
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from consilience.model.kernels.sink_attention import Keys
+    from consilience.model.kernels.attention_keys import Keys
     from consilience.model.kernels.triton_index_loss import Candidates
 
 BUFFER_BYTES = 1 << 26  # slots held at once, in fp32
@@ -53,7 +54,7 @@ def denominators(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Tenso
     from consilience.model.kernels import triton_attention
 
     with torch.no_grad():
-        return triton_attention.forward(gpu_attention.problem_of(query, keys, sink, scale))[1]
+        return triton_attention.forward(problem_of(query, keys, sink, scale))[1]
 
 
 def divergence(mass: Tensor, scores: Tensor, is_candidate: Tensor) -> tuple[Tensor, Tensor, Tensor]:

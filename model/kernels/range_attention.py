@@ -14,7 +14,7 @@ from torch import Tensor
 from consilience.model.kernels.compiled import call, library
 
 if TYPE_CHECKING:
-    from consilience.model.kernels.sink_attention import Keys
+    from consilience.model.kernels.attention_keys import Keys
 
 
 def is_available(query: Tensor) -> bool:

@@ -19,12 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from consilience.model.kernels import gpu_attention
-from consilience.model.kernels.gpu_attention import Problem
+from consilience.model.kernels import attention_problem
+from consilience.model.kernels.attention_problem import Problem
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NONE, MASK, GATHER = (
-    tl.constexpr(mode) for mode in (gpu_attention.NONE, gpu_attention.MASK, gpu_attention.GATHER)
+    tl.constexpr(mode) for mode in (attention_problem.NONE, attention_problem.MASK, attention_problem.GATHER)
 )
 LENGTHS = ["num_queries", "num_window", "num_entries", "num_picks", "num_heads", "offset"]
 
@@ -58,14 +58,14 @@ FORWARD = {
 def setting_of(problem: Problem) -> tuple[int, bool, bool]:
     """The key of a launch's tile in the tables."""
     query = problem.query
-    return query.element_size(), query.shape[3] > 128, problem.mode == gpu_attention.GATHER
+    return query.element_size(), query.shape[3] > 128, problem.mode == attention_problem.GATHER
 
 
 def blocks(problem: Problem, tile: Tile) -> dict[str, Any]:
     """Compile-time arguments that all kernels over queries share."""
     heads = problem.query.shape[2]
     block_h = min(max(16, triton.next_power_of_2(heads)), tile.rows)
-    gathers = problem.mode == gpu_attention.GATHER
+    gathers = problem.mode == attention_problem.GATHER
     return {
         "WIDTH": problem.query.shape[3],
         "MODE": problem.mode,

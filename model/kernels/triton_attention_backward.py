@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from consilience.model.kernels import gpu_attention
-from consilience.model.kernels.gpu_attention import Problem
+from consilience.model.kernels import attention_problem
+from consilience.model.kernels.attention_problem import Problem
 from consilience.model.kernels.triton_attention import (
     LENGTHS,
     LOG2_E,
@@ -206,7 +206,7 @@ def _d_query(
 def _chunks(problem: Problem, budget: int) -> Iterator[tuple[int, int]]:
     """Ranges of queries, in steps of 64, as few as the budget allows and about equally long."""
     rows, num_queries, _, width = problem.query.shape
-    num_picks = problem.lengths[3] if problem.mode == gpu_attention.GATHER else 0
+    num_picks = problem.lengths[3] if problem.mode == attention_problem.GATHER else 0
     slots = problem.size + (num_picks or problem.num_entries)
     size = problem.query.element_size() * rows * (slots * 2 * padded_heads(problem) + num_picks * width)
     num_chunks = triton.cdiv(num_queries * size, budget)
@@ -226,7 +226,7 @@ def _weigh(
     """Weights of keys and of entries of the queries begin … end - 1; writes their dQ and sink's parts."""
     rows, _, num_heads, width = problem.query.shape
     tile, padded = WEIGHTS[setting_of(problem)], padded_heads(problem)
-    num_far = problem.lengths[3] if problem.mode == gpu_attention.GATHER else problem.num_entries
+    num_far = problem.lengths[3] if problem.mode == attention_problem.GATHER else problem.num_entries
     near = problem.query.new_empty(rows, end - begin, problem.size, 2, padded)
     far = problem.query.new_empty(rows, end - begin, num_far, 2, padded)
     numbers = (*problem.lengths, problem.size, begin, end, num_far)
@@ -256,7 +256,7 @@ def backward(
 
     `budget` bounds the bytes of weights and rows held at once, but never below those of 64 queries.
     """
-    gathers = problem.mode == gpu_attention.GATHER
+    gathers = problem.mode == attention_problem.GATHER
     d_query, d_sink = torch.empty_like(problem.query), torch.empty_like(lse)
     chunks = list(_chunks(problem, budget))
     near = KeyGradient(problem, is_far=False, num_queries=chunks[0][1])

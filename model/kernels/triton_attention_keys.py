@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from consilience.model.kernels import gpu_attention
-from consilience.model.kernels.gpu_attention import Problem
+from consilience.model.kernels import attention_problem
+from consilience.model.kernels.attention_problem import Problem
 
 PROGRAMS = 132  # a launch is split until it has about so many programs: the SMs of an H100
 
@@ -169,7 +169,7 @@ class KeyGradient:
         self.tile, self.row_tile = RANGES.get(kind, SMALL), ROWS.get(kind, SMALL)
         self.channels = min(self.tile.channels, width)
         self.num_splits = 1
-        if not (is_far and problem.mode == gpu_attention.GATHER):
+        if not (is_far and problem.mode == attention_problem.GATHER):
             seen = self.num_keys if is_far else min(self.num_keys, num_queries + problem.size)
             programs = triton.cdiv(seen, self.tile.keys) * (width // self.channels) * rows
             self.num_splits = max(1, min(round(PROGRAMS / programs), triton.cdiv(num_queries, 16)))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from consilience.model.kernels.sink_attention import Keys
+from consilience.model.kernels.attention_keys import Keys
 from consilience.model.layout import chunk_layout, packed_layout
 from consilience.model.state import DecodeState
 from consilience.model.top_k import top_k

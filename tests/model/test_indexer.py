@@ -8,7 +8,7 @@ import torch
 from consilience.model.exact import exact_mode
 from consilience.model.forward_trace import Trace
 from consilience.model.indexer import Indexer, IndexQueries, divergence, index_loss
-from consilience.model.kernels.sink_attention import Keys
+from consilience.model.kernels.attention_keys import Keys
 from consilience.model.layout import chunk_layout, packed_layout
 from consilience.model.quantization import fake_fp4, index_values
 from consilience.model.rope import inverse_frequencies, rotate, rotations

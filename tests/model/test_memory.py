@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from consilience.model.config import TINY
 from consilience.model.forward_trace import Trace
 from consilience.model.initialize import initialize
-from consilience.model.kernels.sink_attention import BUFFER
+from consilience.model.kernels.attention_keys import BUFFER
 from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
 

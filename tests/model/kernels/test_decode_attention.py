@@ -11,8 +11,9 @@ from consilience.model.exact import exact_mode
 from consilience.model.forward_trace import Trace
 from consilience.model.indexer import Indexer
 from consilience.model.kernels import decode_attention
+from consilience.model.kernels.attention_keys import Keys
 from consilience.model.kernels.compiled import library
-from consilience.model.kernels.sink_attention import Keys, sink_attention
+from consilience.model.kernels.sink_attention import sink_attention
 from consilience.model.layout import chunk_layout
 from consilience.model.quantization import FP4
 from consilience.model.state import DecodeState

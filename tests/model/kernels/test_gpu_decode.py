@@ -9,7 +9,8 @@ import torch
 from consilience.model.compressor import Compressor
 from consilience.model.indexer import Indexer
 from consilience.model.kernels import decode_attention, gpu_decode
-from consilience.model.kernels.sink_attention import Keys, sink_attention
+from consilience.model.kernels.attention_keys import Keys
+from consilience.model.kernels.sink_attention import sink_attention
 from consilience.model.layout import chunk_layout
 from consilience.model.state import DecodeState
 

@@ -8,8 +8,9 @@ import torch
 from attention_cases import SCALE, case, continued, leaves, packed
 
 from consilience.model.kernels import range_attention
+from consilience.model.kernels.attention_keys import Keys
 from consilience.model.kernels.compiled import library
-from consilience.model.kernels.sink_attention import Keys, sink_attention, sink_attention_dense
+from consilience.model.kernels.sink_attention import sink_attention, sink_attention_dense
 
 torch.set_num_threads(1)
 

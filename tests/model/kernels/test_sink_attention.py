@@ -8,7 +8,8 @@ import torch
 from attention_cases import SCALE, case, continued, leaves, packed, sample
 
 from consilience.model.exact import exact_mode
-from consilience.model.kernels.sink_attention import Keys, sink_attention, sink_attention_dense, stretches
+from consilience.model.kernels.attention_keys import Keys, stretches
+from consilience.model.kernels.sink_attention import sink_attention, sink_attention_dense
 from consilience.model.layout import packed_layout
 
 torch.set_num_threads(1)

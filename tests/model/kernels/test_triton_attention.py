@@ -11,7 +11,9 @@ import torch
 from attention_cases import case, continued, leaves, packed
 
 from consilience.model.kernels import gpu_attention
-from consilience.model.kernels.sink_attention import Keys, sink_attention_dense
+from consilience.model.kernels.attention_keys import Keys
+from consilience.model.kernels.attention_problem import problem_of
+from consilience.model.kernels.sink_attention import sink_attention_dense
 
 pytestmark = pytest.mark.triton
 torch.set_num_threads(1)
@@ -102,7 +104,7 @@ def test_ranges_of_queries_add_up_and_repeat_bit_by_bit(num_picks, config, trito
     layout = replace(keys.layout, oldest=keys.layout.oldest[row])
     windows = replace(keys.windows, first=keys.windows.first[row], stop=keys.windows.stop[row])
     keys = Keys(layout, keys.size, keys.window[row], keys.entries[row], windows, keys.picks[row])
-    problem = gpu_attention.problem_of(query[row].detach(), keys, sink.detach(), 0.25)
+    problem = problem_of(query[row].detach(), keys, sink.detach(), 0.25)
     out, denominator = triton_attention.forward(problem)
     grad = torch.ones_like(out)
     whole, parts, again = (

@@ -11,7 +11,7 @@ import torch
 
 from consilience.model.indexer import Indexer, IndexQueries, index_loss
 from consilience.model.kernels import gpu_attention, gpu_index_loss
-from consilience.model.kernels.sink_attention import Keys
+from consilience.model.kernels.attention_keys import Keys
 from consilience.model.layout import packed_layout
 
 pytestmark = pytest.mark.triton
