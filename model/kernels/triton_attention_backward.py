@@ -72,6 +72,26 @@ def slots_of(
     return target + slot * (2 * PADDED)
 
 
+@triton.jit
+def _stacked(
+    query, grad, row, start, num_queries, num_heads, end, c,
+    BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """8 rows of queries, their upstream gradients, the next 8: [2 BLOCK_Q BLOCK_H, WIDTH].
+
+    One product of it with the keys gives logits and dP. A thread of a warp group's product holds rows 8
+    apart, so it has both of a pair.
+    """
+    rows = tl.arange(0, 2 * BLOCK_Q * BLOCK_H)
+    of_both = rows // 16 * 8 + rows % 8
+    head = tl.program_id(1) * BLOCK_H + of_both % BLOCK_H
+    token = start + of_both // BLOCK_H
+    place = (row * num_queries + token).to(tl.int64) * num_heads + head
+    start_of = tl.where(rows // 8 % 2 == 0, query, grad)
+    is_there = (head < num_heads) & (token < end)
+    return tl.load(start_of[:, None] + place[:, None] * WIDTH + c[None, :], mask=is_there[:, None], other=0.0)
+
+
 @triton.jit(do_not_specialize=[*LENGTHS, "size", "begin", "end", "num_far"])
 def _weights(
     query, window, entries, chosen, oldest, first, stop, sink, out, lse, grad, d_sink,
@@ -97,17 +117,8 @@ def _weights(
     sinks = tl.load(sink + head, mask=head < num_heads, other=0.0).to(tl.float32) * LOG2_E
     tl.store(d_sink + own, -delta * tl.exp2(sinks - bottom), mask=is_there)
 
-    # One product with the keys gives logits and dP: 8 rows of queries, their upstream gradients, the next 8.
-    # A thread of a warp group's product holds rows 8 apart, so it has both of a pair.
-    r2 = tl.arange(0, 2 * ROWS)
-    of_both = r2 // 16 * 8 + r2 % 8
-    both_head = tl.program_id(1) * BLOCK_H + of_both % BLOCK_H
-    both_token = begin + block * BLOCK_Q + of_both // BLOCK_H
-    both = (row * num_queries + both_token).to(tl.int64) * num_heads + both_head
-    start_of = tl.where(r2 // 8 % 2 == 0, query, grad)
-    both_there = (both_head < num_heads) & (both_token < end)
-    stacked = tl.load(
-        start_of[:, None] + both[:, None] * WIDTH + c[None, :], mask=both_there[:, None], other=0.0
+    stacked = _stacked(
+        query, grad, row, begin + block * BLOCK_Q, num_queries, num_heads, end, c, BLOCK_Q, BLOCK_H, WIDTH
     )
     near_low, near_high, near_start, near_tiles, far_low, far_high, far_start, far_tiles = seen_by(
         chosen, oldest, first, stop, row, token, num_queries, num_picks, offset, MODE, BLOCK_N
