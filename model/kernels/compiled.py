@@ -52,7 +52,11 @@ def library(name: str) -> ctypes.CDLL | str:
         return f"{compiler} does not make {name}.c into a library: {detail.strip()[:300]}"
 
 
-def call(name: str, function: str, *arguments: Tensor | int | float | None) -> None:
+class Pointer(int):
+    """Where numbers begin in memory."""
+
+
+def call(name: str, function: str, *arguments: Tensor | Pointer | int | float | None) -> None:
     """Call `function` of library `name`: tensors as pointers (None: null), int as C long, float as float."""
     found = _bound.get(function) or _bind(name, function, arguments)
     found(*[address(value) if isinstance(value, Tensor) else value for value in arguments])
@@ -61,7 +65,7 @@ def call(name: str, function: str, *arguments: Tensor | int | float | None) -> N
 _bound: dict[str, Any] = {}
 
 
-def _bind(name: str, function: str, arguments: tuple[Tensor | int | float | None, ...]) -> Any:
+def _bind(name: str, function: str, arguments: tuple[Tensor | Pointer | int | float | None, ...]) -> Any:
     """The C function with the types of these arguments: told once, ctypes converts far faster."""
     handle = library(name)
     assert isinstance(handle, ctypes.CDLL)
@@ -77,6 +81,11 @@ def address(tensor: Tensor) -> int:
     """Where the numbers of a contiguous tensor begin."""
     assert tensor.is_contiguous()
     return tensor.data_ptr()
+
+
+def past(tensor: Tensor | None, count: int) -> Pointer | None:
+    """The place `count` numbers into a contiguous tensor, which the caller keeps alive."""
+    return None if tensor is None else Pointer(address(tensor) + count * tensor.element_size())
 
 
 def _compile(compiler: str, sources: list[Path], target: Path) -> None:

@@ -87,8 +87,8 @@ INLINE void mix(const query_t *q, const float *weights, float *out) {
     mix_keys(q->far, q->H, q->C, q->most, weights + q->near, q->far_keys, out);
 }
 
-/* work: H most + K C floats; places: 2 H pointers. */
-void range_forward(long B, long T, long H, long C, long S, long M, long K, long offset, long most,
+/* Of the rows b T + t from `start` to `end` - 1. work: H most + K C floats; places: 2 H pointers. */
+void range_forward(long start, long end, long T, long H, long C, long S, long M, long K, long offset, long most,
                    float scale, const float *query, const float *window, const float *entries,
                    const long *oldest, const long *first, const long *stop, const long *picks,
                    const float *sink, float *out, float *work, void **places) {
@@ -96,15 +96,14 @@ void range_forward(long B, long T, long H, long C, long S, long M, long K, long 
     query_t q = {.C = C, .H = H, .most = most, .weights = work};
     q.heads = (const float **)places;
     q.lines = (float **)places + H;
-    memset(out, 0, B * T * H * C * sizeof(float));
-    for (long b = 0; b < B; b++)
-        for (long t = 0; t < T; t++) {
-            const long at = (b * T + t) * H * C;
-            look(&keys, b, t, work + H * most, &q);
-            match(&q, query + at, work);
-            for (long h = 0; h < H; h++) soften(q.near + q.far, scale, sink[h], work + h * most);
-            mix(&q, work, out + at);
-        }
+    memset(out + start * H * C, 0, (end - start) * H * C * sizeof(float));
+    for (long row = start; row < end; row++) {
+        const long at = row * H * C;
+        look(&keys, row / T, row % T, work + H * most, &q);
+        match(&q, query + at, work);
+        for (long h = 0; h < H; h++) soften(q.near + q.far, scale, sink[h], work + h * most);
+        mix(&q, work, out + at);
+    }
 }
 
 /* d_key[r] [C] += Σ_h score[h][r] x[h] + weight[h][r] grad[h] from channel c: `rows` keys in registers. */
@@ -151,9 +150,9 @@ INLINE void spread(long n, const query_t *q, const float *score, const float *we
     }
 }
 
-/* d_window, d_entries and d_sink are added to. work: 2 H most + K C floats; places: 2 H pointers. */
-void range_backward(long B, long T, long H, long C, long S, long M, long K, long offset, long most,
-                    float scale, const float *query, const float *window, const float *entries,
+/* The same rows; d_window, d_entries and d_sink are added to. work: 2 H most + K C floats; places: 2 H. */
+void range_backward(long start, long end, long T, long H, long C, long S, long M, long K, long offset,
+                    long most, float scale, const float *query, const float *window, const float *entries,
                     const long *oldest, const long *first, const long *stop, const long *picks,
                     const float *sink, const float *out, const float *grad, float *d_query, float *d_window,
                     float *d_entries, float *d_sink, float *work, void **places) {
@@ -162,26 +161,25 @@ void range_backward(long B, long T, long H, long C, long S, long M, long K, long
     float *scores = work + H * most, *copies = scores + H * most;
     q.heads = (const float **)places;
     q.lines = (float **)places + H;
-    memset(d_query, 0, B * T * H * C * sizeof(float));
-    for (long b = 0; b < B; b++)
-        for (long t = 0; t < T; t++) {
-            const long row = b * T + t, at = row * H * C;
-            look(&keys, b, t, copies, &q);
-            match(&q, query + at, work);
-            match(&q, grad + at, scores);
-            for (long h = 0; h < H; h++) {
-                const float own = soften(q.near + q.far, scale, sink[h], work + h * most);
-                const float *g = grad + at + h * C;
-                float inner, *result = &inner, *p = work + h * most, *s = scores + h * most;
-                product(1, 1, C, &g, out + at + h * C, &result);
-                for (long j = 0; j < q.near + q.far; j++) s[j] = scale * p[j] * (s[j] - inner);
-                d_sink[h] -= own * inner;
-            }
-            mix(&q, scores, d_query + at);
-            const long first_key = (q.near_keys - window) / C;
-            const long *columns = picks ? picks + row * K : 0, from = first && !picks ? first[row] : 0;
-            spread(q.near, &q, scores, work, query + at, grad + at, 0, first_key, d_window);
-            spread(q.far, &q, scores + q.near, work + q.near, query + at, grad + at, columns, from,
-                   d_entries + b * M * C);
+    memset(d_query + start * H * C, 0, (end - start) * H * C * sizeof(float));
+    for (long row = start; row < end; row++) {
+        const long at = row * H * C;
+        look(&keys, row / T, row % T, copies, &q);
+        match(&q, query + at, work);
+        match(&q, grad + at, scores);
+        for (long h = 0; h < H; h++) {
+            const float own = soften(q.near + q.far, scale, sink[h], work + h * most);
+            const float *g = grad + at + h * C;
+            float inner, *result = &inner, *p = work + h * most, *s = scores + h * most;
+            product(1, 1, C, &g, out + at + h * C, &result);
+            for (long j = 0; j < q.near + q.far; j++) s[j] = scale * p[j] * (s[j] - inner);
+            d_sink[h] -= own * inner;
         }
+        mix(&q, scores, d_query + at);
+        const long first_key = (q.near_keys - window) / C;
+        const long *columns = picks ? picks + row * K : 0, from = first && !picks ? first[row] : 0;
+        spread(q.near, &q, scores, work, query + at, grad + at, 0, first_key, d_window);
+        spread(q.far, &q, scores + q.near, work + q.near, query + at, grad + at, columns, from,
+               d_entries + row / T * M * C);
+    }
 }
