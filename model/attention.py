@@ -7,6 +7,7 @@ M compressed entries.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from consilience.model import exact
 from consilience.model.compressor import Compressor
 from consilience.model.config import CSA_RATIO, SLIDING, ModelConfig
 from consilience.model.exact import Linear
-from consilience.model.indexer import Indexer, index_loss
+from consilience.model.indexer import Indexer, IndexQueries, index_loss
 from consilience.model.kernels.attention_keys import Keys
 from consilience.model.kernels.gpu_decode import step_kernels
 from consilience.model.kernels.grouped_projection import grouped_projection
 from consilience.model.kernels.sink_attention import sink_attention
 from consilience.model.layout import Layout
 from consilience.model.norm import RMSNorm, rms
+from consilience.model.pieces import Work, in_pieces, piece_of
 from consilience.model.quantization import OFF, kv_values
 from consilience.model.recompute import named
 from consilience.model.rope import rotate
@@ -54,22 +56,28 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor, layout: Layout, state: LayerState | None) -> Tensor:
         """hidden [B, T, D] (normed) -> [B, T, D]. Advances the layer's state when one is given."""
-        num_rows, num_tokens, _ = hidden.shape
         rotation = layout.sliding_rotation if self.ratio == SLIDING else layout.compressed_rotation
-        for_heads = rotation[:, :, None]
         latent = self.q_norm(named("attention_inner", self.wq_a, hidden))
-        query = named("attention_inner", self.wq_b, latent).unflatten(-1, (self.num_heads, self.width))
-        query = rms(query, self.eps, for_heads)
         kv = self.kv_norm(named("attention_inner", self.wkv, hidden), rotation)
         if self.quantization.kv:
             kv = kv_values(kv, self.num_rope)
 
-        kernels = None if state is None else step_kernels(layout, query)
-        if state is not None and kernels is not None:
-            output = self._step(hidden, latent, query, kv, layout, state, kernels)
-        else:
-            output = self._attend(hidden, latent, query, kv, layout, state)
-        output = rotate(output, for_heads, is_inverse=True)
+        kernels = None if state is None else step_kernels(layout, latent)
+        if state is None or kernels is None:
+            return self._attend(hidden, latent, kv, rotation, layout, state)
+        query = self._query(latent, rotation)
+        output = self._step(hidden, latent, query, kv, layout, state, kernels)
+        return self._given_out(output, rotation)
+
+    def _query(self, latent: Tensor, rotation: Tensor) -> Tensor:
+        """latent [B, T, R] -> queries [B, T, H, C], normed and turned."""
+        query = named("attention_inner", self.wq_b, latent).unflatten(-1, (self.num_heads, self.width))
+        return rms(query, self.eps, rotation[:, :, None])
+
+    def _given_out(self, output: Tensor, rotation: Tensor) -> Tensor:
+        """What attention sums over keys [B, T, H, C] -> [B, T, D]."""
+        num_rows, num_tokens = output.shape[:2]
+        output = rotate(output, rotation[:, :, None], is_inverse=True)
         low = self._grouped(output.reshape(num_rows * num_tokens, self.groups, -1))
         return named("attention_output", self.wo_b, low.view(num_rows, num_tokens, -1))
 
@@ -77,22 +85,65 @@ class Attention(nn.Module):
         self,
         hidden: Tensor,
         latent: Tensor,
-        query: Tensor,
         kv: Tensor,
+        rotation: Tensor,
         layout: Layout,
         state: LayerState | None,
     ) -> Tensor:
-        """query [B, T, H, C] on the keys kv [B, T, C], those before them and compressed entries."""
+        """Queries of latent [B, T, R] on the keys kv [B, T, C], those before them and compressed entries.
+
+        All that has H · C channels a token is made a piece of queries at a time, where it is much.
+        """
         keys = Keys(layout, self.window, self._window_keys(kv, layout, state))
         if self.compressor is not None:
             entries = self.compressor(hidden, layout, state.compressor if state else None)
             keys = replace(keys, entries=entries, windows=layout.windows[self.ratio])
+        index = None
         if self.indexer is not None:
-            keys = self._picked(hidden, latent, query, keys, state)
-        output = sink_attention(query, keys, self.attn_sink, self.width**-0.5)
-        if self.compressor is not None and layout.trace is not None:
-            layout.trace.add_visible(layout.windows[self.ratio], layout.is_valid, keys.picks)
+            keys, index = self._picked(hidden, latent, keys, state)
+        token_bytes = latent.shape[0] * self.num_heads * self.width * latent.element_size()
+        piece = piece_of(latent.shape[1], token_bytes)
+        parameters = (self.wq_b.weight, self.wo_a.weight, self.wo_b.weight, self.attn_sink)
+        run = partial(self._inner, keys.without_tensors())
+        work = Work(run, 1, piece, "attention_output", parameters)
+        rows = (latent, rotation, keys.picks, index and index.query, index and index.weight)
+        output, *loss = in_pieces(work, rows, (keys.window, keys.entries, index and index.keys))
+        if layout.trace is not None:
+            if loss:
+                layout.trace.add_indexer_loss(loss[0] / loss[1].clamp(min=1), loss[1])
+            if self.compressor is not None:
+                layout.trace.add_visible(layout.windows[self.ratio], layout.is_valid, keys.picks)
         return output
+
+    def _inner(
+        self,
+        place: Keys,
+        start: int,
+        latent: Tensor,
+        rotation: Tensor,
+        picks: Tensor | None,
+        index_query: Tensor | None,
+        index_weight: Tensor | None,
+        window: Tensor,
+        entries: Tensor | None,
+        index_keys: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """Queries start … start + n - 1 from their latents to what they give out [B, n, D].
+
+        With an index also the sum of its losses and the queries that it is over.
+        """
+        keys = place.of_queries(start, start + latent.shape[1], window, entries, picks)
+        query = self._query(latent, rotation)
+        loss: tuple[Tensor, ...] = ()
+        if index_query is not None:
+            assert index_weight is not None and index_keys is not None and self.indexer is not None
+            is_cut = self.indexer.quantization.index_scores
+            index = IndexQueries(index_query, index_weight, index_keys, is_cut)
+            attention = (query.detach(), keys.detached(), self.attn_sink.detach(), self.width**-0.5)
+            mean, count = index_loss(index, attention, keys.layout.is_valid)
+            loss = (mean * count, count)
+        output = sink_attention(query, keys, self.attn_sink, self.width**-0.5)
+        return self._given_out(output, rotation), *loss
 
     def _step(
         self,
@@ -145,29 +196,25 @@ class Attention(nn.Module):
         return torch.cat((earlier, kv), dim=1)
 
     def _picked(
-        self, hidden: Tensor, latent: Tensor, query: Tensor, keys: Keys, state: LayerState | None
-    ) -> Keys:
-        """`keys` with the indexer's picks; its loss goes into the trace where one is wanted."""
+        self, hidden: Tensor, latent: Tensor, keys: Keys, state: LayerState | None
+    ) -> tuple[Keys, IndexQueries | None]:
+        """`keys` with the indexer's picks, and what its loss is made of where one is wanted."""
         layout, indexer = keys.layout, self.indexer
         assert indexer is not None
         wants_loss = layout.trace is not None and layout.trace.wants_losses
-        has_choice = not indexer.sees_all and layout.windows[CSA_RATIO].num_columns > indexer.topk
+        num_columns = layout.windows[CSA_RATIO].num_columns
+        has_choice = not indexer.sees_all and num_columns > indexer.topk
         if state is None and not wants_loss:
             if not has_choice:
-                return keys
+                return keys, None
             with torch.no_grad():
-                return replace(keys, picks=named("picks", indexer.choose, hidden, latent, layout))
+                return replace(keys, picks=named("picks", indexer.choose, hidden, latent, layout)), None
         # The indexer learns from its own loss only, and the rest from the language-model loss only.
         hidden, latent = hidden.detach(), latent.detach()
         with torch.set_grad_enabled(wants_loss and torch.is_grad_enabled()):
             index_keys = indexer.keys(hidden, layout, state.indexer if state else None)
             if not has_choice and not wants_loss:
-                return keys
+                return keys, None
             index = indexer.queries(hidden, latent, index_keys, layout)
             keys = replace(keys, picks=indexer.pick(index, layout))
-            if wants_loss and layout.windows[CSA_RATIO].num_columns:
-                detached = replace(keys, window=keys.window.detach(), entries=keys.entries.detach())  # type: ignore[union-attr]
-                attention = (query.detach(), detached, self.attn_sink.detach(), self.width**-0.5)
-                loss, num_queries = index_loss(index, attention, layout.is_valid)
-                layout.trace.add_indexer_loss(loss, num_queries)  # type: ignore[union-attr]
-        return keys
+        return keys, index if wants_loss and num_columns else None

@@ -18,6 +18,7 @@ from consilience.model.forward_trace import Trace
 from consilience.model.kernels import experts as by_pieces
 from consilience.model.kernels import gpu_moe
 from consilience.model.kernels.decode_moe import decode_moe, is_available
+from consilience.model.pieces import Work, in_pieces, piece_of
 from consilience.model.quantization import OFF, fake_mxfp4
 from consilience.model.recompute import named
 from consilience.model.routing import Routing
@@ -260,7 +261,11 @@ class MoE(nn.Module):
         weights, experts, scores = route(hidden, token_ids, fixed)
         if routing is not None and fixed is None:
             routing.take_down(self.layer, experts)
-        output = self._experts(hidden, weights, experts)
+        num_tokens, topk = experts.shape
+        piece = piece_of(num_tokens, topk * hidden.shape[1] * hidden.element_size())
+        parameters = (*self.experts.parameters(), *self.shared_experts.parameters())
+        work = Work(self._experts, 0, piece, "expert_activations", parameters)
+        (output,) = in_pieces(work, (hidden, weights, experts))
         if trace is not None:
             assert sample is not None
             load = torch.bincount(experts[sample >= 0].flatten(), minlength=scores.shape[1])
@@ -269,13 +274,14 @@ class MoE(nn.Module):
                 trace.add_balance_loss(balance_loss(scores, experts, sample))
         return output
 
-    def _experts(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    def _experts(self, _: int, hidden: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor]:
         """Routed and shared experts of hidden [R, D] by weights, experts [R, K] -> [R, D]."""
         routed, shared = self.experts, self.shared_experts
         if self._is_on_gpu(hidden):
             own = gpu_moe.shared_expert(shared, hidden)
-            return gpu_moe.routed_experts(hidden, weights, experts, routed.weights(), routed.limit, own)
-        return (routed(hidden, weights, experts)[0] + shared(hidden)).to(hidden.dtype)
+            given = (hidden, weights, experts, routed.weights(), routed.limit, own)
+            return (gpu_moe.routed_experts(*given),)
+        return ((routed(hidden, weights, experts)[0] + shared(hidden)).to(hidden.dtype),)
 
     def _is_on_gpu(self, hidden: Tensor) -> bool:
         return gpu_moe.is_available(hidden, self.experts.w1, self.gate.topk)

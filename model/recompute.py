@@ -18,7 +18,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar, copy_context
+from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +139,12 @@ class Recompute:
             preserve_rng_state=False,  # nothing in a block is random
             context_fn=contexts if is_selective else noop_context_fn,
         )
+
+
+def unnamed() -> Context:
+    """The settings of here, under which `named` is the call itself: for work inside of a named call."""
+    with _set(_is_selective, False):
+        return copy_context()
 
 
 def recompute_policy(setting: str | Iterable[str]) -> Recompute | None:

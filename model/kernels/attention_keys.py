@@ -6,7 +6,7 @@ B rows, T queries, C head width, W window, S window keys (offset + T), M entries
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,42 @@ class Keys:
     def gathers(self) -> bool:
         """Whether picked entries are gathered query by query; else every entry is scored and masked."""
         return self.picks is not None and self.windows.num_columns > GATHER_ABOVE * self.picks.shape[2]  # type: ignore[union-attr]
+
+    def without_tensors(self) -> Keys:
+        """What says where keys stand, without the keys."""
+        return replace(self, window=None, entries=None, picks=None)
+
+    def detached(self) -> Keys:
+        """The same keys, which get no gradient."""
+        window, entries = (None if x is None else x.detach() for x in (self.window, self.entries))
+        return replace(self, window=window, entries=entries)
+
+    def of_queries(
+        self, start: int, stop: int, window: Tensor, entries: Tensor | None, picks: Tensor | None
+    ) -> Keys:
+        """The keys of the queries start … stop - 1 alone: picks [B, n, K] are theirs, the others those of all.
+
+        Window keys that none of them sees are left out.
+        """
+        layout, windows, here = self.layout, self.windows, slice(start, stop)
+        if stop - start == layout.position.shape[1]:
+            return replace(self, window=window, entries=entries, picks=picks)
+        first, last = max(0, layout.offset + start - self.size), layout.offset + stop
+        if windows is not None:
+            windows = replace(
+                windows,
+                first=windows.first[:, here],
+                stop=windows.stop[:, here],
+                earlier=windows.earlier + start,
+            )
+        layout = replace(
+            layout,
+            position=layout.position[:, here],
+            is_valid=layout.is_valid[:, here],
+            oldest=layout.oldest[:, here] - first,
+            offset=layout.offset + start - first,
+        )
+        return Keys(layout, self.size, window[:, first:last], entries, windows, picks)
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,9 @@ class _Connection(torch.autograd.Function):
         found = named(name, _forward, written, reader)
         made = found if isinstance(found, tuple) else (found,)
         num_writes = int(written.output is not None)
-        ctx.save_for_backward(*arguments[:7], *made[:num_writes], *made[num_writes + 3 :])
+        # A write alone does not need its own result again.
+        num_kept = 0 if reader is None else num_writes
+        ctx.save_for_backward(*arguments[:7], *made[:num_kept], *made[num_writes + 3 :])
         ctx.settings = arguments[7:]
         return made[: num_writes + 3]
 
@@ -101,9 +103,10 @@ class _Connection(torch.autograd.Function):
         write = read = d_fn = d_base = d_scale = None
         new_streams = streams
         if output is not None:
-            new_streams = made.pop(0)
             write = (output, post, comb, gradients.pop(0))
         if fn is not None:
+            if output is not None:
+                new_streams = made.pop(0)
             pre, mixes, inverse = made
             d_input, d_post, d_comb = gradients
             rounds, eps, _ = ctx.settings
