@@ -67,17 +67,16 @@ class Attention(nn.Module):
             return self._attend(hidden, latent, kv, rotation, layout, state)
         query = self._query(latent, rotation)
         output = self._step(hidden, latent, query, kv, layout, state, kernels)
-        return self._given_out(output, rotation)
+        return self._given_out(rotate(output, rotation[:, :, None], is_inverse=True))
 
     def _query(self, latent: Tensor, rotation: Tensor) -> Tensor:
         """latent [B, T, R] -> queries [B, T, H, C], normed and turned."""
         query = named("attention_inner", self.wq_b, latent).unflatten(-1, (self.num_heads, self.width))
         return rms(query, self.eps, rotation[:, :, None])
 
-    def _given_out(self, output: Tensor, rotation: Tensor) -> Tensor:
-        """What attention sums over keys [B, T, H, C] -> [B, T, D]."""
+    def _given_out(self, output: Tensor) -> Tensor:
+        """What attention sums over keys, turned back [B, T, H, C] -> [B, T, D]."""
         num_rows, num_tokens = output.shape[:2]
-        output = rotate(output, rotation[:, :, None], is_inverse=True)
         low = self._grouped(output.reshape(num_rows * num_tokens, self.groups, -1))
         return named("attention_output", self.wo_b, low.view(num_rows, num_tokens, -1))
 
@@ -143,7 +142,9 @@ class Attention(nn.Module):
             mean, count = index_loss(index, attention, keys.layout.is_valid)
             loss = (mean * count, count)
         output = sink_attention(query, keys, self.attn_sink, self.width**-0.5)
-        return self._given_out(output, rotation), *loss
+        del query  # where nothing is kept for a backward, it goes before more of its size comes
+        output = rotate(output, rotation[:, :, None], is_inverse=True)
+        return self._given_out(output), *loss
 
     def _step(
         self,
