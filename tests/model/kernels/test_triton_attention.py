@@ -82,6 +82,17 @@ def test_every_kind_of_keys_equals_the_twin(kind, length, ratio, num_picks, conf
     assert_equals_the_twin(call, triton_device, torch.float32, 2e-5)
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, 9), (9, 18), (24, 26)])
+@pytest.mark.parametrize(("ratio", "num_picks"), [(0, None), (12, None), (4, 3), (4, 1)])
+def test_a_piece_of_the_queries_equals_the_twin(start, stop, ratio, num_picks, config, triton_device):
+    """With fewer earlier window keys than a window has, as many, and more, of which some are left out."""
+    query, keys, sink = case(packed(config, 26), config, ratio, num_picks, heads=3, width=16)
+    picks = None if keys.picks is None else keys.picks[:, start:stop]
+    piece = keys.of_queries(start, stop, keys.window, keys.entries, picks)
+    assert piece.layout.offset == min(start, keys.size)
+    assert_equals_the_twin((query[:, start:stop], piece, sink), triton_device, torch.float32, 2e-5)
+
+
 @pytest.mark.parametrize(
     ("heads", "width", "num_picks"), [(20, 32, 3), (65, 16, 1), (3, 512, None), (3, 512, 1)]
 )
