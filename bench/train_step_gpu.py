@@ -53,7 +53,7 @@ def fill(model: torch.nn.Module) -> None:
                 p.normal_(0, 0.02 if "embed" in name else p.shape[-1] ** -0.5)
 
 
-def our_step(tokens: int, recompute: str) -> tuple[torch.nn.Module, Callable[[], None]]:
+def our_step(tokens: int, recompute: str | list[str]) -> tuple[torch.nn.Module, Callable[[], None]]:
     from consilience.model.kernels.linear_logprob import linear_logprob
     from consilience.model.recompute import recompute_policy, set_recompute
     from consilience.model.transformer import Transformer
@@ -62,7 +62,7 @@ def our_step(tokens: int, recompute: str) -> tuple[torch.nn.Module, Callable[[],
     with torch.device("cuda"):
         model = Transformer(config, torch.bfloat16)
     fill(model)
-    _spread_hash(model, config)
+    spread_hash(model, config)
     set_recompute(model, recompute_policy(recompute))
     ids = torch.randint(config.vocab_size, (1, tokens), device="cuda")
     targets = torch.randint(config.vocab_size, (tokens,), device="cuda")
@@ -85,7 +85,7 @@ def their_step(tokens: int) -> tuple[torch.nn.Module, Callable[[], None]]:
         model = DeepseekV4ForCausalLM(hf_config(config)).train()
     torch.set_default_dtype(torch.float32)
     fill(model)
-    _spread_hash(model, config)
+    spread_hash(model, config)
     ids = torch.randint(config.vocab_size, (1, tokens), device="cuda")
     targets = torch.randint(config.vocab_size, (tokens,), device="cuda")
 
@@ -96,7 +96,7 @@ def their_step(tokens: int) -> tuple[torch.nn.Module, Callable[[], None]]:
     return model, step
 
 
-def _spread_hash(model: torch.nn.Module, config) -> None:
+def spread_hash(model: torch.nn.Module, config) -> None:
     """Hash routes that give every expert its share."""
     each = (
         torch.arange(config.vocab_size * config.num_experts_per_tok, device="cuda") % config.n_routed_experts

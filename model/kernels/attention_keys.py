@@ -50,7 +50,7 @@ class Keys:
     def of_queries(
         self, start: int, stop: int, window: Tensor, entries: Tensor | None, picks: Tensor | None
     ) -> Keys:
-        """The keys of the queries start … stop - 1 alone: picks [B, n, K] are theirs, the others those of all.
+        """The keys of queries start … stop - 1 alone: picks [B, n, K] are theirs, the others those of all.
 
         Window keys that none of them sees are left out.
         """

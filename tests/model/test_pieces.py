@@ -163,7 +163,12 @@ def run_step(model):
     loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    counts = (trace.csa_visible, trace.csa_dropped, trace.hca_attended, [int(n) for n in trace.indexer_queries])
+    counts = (
+        trace.csa_visible,
+        trace.csa_dropped,
+        trace.hca_attended,
+        [int(n) for n in trace.indexer_queries],
+    )
     return hidden.detach(), found, counts
 
 

@@ -37,7 +37,9 @@ def far(triton_device, monkeypatch):
 
     builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
     set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
-    monkeypatch.setattr(executor, "_restore_args_dev", lambda *_: None)  # it copies whole tensors to themselves
+    monkeypatch.setattr(
+        executor, "_restore_args_dev", lambda *_: None
+    )  # it copies whole tensors to themselves
 
     def launcher(self, grid):
         def launch(*given, **named):
@@ -157,12 +159,12 @@ def test_hyper_connections(far):
     last = [x[-1:].clone() for x in (streams, output, post, comb, upstream)]
     fn, base, scale = (draw(*shape, like=post) for shape in ((24, 4 * width), (24,), (3,)))
     found = []
-    for streams, output, post, comb, upstream in ((streams, output, post, comb, upstream), last):
-        written, partial, squares = forward.write_project(streams, output, post, comb, fn)
+    for x, added, each, mixed, above in ((streams, output, post, comb, upstream), last):
+        written, partial, squares = forward.write_project(x, added, each, mixed, fn)
         pre, *_ = forward.coefficients(partial, squares, width, base, scale, 2, 1e-6, 1e-6)
-        d = backward.d_streams(streams, (output, post, comb, upstream), None)
+        d = backward.d_streams(x, (added, each, mixed, above), None)
         read = forward.apply(written, pre)
-        found.append([x[-1] for x in (written, read, backward.d_pre(written, read), *d)])
+        found.append([made[-1] for made in (written, read, backward.d_pre(written, read), *d)])
     for a, b in zip(*found):
         assert_close(a, b)
 

@@ -1,4 +1,4 @@
-"""What a training step on a GPU holds at Flash's widths, without a GPU: its own code on tensors of no content.
+"""What a training step on a GPU holds at Flash's widths, without one: its own code on tensors of no content.
 
 Meta tensors have shapes and storages but no memory. They pass for tensors of a GPU here, and kernels are not
 launched, so what is counted is every byte that this package and autograd hold at once. What the allocator
