@@ -1,6 +1,6 @@
 """Long contexts on one GPU, at Flash's widths: training 131,072 tokens, reading and decoding a million.
 
-    python bench/long_context_gpu.py [--tables train_131k prefill_1m decode_1m] [--layers 4] [--tokens …]
+    python bench/long_context_gpu.py [--tables train_131k prefill_1m decode_1m] [--layers 4] [--tokens …] [--sweep]
 
 train_step_gpu.py's model: 4 layers (sliding, CSA, HCA, CSA), 16 experts, bf16, random weights and tokens. A
 process each:
@@ -11,7 +11,7 @@ process each:
   prefill_1m  one row read chunk by chunk into a decode state: tokens/s of each eighth, peak, state's bytes
   decode_1m   a step behind 4,096 tokens and behind 1,048,576, in time and in kernels' time: at most 2 ×
 Expected on an H100: 5 to 6 s a step of 131,072 tokens (22 to 26 thousand tokens/s), half a minute for a
-million.
+million. `--sweep` reads the million in chunks of other sizes too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from train_step_gpu import fill, flash_width, our_step, spread_hash
 TABLES = ["pieces", "train_131k", "prefill_1m", "decode_1m"]
 # The second keeps what attention and experts hand on, so that neither runs a third time.
 POLICIES = [["block"], ["mhc", "attention_inner", "router"]]
-CHUNKS = [8192, 16384]
+CHUNKS = [16384]
+SWEPT_CHUNKS = [4096, 8192, 16384, 32768]
 ARM_LIMIT_S = 240
 GIB = 2**30
 
@@ -232,7 +233,7 @@ def show_prefill(given: argparse.Namespace) -> None:
         "tokens", "chunk", "s", "tokens/s", "of the first eighth", "last", "GiB at most",
         "state, MiB", "cost model", "to a packed forward",
     )  # fmt: skip
-    for chunk in CHUNKS:
+    for chunk in SWEPT_CHUNKS if given.sweep else CHUNKS:
         more = ("--tokens", str(tokens), "--chunk", str(chunk), "--layers", str(given.layers))
         found = run_arm("prefill", *more)
         if isinstance(found, str):
