@@ -1,11 +1,11 @@
 """Long contexts on one GPU, at Flash's widths: training 131,072 tokens, reading and decoding a million.
 
-    python bench/long_context_gpu.py [--tables train_131k prefill_1m decode_1m] [--layers 4] [--tokens …] [--sweep]
+    python bench/long_context_gpu.py [--tables train_131k prefill_1m decode_1m] [--tokens …] [--sweep]
 
 train_step_gpu.py's model: 4 layers (sliding, CSA, HCA, CSA), 16 experts, bf16, random weights and tokens. A
 process each:
   pieces      work in pieces against undivided work, 8,192 tokens: relative error (RMS) of hidden states and
-              gradients, beside what one rounding of the inputs alone does
+              gradients, beside those of the undivided work run again
   train_131k  forward, cross-entropy, backward of one row; `tests/model/kernels/test_gpu_memory.py` counts
               45.3 GiB with recompute=block and 51.3 with the outputs of sub-layers kept, before the allocator
   prefill_1m  one row read chunk by chunk into a decode state: tokens/s of each eighth, peak, state's bytes

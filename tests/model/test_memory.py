@@ -71,8 +71,8 @@ def test_memory_grows_in_proportion_to_the_tokens(work, longest):
 
 
 def test_reading_a_long_sequence_in_chunks_adds_no_more_than_copies_of_its_entries():
-    """Per token of what was read before: a CSA layer's entry and index key are a quarter each, an HCA layer's
-    entry less; one layer's copies are held at once, and an operation may hold what it makes of them beside."""
+    """Per token of what was read before: a quarter of a CSA layer's entry and index key, of an HCA layer's
+    less; one layer's copies are held at once, and an operation may hold what it makes of them beside."""
     model = initialize(Transformer(replace(TINY, hc_sinkhorn_iters=2)), 0)
     config, chunk, peaks = model.config, 128, []
     for length in (2048, 8192):
