@@ -68,19 +68,3 @@ def test_memory_grows_in_proportion_to_the_tokens(work, longest):
     # Log-log slope from one length to its double.
     slopes = [math.log2(large / small) for small, large in itertools.pairwise(peaks)]
     assert max(slopes) <= 1.05, (peaks, slopes)
-
-
-def test_reading_a_long_sequence_in_chunks_adds_no_more_than_copies_of_its_entries():
-    """Per token of what was read before: a quarter of a CSA layer's entry and index key, of an HCA layer's
-    less; one layer's copies are held at once, and an operation may hold what it makes of them beside."""
-    model = initialize(Transformer(replace(TINY, hc_sinkhorn_iters=2)), 0)
-    config, chunk, peaks = model.config, 128, []
-    for length in (2048, 8192):
-        state = DecodeState.allocate(config, 1, length)
-        tokens = torch.randint(config.vocab_size, (1, length))
-        for begin in range(0, length, chunk):
-            with torch.no_grad(), MemoryMeter() as meter:
-                model.hidden(tokens[:, begin : begin + chunk], state=state)
-        peaks.append(meter.peak)  # of the last chunk
-    copies = 4 * (config.head_dim + config.index_head_dim) / 4
-    assert (peaks[1] - peaks[0]) / (8192 - 2048) <= 2 * copies

@@ -145,10 +145,11 @@ def test_attention_with_the_gradients_of_queries_and_entries(mode, far, monkeypa
         assert_close(a, b)
 
 
-def test_hyper_connections(far):
+def test_hyper_connections(far, monkeypatch):
     from consilience.model.kernels import triton_hyper_connections as forward
     from consilience.model.kernels import triton_hyper_connections_backward as backward
 
+    monkeypatch.setitem(EDGE, "programs", 16)  # the splits of a block of tokens
     tokens, width = 131200, 4096
     streams, upstream = (far(tokens, 4, width, dtype=torch.bfloat16) for _ in range(2))
     output = far(tokens, width, dtype=torch.bfloat16)
@@ -164,7 +165,7 @@ def test_hyper_connections(far):
         pre, *_ = forward.coefficients(partial, squares, width, base, scale, 2, 1e-6, 1e-6)
         d = backward.d_streams(x, (added, each, mixed, above), None)
         read = forward.apply(written, pre)
-        found.append([made[-1] for made in (written, read, backward.d_pre(written, read), *d)])
+        found.append([made[-1] for made in (written, read, backward.d_pre(written, read), *d[:2])])
     for a, b in zip(*found):
         assert_close(a, b)
 
