@@ -7,7 +7,7 @@ process each:
   pieces      work in pieces against undivided work, 8,192 tokens: relative error (RMS) of hidden states and
               gradients, beside those of the undivided work run again
   train_131k  forward, cross-entropy, backward of one row; `tests/model/kernels/test_gpu_memory.py` counts
-              45.3 GiB with recompute=block and 51.3 with the outputs of sub-layers kept, before the allocator
+              45.3 GiB with recompute=block and 51.8 with the outputs of sub-layers kept, before the allocator
   prefill_1m  one row read chunk by chunk into a decode state: tokens/s of each eighth, peak, state's bytes
   decode_1m   a step behind 4,096 tokens and behind 1,048,576, in time and in kernels' time: at most 2 ×
 Expected on an H100: 5 to 6 s a step of 131,072 tokens (22 to 26 thousand tokens/s), half a minute for a
