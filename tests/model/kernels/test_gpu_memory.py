@@ -72,7 +72,7 @@ def step(num_tokens, setting):
         ids = torch.empty(1, num_tokens, dtype=torch.long)
     set_recompute(model, recompute_policy(setting))
     layout = layout_of(num_tokens)
-    model._layout = lambda *_: layout
+    model._layout = lambda *_: layout  # type: ignore[method-assign]
     plan = gpu_linear_logprob.Plan(2048, 1.0, 2 << 30, None)  # what `linear_logprob` chooses
     with MemoryMeter() as meter:
         hidden = model.hidden(ids).flatten(0, 1)
