@@ -191,20 +191,29 @@ def packed_layout(config: ModelConfig, segment: Tensor, position: Tensor, trace:
 
 
 def chunk_layout(
-    config: ModelConfig, state: DecodeState, num_tokens: int, lengths: Tensor | None, trace: Trace | None
+    config: ModelConfig,
+    state: DecodeState,
+    num_tokens: int,
+    lengths: Tensor | None,
+    trace: Trace | None,
+    longest: int | None = None,
 ) -> Layout:
-    """Layout of a chunk that continues `state`: row b gets lengths[b] new tokens (None: all of T)."""
+    """Layout of a chunk that continues `state`: row b gets lengths[b] new tokens (None: all of T).
+
+    longest = tokens that no row will exceed; None asks the state, which waits for its device.
+    """
     frequencies = _frequencies(config, state.position.device)
     window = config.sliding_window
     token = torch.arange(num_tokens, device=state.position.device)
     position = state.position[:, None] + token
-    earlier = int(state.position.max())
     if lengths is None:
         is_valid = torch.ones_like(position, dtype=torch.bool)
-        end = earlier + num_tokens
+        end = int(state.position.max()) + num_tokens if longest is None else longest
+        earlier = end - num_tokens
     else:
         is_valid = token < lengths[:, None]
-        end = int((state.position + lengths).max())
+        end = int((state.position + lengths).max()) if longest is None else longest
+        earlier = int(state.position.max()) if longest is None else longest
     rings = {m: ring_size(m) + state.lookahead for m in config.ratios}
     return Layout(
         position=position,

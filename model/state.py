@@ -226,8 +226,8 @@ class DecodeState:
         self.tables[row] = 0
         self.position[row] = 0
 
-    def view(self, start: int, stop: int) -> DecodeState:
-        """Slots start..stop-1, sharing memory and pool."""
+    def view(self, start: int, stop: int, length: int | None = None) -> DecodeState:
+        """Slots start..stop-1, sharing memory and pool; with tables of `length` tokens at least, or whole."""
 
         def part(state: CompressorState | None) -> CompressorState | None:
             if state is None:
@@ -238,7 +238,10 @@ class DecodeState:
             LayerState(layer.window[start:stop], part(layer.compressor), part(layer.indexer))
             for layer in self.layers
         ]
-        own = (self.position[start:stop], self.tables[start:stop], self.owned[start:stop])
+        tables = self.tables[start:stop]
+        if length is not None:
+            tables = tables[:, : -(-length // self.block_tokens)]
+        own = (self.position[start:stop], tables, self.owned[start:stop])
         return DecodeState(*own, self.pool, layers, self.block_tokens, self.lookahead)
 
     def fork(self, source: list[int], target: list[int]) -> None:

@@ -105,6 +105,7 @@ class Transformer(nn.Module):
         *,
         state: DecodeState | None = None,
         lengths: Tensor | None = None,
+        longest: int | None = None,
         trace: Trace | None = None,
         routing: Routing | None = None,
     ) -> Tensor:
@@ -113,11 +114,19 @@ class Transformer(nn.Module):
         token_ids [B, T]. Without a state: packed rows, `segment_ids` [B, T] (-1 = padding; default
         one sample a row) and `position_ids` [B, T] restarting at 0 in each segment. With a state:
         the chunk continues it, row b by lengths[b] tokens (default T), right-padded; the state
-        advances in place. EngineError if the state is too short. `routing` takes the learned routers'
-        choices down, or prescribes them.
+        advances in place. EngineError if the state is too short; unless the caller gives `longest`, tokens
+        that no row will exceed, and vouches for the room: then no length is read from the device.
+        `routing` takes the learned routers' choices down, or prescribes them.
         """
         streams, _ = self.streams(
-            token_ids, segment_ids, position_ids, state=state, lengths=lengths, trace=trace, routing=routing
+            token_ids,
+            segment_ids,
+            position_ids,
+            state=state,
+            lengths=lengths,
+            longest=longest,
+            trace=trace,
+            routing=routing,
         )
         return self.norm(self.hc_head(streams)).view(*token_ids.shape, -1)
 
@@ -129,11 +138,12 @@ class Transformer(nn.Module):
         *,
         state: DecodeState | None = None,
         lengths: Tensor | None = None,
+        longest: int | None = None,
         trace: Trace | None = None,
         routing: Routing | None = None,
     ) -> tuple[Tensor, Layout]:
         """Residual streams after the last block [B·T, N, D], and the layout; arguments as `hidden`."""
-        layout = self._layout(token_ids, segment_ids, position_ids, state, lengths, trace)
+        layout = self._layout(token_ids, segment_ids, position_ids, state, lengths, longest, trace)
         layout = layout if routing is None else replace(layout, routing=routing)
         flat_ids = token_ids.flatten()
         streams = self.embed(flat_ids)[:, None].expand(-1, self.config.hc_mult, -1)
@@ -178,12 +188,14 @@ class Transformer(nn.Module):
         position_ids: Tensor | None,
         state: DecodeState | None,
         lengths: Tensor | None,
+        longest: int | None,
         trace: Trace | None,
     ) -> Layout:
         if state is not None:
             num_tokens = token_ids.shape[1]
-            state.check_room(num_tokens if lengths is None else lengths)
-            return chunk_layout(self.config, state, num_tokens, lengths, trace)
+            if longest is None:
+                state.check_room(num_tokens if lengths is None else lengths)
+            return chunk_layout(self.config, state, num_tokens, lengths, trace, longest)
         if segment_ids is None:
             segment_ids = torch.zeros_like(token_ids)
         if position_ids is None:

@@ -21,6 +21,7 @@ from consilience.model.checkpoint import load_official
 from consilience.model.exact import exact_mode
 from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
+from consilience.rollout.captured_decode import Decoder
 from consilience.rollout.engine import Completed, EngineState, Request
 from consilience.rollout.publishing import verify
 from consilience.rollout.sampling import sample
@@ -38,6 +39,7 @@ class NativeEngine:
     prefill_tokens  padded tokens of one prefill call
     speculative  the model's MTP block drafts: fewer steps, the same distribution, other tokens for a seed
     exact      decode in exact mode: the trainer's log-probabilities, to the last bit (`model/exact.py`)
+    captures   on a GPU in bf16, capture decoding steps in CUDA graphs (`captured_decode.py`)
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class NativeEngine:
         version: int = 0,
         speculative: bool = False,
         exact: bool = False,
+        captures: bool = True,
     ) -> None:
         self.model = model.eval()
         self.exact = exact
@@ -70,7 +73,9 @@ class NativeEngine:
         )
         self._prefix: tuple[int, ...] = ()
         self._running: list[Stream] = []
-        self._last = torch.zeros(max_rows, dtype=torch.long, device=weight.device)
+        state = self._state.trunk if isinstance(self._state, SpeculativeState) else self._state
+        self._decoder = Decoder(model, state, max_rows, max_length, captures)
+        self._last = self._decoder.tokens  # [max_rows] sampled, not yet fed
         self._held: dict[str, tuple[int, int]] = {}  # uid -> (slot, last token, not yet fed)
         self._resuming: dict[str, tuple[int, int]] = {}  # uid of a waiting continuation -> the same
         self._free_slots = list(range(max_rows, 2 * max_rows))
@@ -172,6 +177,7 @@ class NativeEngine:
             raise WeightsRefused(
                 f"published weights do not fit the model, the old ones stay: {error}"
             ) from error
+        self._decoder.forget()
         self._version, self._digest, self._prefix = version, digest, ()
 
     def state(self) -> EngineState:
@@ -303,20 +309,25 @@ class NativeEngine:
 
     def _start(self, batch: list[Request], logits: Tensor, room: list[int]) -> None:
         """Run `batch` from its first logits [rows, V]; `room` = tokens each row's stream can still take."""
-        for request, most in zip(batch, room):
+        first = len(self._running)
+        lengths = self._state.position[first : first + len(batch)].tolist()
+        for request, most, length in zip(batch, room, lengths):
             numbers = NUM_UNIFORMS if self._speculative else 1
-            self._running.append(Stream.start(request, min(request.sampling.max_tokens, most), numbers))
-        self._sample(logits, len(self._running) - len(batch))
+            most = min(request.sampling.max_tokens, most)
+            self._running.append(Stream.start(request, most, numbers, length))
+        self._sample(logits, first)
 
     # ---- decoding -----------------------------------------------------------------------------
 
     def _decode(self) -> list[Completed]:
-        count = len(self._running)
         if self._speculative:
             self._sample_ahead(self._speculative)
-        else:
-            hidden = self.model.hidden(self._last[:count, None], state=self._state.view(0, count))
-            self._sample(self.model.head(hidden[:, 0]), 0)
+            return self._retire()
+        streams = self._running
+        heats = [s.request.sampling.temperature for s in streams]
+        longest = max(s.length for s in streams)
+        chosen, logprobs = self._decoder.step(heats, [s.coming(1)[0, 0] for s in streams], longest)
+        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams))
         return self._retire()
 
     def _sample(self, logits: Tensor, first: int) -> None:

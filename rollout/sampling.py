@@ -11,6 +11,7 @@ from torch import Tensor
 
 from consilience.model.exact import log_softmax
 from consilience.model.kernels import decode_head
+from consilience.model.kernels.choice import uses_triton
 
 
 def tempered(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,8 +34,14 @@ def tempered(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
 def sample(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """One token a row and its log-probability, [R] each: `draw` from what `tempered` makes of the logits.
 
-    logits [R, V], temperature [R] fp32 and uniform [R] fp64 in [0, 1) on the host.
+    logits [R, V], temperature [R] fp32 and uniform [R] fp64 in [0, 1), these two on the host or beside the
+    logits. On a GPU by kernels that ask the host nothing, but in exact mode by those of the definition.
     """
+    if uses_triton(logits):
+        from consilience.model.kernels import triton_sampler
+
+        device = logits.device
+        return triton_sampler.sample(logits, temperature.to(device), uniform.to(device))
     if decode_head.is_available(logits):
         return decode_head.draw(logits, temperature, uniform)
     logprobs, probabilities = tempered(logits, temperature)

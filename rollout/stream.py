@@ -14,20 +14,27 @@ from consilience.rollout.engine import Completed, Request
 
 @dataclass
 class Stream:
-    """max_tokens it may sample; uniforms [max_tokens + 1, numbers a token] in [0, 1), by its seed alone."""
+    """max_tokens it may sample; uniforms [max_tokens + 1, numbers a token] in [0, 1), by its seed alone;
+    num_before: tokens that its decode state held when it started."""
 
     request: Request
     max_tokens: int
     uniforms: np.ndarray
+    num_before: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
 
     @classmethod
-    def start(cls, request: Request, max_tokens: int, numbers: int) -> Stream:
+    def start(cls, request: Request, max_tokens: int, numbers: int, num_before: int) -> Stream:
         """A stream of at most `max_tokens` tokens; a longer one has the same numbers and some more."""
         generator = np.random.Generator(np.random.Philox(key=request.sampling.seed))
-        return cls(request, max_tokens, generator.random((max_tokens + 1, numbers)))
+        return cls(request, max_tokens, generator.random((max_tokens + 1, numbers)), num_before)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the stream, the last one, which its decode state does not hold yet, included."""
+        return self.num_before + len(self.tokens)
 
     @property
     def is_stopped(self) -> bool:

@@ -44,10 +44,23 @@ def is_available(layout: Layout, x: Tensor) -> bool:
     return fits and x.dtype != torch.float32 and uses_triton(x)
 
 
+def runs_without_host(model: Any) -> bool:
+    """Whether a step of a `Transformer` asks its host nothing, so that a CUDA graph can hold it: in bf16 where
+    grouped products take counts from the device (compute capability 9 and 10), and keys are not quantized."""
+    weight = model.head.weight
+    if weight.dtype != torch.bfloat16 or not uses_triton(weight):
+        return False
+    if torch.cuda.get_device_capability(weight.device)[0] not in (9, 10):
+        return False
+    attentions = [block.attn for block in model.layers]
+    return not any(a.quantization.kv or a.quantization.indexer for a in attentions)
+
+
 def num_splits(state: DecodeState) -> int:
     """Stretches that a row's keys are cut into, from the rows that the state's blocks are for: the same for
     every view of it, so that a row's bits do not depend on how many rows run."""
-    rows = (len(state.pool.holders) - 1) // state.tables.shape[1]
+    # The stride is the blocks that a row of the whole state may have: narrower views keep it.
+    rows = (len(state.pool.holders) - 1) // state.tables.stride(0)
     return min(MOST_SPLITS, max(1, PROGRAMS // max(rows, 1)))
 
 

@@ -32,7 +32,7 @@ def _stretch(position, size, ratio, num_picks, SPLITS: tl.constexpr, BLOCK_N: tl
 @triton.jit
 def _attend(
     query, window, position, pages, tables, rows, sink, partial, stats, out,
-    scale, num_heads, width, ring, size, ratio, per, num_blocks, num_picks, num_tokens,
+    scale, num_heads, width, ring, size, ratio, per, table_stride, num_picks, num_tokens,
     SPLITS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_PAGES: tl.constexpr, HAS_ROWS: tl.constexpr, IS_EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,7 @@ def _attend(
                 is_seen &= at >= 0
                 at = tl.maximum(at, 0).to(tl.int64)
             else:
-                block = tl.load(tables + row * num_blocks + entry // per, mask=is_entry, other=0)
+                block = tl.load(tables + row * table_stride + entry // per, mask=is_entry, other=0)
                 at = block.to(tl.int64) * per + entry % per
             source = tl.where(j < near, source, pages + at * width)
         is_key = is_seen[:, None] if IS_EVEN else is_seen[:, None] & (column < width)[None, :]
@@ -166,13 +166,13 @@ def attend(
         partial = query.new_empty(numbers, num_splits, num_heads, width, dtype=torch.float32)
         stats = query.new_empty(numbers, num_splits, 2, num_heads, dtype=torch.float32)
     per = 1 if pages is None else pages.shape[1]
-    num_blocks = 1 if tables is None else tables.shape[1]
-    num_picks = 0 if pages is None else num_blocks * per if rows is None else rows.shape[2]
+    stride, num_blocks = (0, 0) if tables is None else (tables.stride(0), tables.shape[1])
+    num_picks = num_blocks * per if rows is None else rows.shape[2]
     wide = max(16, triton.next_power_of_2(width))
     tall = min(64, max(16, triton.next_power_of_2(num_heads)))
     _attend[(numbers, num_splits, triton.cdiv(num_heads, tall))](
         query, window, position, pages, tables, rows, sink, partial, stats, out,
-        scale, num_heads, width, window.shape[1], size, ratio, per, num_blocks, num_picks, num_tokens,
+        scale, num_heads, width, window.shape[1], size, ratio, per, stride, num_picks, num_tokens,
         SPLITS=num_splits, BLOCK_H=tall, BLOCK_C=wide, BLOCK_N=block_n, HAS_PAGES=pages is not None,
         HAS_ROWS=rows is not None, IS_EVEN=wide == width,
         num_warps=ATTEND["num_warps"], num_stages=ATTEND["num_stages"],

@@ -18,7 +18,7 @@ COMPRESS = {"slots": 16, "num_warps": 8}
 @triton.jit
 def _compress(
     new_values, new_gates, ape, norm, frequencies, position, tables, values, gates, pages,
-    width, ratio, series, ring, per, num_blocks, num_pairs, eps,
+    width, ratio, series, ring, per, table_stride, num_pairs, eps,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, IS_OVERLAPPING: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0), tl.arange(0, BLOCK_C)
@@ -69,7 +69,7 @@ def _compress(
     cos, sin = tl.cos(angle), tl.sin(angle)
     entry = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (BLOCK_C,))
     number = here // ratio
-    block = tl.load(tables + row * num_blocks + number // per).to(tl.int64)
+    block = tl.load(tables + row * table_stride + number // per).to(tl.int64)
     place = pages + (block * per + number % per) * width + column
     tl.store(place, entry.to(pages.dtype.element_ty), mask=is_mine)
 
@@ -92,7 +92,7 @@ def compress(
     width, slots = pages.shape[2], ape.shape[0] * series // pages.shape[2]
     _compress[(num_rows,)](
         new_values, new_gates, ape, norm, frequencies, position, tables, values, gates, pages,
-        width, ape.shape[0], series, ring, pages.shape[1], tables.shape[1], frequencies.shape[0], eps,
+        width, ape.shape[0], series, ring, pages.shape[1], tables.stride(0), frequencies.shape[0], eps,
         BLOCK_C=triton.next_power_of_2(width), BLOCK_S=min(COMPRESS["slots"], triton.next_power_of_2(slots)),
         IS_OVERLAPPING=series == 2 * width, num_warps=COMPRESS["num_warps"],
     )  # fmt: skip

@@ -22,7 +22,7 @@ SELECT = {"block": 4096, "num_warps": 8}
 @triton.jit
 def _scores(
     query, weight, position, pages, tables, out,
-    num_heads, width, ratio, per, num_blocks, num_columns, num_tokens,
+    num_heads, width, ratio, per, table_stride, num_columns, num_tokens,
     BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
     IS_CUT: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +40,7 @@ def _scores(
     for start in tl.range(begin, stop, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         is_seen = column < stop
-        block = tl.load(tables + number // num_tokens * num_blocks + column // per, mask=is_seen, other=0)
+        block = tl.load(tables + number // num_tokens * table_stride + column // per, mask=is_seen, other=0)
         source = (block.to(tl.int64) * per + column % per) * width
         is_key = is_seen[:, None] & (channel < width)[None, :]
         key = tl.load(pages + source[:, None] + channel[None, :], mask=is_key, other=0.0)
@@ -54,7 +54,7 @@ def _scores(
 @triton.jit
 def _select(
     scores, columns, position, tables, kept_scores, kept_columns, picks, rows,
-    topk, ratio, per, num_blocks, num_columns, num_tokens,
+    topk, ratio, per, table_stride, num_columns, num_tokens,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr,
 ):  # fmt: skip
     number, part = tl.program_id(0), tl.program_id(1)
@@ -91,7 +91,7 @@ def _select(
         first = number.to(tl.int64) * topk
         tl.store(picks + first + target, column.to(tl.int64), mask=is_kept)
         tl.store(picks + first + empty, tl.full((BLOCK_K,), -1, tl.int64), mask=is_empty)
-        block = tl.load(tables + number // num_tokens * num_blocks + column // per, mask=is_kept, other=0)
+        block = tl.load(tables + number // num_tokens * table_stride + column // per, mask=is_kept, other=0)
         tl.store(rows + first + target, block.to(tl.int32) * per + column % per, mask=is_kept)
         tl.store(rows + first + empty, tl.full((BLOCK_K,), -1, tl.int32), mask=is_empty)
     else:
@@ -115,11 +115,12 @@ def index_scores(
     in pages [P, per, C]; what a query at position [B, T] does not see stays unwritten. is_cut: scores in
     bf16."""
     num_rows, num_tokens, num_heads, width = query.shape
-    num_blocks, per, t = tables.shape[1], pages.shape[1], SCORES
-    out = query.new_empty(num_rows, num_tokens, num_blocks * per, dtype=torch.float32)
-    _scores[(num_rows * num_tokens, triton.cdiv(num_blocks * per, t["keys"] * t["tiles"]))](
+    per, t = pages.shape[1], SCORES
+    num_columns = tables.shape[1] * per
+    out = query.new_empty(num_rows, num_tokens, num_columns, dtype=torch.float32)
+    _scores[(num_rows * num_tokens, triton.cdiv(num_columns, t["keys"] * t["tiles"]))](
         query, weight, position, pages, tables, out,
-        num_heads, width, ratio, per, num_blocks, num_blocks * per, num_tokens,
+        num_heads, width, ratio, per, tables.stride(0), num_columns, num_tokens,
         BLOCK_H=max(16, triton.next_power_of_2(num_heads)), BLOCK_C=max(16, triton.next_power_of_2(width)),
         BLOCK_N=t["keys"], TILES=t["tiles"], IS_CUT=is_cut,
         num_warps=t["num_warps"], num_stages=t["num_stages"],
@@ -145,7 +146,7 @@ def select(
         kept_columns = rows if is_last else torch.empty_like(kept, dtype=torch.int32)
         _select[(numbers, parts)](
             scores, columns, position, tables, kept, kept_columns, picks, rows,
-            topk, ratio, per, tables.shape[1], num_columns, num_tokens,
+            topk, ratio, per, tables.stride(0), num_columns, num_tokens,
             BLOCK=min(block, max(16, triton.next_power_of_2(num_columns))), BLOCK_K=wide,
             IS_FIRST=columns is None, IS_LAST=is_last, num_warps=SELECT["num_warps"],
         )  # fmt: skip

@@ -1,0 +1,125 @@
+"""Decoding steps that a GPU runs without its host: static buffers, one CUDA graph a bucket of sizes.
+
+Everything between a step's inputs and its tokens (model, head, sampler, the tokens' way back to where the next
+step reads them) is one function of tensors that never move. On a GPU it is captured once for every bucket of
+rows and of lengths, and replayed; elsewhere, and in exact mode, the same function is called. Lengths stay on
+the device: a row costs what it has, whatever its bucket.
+
+Rows are those at the front of a decode state. A bucket's rows behind the running ones idle: empty, at position
+0, they feed some token, and nothing of what they compute is kept.
+
+R rows, S rows at most, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from consilience.model.kernels.gpu_decode import runs_without_host
+from consilience.model.state import DecodeState
+from consilience.model.transformer import Transformer
+from consilience.rollout.sampling import sample
+
+SHORTEST, GROWTH = 2048, 4  # buckets of lengths in tokens: 2,048, 8,192, 32,768, …
+WARM_UPS = 2  # kernels are compiled and libraries make their workspaces before a capture
+
+
+class Decoder:
+    """One token for each of the front rows of `state`, again and again.
+
+    tokens [S] int64, on the device: what each row feeds next. A step leaves its draws there.
+    captures: whether steps are captured on the device where that is possible
+    """
+
+    def __init__(
+        self, model: Transformer, state: DecodeState, max_rows: int, max_length: int, captures: bool = True
+    ) -> None:
+        self.model = model
+        self.max_rows, self.max_length = max_rows, max_length
+        self.captures = captures
+        self._state = state
+        device = state.position.device
+        self.tokens = torch.zeros(max_rows, dtype=torch.long, device=device)
+        # In: temperature, uniform number, 1 if the row runs. Out: token, log-probability. One copy each way.
+        self._given = torch.zeros(3, max_rows, dtype=torch.float64, device=device)
+        self._found = torch.zeros(2, max_rows, dtype=torch.float64, device=device)
+        self._host = torch.zeros(3, max_rows, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self._replays: dict[tuple[int, int], Callable[[], None]] = {}
+        self._pool: tuple[int, int] | None = None
+
+    @torch.no_grad()
+    def step(
+        self, temperatures: Sequence[float], uniforms: Sequence[float], longest: int
+    ) -> tuple[Tensor, Tensor]:
+        """Feed rows 0 … R - 1 and draw: tokens [R] int64, log-probabilities [R] fp64, on the host.
+
+        temperatures [R], 0 greedy; uniforms [R] in [0, 1), as `sample` takes them; longest: tokens that no row
+        exceeds after the step, all of which have room. The state's rows R … S - 1 must be empty.
+        """
+        num_rows = len(temperatures)
+        self._give(temperatures, uniforms)
+        if self.captures and runs_without_host(self.model):
+            bucket = self._rows_of(num_rows), self._length_of(longest)
+            if bucket not in self._replays:
+                self._replays[bucket] = self._capture(lambda: self._run(*bucket, is_bucket=True))
+            self._replays[bucket]()
+        else:
+            self._run(num_rows, longest, is_bucket=False)
+        found = self._found[:, :num_rows].cpu()
+        return found[0].long(), found[1]
+
+    def forget(self) -> None:
+        """Drop what was captured: weights, or what is derived from them, may lie elsewhere from now on."""
+        self._replays.clear()
+        self._pool = None
+
+    def _give(self, temperatures: Sequence[float], uniforms: Sequence[float]) -> None:
+        """Inputs to the device. The last step's were read before its tokens came back: the host's are free."""
+        host, num_rows = self._host, len(temperatures)
+        host[:, num_rows:] = 0.0
+        host[:, :num_rows] = torch.tensor([temperatures, uniforms, [1.0] * num_rows], dtype=torch.float64)
+        self._given.copy_(host, non_blocking=True)
+
+    def _rows_of(self, num_rows: int) -> int:
+        """Rows of the bucket: the next power of two, S at most."""
+        return min(1 << (num_rows - 1).bit_length(), self.max_rows)
+
+    def _length_of(self, longest: int) -> int:
+        """Tokens a row of the bucket can reach."""
+        length = SHORTEST
+        while length < longest:
+            length *= GROWTH
+        return min(length, self.max_length)
+
+    def _run(self, num_rows: int, longest: int, is_bucket: bool) -> None:
+        """The step, from buffers to buffers. In a bucket nothing depends on anything but its two sizes."""
+        view = self._state.view(0, num_rows, longest if is_bucket else None)
+        temperature, uniform, is_running = self._given[:, :num_rows]
+        hidden = self.model.hidden(self.tokens[:num_rows, None], state=view, longest=longest)
+        tokens, logprobs = sample(self.model.head(hidden[:, 0]), temperature.float(), uniform)
+        view.position.mul_(is_running.long())  # idle rows stay at 0
+        self.tokens[:num_rows] = tokens
+        self._found[0, :num_rows] = tokens
+        self._found[1, :num_rows] = logprobs
+
+    def _capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """A replay of `work`, which runs here to warm up: it does the same again from the same inputs, as what
+        it writes into rings and blocks depends on tokens and positions alone, and these are put back."""
+        kept = [(t, t.clone()) for t in (self.tokens, self._state.position)]
+        side = torch.cuda.Stream(self.tokens.device)
+        side.wait_stream(torch.cuda.current_stream(self.tokens.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                work()
+                for tensor, before in kept:
+                    tensor.copy_(before)
+        torch.cuda.current_stream(self.tokens.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        # Graphs run one at a time and keep nothing but the buffers above, so they share their memory.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
