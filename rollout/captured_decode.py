@@ -1,12 +1,12 @@
 """Decoding steps that a GPU runs without its host: static buffers, one CUDA graph a bucket of sizes.
 
-Everything between a step's inputs and its tokens (model, head, sampler, the tokens' way back to where the next
-step reads them) is one function of tensors that never move. On a GPU it is captured once for every bucket of
-rows and of lengths, and replayed; elsewhere, and in exact mode, the same function is called. Lengths stay on
-the device: a row costs what it has, whatever its bucket.
+Everything between a step's inputs and its tokens (model, head, sampler, the tokens' way back to where the
+next step reads them) is one function of tensors that never move. On a GPU it is captured once for every
+bucket of rows and of lengths, and replayed; elsewhere, and in exact mode, the same function is called.
+Lengths stay on the device: a row costs what it has, whatever its bucket.
 
-Rows are those at the front of a decode state. A bucket's rows behind the running ones idle: empty, at position
-0, they feed some token, and nothing of what they compute is kept.
+Rows are those at the front of a decode state. A bucket's rows behind the running ones idle: empty, at
+position 0, they feed some token, and nothing of what they compute is kept.
 
 R rows, S rows at most, D model width.
 """
@@ -14,6 +14,7 @@ R rows, S rows at most, D model width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Decoder:
         self._found = torch.zeros(2, max_rows, dtype=torch.float64, device=device)
         self._host = torch.zeros(3, max_rows, dtype=torch.float64, pin_memory=device.type == "cuda")
         self._replays: dict[tuple[int, int], Callable[[], None]] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     @torch.no_grad()
     def step(
@@ -56,8 +57,8 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """Feed rows 0 … R - 1 and draw: tokens [R] int64, log-probabilities [R] fp64, on the host.
 
-        temperatures [R], 0 greedy; uniforms [R] in [0, 1), as `sample` takes them; longest: tokens that no row
-        exceeds after the step, all of which have room. The state's rows R … S - 1 must be empty.
+        temperatures [R], 0 greedy; uniforms [R] in [0, 1), as `sample` takes them; longest: tokens that no
+        row exceeds after the step, all of which have room. The state's rows R … S - 1 must be empty.
         """
         num_rows = len(temperatures)
         self._give(temperatures, uniforms)
@@ -77,7 +78,7 @@ class Decoder:
         self._pool = None
 
     def _give(self, temperatures: Sequence[float], uniforms: Sequence[float]) -> None:
-        """Inputs to the device. The last step's were read before its tokens came back: the host's are free."""
+        """Inputs to the device; those of the last step were read before its tokens came back."""
         host, num_rows = self._host, len(temperatures)
         host[:, num_rows:] = 0.0
         host[:, :num_rows] = torch.tensor([temperatures, uniforms, [1.0] * num_rows], dtype=torch.float64)
@@ -106,8 +107,8 @@ class Decoder:
         self._found[1, :num_rows] = logprobs
 
     def _capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """A replay of `work`, which runs here to warm up: it does the same again from the same inputs, as what
-        it writes into rings and blocks depends on tokens and positions alone, and these are put back."""
+        """A replay of `work`, which runs here to warm up. From the same inputs it does the same again: what
+        it writes into rings and blocks follows from tokens and positions, and these are put back."""
         kept = [(t, t.clone()) for t in (self.tokens, self._state.position)]
         side = torch.cuda.Stream(self.tokens.device)
         side.wait_stream(torch.cuda.current_stream(self.tokens.device))

@@ -45,8 +45,8 @@ def is_available(layout: Layout, x: Tensor) -> bool:
 
 
 def runs_without_host(model: Any) -> bool:
-    """Whether a step of a `Transformer` asks its host nothing, so that a CUDA graph can hold it: in bf16 where
-    grouped products take counts from the device (compute capability 9 and 10), and keys are not quantized."""
+    """Whether a step of a `Transformer` asks its host nothing, so that a CUDA graph can hold it: in bf16
+    where grouped products take counts from the device (compute capability 9, 10), keys not quantized."""
     weight = model.head.weight
     if weight.dtype != torch.bfloat16 or not uses_triton(weight):
         return False

@@ -20,7 +20,7 @@ MODEL = policy()
 
 @pytest.fixture
 def captures(monkeypatch):
-    """Buckets of 16, 32, … tokens, as on a GPU; a capture is the step itself. The list of buckets captured."""
+    """Buckets of 16, 32, … tokens, as on a GPU; a capture is the step itself. The captures' decoders."""
     made = []
 
     def capture(decoder, work):
