@@ -24,6 +24,7 @@ from consilience.model.kernels.choice import uses_triton
 from consilience.model.recompute import named
 
 MOST_EXPERTS, MOST_CHOSEN = 1024, 32  # a row of scores must fit the registers of a few warps
+FEW_TOKENS = 64  # up to so many, without a gradient, triton_few_experts.py serves
 
 
 def is_available(hidden: Tensor, w1: Tensor, topk: int) -> bool:
@@ -121,6 +122,11 @@ def routed_experts(
     A master with an attribute `main_grad` [E, …] fp32 gets its gradient added there and none from autograd;
     without one autograd gets it in bf16 (fp32 within a call).
     """
+    if hidden.shape[0] <= FEW_TOKENS and not torch.is_grad_enabled():
+        from consilience.model.kernels.triton_few_experts import few_experts
+
+        given = (hidden.contiguous(), weights.contiguous(), experts.contiguous())
+        return few_experts(*given, masters, limit, shared.contiguous())
     totals = tuple(getattr(w, "main_grad", None) for w in masters)
     return _RoutedExperts.apply(hidden, weights, experts, *masters, shared, limit, totals)  # type: ignore[return-value]
 

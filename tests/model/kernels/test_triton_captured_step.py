@@ -105,8 +105,15 @@ def watched(monkeypatch):
 def policy(rough_model, smallest, triton_device, monkeypatch):
     """A bf16 model of all kinds of layers, whose steps take the GPU's way here too."""
     if triton_device == "cpu":
-        from consilience.model.kernels import choice
+        from consilience.model import norm, rope
+        from consilience.model.kernels import choice, gpu_norm
 
+        def gpu_norm_rotate(x, weight, turn, eps, *, is_inverse=False):
+            return gpu_norm.norm_rotate(x, weight, turn, eps, -1.0 if is_inverse else 1.0)
+
+        for module in (norm, rope):
+            monkeypatch.setattr(module, "is_available", lambda x, rotation: True)
+            monkeypatch.setattr(module, "norm_rotate", gpu_norm_rotate)
         monkeypatch.setattr(choice, "can_use_triton", lambda *tensors: True)
         monkeypatch.setattr(captured_decode, "runs_without_host", lambda model: True)
         monkeypatch.setattr(Decoder, "_capture", lambda decoder, work: work)
