@@ -1,21 +1,23 @@
 """Decoding on one GPU: our engine's steps, captured and not, and transformers' `generate`, at Flash's widths.
 
     python bench/decode_gpu.py [--tables speed logprobs] [--batches 1 8 64] [--prompts 128 4096]
-                               [--steps 48] [--ours-only] [--no-capture] [--profile]
+                               [--steps 48] [--ours-only] [--no-capture] [--profile] [--sweep]
 
 The model of train_step_gpu.py: 4 layers, 16 experts, bf16, random weights and prompts, temperature 1.
 
 speed     a step of `NativeEngine` from call to call, its host's work and copies included, prompts' forward
-          not; `generate` between its tokens, the first two left out. "captured again" is the A/A arm. Bytes:
-          every weight a step must read (expected experts of random routes; no embedding) and what it reads of
-          the state; "of copy": these over the rate of a copy in the same run.
+          not; `generate` between its tokens, the first two left out. "captured again" is the A/A arm,
+          "grouped_mm" has torch's products of many rows in place of triton_few_experts.py. "of copy": the
+          bytes a step must read (weights but the embedding, experts as random routes choose them, and the
+          state's) over the rate of a copy in the same run.
 logprobs  d = log-probability by the trainer's forward and `linear_logprob` less the sampled one: largest and
           mean |d|, and mean(e^d - 1 - d), the divergence of the sampler from the trainer. Exact mode: 0.
 
-`--profile` prints where a captured step's time goes. Each table is a process; an arm that fails says why and
-leaves the others alone. Goal: 12 x transformers at batch 8. Predicted: 5.3 GB a step, 1.8 ms at 2.9 TB/s;
-with grouped products at 75 % and small ones at 65 % of the copy rate and 220 launches of 2.5 us 3.1 ms, 2,600
-tokens/s. If a capture raises, --no-capture shows whether the step itself is right.
+`--profile` prints where a captured step's time goes, `--sweep` tries the experts' launch settings. Each table
+is a process; an arm that fails says why and leaves the others alone. Goal: 12 x transformers at batch 8.
+Predicted there: 5.4 GB a step, 1.85 ms at 2.9 TB/s; with experts and head at 85 %, other products at 65 % of
+the copy rate and 190 small launches of 2.5 us 2.9 ms, 2,750 tokens/s. If a capture raises, --no-capture shows
+whether the step itself is right.
 """
 
 from __future__ import annotations
@@ -141,13 +143,16 @@ def our_arms(given: argparse.Namespace) -> dict[str, dict]:
         "eager": {"captures": False},
         "captured": {},
         "captured again": {},
+        "captured, grouped_mm": {},
         "exact": {"exact": True},
     }
     return {n: a for n, a in arms.items() if n == "eager" or not (given.no_capture and "captured" in n)}
 
 
 def time_ours(given: argparse.Namespace) -> Iterator[dict]:
-    model, rate = our_model(), copy_rate()
+    from consilience.model.kernels import gpu_moe
+
+    model, rate, few = our_model(), copy_rate(), gpu_moe.FEW_TOKENS
     for length in given.prompts:
         for batch in given.batches:
             prompts, drawn = prompts_of(model.config.vocab_size, batch, length), {}
@@ -159,6 +164,7 @@ def time_ours(given: argparse.Namespace) -> Iterator[dict]:
                 gc.collect()
                 torch.cuda.empty_cache()
                 row = {"batch": batch, "prompt": length, "arm": name, "copy": rate, "bytes": must}
+                gpu_moe.FEW_TOKENS = 0 if "grouped_mm" in name else few
                 try:
                     torch.cuda.reset_peak_memory_stats()
                     engine = started(model, prompts, WARM_UP + count + 2, **options)
@@ -239,7 +245,7 @@ def compare_logprobs(given: argparse.Namespace) -> Iterator[dict]:
             prompts = prompts_of(model.config.vocab_size, batch, length)
             for name, options in our_arms(given).items():
                 is_exact = name == "exact"
-                if name == "captured again" or (is_exact and length > 1024):
+                if name in ("captured again", "captured, grouped_mm") or (is_exact and length > 1024):
                     continue
                 row = {"batch": batch, "prompt": length, "arm": name}
                 try:
@@ -276,6 +282,27 @@ def show_profile(given: argparse.Namespace) -> None:
         steps_of(engine, 4)
     key = "self_cuda_time_total"
     print(recorded.key_averages().table(sort_by=key, row_limit=50, max_name_column_width=80))
+
+
+def sweep(given: argparse.Namespace) -> None:
+    """Captured steps at batch 8 and 64 with other settings of the experts' kernels."""
+    from consilience.model.kernels import triton_few_experts as kernels
+
+    model, length = our_model(), given.prompts[0]
+    table = Table("batch", "w1, w3: outputs x inputs, warps, stages", "w2", "ms a step")
+    first = (dict(kernels.INNER), dict(kernels.DOWN))
+    names = tuple(first[0])
+    inner = [(32, 128, 4, 4), (64, 128, 4, 4), (32, 256, 4, 3), (16, 256, 4, 4), (32, 128, 4, 6)]
+    down = [(64, 128, 4, 4), (128, 128, 4, 4), (32, 256, 4, 4), (32, 128, 4, 6), (64, 256, 8, 3)]
+    tried = [(inner[0], down[0]), *((i, down[0]) for i in inner[1:]), *((inner[0], d) for d in down[1:])]
+    for batch in (8, 64):
+        prompts = prompts_of(model.config.vocab_size, batch, length)
+        for settings in (*tried, tried[0]):
+            for target, values in zip((kernels.INNER, kernels.DOWN), settings):
+                target.update(zip(names, values))
+            engine = started(model, prompts, WARM_UP + given.steps + 2)
+            steps_of(engine, WARM_UP)
+            table.add(batch, *settings, median_text(steps_of(engine, given.steps - 2)))
 
 
 # ---- tables ---------------------------------------------------------------------------------------
@@ -348,8 +375,8 @@ def main() -> None:
     parser.add_argument("--arm", choices=list(ARMS))
     given = parser.parse_args()
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    if given.profile:
-        show_profile(given)
+    if given.profile or given.sweep:
+        (show_profile if given.profile else sweep)(given)
     elif given.arm:
         for row in ARMS[given.arm](given):
             print(json.dumps(row), flush=True)

@@ -3,7 +3,7 @@
 gpu_moe.py calls them; `Experts` in model/moe.py defines what they compute, and they round where the grouped
 products of many tokens do. A program is a stretch of one expert's outputs: it reads those rows of the
 expert's weights once for up to BLOCK_M pairs, which it gathers from the tokens themselves. Programs of
-experts that no token chose end at once. No atomics; a pair's sums have one order, whatever it is batched with.
+experts that no token chose end at once. No atomics; a pair's sums have one order, whatever its company.
 
 R tokens, K experts a token, N = R·K pairs, E experts, D model width, I expert width.
 Pair n is expert n mod K of token n div K; a place is where it stands once pairs are sorted by expert.
