@@ -59,6 +59,7 @@ def test_splits_are_those_of_the_state_in_every_view(smallest):
     state = DecodeState.allocate(smallest, 5, 30, num_blocks=4 * 3)
     assert gpu_decode.num_splits(state) == 132 // 4
     assert gpu_decode.num_splits(state.view(1, 2)) == gpu_decode.num_splits(state)
+    assert gpu_decode.num_splits(state.view(0, 1, 12)) == gpu_decode.num_splits(state)
     assert gpu_decode.num_splits(DecodeState.allocate(smallest, 200, 12)) == 1
     assert gpu_decode.num_splits(DecodeState.allocate(smallest, 1, 12)) == gpu_decode.MOST_SPLITS
 
