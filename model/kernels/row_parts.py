@@ -1,7 +1,8 @@
 """Rows of a compiled kernel, parted among as many threads as PyTorch has.
 
 The threads are PyTorch's own, OpenMP's: others would share the cores with those, which wait for their next
-piece of work by spinning. A kernel runs without the interpreter's lock; rows that do not meet need no order. Where parts add to something, each has its own sum and `fixed` cuts by the number of rows alone: then no bit
+piece of work by spinning. A kernel runs without the interpreter's lock; rows that do not meet need no order.
+Where parts add to something, each has its own sum and `fixed` cuts by the number of rows alone: then no bit
 depends on the number of threads.
 """
 
