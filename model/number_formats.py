@@ -90,7 +90,7 @@ def encode_fp8(
     bfloat16 too. Values too large for a given scale saturate at ±448. A last axis in blocks of 64 is
     `tile=(1, 64)`.
     """
-    values = _tiles(weight.detach().float(), tile)
+    values = tiles(weight.detach().float(), tile)
     amax = _finite_amax(values, (-3, -1), E4M3)
     if scale is None:
         used = choose_scale(amax, E4M3)
@@ -98,7 +98,7 @@ def encode_fp8(
     else:
         used = _to_float(scale, amax[..., 0, :, 0].shape, FP8_SCALES)[..., :, None, :, None]
     scaled = (values / used).clamp_(-E4M3.largest, E4M3.largest)
-    return _untile(scaled, weight).to(torch.float8_e4m3fn), scale
+    return untile(scaled, weight).to(torch.float8_e4m3fn), scale
 
 
 def decode_fp8(
@@ -110,9 +110,9 @@ def decode_fp8(
     """
     if weight.dtype != torch.float8_e4m3fn:
         raise ValueError(f"FP8 weights are float8_e4m3fn, found {weight.dtype}")
-    values = _tiles(_look_up(_e4m3_values(weight.device), weight), tile)
+    values = tiles(_look_up(_e4m3_values(weight.device), weight), tile)
     used = _to_float(scale, (*values.shape[:-4], values.shape[-4], values.shape[-2]), FP8_SCALES)
-    return _untile(values * used[..., :, None, :, None], weight).to(dtype)
+    return untile(values * used[..., :, None, :, None], weight).to(dtype)
 
 
 def encode_mxfp4(weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -158,9 +158,9 @@ def mxfp4_to_fp8(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     exponents = scale.view(torch.uint8).int()
     has_values = blocks(values, FP4_BLOCK).any(-1)
     tile = (FP8_TILE[0], FP8_TILE[1] // FP4_BLOCK)
-    largest = _tiles(exponents, tile).amax((-3, -1))
-    below = largest[..., :, None, :, None] - _tiles(exponents, tile)
-    spread = (below * _tiles(has_values.int(), tile)).amax((-3, -1))
+    largest = tiles(exponents, tile).amax((-3, -1))
+    below = largest[..., :, None, :, None] - tiles(exponents, tile)
+    spread = (below * tiles(has_values.int(), tile)).amax((-3, -1))
     if (spread > MAX_SPREAD_LOG2).any():
         where = (spread > MAX_SPREAD_LOG2).nonzero()[0].tolist()
         raise ValueError(
@@ -211,15 +211,15 @@ def _e2m1_pairs(device: torch.device) -> Tensor:
         return torch.stack([low, high], -1).view(torch.int64).flatten().to(device)
 
 
-def _tiles(values: Tensor, tile: tuple[int, int]) -> Tensor:
+def tiles(values: Tensor, tile: tuple[int, int]) -> Tensor:
     """[..., R, C] -> [..., ceil(R/h), h, ceil(C/w), w], zeros past the edges."""
     down, across = (-size % side for size, side in zip(values.shape[-2:], tile))
     padded = functional.pad(values, (0, across, 0, down)) if down or across else values
     return padded.unflatten(-1, (-1, tile[1])).unflatten(-3, (-1, tile[0]))
 
 
-def _untile(tiles: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_tiles`, to the shape of `like`."""
+def untile(tiles: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `tiles`, to the shape of `like`."""
     return tiles.flatten(-2).flatten(-3, -2)[..., : like.shape[-2], : like.shape[-1]]
 
 
