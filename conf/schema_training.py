@@ -172,7 +172,10 @@ class EngineConfig:
         False, "trainer and rollout workers agree on log-probabilities to the last bit; several times slower"
     )
     quantization: str = setting(
-        "off", "fp4: train and sample with experts, index keys and KV as stored", choices=("off", "fp4")
+        "off",
+        "fp4: train and sample with experts, index keys and KV as stored; fp8: with the products of dense "
+        "projections in FP8, forward and backward; fp4_fp8: both, V4's recipe",
+        choices=("off", "fp4", "fp8", "fp4_fp8"),
     )
     recompute: tuple[str, ...] = setting(
         ("none",),

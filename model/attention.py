@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from consilience.model import exact
 from consilience.model.compressor import Compressor
 from consilience.model.config import CSA_RATIO, SLIDING, ModelConfig
-from consilience.model.exact import Linear
 from consilience.model.indexer import Indexer, IndexQueries, index_loss
 from consilience.model.kernels.attention_keys import Keys
+from consilience.model.kernels.fp8_linear import stored_tiles
 from consilience.model.kernels.gpu_decode import step_kernels
 from consilience.model.kernels.grouped_projection import grouped_projection
 from consilience.model.kernels.sink_attention import sink_attention
 from consilience.model.layout import Layout
+from consilience.model.linear import StoredLinear, project
 from consilience.model.norm import RMSNorm, rms
 from consilience.model.pieces import Work, in_pieces, piece_of
 from consilience.model.quantization import OFF, kv_values
@@ -43,13 +44,13 @@ class Attention(nn.Module):
         self.num_heads, self.width, self.num_rope = heads, width, config.qk_rope_head_dim
         self.groups, self.rank = config.o_groups, config.o_lora_rank
         self.eps = config.rms_norm_eps
-        self.wq_a = Linear(d, config.q_lora_rank, dtype)
+        self.wq_a = StoredLinear(d, config.q_lora_rank, dtype)
         self.q_norm = RMSNorm(config.q_lora_rank, self.eps, dtype)
-        self.wq_b = Linear(config.q_lora_rank, heads * width, dtype)
-        self.wkv = Linear(d, width, dtype)
+        self.wq_b = StoredLinear(config.q_lora_rank, heads * width, dtype)
+        self.wkv = StoredLinear(d, width, dtype)
         self.kv_norm = RMSNorm(width, self.eps, dtype)
-        self.wo_a = Linear(heads * width // self.groups, self.groups * config.o_lora_rank, dtype)
-        self.wo_b = Linear(self.groups * config.o_lora_rank, d, dtype)
+        self.wo_a = StoredLinear(heads * width // self.groups, self.groups * config.o_lora_rank, dtype)
+        self.wo_b = StoredLinear(self.groups * config.o_lora_rank, d, dtype)
         self.attn_sink = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
         self.compressor = None if ratio == SLIDING else Compressor(config, width, ratio, dtype)
         self.indexer = Indexer(config, dtype) if ratio == CSA_RATIO else None
@@ -57,8 +58,8 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor, layout: Layout, state: LayerState | None) -> Tensor:
         """hidden [B, T, D] (normed) -> [B, T, D]. Advances the layer's state when one is given."""
         rotation = layout.sliding_rotation if self.ratio == SLIDING else layout.compressed_rotation
-        latent = self.q_norm(named("attention_inner", self.wq_a, hidden))
-        kv = self.kv_norm(named("attention_inner", self.wkv, hidden), rotation)
+        latent, kv = named("attention_inner", project, hidden, self.wq_a, self.wkv)
+        latent, kv = self.q_norm(latent), self.kv_norm(kv, rotation)
         if self.quantization.kv:
             kv = kv_values(kv, self.num_rope)
 
@@ -170,8 +171,12 @@ class Attention(nn.Module):
         return kernels.attend(query, kv, state.window, self.attn_sink, scale, layout, compressed)
 
     def _grouped(self, output: Tensor) -> Tensor:
-        """Every group of heads through its own rows of wo_a: [R, groups, in] -> [R, groups · rank]."""
-        weight = self.wo_a.weight.view(self.groups, self.rank, -1)
+        """Every group of heads through its own rows of wo_a: [R, groups, in] -> [R, groups · rank].
+
+        Of FP8 it has the weight's values alone, as in the released model's code (specification 4).
+        """
+        weight = stored_tiles(self.wo_a.weight) if self.quantization.linears else self.wo_a.weight
+        weight = weight.view(self.groups, self.rank, -1)
         if exact.is_on():
             return torch.cat([exact.linear(x, w) for x, w in zip(output.unbind(1), weight)], dim=-1)
         if output.is_cuda:

@@ -21,6 +21,7 @@ from consilience.model.kernels.attention_keys import Keys, Stretch, stretches, v
 from consilience.model.kernels.exact_attention import exact_scores
 from consilience.model.kernels.sink_attention import entry_mass
 from consilience.model.layout import Layout
+from consilience.model.linear import StoredLinear
 from consilience.model.quantization import OFF, fake_bf16, index_values
 from consilience.model.rope import rotate
 from consilience.model.row_sums import take_rows
@@ -84,7 +85,7 @@ class Indexer(nn.Module):
         self.width = config.index_head_dim
         self.topk = config.index_topk
         self.sees_all = False
-        self.wq_b = Linear(config.q_lora_rank, self.num_heads * self.width, dtype)
+        self.wq_b = StoredLinear(config.q_lora_rank, self.num_heads * self.width, dtype)
         self.weights_proj = Linear(config.hidden_size, self.num_heads, dtype)
         self.compressor = Compressor(config, self.width, CSA_RATIO, dtype, is_index=True)
 

@@ -13,11 +13,11 @@ from torch.nn import functional
 
 from consilience.model import exact
 from consilience.model.config import ModelConfig
-from consilience.model.exact import Linear
 from consilience.model.forward_trace import Trace
 from consilience.model.kernels import experts as by_pieces
 from consilience.model.kernels import gpu_moe
 from consilience.model.kernels.decode_moe import decode_moe, is_available
+from consilience.model.linear import StoredLinear, project
 from consilience.model.pieces import Work, in_pieces, piece_of
 from consilience.model.quantization import OFF, fake_mxfp4
 from consilience.model.recompute import named
@@ -210,21 +210,22 @@ class Experts(nn.Module):
 class SharedExperts(nn.Module):
     """The expert every token passes through: same form, same clamp, no gate."""
 
+    quantization = OFF
+
     def __init__(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
         super().__init__()
         d, i = config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
         self.limit = config.swiglu_limit
-        self.w1 = Linear(d, i, dtype)
-        self.w2 = Linear(i, d, dtype)
-        self.w3 = Linear(d, i, dtype)
+        self.w1 = StoredLinear(d, i, dtype)
+        self.w2 = StoredLinear(i, d, dtype)
+        self.w3 = StoredLinear(d, i, dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[R, D] -> [R, D]."""
-        if by_pieces.is_available(hidden, self.w1.weight):
+        if not self.quantization.linears and by_pieces.is_available(hidden, self.w1.weight):
             own = by_pieces.Expert(self.w1.weight, self.w2.weight, self.w3.weight)
             return by_pieces.one_expert(hidden, self.limit, own)
-        gate = named("expert_activations", self.w1, hidden)
-        up = named("expert_activations", self.w3, hidden)
+        gate, up = named("expert_activations", project, hidden, self.w1, self.w3)
         return self.w2(gated(gate, up, self.limit).to(hidden.dtype))
 
 
@@ -253,7 +254,8 @@ class MoE(nn.Module):
         """
         if self.gate.is_hash:
             routing = None
-        if trace is None and routing is None and is_available(hidden, self.gate.weight):
+        is_plain = trace is None and routing is None and not self.shared_experts.quantization.linears
+        if is_plain and is_available(hidden, self.gate.weight):
             return decode_moe(self, hidden, token_ids)
         shape = (hidden.shape[0], self.gate.topk)
         fixed = None if routing is None else routing.prescribed(self.layer, shape, hidden.device)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from consilience.model.config import ModelConfig
-from consilience.model.exact import Linear
 from consilience.model.hyper_connections import HeadCollapse, settle
 from consilience.model.layout import Layout
+from consilience.model.linear import StoredLinear
 from consilience.model.norm import RMSNorm
 from consilience.model.state import LayerState
 from consilience.model.transformer import Block
@@ -27,8 +27,8 @@ class MTPBlock(Block):
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype | None) -> None:
         super().__init__(config, layer, dtype)
         width, eps = config.hidden_size, config.rms_norm_eps
-        self.e_proj = Linear(width, width, dtype)
-        self.h_proj = Linear(width, width, dtype)
+        self.e_proj = StoredLinear(width, width, dtype)
+        self.h_proj = StoredLinear(width, width, dtype)
         self.enorm = RMSNorm(width, eps, dtype)
         self.hnorm = RMSNorm(width, eps, dtype)
         self.hc_head = HeadCollapse(config)

@@ -61,7 +61,7 @@ class Quantization:
         return PRESETS[name]
 
 
-KV_BLOCK = 64
+KV_BLOCK, GEMM_BLOCK = 64, FP8_TILE[1]
 OFF = Quantization()
 FP4 = Quantization(experts=True, indexer=True, index_scores=True, kv=True)
 FP8 = Quantization(linears=True)

@@ -61,6 +61,7 @@ PRODUCTS = frozenset(
         torch.ops.aten.addmm.default,
         torch.ops.aten.bmm.default,
         torch.ops.aten._grouped_mm.default,
+        torch.ops.aten._scaled_mm_v2.default,
     )
 )
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from consilience.model.kernels.choice import uses_triton
+from consilience.model.linear import project
 from consilience.model.recompute import named
 
 MOST_EXPERTS, MOST_CHOSEN = 1024, 32  # a row of scores must fit the registers of a few warps
@@ -216,8 +217,7 @@ def weight_gradient(
 
 def shared_expert(shared: Any, hidden: Tensor) -> Tensor:
     """What a `SharedExperts` gives, [R, D] -> [R, D] bf16, its SwiGLU in one pass each way."""
-    gate = named("expert_activations", shared.w1, hidden)
-    up = named("expert_activations", shared.w3, hidden)
+    gate, up = named("expert_activations", project, hidden, shared.w1, shared.w3)
     return shared.w2(_SwiGLU.apply(gate, up, shared.limit))
 
 

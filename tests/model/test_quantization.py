@@ -24,6 +24,7 @@ from consilience.model.quantization import (
     fake_bf16,
     fake_fp4,
     fake_fp8,
+    fake_fp8_tiles,
     fake_mxfp4,
     hadamard,
 )
@@ -244,6 +245,18 @@ def test_a_width_that_is_no_power_of_two_is_refused(width):
         hadamard(torch.zeros(2, width))
 
 
+def test_tiles_of_weights_round_as_stored_with_gradients_straight_through():
+    for shape in ((3, 5), (128, 128), (200, 300)):
+        weight = (draw(*shape) * 2.0 ** (draw(shape[1], seed=1) * 6).round()).requires_grad_()
+        rounded = fake_fp8_tiles(weight)
+        assert same_bits(rounded.detach(), decode_fp8(*encode_fp8(weight), torch.float32))
+        assert same_bits(
+            fake_fp8_tiles(weight.bfloat16()).detach(), decode_fp8(*encode_fp8(weight.bfloat16()))
+        )
+        (rounded * weight.detach()).sum().backward()
+        assert torch.equal(weight.grad, weight.detach())
+
+
 def test_presets_and_their_names():
     assert Quantization.from_name("off") == OFF == Quantization()
     assert not any(dataclasses.astuple(OFF))
@@ -253,8 +266,11 @@ def test_presets_and_their_names():
         "indexer": True,
         "index_scores": True,
         "kv": True,
+        "linears": False,
     }
-    with pytest.raises(ConfigError, match="found quantization 'fp8'; allowed: off, fp4"):
-        Quantization.from_name("fp8")
+    assert dataclasses.astuple(Quantization.from_name("fp8")) == (False, False, False, False, True)
+    assert all(dataclasses.astuple(Quantization.from_name("fp4_fp8")))
+    with pytest.raises(ConfigError, match="found quantization 'int8'; allowed: off, fp4, fp8, fp4_fp8"):
+        Quantization.from_name("int8")
     with pytest.raises(dataclasses.FrozenInstanceError):
         FP4.kv = False
