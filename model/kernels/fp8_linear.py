@@ -106,8 +106,6 @@ def _along_tokens(rows: Tensor) -> Tensor:
 class _OnGpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        for weight in weights:
-            _kept.pop(weight, None)
         needs_rows, *needs_weights = ctx.needs_input_grad
         made, kept = _forward(rows, weights, needs_rows, any(needs_weights))
         ctx.save_for_backward(*kept)
@@ -137,30 +135,34 @@ def _forward(
     rows: Tensor, weights: tuple[Tensor, ...], needs_rows: bool, needs_weights: bool
 ) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
     """The products, and turned codes and scales of rows and of each weight, None where not needed."""
-    from consilience.model.kernels.triton_quantize import encode_rows, encode_tiles
+    from consilience.model.kernels.triton_quantize import encode_rows
 
+    keeps = not (needs_rows or needs_weights)
     codes, scales, *kept = encode_rows(rows, has_turned=needs_weights)
     made = []
     for weight in weights:
-        if needs_rows or needs_weights:
-            encoded = encode_tiles(weight, has_turned=needs_rows)
-        else:
-            encoded = _keep(weight, "codes", lambda w: encode_tiles(w, has_turned=False))
+        encoded = weight_codes(weight, keeps=keeps, has_turned=needs_rows)
         made.append(product((codes, scales), encoded[:2], rows.dtype, is_tiled=True)[: rows.shape[0]])
         kept += encoded[2:]
     return tuple(made), kept
 
 
-Codes = tuple[Tensor | None, Tensor | None]
+def weight_codes(weight: Tensor, *, keeps: bool, has_turned: bool) -> Any:
+    """`encode_tiles` of a weight; `keeps` (no gradient is wanted): made once until the weight changes."""
+    from consilience.model.kernels.triton_quantize import encode_tiles
+
+    if keeps:
+        return _keep(weight, "codes", lambda w: encode_tiles(w, has_turned=False))
+    _kept.pop(weight, None)
+    return encode_tiles(weight, has_turned=has_turned)
 
 
-def product(a: Codes, b: Codes, dtype: torch.dtype, *, is_tiled: bool = False) -> Tensor:
+def product(a: Any, b: Any, dtype: torch.dtype, *, is_tiled: bool = False) -> Tensor:
     """a [M, K] times b [N, K] transposed: [M, N] in dtype.
 
-    Each is codes and scales as `triton_quantize.encode_rows` makes them; b, if `is_tiled`, as `encode_tiles`.
+    Each is a pair of codes and scales as `triton_quantize.encode_rows` makes them; b, if `is_tiled`, as `encode_tiles`.
     """
     codes, scales, other, other_scales = *a, *b
-    assert codes is not None and scales is not None and other is not None and other_scales is not None
     if not codes.is_cuda or torch.cuda.get_device_capability(codes.device) != (9, 0):
         from consilience.model.kernels.triton_scaled_mm import scaled_mm
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from consilience.model.kernels import fp8_expert, fp8_linear
 from consilience.model.kernels.choice import uses_triton
 from consilience.model.linear import project
 from consilience.model.recompute import named
@@ -217,6 +218,9 @@ def weight_gradient(
 
 def shared_expert(shared: Any, hidden: Tensor) -> Tensor:
     """What a `SharedExperts` gives, [R, D] -> [R, D] bf16, its SwiGLU in one pass each way."""
+    weights = (shared.w1.weight, shared.w2.weight, shared.w3.weight)
+    if shared.quantization.linears and fp8_linear.is_available(hidden, *weights):
+        return fp8_expert.by_kernels(hidden, *weights, shared.limit)
     gate, up = named("expert_activations", project, hidden, shared.w1, shared.w3)
     return shared.w2(_SwiGLU.apply(gate, up, shared.limit))
 

@@ -83,7 +83,7 @@ def combine(
 
 
 @triton.jit
-def _swiglu(gate, up, limit):
+def swiglu(gate, up, limit):
     clamped, held = tl.minimum(gate, limit), tl.minimum(tl.maximum(up, -limit), limit)
     sigmoid = 1.0 / (1.0 + tl.exp(-clamped))
     return clamped * sigmoid, held, sigmoid
@@ -98,7 +98,7 @@ def _swiglu_forward(
     place, is_here = row * width + column, column < width
     g = tl.load(gate + place, mask=is_here, other=0.0).to(tl.float32)
     u = tl.load(up + place, mask=is_here, other=0.0).to(tl.float32)
-    silu, held, _ = _swiglu(g, u, limit)
+    silu, held, _ = swiglu(g, u, limit)
     active = silu * held
     if HAS_WEIGHTS:
         active *= tl.load(weights + tl.load(order + row))
@@ -122,7 +122,7 @@ def _swiglu_backward(
         g = tl.load(gate + place, mask=is_here, other=0.0).to(tl.float32)
         u = tl.load(up + place, mask=is_here, other=0.0).to(tl.float32)
         upstream = tl.load(grad + place, mask=is_here, other=0.0).to(tl.float32)
-        silu, held, sigmoid = _swiglu(g, u, limit)
+        silu, held, sigmoid = swiglu(g, u, limit)
         if HAS_WEIGHTS:
             plain = silu * held
             total += upstream * plain

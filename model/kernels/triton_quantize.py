@@ -161,16 +161,14 @@ def _inverse(scale, amax):
 
 
 @triton.jit
-def _codes(
-    x, codes, scales, turned, turned_scales, num_rows, num_columns, padded_rows,
-    FORMAT: tl.constexpr, HAS_CODES: tl.constexpr, HAS_TURNED: tl.constexpr, SIDE: tl.constexpr,
+def write_codes(
+    v, codes, scales, turned, turned_scales, r, c, num_columns, padded_rows,
+    FORMAT: tl.constexpr, HAS_CODES: tl.constexpr, HAS_TURNED: tl.constexpr,
 ):  # fmt: skip
-    """One 128 × 128 tile in blocks of 128 along rows and, turned, along columns."""
-    r = tl.program_id(1).to(tl.int64) * SIDE + tl.arange(0, SIDE)
-    c = tl.program_id(0).to(tl.int64) * SIDE + tl.arange(0, SIDE)
-    v = tl.load(
-        x + r[:, None] * num_columns + c[None, :], mask=(r < num_rows)[:, None], other=0.0
-    ).to(tl.float32)  # fmt: skip
+    """A 128 × 128 tile v, fp32, of this program: codes in blocks along rows and, turned, along columns.
+
+    r, c its rows and columns; program axes 1 and 0 count tiles down and across.
+    """
     size = _magnitude(v)
     if HAS_CODES:
         amax = tl.max(size, 1)
@@ -184,6 +182,20 @@ def _codes(
         q = (v * inverse[None, :]).to(tl.float8e4nv)
         tl.store(turned + c[:, None] * padded_rows + r[None, :], tl.trans(q))
         tl.store(turned_scales + tl.program_id(1) * num_columns + c, scale)
+
+
+@triton.jit
+def _codes(
+    x, codes, scales, turned, turned_scales, num_rows, num_columns, padded_rows,
+    FORMAT: tl.constexpr, HAS_CODES: tl.constexpr, HAS_TURNED: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(1).to(tl.int64) * SIDE + tl.arange(0, SIDE)
+    c = tl.program_id(0).to(tl.int64) * SIDE + tl.arange(0, SIDE)
+    at, here = r[:, None] * num_columns + c[None, :], (r < num_rows)[:, None]
+    v = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+    write_codes(
+        v, codes, scales, turned, turned_scales, r, c, num_columns, padded_rows, FORMAT, HAS_CODES, HAS_TURNED
+    )
 
 
 @triton.jit
@@ -211,17 +223,13 @@ def _tile_codes(
             tl.store(turned_scales + tl.program_id(0) * turned_stride + tl.program_id(1), scale)
 
 
-def encode_rows(
-    x: Tensor, *, has_codes: bool = True, has_turned: bool = True
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """x [R, C], C a multiple of 128 -> codes [P, C], scales [C / 128, P], turned codes [C, P], turned scales
-    [P / 128, C]; e4m3 and fp32. P is R up to a multiple of 128; rows past R are zeros.
+Codes = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-    Codes have a scale for 128 columns of a row; turned codes, of the same values, for 128 rows of a column.
-    """
+
+def room_for_codes(x: Tensor, *, has_codes: bool = True, has_turned: bool = True) -> Codes:
+    """Codes, scales, turned codes and turned scales of x [R, C] as `encode_rows` gives them, not filled."""
     num_rows, width = x.shape
-    padded = triton.cdiv(num_rows, SIDE) * SIDE
-    x, e4m3 = x.contiguous(), torch.float8_e4m3fn
+    padded, e4m3 = triton.cdiv(num_rows, SIDE) * SIDE, torch.float8_e4m3fn
     codes = scales = turned = turned_scales = None
     if has_codes:
         codes = x.new_empty(padded, width, dtype=e4m3)
@@ -229,12 +237,23 @@ def encode_rows(
     if has_turned:
         turned = x.new_empty(width, padded, dtype=e4m3)
         turned_scales = x.new_empty(padded // SIDE, width, dtype=torch.float32)
-    if padded:
-        _codes[width // SIDE, padded // SIDE](
-            x, codes, scales, turned, turned_scales, num_rows, width, padded, FORMAT=NUMBERS[E4M3],
+    return codes, scales, turned, turned_scales
+
+
+def encode_rows(x: Tensor, *, has_codes: bool = True, has_turned: bool = True) -> Codes:
+    """x [R, C], C a multiple of 128 -> codes [P, C], scales [C / 128, P], turned codes [C, P], turned scales
+    [P / 128, C]; e4m3 and fp32. P is R up to a multiple of 128; rows past R are zeros.
+
+    Codes have a scale for 128 columns of a row; turned codes, of the same values, for 128 rows of a column.
+    """
+    num_rows, width = x.shape
+    x, made = x.contiguous(), room_for_codes(x, has_codes=has_codes, has_turned=has_turned)
+    if num_rows:
+        _codes[width // SIDE, triton.cdiv(num_rows, SIDE)](
+            x, *made, num_rows, width, triton.cdiv(num_rows, SIDE) * SIDE, FORMAT=NUMBERS[E4M3],
             HAS_CODES=has_codes, HAS_TURNED=has_turned, SIDE=SIDE, num_warps=CODES["num_warps"],
         )  # fmt: skip
-    return codes, scales, turned, turned_scales
+    return made
 
 
 def encode_tiles(

@@ -193,3 +193,23 @@ def test_a_block_that_is_not_finite_has_no_finite_scale(kernels, bad, triton_dev
     _, scales, _, turned_scales = kernels.encode_tiles(x.to(triton_device))
     assert scales.isnan().nonzero().tolist() == [[0, 1]]
     assert turned_scales.isnan().nonzero().tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("num_rows", [1, 128, 150])
+def test_the_swiglu_to_codes_equals_the_swiglu_then_codes(kernels, num_rows, triton_device):
+    from consilience.model.kernels import triton_moe, triton_swiglu_codes
+
+    gate, up, grad = (draw(num_rows, 256, seed=s, spread=2).bfloat16().to(triton_device) for s in range(3))
+    limit = 1.5  # many values on both sides
+    same = lambda found, expected: all(
+        torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8)) for a, b in zip(found, expected)
+    )
+    active = triton_moe.swiglu_forward(gate, up, limit)
+    assert same(triton_swiglu_codes.forward(gate, up, limit), kernels.encode_rows(active))
+    d_gate, d_up, _, _ = triton_moe.swiglu_backward(grad, gate, up, limit)
+    found = triton_swiglu_codes.backward(grad, gate, up, limit)
+    assert same(found[0], kernels.encode_rows(d_gate)) and same(found[1], kernels.encode_rows(d_up))
+    for flags in ({"has_codes": False}, {"has_turned": False}):
+        part = triton_swiglu_codes.backward(grad, gate, up, limit, **flags)[1]
+        kept = [(a, b) for a, b in zip(part, found[1]) if a is not None]
+        assert len(kept) == 2 and same(*zip(*kept))
