@@ -2,14 +2,15 @@
 
     PYTHONPATH=. python bench/quantization_gpu.py [--sweep]
 
-First what the kernels make against the plain quantisers on the CPU (bits that differ) and FP8 products against
-fp64, by the decoded values (the products' own error) and by the unrounded ones (rounding included). Then each
-quantiser over more data than the L2 cache holds; then projections at Flash's widths and 4,096 tokens: products
-alone and whole (rounding, products, gradients). Random data. 80 % of the copy rate and 1.5 × bf16 are asked for.
+First what the kernels make against the plain quantisers on the CPU (bits that differ) and FP8 products
+against fp64, by the decoded values (the products' own error) and by the unrounded ones (rounding included).
+Then each quantiser over more data than the L2 cache holds; then projections at Flash's widths and 4,096
+tokens: products alone and whole (rounding, products, gradients). Random data. 80 % of the copy rate and 1.5
+× bf16 are asked for.
 
-Predicted for an H100 at 3 TB/s: 134 M values in bf16 to codes and turned codes 0.18 ms; products at 1,200 TFLOP/s
-1.7 × bf16's 700. Whole projections: rounding takes 4 bytes for each entry of x, dy and W; at 4,096 tokens w1 1.36 ×,
-wq_b 1.27 × (its gradient has 32,768 columns), wo_b 1.49 ×, the shared expert 1.5 ×.
+Predicted for an H100 at 3 TB/s: 134 M values in bf16 to codes and turned codes 0.18 ms; products at 1,200
+TFLOP/s 1.7 × bf16's 700. Whole projections: rounding takes 4 bytes for each entry of x, dy and W; at 4,096
+tokens w1 1.36 ×, wq_b 1.27 × (its gradient has 32,768 columns), wo_b 1.49 ×, the shared expert 1.5 ×.
 """
 
 from __future__ import annotations
@@ -22,13 +23,29 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from gpu_timing import Table, arguments, copy_rate, matrix_rate, median_text, peak_bytes, relative_errors, time_arms
+from gpu_timing import (
+    Table,
+    arguments,
+    copy_rate,
+    matrix_rate,
+    median_text,
+    peak_bytes,
+    relative_errors,
+    time_arms,
+)
 from torch import Tensor
 from torch.nn import functional
 
 from consilience.model.kernels import fp8_linear, gpu_moe, triton_quantize, triton_scaled_mm
 from consilience.model.number_formats import E2M1, E4M3, decode_fp8, encode_fp8
-from consilience.model.quantization import fake_fp8, fake_fp8_tiles, fake_mxfp4, hadamard, index_values, kv_values
+from consilience.model.quantization import (
+    fake_fp8,
+    fake_fp8_tiles,
+    fake_mxfp4,
+    hadamard,
+    index_values,
+    kv_values,
+)
 
 TOKENS, LIMIT = 4096, 10.0
 # name -> inputs, outputs
@@ -191,7 +208,9 @@ def composed(x: Tensor, width: int, minifloat: Any) -> Tensor:
     from consilience.model.number_formats import blocks, choose_scale, round_to
 
     grouped = blocks(x.float(), width)
-    return round_to(grouped, choose_scale(grouped.abs().amax(-1, keepdim=True), minifloat), minifloat).to(x.dtype)
+    return round_to(grouped, choose_scale(grouped.abs().amax(-1, keepdim=True), minifloat), minifloat).to(
+        x.dtype
+    )
 
 
 # ---- projections --------------------------------------------------------------------------------
@@ -256,7 +275,9 @@ def compare(
     name: str, works: dict[str, Callable[..., Any]], leaves: list[Tensor], grads: list[Tensor], table: Table
 ) -> None:
     frozen = [leaf.detach() for leaf in leaves]
-    forward = {f"{arm}": repeated(functools.partial(under_no_grad, work, frozen), 4) for arm, work in works.items()}
+    forward = {
+        f"{arm}": repeated(functools.partial(under_no_grad, work, frozen), 4) for arm, work in works.items()
+    }
     both = {arm: repeated(trained(work, leaves, grads), 4) for arm, work in works.items()}
     times = {0: time_arms(forward, rounds=5), 1: time_arms(both, rounds=5)}
     kept = {arm: peak_bytes(functools.partial(work, *leaves)) / 2**20 for arm, work in works.items()}
@@ -273,7 +294,9 @@ def under_no_grad(work: Callable[..., Any], leaves: list[Tensor]) -> None:
 
 
 def linears() -> None:
-    table = Table("4,096 tokens", "product", "bf16 ms (TFLOP/s)", "cuBLAS FP8", "Triton FP8", "× cuBLAS", "× Triton")
+    table = Table(
+        "4,096 tokens", "product", "bf16 ms (TFLOP/s)", "cuBLAS FP8", "Triton FP8", "× cuBLAS", "× Triton"
+    )
     for name in SHAPES:
         products(name, table)
     print()
@@ -284,14 +307,17 @@ def linears() -> None:
     projections("w1 + w3", (2048, 2048), 4096, table)
     shared_expert(table)
     table.note(
-        "Forward without gradients keeps the codes of a weight until it changes; with gradients they are made anew."
+        "Forward without gradients keeps a weight's codes until it changes; with gradients they are made anew."
     )
 
 
 # ---- sweep --------------------------------------------------------------------------------------
 
-WARPS = [{"num_warps": w} for w in (4, 8, 16)]
-VALUES = [{"values": v, "num_warps": w} for v, w in ((1024, 1), (2048, 2), (2048, 4), (4096, 4), (8192, 4), (8192, 8))]
+WARPS = [{"num_warps": w, "maxnreg": r} for w, r in ((8, 128), (8, 168), (16, 64), (16, 80), (4, 255))]
+VALUES = [
+    {"values": v, "num_warps": w}
+    for v, w in ((1024, 1), (2048, 2), (2048, 4), (4096, 4), (8192, 4), (8192, 8))
+]
 TILES = [dict(zip(("rows", "columns", "group", "num_warps", "num_stages"), t)) for t in (
     (128, 128, 8, 8, 3), (128, 128, 8, 8, 4), (128, 128, 8, 8, 5), (128, 64, 8, 4, 3), (128, 64, 8, 4, 4),
     (64, 128, 8, 4, 3), (64, 128, 8, 4, 4), (128, 128, 16, 8, 4), (64, 64, 8, 4, 4),
@@ -317,7 +343,9 @@ def sweep() -> None:
         inner, out = SHAPES[name]
         made = operands(normal(TOKENS, inner), normal(out, inner, scale=0.02), normal(TOKENS, out))
         for (left, right, is_tiled), product in zip(made, ("y", "dx", "dW")):
-            multiply = functools.partial(product_arms()["Triton"], left, right, torch.bfloat16, is_tiled=is_tiled)
+            multiply = functools.partial(
+                product_arms()["Triton"], left, right, torch.bfloat16, is_tiled=is_tiled
+            )
             try_settings(triton_scaled_mm, "PRODUCT", TILES, f"{name}: {product}", multiply)
 
 
@@ -343,7 +371,10 @@ def main() -> None:
         sweep()
         return
     machine = SimpleNamespace(copy=copy_rate(), matrix=matrix_rate())
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {machine.copy / 1e12:.2f} TB/s, ", end="")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {machine.copy / 1e12:.2f} TB/s, ",
+        end="",
+    )
     print(f"8192³ bf16 {machine.matrix / 1e12:.0f} TFLOP/s\n")
     for part in (check_bits, check_products, lambda: quantisers(machine.copy), linears):
         part()

@@ -1,4 +1,4 @@
-"""Projections that the release stores in FP8: as plain products, or with FP8 values where that is switched on."""
+"""Projections that the release stores in FP8: plain products, or FP8 ones where that is switched on."""
 
 from __future__ import annotations
 

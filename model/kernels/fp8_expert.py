@@ -1,8 +1,8 @@
 """A shared expert in FP8 on a GPU: its SwiGLU reads and writes beside the products of `fp8_linear.py` once.
 
-The twin is `SharedExperts` in model/moe.py, whose projections are those of `fp8_linear.py`; the numbers are the
-same to the bit but for the sum of two gradients of x. Kept for the backward: codes of x and of the SwiGLU's output,
-gate and up in x's type.
+The twin is `SharedExperts` in model/moe.py, whose projections are those of `fp8_linear.py`; the numbers are
+the same to the bit but for the sum of two gradients of x. Kept for the backward: codes of x and of the
+SwiGLU's output, gate and up in x's type.
 
 R rows, D model width, I expert width.
 """

@@ -7,9 +7,9 @@ is, for dW = dyᵀ x. Rounding is straight through. Weights stay the masters the
 DeepSeek-V3 makes x's blocks along tokens from its codes; here they come from x itself in the pass that makes
 the codes: one rounding fewer. Kept for the backward are codes only, a byte a value.
 
-On Hopper products are cuBLAS', by block scales that it applies to fp32 sums of 128 terms; on other GPUs those of
-triton_scaled_mm.py, which does the same. The twin multiplies the rounded values, which bf16 holds exactly: it
-serves the CPU, exact mode, other types and widths that are no multiples of 128.
+On Hopper products are cuBLAS', by block scales that it applies to fp32 sums of 128 terms; on other GPUs
+those of triton_scaled_mm.py, which does the same. The twin multiplies the rounded values, which bf16 holds
+exactly: it serves the CPU, exact mode, other types and widths that are no multiples of 128.
 
 R rows, P rows up to a multiple of 128, I inputs, O outputs.
 """
@@ -160,7 +160,8 @@ def weight_codes(weight: Tensor, *, keeps: bool, has_turned: bool) -> Any:
 def product(a: Any, b: Any, dtype: torch.dtype, *, is_tiled: bool = False) -> Tensor:
     """a [M, K] times b [N, K] transposed: [M, N] in dtype.
 
-    Each is a pair of codes and scales as `triton_quantize.encode_rows` makes them; b, if `is_tiled`, as `encode_tiles`.
+    Each is a pair of codes and scales as `triton_quantize.encode_rows` makes them; b, if `is_tiled`, as
+    `encode_tiles`.
     """
     codes, scales, other, other_scales = *a, *b
     if not codes.is_cuda or torch.cuda.get_device_capability(codes.device) != (9, 0):

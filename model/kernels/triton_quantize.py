@@ -5,11 +5,12 @@ found on the bits of the values, as integers: that takes NaN and infinity along 
 Codes are values times the scale's inverse, exact for a power of two, then the hardware's own rounding to
 e4m3, which is the formats' (nearest, ties to even). A block that holds NaN or infinity gets a NaN scale.
 
-The tensor cores want both factors of an FP8 product with the summed axis last. So a matrix that is summed over
-its rows in the backward (activations, gradients, weights) leaves here transposed too, from the same read: what
-a GEMM's own transpose would cost is the store of one byte a value.
+The tensor cores want both factors of an FP8 product with the summed axis last. So a matrix that is summed
+over its rows in the backward (activations, gradients, weights) leaves here transposed too, from the same
+read: what a GEMM's own transpose would cost is the store of one byte a value.
 
-Floor: bytes. bf16 in and out 4 B a value, 4,096 × 4,096 in 22 µs at 3 TB/s; codes and transposed codes the same.
+Floor: bytes. bf16 in and out 4 B a value, 4,096 × 4,096 in 22 µs at 3 TB/s; codes and transposed codes the
+same.
 
 R rows, C columns, W width of a block.
 """
@@ -29,12 +30,12 @@ from consilience.model.number_formats import E2M1, E4M3, FP4_BLOCK, MiniFloat
 # Values of a tile, warps, and for `index` rows of a tile; `bench/quantization_gpu.py --sweep` tries others.
 FAKE = {"values": 4096, "num_warps": 4}
 INDEX = {"values": 2048, "num_warps": 4}
-CODES = {"num_warps": 8}
+CODES = {"num_warps": 8, "maxnreg": 128}  # two programs an SM
 SIDE = 128  # of a tile of weights, and of a block of a GEMM's input
 
 
 def _numbers(minifloat: MiniFloat) -> tuple[int, int, int, int, float]:
-    """Carry, exponent and least bits as in `choose_scale`; log2 of the smallest normal and lift of `round_to`."""
+    """Carry, exponent and least bits of `choose_scale`; log2 of the smallest normal, lift of `round_to`."""
     fraction, exponent = math.frexp(minifloat.largest)
     carry = 2**23 - 1 - int((2 * fraction - 1) * 2**23)
     (least,) = struct.unpack("i", struct.pack("f", minifloat.smallest_amax))
@@ -93,7 +94,7 @@ def _fake(
 
 
 def fake_blocks(x: Tensor, width: int, minifloat: MiniFloat, plain: int | None = None) -> Tensor:
-    """x [..., C] rounded in blocks of `width` (a power of two) neighbours; channels from `plain` on are kept."""
+    """x [..., C] rounded in blocks of `width` (a power of two) channels; those from `plain` on are kept."""
     x = x.contiguous()
     y, channels = torch.empty_like(x), x.shape[-1]
     plain = channels if plain is None else plain
@@ -251,7 +252,7 @@ def encode_rows(x: Tensor, *, has_codes: bool = True, has_turned: bool = True) -
     if num_rows:
         _codes[width // SIDE, triton.cdiv(num_rows, SIDE)](
             x, *made, num_rows, width, triton.cdiv(num_rows, SIDE) * SIDE, FORMAT=NUMBERS[E4M3],
-            HAS_CODES=has_codes, HAS_TURNED=has_turned, SIDE=SIDE, num_warps=CODES["num_warps"],
+            HAS_CODES=has_codes, HAS_TURNED=has_turned, SIDE=SIDE, **CODES,
         )  # fmt: skip
     return made
 
@@ -273,7 +274,7 @@ def encode_tiles(
         turned_scales = weight.new_zeros(broad, turned_stride, dtype=torch.float32)
     _tile_codes[broad, tall](
         weight, codes, scales, turned, turned_scales, *weight.shape, stride, turned_stride,
-        FORMAT=NUMBERS[E4M3], IS_FAKE=False, HAS_TURNED=has_turned, SIDE=SIDE, num_warps=CODES["num_warps"],
+        FORMAT=NUMBERS[E4M3], IS_FAKE=False, HAS_TURNED=has_turned, SIDE=SIDE, **CODES,
     )  # fmt: skip
     return codes, scales, turned, turned_scales
 
@@ -286,6 +287,6 @@ def fake_tiles(weight: Tensor) -> Tensor:
     if weight.numel():
         _tile_codes[grid](
             weight, y, None, None, None, *weight.shape, 0, 0,
-            FORMAT=NUMBERS[E4M3], IS_FAKE=True, HAS_TURNED=False, SIDE=SIDE, num_warps=CODES["num_warps"],
+            FORMAT=NUMBERS[E4M3], IS_FAKE=True, HAS_TURNED=False, SIDE=SIDE, **CODES,
         )  # fmt: skip
     return y

@@ -1,4 +1,4 @@
-"""A product of FP8 codes with block scales in Triton, for GPUs on which cuBLAS has none (`fp8_linear.product`).
+"""A product of FP8 codes with block scales, for GPUs on which cuBLAS has none (`fp8_linear.product`).
 
 The tensor cores sum 128 products of codes; times both scales that is added to an fp32 sum outside of them
 (their own sums keep 14 bits). So a tile's sums are held twice, which bounds it to 128 × 128 with two warp

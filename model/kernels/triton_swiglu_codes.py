@@ -1,8 +1,8 @@
-"""The clamped SwiGLU straight to FP8 codes, forward and backward: what the next product reads is all it writes.
+"""The clamped SwiGLU straight to FP8 codes, forward and backward: it writes what the next product reads.
 
-The twin is the SwiGLU of triton_moe.py followed by `triton_quantize.encode_rows`: the same bits, as values are
-rounded to the inputs' type before they are coded. Bytes an entry: 6 forward instead of 10, 10 backward instead
-of 18 (bf16 inputs): 4,096 × 2,048 entries in 17 and 28 µs at 3 TB/s.
+The twin is the SwiGLU of triton_moe.py followed by `triton_quantize.encode_rows`: the same bits, as values
+are rounded to the inputs' type before they are coded. Bytes an entry: 6 forward instead of 10, 10 backward
+instead of 18 (bf16 inputs): 4,096 × 2,048 entries in 17 and 28 µs at 3 TB/s.
 
 R rows, I expert width.
 """
@@ -18,8 +18,8 @@ from consilience.model.kernels.triton_quantize import NUMBERS, SIDE, Codes, room
 from consilience.model.number_formats import E4M3
 
 # `bench/quantization_gpu.py --sweep` tries others.
-CODES = {"num_warps": 8}
-BACKWARD = {"num_warps": 16}
+CODES = {"num_warps": 8, "maxnreg": 128}  # two programs an SM
+BACKWARD = {"num_warps": 16, "maxnreg": 128}
 
 
 @triton.jit
@@ -41,10 +41,9 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad, gate, up,
-    gate_codes, gate_scales, gate_turned, gate_turned_scales, up_codes, up_scales, up_turned, up_turned_scales,
-    num_rows, num_columns, padded_rows, limit,
-    FORMAT: tl.constexpr, HAS_CODES: tl.constexpr, HAS_TURNED: tl.constexpr, SIDE: tl.constexpr,
+    grad, gate, up, gate_codes, gate_scales, gate_turned, gate_turned_scales, up_codes, up_scales,
+    up_turned, up_turned_scales, num_rows, num_columns, padded_rows, limit, FORMAT: tl.constexpr, HAS_CODES:
+    tl.constexpr, HAS_TURNED: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(1).to(tl.int64) * SIDE + tl.arange(0, SIDE)
     c = tl.program_id(0).to(tl.int64) * SIDE + tl.arange(0, SIDE)
@@ -67,11 +66,11 @@ def _backward(
 
 
 def forward(gate: Tensor, up: Tensor, limit: float, *, has_turned: bool = True) -> Codes:
-    """Codes of silu(min(gate, limit)) · clamp(up, ±limit), gate and up [R, I] contiguous, as `encode_rows`'."""
+    """Codes of silu(min(gate, limit)) · clamp(up, ±limit), gate, up [R, I] contiguous; as `encode_rows`'."""
     made = room_for_codes(gate, has_turned=has_turned)
     _forward[_grid(gate)](
         gate, up, *made, *_sizes(gate), limit,
-        FORMAT=NUMBERS[E4M3], HAS_TURNED=has_turned, SIDE=SIDE, num_warps=CODES["num_warps"],
+        FORMAT=NUMBERS[E4M3], HAS_TURNED=has_turned, SIDE=SIDE, **CODES,
     )  # fmt: skip
     return made
 
@@ -84,7 +83,7 @@ def backward(
     d_gate, d_up = room_for_codes(gate, **flags), room_for_codes(up, **flags)
     _backward[_grid(gate)](
         grad, gate, up, *d_gate, *d_up, *_sizes(gate), limit, FORMAT=NUMBERS[E4M3],
-        HAS_CODES=has_codes, HAS_TURNED=has_turned, SIDE=SIDE, num_warps=BACKWARD["num_warps"],
+        HAS_CODES=has_codes, HAS_TURNED=has_turned, SIDE=SIDE, **BACKWARD,
     )  # fmt: skip
     return d_gate, d_up
 

@@ -44,7 +44,10 @@ def test_a_product_by_hand():
 @pytest.mark.parametrize("shape", [(5, 40, 24), (200, 136, 130), (1, 128, 256)])
 def test_the_twin_multiplies_what_the_format_stores(shape):
     rows, inner, out = shape
-    x, weights = draw(rows, inner).requires_grad_(), [draw(out, inner, seed=s).requires_grad_() for s in (1, 2)]
+    x, weights = (
+        draw(rows, inner).requires_grad_(),
+        [draw(out, inner, seed=s).requires_grad_() for s in (1, 2)],
+    )
     grads = [draw(rows, out, seed=s) for s in (3, 4)]
     made = fp8_linears(x, *weights)
     torch.autograd.backward(made, grads)
@@ -57,13 +60,17 @@ def test_the_twin_multiplies_what_the_format_stores(shape):
 
 
 def test_rounding_costs_what_three_bits_of_mantissa_cost():
-    x, weight, grad = draw(256, 256).requires_grad_(), draw(256, 256, seed=1).requires_grad_(), draw(256, 256, seed=2)
+    x, weight, grad = (
+        draw(256, 256).requires_grad_(),
+        draw(256, 256, seed=1).requires_grad_(),
+        draw(256, 256, seed=2),
+    )
     (y,) = fp8_linears(x, weight)
     y.backward(grad)
     exact = (x @ weight.t(), grad @ weight, grad.t() @ x)
     exact = [truth.detach() for truth in exact]
     for found, truth in zip((y, x.grad, weight.grad), exact):
-        # A rounding to 4 bits errs by 2^-4 at most, 2.6 % in the mean square; two of them independently 3.7 %.
+        # A rounding to 4 bits errs by 2^-4 at most, by 2.6 % in the mean square; two of them by 3.7 %.
         assert 0.025 < float((found.detach() - truth).norm() / truth.norm()) < 0.05
 
 
@@ -130,7 +137,10 @@ def test_kernels_make_the_twin_s_products(rows, needs, triton_device):
 
 @pytest.mark.triton
 def test_masters_in_fp32_get_gradients_that_were_not_rounded(triton_device):
-    x, weight = draw(128, 128, dtype=torch.bfloat16), draw(128, 128, seed=1).to(triton_device).requires_grad_()
+    x, weight = (
+        draw(128, 128, dtype=torch.bfloat16),
+        draw(128, 128, seed=1).to(triton_device).requires_grad_(),
+    )
     grad = draw(128, 128, seed=2, dtype=torch.bfloat16)
     by_kernels(x.to(triton_device), weight)[0].backward(grad.to(triton_device))
     truth = expected_of(x, weight.cpu(), grad)[2]
@@ -164,7 +174,9 @@ def test_the_product_in_triton_is_that_of_the_decoded_values(shape, is_tiled, tr
     num_rows, num_columns, depth = shape
     a, b = draw(num_rows, depth), draw(num_columns, depth, seed=1)
     left = triton_quantize.encode_rows(a.to(triton_device))[:2]
-    right = (triton_quantize.encode_tiles if is_tiled else triton_quantize.encode_rows)(b.to(triton_device))[:2]
+    right = (triton_quantize.encode_tiles if is_tiled else triton_quantize.encode_rows)(b.to(triton_device))[
+        :2
+    ]
     truth = stored(a) @ stored(b, (128, 128) if is_tiled else (1, 128)).t()
     found = triton_scaled_mm.scaled_mm(*left, *right, torch.float32, is_tiled=is_tiled).cpu()
     again = triton_scaled_mm.scaled_mm(*left, *right, torch.float32, is_tiled=is_tiled).cpu()
@@ -174,4 +186,6 @@ def test_the_product_in_triton_is_that_of_the_decoded_values(shape, is_tiled, tr
     if triton_device == "cuda":
         for dtype in (torch.float32, torch.bfloat16):
             of_cublas = fp8_linear.product(left, right, dtype, is_tiled=is_tiled).cpu()
-            assert (of_cublas.double() - truth).norm() <= (2**-12 + 2**-9 * (dtype != torch.float32)) * truth.norm()
+            assert (of_cublas.double() - truth).norm() <= (
+                2**-12 + 2**-9 * (dtype != torch.float32)
+            ) * truth.norm()

@@ -42,8 +42,11 @@ def every_bfloat16(limit=2.0**100):
 
 
 def borders(minifloat):
-    """float32 values where a rounding or a scale changes: codes, ties, both neighbours, powers of two of it."""
-    codes = {E2M1: [0.5, 1, 1.5, 2, 3, 4, 6], E4M3: [m / 8 * 2.0**e for m in range(8, 16) for e in range(-9, 9)]}
+    """float32 values where a rounding or a scale changes: codes, ties, neighbours, times powers of two."""
+    codes = {
+        E2M1: [0.5, 1, 1.5, 2, 3, 4, 6],
+        E4M3: [m / 8 * 2.0**e for m in range(8, 16) for e in range(-9, 9)],
+    }
     codes = sorted({c for c in codes[minifloat] if c <= minifloat.largest})
     ties = [(a + b) / 2 for a, b in itertools.pairwise([0.0, *codes])]
     points = torch.tensor([0.0, minifloat.smallest_amax, *codes, *ties])
@@ -61,7 +64,9 @@ def rows_of(values, width, seed=0):
 def draw(*shape, seed=0, spread=12):
     """Normal values times powers of two from 2^-spread to 2^spread, a column each."""
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=g) * 2.0 ** torch.randint(-spread, spread + 1, shape[-1:], generator=g)
+    return torch.randn(shape, generator=g) * 2.0 ** torch.randint(
+        -spread, spread + 1, shape[-1:], generator=g
+    )
 
 
 @pytest.mark.parametrize("minifloat", [E2M1, E4M3])
