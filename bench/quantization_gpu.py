@@ -307,7 +307,7 @@ def linears() -> None:
     projections("w1 + w3", (2048, 2048), 4096, table)
     shared_expert(table)
     table.note(
-        "Forward without gradients keeps a weight's codes until it changes; with gradients they are made anew."
+        "Forward without gradients keeps a weight's codes until it changes; with gradients codes are new."
     )
 
 
