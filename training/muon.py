@@ -6,9 +6,8 @@ For every logically independent matrix W [n, m] with gradient G, momentum M, lea
     O = HNS(G + μM) · sqrt(max(n, m)) · γ         (Nesterov; μ = 0.95, γ = 0.18)
     W ← W(1 − ηλ) − ηO                            (decoupled weight decay, λ = 0.1)
 
-HNS, the hybrid Newton–Schulz iteration, maps a matrix to (nearly) its orthogonal factor UVᵀ: eight
-steps of a fast quintic that throws every singular value near 1, then two steps of one that has its
-fixed point there. An orthogonal n×m matrix has entries of RMS 1/sqrt(max(n, m)), so the update has
+HNS, the hybrid Newton–Schulz iteration (`model/kernels/newton_schulz.py`), maps a matrix to (nearly) its
+orthogonal factor UVᵀ. An orthogonal n×m matrix has entries of RMS 1/sqrt(max(n, m)), so the update has
 RMS γ and shares AdamW's learning rate.
 
 A tensor may hold several matrices: stacked experts [E, n, m], or row blocks of one weight (`wo_a` by
@@ -27,9 +26,7 @@ import torch
 from torch import Tensor
 
 from consilience.conf.errors import EngineError
-
-FAST, POLISH = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
-COEFFICIENTS = (FAST,) * 8 + (POLISH,) * 2
+from consilience.model.kernels.newton_schulz import newton_schulz
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,31 +40,6 @@ class MuonParameter:
     name: str
     parameter: Tensor
     row_blocks: tuple[int, ...]
-
-
-@torch.no_grad()
-def newton_schulz(matrices: Tensor) -> Tensor:
-    """Orthogonal factors of K matrices [K, n, m], same shape and dtype; a zero matrix stays zero.
-
-    One step is Y ← (aI + bA + cA²)Y with A = YYᵀ, the shorter side first. The products write into
-    buffers used again by every step; a fresh result each time costs a third more.
-    """
-    k, n, m = matrices.shape
-    wide = matrices if n <= m else matrices.mT
-    norm = torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True)
-    y = torch.empty(wide.shape, dtype=wide.dtype, device=wide.device)
-    torch.div(wide, norm.clamp_min(torch.finfo(wide.dtype).tiny), out=y)
-    next_y = torch.empty_like(y)
-    gram, polynomial = (y.new_empty(k, min(n, m), min(n, m)) for _ in range(2))
-    diagonal = polynomial.diagonal(dim1=1, dim2=2)
-    for a, b, c in COEFFICIENTS:
-        torch.bmm(y, y.mT, out=gram)
-        torch.bmm(gram, gram, out=polynomial)
-        polynomial.mul_(c).add_(gram, alpha=b)
-        diagonal.add_(a)
-        torch.bmm(polynomial, y, out=next_y)
-        y, next_y = next_y, y
-    return y if n <= m else y.mT
 
 
 @dataclass(slots=True)

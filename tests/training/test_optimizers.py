@@ -8,8 +8,8 @@ from consilience.conf.errors import CheckpointError, EngineError
 from consilience.model.config import ModelConfig
 from consilience.model.forward_trace import Trace
 from consilience.model.initialize import initialize
+from consilience.model.kernels.newton_schulz import newton_schulz
 from consilience.model.transformer import Transformer
-from consilience.training.muon import newton_schulz
 from consilience.training.optimizers import (
     Owner,
     V4Optimizer,
