@@ -3,10 +3,11 @@
 Sampling feeds one token a row, training whole packed rows. The mathematics is the same, yet matrix and
 vector libraries choose their order of summation by shape, so log-probabilities of the two usually differ
 in the last bits. In exact mode every product runs on tiles of a fixed number of rows (bf16 on a GPU: in a
-kernel whose sums have one order however many the rows), attention walks its
-keys in logical order tile by tile, and elementwise functions see whole tiles: the same operations on the same
-numbers, whoever computes them. What remains assumed of the library is that a row's result does not depend
-on its place in a tile; the tests hold it to that. Same machine and build; costs several times the fast mode.
+kernel whose sums have one order however many the rows), norms and log-softmax on a GPU in kernels that give a
+row to one program, attention walks its keys in logical order tile by tile, and elementwise functions see
+whole tiles: the same operations on the same numbers, whoever computes them. What remains assumed of the
+library is that a row's result does not depend on its place in a tile; the tests hold it to that. Same machine
+and build; costs several times the fast mode.
 """
 
 from __future__ import annotations
@@ -73,17 +74,23 @@ def _rows(found: Any, size: int) -> Any:
     return tuple(x[:size] for x in found) if isinstance(found, tuple) else found[:size]
 
 
+def _has_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product whose sums have one order for any number of rows serves these."""
+    if not (x.is_cuda and x.dtype == weight.dtype == torch.bfloat16):
+        return False
+    from consilience.model.kernels.choice import can_use_triton
+
+    return can_use_triton(x, weight)
+
+
 class _TiledLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
-        if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
-            from consilience.model.kernels.choice import can_use_triton
+        if _has_kernel(x, weight):
+            from consilience.model.kernels import triton_invariant
 
-            if can_use_triton(x, weight):
-                from consilience.model.kernels import triton_invariant
-
-                return triton_invariant.linear(x, weight)
+            return triton_invariant.linear(x, weight, out_dtype)
         rows = padded(x).contiguous()
         if rows.data_ptr() % ALIGNMENT:
             rows = rows.clone()  # libraries choose other kernels for data that is not aligned
@@ -95,14 +102,34 @@ class _TiledLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        return grad @ weight, grad.t() @ x
+        wide = grad.dtype
+        return (grad @ weight.to(wide)).to(x.dtype), (grad.t() @ x.to(wide)).to(weight.dtype), None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] times weight [out, in] transposed: [..., out]."""
     if not is_on():
         return nn.functional.linear(x, weight)
-    return _TiledLinear.apply(x.reshape(-1, x.shape[-1]), weight).unflatten(0, x.shape[:-1])  # type: ignore[union-attr]
+    return _tiled(x, weight, x.dtype)
+
+
+def logits(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """`linear` of half-precision numbers summed in fp32 and left there: [..., out] fp32.
+
+    out [n, out] fp32: in exact mode the result of x [n, in] goes there, without a gradient.
+    """
+    has_kernel = is_on() and _has_kernel(x, weight)
+    if out is not None and has_kernel:
+        from consilience.model.kernels import triton_invariant
+
+        return triton_invariant.linear(x, weight, out=out)
+    found = _tiled(x, weight, torch.float32) if has_kernel else linear(x.float(), weight.float())
+    return found if out is None else out.copy_(found)
+
+
+def _tiled(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
+    rows = _TiledLinear.apply(x.reshape(-1, x.shape[-1]), weight, out_dtype)
+    return rows.unflatten(0, x.shape[:-1])  # type: ignore[union-attr]
 
 
 class Linear(nn.Linear):
@@ -118,10 +145,33 @@ class Linear(nn.Linear):
 
 def log_softmax(logits: Tensor) -> Tensor:
     """Log-softmax over the last axis of [n, V]; sampler and trainer read their log-probabilities here."""
+    if is_on() and logits.is_cuda and logits.dtype == torch.float32:
+        from consilience.model.kernels.choice import can_use_triton
+
+        if can_use_triton(logits):
+            return _RowLogSoftmax.apply(logits)  # type: ignore[return-value]
     missing = -logits.shape[-1] % (ALIGNMENT // logits.element_size()) if is_on() else 0
     # A GPU sums a row by vectors from where it is aligned on, so every row must begin alike.
     whole = nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
     return by_tiles(_log_softmax, whole)[:, : logits.shape[-1]]
+
+
+class _RowLogSoftmax(torch.autograd.Function):
+    """One program a row: what `linear_logprob` finds of a target's log-probability, to the last bit."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor) -> Tensor:
+        from consilience.model.kernels import triton_logprob_rows
+
+        logits = logits.contiguous()
+        found = triton_logprob_rows.log_softmax(logits.clone() if logits.data_ptr() % ALIGNMENT else logits)
+        ctx.save_for_backward(found)
+        return found
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (found,) = ctx.saved_tensors
+        return grad - found.exp() * grad.sum(-1, keepdim=True)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

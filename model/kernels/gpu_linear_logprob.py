@@ -1,5 +1,7 @@
 """`linear_logprob` on a GPU: products by cuBLAS, one pass over each row of logits by `triton_logprob_rows`.
 
+In exact mode the logits are those of `exact.logits`, divided by the temperature as the sampler divides them.
+
 Forward keeps u = p − 1[v = y] of as many tokens as `keep_bytes` allows, in the type of the operands (where
 p_y is near 1, u_y keeps its digits); later tokens are projected again in backward, one pass over their rows.
 With upstream gradients a (of logprob), b (of entropy) and temperature τ
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from consilience.model import exact
 from consilience.model.kernels.head_products import (
     GRADIENT_TOKENS,
     HeadGradient,
@@ -30,12 +33,14 @@ from consilience.model.kernels.head_products import (
 
 
 class Plan(NamedTuple):
-    """chunk_tokens, temperature, keep_bytes (0: no gradient is wanted or nothing may be kept), head_grad."""
+    """chunk_tokens, temperature, keep_bytes (0: no gradient is wanted or nothing may be kept), head_grad;
+    is_exact: forward computes in exact mode."""
 
     chunk_tokens: int
     temperature: float
     keep_bytes: int
     head_grad: Tensor | None
+    is_exact: bool = False
 
 
 def run(hidden: Tensor, head: Tensor, target_ids: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -63,10 +68,10 @@ class _LinearLogprob(torch.autograd.Function):
         statistics = hidden.new_empty(n, rows.NUM_STATISTICS, dtype=torch.float32)
         for start, size in _chunks(n, height):
             part = slice(start, start + size)
-            project(filled(hidden[part].to(operand), height), W, logits)
+            temperature = _project(filled(hidden[part].to(operand), height), W, logits, plan)
             target = filled(target_ids[part], height)
             u = kept[start : start + height] if start < num_kept else None
-            statistics[part] = rows.row_pass(logits, target, plan.temperature, u)[:size]
+            statistics[part] = rows.row_pass(logits, target, temperature, u)[:size]
         logprob, entropy = rows.summary(statistics)
         ctx.save_for_backward(hidden, head, target_ids, statistics, kept)
         ctx.plan, ctx.num_kept = plan, num_kept
@@ -154,6 +159,19 @@ class _Backward:
         if self.dW is not None:
             h = h if scale is None else (h * scale).to(h.dtype)
             self.dW.add(g, h, is_only=size == len(self.hidden))
+
+
+def _project(h: Tensor, W: Tensor, logits: Tensor, plan: Plan) -> float:
+    """Fill logits [c, V] from h [c, D] and the head; returns the temperature that they are still to be
+    divided by."""
+    if not plan.is_exact:
+        project(h, W, logits)
+        return plan.temperature
+    exact.logits(h, W, out=logits)
+    if plan.temperature != 1.0:
+        # By a tensor: by a number PyTorch multiplies with its inverse on a GPU, and the sampler divides.
+        logits.div_(logits.new_full((), plan.temperature))
+    return 1.0
 
 
 def _chunks(n: int, height: int) -> list[tuple[int, int]]:

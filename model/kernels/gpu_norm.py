@@ -1,16 +1,20 @@
-"""RMS norm and rotation on a GPU behind autograd (triton_norm.py); `norm_rotate.py` chooses it."""
+"""RMS norm and rotation on a GPU behind autograd (triton_norm.py); `norm_rotate.py` chooses it.
+
+Exact mode runs it too: a program's tile and the order of a row's sum depend on the width alone, never on how
+many rows there are or where among them a row lies.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from consilience.model.kernels.choice import uses_triton
+from consilience.model.kernels.choice import can_use_triton
 
 
 def is_available(x: Tensor, rotation: Tensor | None) -> bool:
     """Whether the kernels take these: on a GPU, channels in whole pairs, a row within a program's reach."""
-    if not uses_triton(x, rotation) or not x.is_floating_point():
+    if not can_use_triton(x, rotation) or not x.is_floating_point():
         return False
     width = x.shape[-1]
     return 0 < width <= 16384 and (rotation is None or width % 2 == 0)
@@ -45,4 +49,11 @@ def norm_rotate(
     A weight without a norm has no use here and no gradient.
     """
     turn = None if rotation is None else torch.view_as_real(rotation.resolve_conj()).contiguous()
-    return _GpuNorm.apply(x.contiguous(), weight, turn, eps, sign)  # type: ignore[return-value]
+    x, weight = _aligned(x), None if weight is None else _aligned(weight)
+    return _GpuNorm.apply(x, weight, turn, eps, sign)  # type: ignore[return-value]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x contiguous, from an address that Triton reads in full vectors: others get other code, other sums."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from consilience.model import exact
-from consilience.model.kernels.choice import uses_triton
+from consilience.model.kernels.choice import can_use_triton
 from consilience.model.kernels.head_products import compute_dtype, default_chunk, project
 
 KEEP_BYTES = 64 * 2**20
@@ -70,11 +70,11 @@ def linear_logprob(
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     chunk = chunk_tokens or default_chunk(hidden)
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    if uses_triton(hidden, head):
+    if can_use_triton(hidden, head):
         from consilience.model.kernels.gpu_linear_logprob import Plan, run
 
         keep = GPU_KEEP_BYTES if keep_bytes is None else keep_bytes
-        plan = Plan(chunk, float(temperature), keep if wants_grad else 0, head_grad)
+        plan = Plan(chunk, float(temperature), keep if wants_grad else 0, head_grad, exact.is_on())
         return LinearLogprob(*run(hidden, head, target_ids, plan))
     if head_grad is not None:
         raise ValueError("head_grad is given, but this device has no kernel that adds to it; leave it out")

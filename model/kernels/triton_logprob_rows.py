@@ -1,7 +1,9 @@
 """The rows of `gpu_linear_logprob.py` in Triton: one program a row, read twice, written once.
 
-A row's statistics: 0 m the largest logit, 1 S = Σ e^(z − m), 2 B = Σ e^(z − m) (z − m), 3 z_y the target's
-logit, all after division by the temperature. No atomics: a row's result depends on nothing but the row.
+A row's statistics: 0 m the largest logit, 1 log S with S = Σ e^(z − m), 2 the entropy, log S − B / S with
+B = Σ e^(z − m) (z − m), 3 the target's log-probability z_y − m − log S, all of logits z divided by the
+temperature. No atomics, blocks of one size: a row's result depends on nothing but the row, so the exact
+mode's sampler (`log_softmax`) and trainer (`row_pass` at temperature 1) read the same bits here.
 
 Shapes: c rows, V vocabulary.
 """
@@ -18,15 +20,26 @@ from torch import Tensor
 NUM_STATISTICS = 4
 LAUNCH: dict[str, Any] = {"BLOCK": 16384, "num_warps": 32}
 """Lanes of a block and warps of a program."""
+# What `_rows` writes besides statistics; LOG writes log-probabilities and no statistics.
+NOTHING, LESS_TARGET, LOG = (tl.constexpr(i) for i in range(3))
 
 
 def row_pass(logits: Tensor, target: Tensor, temperature: float, u: Tensor | None) -> Tensor:
     """Statistics [c, 4] of fp32 logits [c, V]; u [c, V], if given, becomes p − 1[v = y]."""
     rows, V = logits.shape
     statistics = logits.new_empty(rows, NUM_STATISTICS)
-    out = logits if u is None else u
-    _rows[rows,](logits, target, statistics, out, V, 1 / temperature, HAS_OUT=u is not None, **LAUNCH)
+    out, kind = (logits, NOTHING) if u is None else (u, LESS_TARGET)
+    _rows[rows,](logits, target, statistics, out, V, 1 / temperature, OUT=kind, **LAUNCH)
     return statistics
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities [c, V] of fp32 logits [c, V], contiguous; of a target those that `row_pass` finds."""
+    rows, V = logits.shape
+    out = torch.empty_like(logits)
+    if rows:
+        _rows[rows,](logits, logits, logits, out, V, 1.0, OUT=LOG, **LAUNCH)
+    return out
 
 
 def gradient(
@@ -54,13 +67,11 @@ def gradient_of_kept(u: Tensor, target: Tensor, statistics: Tensor, a: Tensor, b
 
 def summary(statistics: Tensor) -> tuple[Tensor, Tensor]:
     """logprob [n] and entropy [n] of statistics [n, 4]."""
-    m, S, B, z_y = statistics.unbind(1)
-    log_sum = torch.log(S)
-    return z_y - m - log_sum, log_sum - B / S
+    return statistics[:, 3].clone(), statistics[:, 2].clone()
 
 
 @triton.jit
-def _rows(logits, target, statistics, u, V, inverse_temperature, HAS_OUT: tl.constexpr, BLOCK: tl.constexpr):
+def _rows(logits, target, statistics, out, V, inverse_temperature, OUT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     lanes = tl.arange(0, BLOCK)
@@ -81,22 +92,28 @@ def _rows(logits, target, statistics, u, V, inverse_temperature, HAS_OUT: tl.con
         S = scale * S + e
         m = top
     total = tl.sum(S, axis=0)
-    y = tl.load(target + row)
-    z_y = tl.load(logits + y) * inverse_temperature
-    statistics += row * 4
-    tl.store(statistics + 0, m)
-    tl.store(statistics + 1, total)
-    tl.store(statistics + 2, tl.sum(B, axis=0))
-    tl.store(statistics + 3, z_y)
-    if HAS_OUT:
-        u += row * V
+    log_sum = tl.log(total)
+    y = 0
+    if OUT != LOG:
+        y = tl.load(target + row)
+        statistics += row * 4
+        tl.store(statistics + 0, m)
+        tl.store(statistics + 1, log_sum)
+        tl.store(statistics + 2, log_sum - tl.sum(B, axis=0) / total)
+        tl.store(statistics + 3, tl.load(logits + y) * inverse_temperature - m - log_sum)
+    if OUT != NOTHING:
+        out += row * V
         share = 1.0 / total
         for i in range(num_blocks):
             cols = (num_blocks - 1 - i) * BLOCK + lanes
             inside = cols < V
             z = tl.load(logits + cols, mask=inside, other=0.0, eviction_policy="evict_first")
-            p = tl.exp(z * inverse_temperature - m) * share
-            tl.store(u + cols, tl.where(cols == y, p - 1.0, p), mask=inside, cache_modifier=".cs")
+            if OUT == LOG:
+                value = z * inverse_temperature - m - log_sum
+            else:
+                p = tl.exp(z * inverse_temperature - m) * share
+                value = tl.where(cols == y, p - 1.0, p)
+            tl.store(out + cols, value, mask=inside, cache_modifier=".cs")
 
 
 @triton.jit
@@ -119,10 +136,9 @@ def _gradient(
     statistics += row * 4
     lanes = tl.arange(0, BLOCK)
     m = tl.load(statistics + 0)
-    S = tl.load(statistics + 1)
-    log_sum = tl.log(S)
-    entropy = log_sum - tl.load(statistics + 2) / S
-    logp_y = tl.load(statistics + 3) - m - log_sum
+    log_sum = tl.load(statistics + 1)
+    entropy = tl.load(statistics + 2)
+    logp_y = tl.load(statistics + 3)
     y = tl.load(target + row)
     a_row = tl.load(a + row)
     b_row = tl.load(b + row)

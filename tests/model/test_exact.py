@@ -102,22 +102,27 @@ def test_exact_mode_computes_the_same_model_and_the_same_gradients(name, rough_m
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 * (1 + theirs.abs().max().item()))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_trainer_s_log_probability_is_the_sampler_s_to_the_last_bit(temperature, dtype, rough_model):
+def test_the_trainer_s_log_probability_is_the_sampler_s_to_the_last_bit(
+    temperature, dtype, device, rough_model
+):
     config = CONFIGS["tiny, top-k chooses"]
     model = Transformer(config, dtype).requires_grad_(False)
     model.load_state_dict(rough_model(config).state_dict())
-    ids = random_ids(config, 3, 70)
+    model.to(device)
+    ids = random_ids(config, 3, 70).to(device)
+    heat = torch.full((3, 1), temperature, device=device)  # as the sampler has it: a number a row
     with exact_mode():
         hidden = model.hidden(ids)
         trained = linear_logprob(
             hidden[:, 49:-1].flatten(0, 1), model.head.weight, ids[:, 50:].flatten(), temperature=temperature
         )
-        state = DecodeState.allocate(config, 3, 70, dtype=dtype)
+        state = DecodeState.allocate(config, 3, 70, device=device, dtype=dtype)
         model.hidden(ids[:, :49], state=state)
         sampled = []
         for t in range(49, 69):
             logits = model.head(model.hidden(ids[:, t : t + 1], state=state)[:, 0])
-            sampled.append(log_softmax(logits / temperature).gather(1, ids[:, t + 1 : t + 2]))
+            sampled.append(log_softmax(logits / heat).gather(1, ids[:, t + 1 : t + 2]))
     assert torch.equal(torch.cat(sampled, 1), trained.logprob.view(3, -1))

@@ -47,6 +47,16 @@ def test_tiles_of_every_size_give_the_same_bits(triton_device, monkeypatch):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def test_operands_by_descriptor_and_by_pointer_give_the_same_bits(triton_device, monkeypatch):
+    from consilience.model.kernels import triton_invariant
+
+    x, weight = _draw(150, 300, 136, torch.bfloat16, triton_device)
+    described = triton_invariant.linear(x, weight, torch.float32)
+    monkeypatch.setattr(triton_invariant, "_is_described", lambda _: False)
+    out = torch.empty_like(described)
+    assert triton_invariant.linear(x, weight, out=out) is out and torch.equal(out, described)
+
+
 def test_small_hand_made_case(triton_device):
     from consilience.model.kernels.triton_invariant import linear
 
@@ -62,5 +72,7 @@ def test_other_shapes_or_types_are_refused(triton_device):
     x = torch.zeros(2, 4, device=triton_device)
     with pytest.raises(ValueError, match=r"\[3, 5\]"):
         linear(x, torch.zeros(3, 5, device=triton_device))
+    with pytest.raises(ValueError, match=r"\[2, 3\], contiguous"):
+        linear(x, torch.zeros(3, 4, device=triton_device), out=torch.zeros(3, 2, device=triton_device).t())
     with pytest.raises(ValueError, match="bfloat16"):
         linear(x, torch.zeros(3, 4, device=triton_device, dtype=torch.bfloat16))

@@ -77,3 +77,51 @@ def test_no_tokens_give_empty_outputs_and_zero_gradients(triton_device):
     out = run(hidden, head, target, Plan(4, 1.0, 2**24, None))
     (out[0].sum() + out[1].sum()).backward()
     assert out[0].shape == (0,) and hidden.grad.shape == (0, 16) and not head.grad.any()
+
+
+@pytest.mark.parametrize("V", [300, 128, 7])
+def test_log_softmax_is_that_of_fp64_and_of_a_target_what_the_row_pass_finds(V, triton_device):
+    from consilience.model.kernels import triton_logprob_rows as rows
+
+    g = torch.Generator().manual_seed(2)
+    logits = (5 * torch.randn(9, V, generator=g)).to(triton_device)
+    target = torch.randint(V, (9,), generator=g).to(triton_device)
+    found = rows.log_softmax(logits)
+    # fp32 roundings of numbers below 32, and of a logarithm
+    torch.testing.assert_close(found.double(), logits.double().log_softmax(-1), rtol=0, atol=1e-5)
+    for u in (None, torch.empty_like(logits)):  # as a reference and as a policy that is trained
+        logprob, _ = rows.summary(rows.row_pass(logits, target, 1.0, u))
+        assert torch.equal(logprob, found.gather(1, target[:, None])[:, 0])
+
+
+def test_a_row_has_the_same_bits_in_any_company_and_at_any_place(triton_device):
+    from consilience.model.kernels import triton_logprob_rows as rows
+
+    g = torch.Generator().manual_seed(4)
+    logits = torch.randn(300, 130, generator=g).to(triton_device)
+    target = torch.randint(130, (300,), generator=g).to(triton_device)
+    whole, statistics = rows.log_softmax(logits), rows.row_pass(logits, target, 1.0, None)
+    for first, last in ((0, 1), (299, 300), (17, 18), (100, 133), (231, 300)):
+        part = logits[first:last].clone()  # a row of 130 does not begin where vectors do
+        assert torch.equal(rows.log_softmax(part), whole[first:last])
+        found = rows.row_pass(part, target[first:last], 1.0, None)
+        assert torch.equal(found, statistics[first:last])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_in_exact_mode_the_trainer_reads_what_the_sampler_reads(temperature, triton_device):
+    """Products and rows in exact mode's order, on both sides; gradients are those of the fast mode."""
+    from consilience.model import exact
+    from consilience.model.kernels import triton_logprob_rows as rows
+
+    hidden, head, target, upstream = inputs(triton_device, n=20)
+    with exact.exact_mode():
+        trained = run(hidden, head, target, Plan(8, temperature, 2**24, None, True))
+        heat = torch.full((20, 1), temperature, device=hidden.device)
+        sampled = [rows.log_softmax(exact.logits(h, head.detach()) / t) for h, t in
+                   zip(hidden.detach().split(3), heat.split(3))]  # fmt: skip
+    assert torch.equal(torch.cat(sampled).gather(1, target[:, None])[:, 0], trained[0])
+    up = tuple(upstream.to(triton_device))
+    fast = run(hidden, head, target, Plan(8, temperature, 2**24, None))
+    for x, y in zip(*(torch.autograd.grad(out, (hidden, head), up) for out in (trained, fast))):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-5 * y.abs().max().item())

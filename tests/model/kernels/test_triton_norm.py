@@ -108,6 +108,38 @@ def test_a_row_has_the_same_bits_in_any_company_and_gradients_repeat(triton_devi
         torch.testing.assert_close(a.double().cpu(), b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [64, 512])
+def test_rows_and_their_gradients_have_the_same_bits_alone_and_among_three_hundred(width, triton_device):
+    """Of the weight's gradient this cannot be asked: it is a sum over the rows."""
+
+    def run(first, last):
+        own = x[first:last].clone().requires_grad_()
+        y = gpu_norm.norm_rotate(own, weight, None, 1e-6, 1.0)
+        return y, torch.autograd.grad(y, own, upstream[first:last])[0]
+
+    x, upstream = (draw(300, width, seed=s).bfloat16().to(triton_device) for s in (0, 1))
+    weight = (1 + 0.3 * draw(width, seed=2)).bfloat16().to(triton_device)
+    whole = run(0, 300)
+    for first, last in ((0, 1), (299, 300), (7, 9), (100, 133), (1, 300)):
+        for part, all_rows in zip(run(first, last), whole):
+            assert torch.equal(part, all_rows[first:last]), (first, last)
+
+
+def test_a_row_that_begins_where_no_vector_does_has_the_same_bits(triton_device):
+    x = draw(7, 66).to(triton_device)  # 264 bytes a row
+    whole = gpu_norm.norm_rotate(x, None, None, 1e-6, 1.0)
+    for i in range(7):
+        assert torch.equal(gpu_norm.norm_rotate(x[i : i + 1], None, None, 1e-6, 1.0)[0], whole[i])
+
+
+def test_exact_mode_runs_the_kernel_too(triton_device, monkeypatch):
+    from consilience.model.exact import exact_mode
+
+    monkeypatch.setattr(gpu_norm, "can_use_triton", lambda *_: True)
+    with exact_mode():
+        assert gpu_norm.is_available(draw(2, 8).to(triton_device), None)
+
+
 def test_no_rows_give_no_rows(triton_device):
     x = torch.zeros(0, 4, 8, device=triton_device).requires_grad_()
     weight = torch.ones(8, device=triton_device).requires_grad_()
