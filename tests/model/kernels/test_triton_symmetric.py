@@ -18,7 +18,7 @@ def draw(*shape, seed=0, device="cpu"):
 def config(request, monkeypatch):
     from consilience.model.kernels import triton_symmetric
 
-    monkeypatch.setattr(triton_symmetric, "FROM_ROWS", 0 if request.param == "large" else 10**6)
+    monkeypatch.setitem(triton_symmetric.TILE_TIME, request.param, 0.0)
     return request.param
 
 
@@ -64,6 +64,15 @@ def test_a_matrix_has_the_same_bits_in_any_batch(config, triton_device):
     together = product(x, x.new_empty(5, 144, 144))
     for i in (0, 2, 4):
         assert torch.equal(product(x[i : i + 1], x.new_empty(1, 144, 144))[0], together[i])
+
+
+def test_the_setting_leaves_few_processors_idle_in_the_last_round():
+    from consilience.model.kernels.triton_symmetric import CONFIGS, _launch
+
+    cpu = torch.device("cpu")
+    # 528 small tiles are four full rounds; 272 large ones two and a rest. Of 32 matrices rests do not count.
+    assert _launch(1, 4096, cpu)[0] == CONFIGS["small"]
+    assert _launch(32, 4096, cpu)[0] == CONFIGS["large"]
 
 
 def test_other_shapes_are_refused(triton_device):
