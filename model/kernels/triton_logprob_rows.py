@@ -29,7 +29,7 @@ def row_pass(logits: Tensor, target: Tensor, temperature: float, u: Tensor | Non
     rows, V = logits.shape
     statistics = logits.new_empty(rows, NUM_STATISTICS)
     out, kind = (logits, NOTHING) if u is None else (u, LESS_TARGET)
-    _rows[rows,](logits, target, statistics, out, V, 1 / temperature, OUT=kind, **LAUNCH)
+    _rows[rows,](logits, target, statistics, out, V, 1 / temperature, OUT=kind.value, **LAUNCH)
     return statistics
 
 
@@ -38,7 +38,7 @@ def log_softmax(logits: Tensor) -> Tensor:
     rows, V = logits.shape
     out = torch.empty_like(logits)
     if rows:
-        _rows[rows,](logits, logits, logits, out, V, 1.0, OUT=LOG, **LAUNCH)
+        _rows[rows,](logits, logits, logits, out, V, 1.0, OUT=LOG.value, **LAUNCH)
     return out
 
 
