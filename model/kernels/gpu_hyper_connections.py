@@ -96,11 +96,14 @@ class _Connection(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):  # type: ignore[override]
-        from consilience.model.kernels import triton_hyper_connections_backward as kernels
+        from consilience.model.kernels import triton_hyper_connections_backward as backward
+        from consilience.model.kernels.triton_hyper_connections_logits import d_logits
+        from consilience.model.kernels.triton_hyper_connections_parameters import Read, d_parameters
 
         streams, output, post, comb, fn, base, scale, *made = ctx.saved_tensors
         gradients = [g.contiguous() for g in gradients]
-        write = read = d_fn = d_base = d_scale = None
+        write = read = None
+        of_parameters = (None,) * 3
         new_streams = streams
         if output is not None:
             write = (output, post, comb, gradients.pop(0))
@@ -108,15 +111,12 @@ class _Connection(torch.autograd.Function):
             if output is not None:
                 new_streams = made.pop(0)
             pre, mixes, inverse = made
-            d_input, d_post, d_comb = gradients
             rounds, eps, _ = ctx.settings
-            d_pre = kernels.d_pre(new_streams, d_input)
-            d_raw, d_norm, d_base, d_scale = kernels.d_mixes(
-                mixes, inverse, base, scale, (d_pre, d_post, d_comb), streams.shape[2], rounds, eps
-            )
-            read = (d_input, pre, fn, d_raw, d_norm)
-            d_fn = kernels.d_fn(new_streams, d_raw)
-        return *kernels.d_streams(streams, write, read), d_fn, d_base, d_scale, None, None, None
+            d_input, d_post, d_comb = gradients
+            found = d_logits(new_streams, d_input, mixes, base, scale, d_post, d_comb, rounds, eps)
+            read = Read(d_input, pre, fn, found, mixes, inverse, scale)
+            of_parameters = d_parameters(new_streams, read)
+        return *backward.d_streams(streams, write, read), *of_parameters, None, None, None
 
 
 def write(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
