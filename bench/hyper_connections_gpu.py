@@ -1,11 +1,12 @@
 """mHC on a GPU: the write of one sub-layer with the read of the next, forward and backward.
 
-    python bench/hyper_connections_gpu.py [--sweep]
+    python bench/hyper_connections_gpu.py [--sweep [--only KERNEL …]]
 
 N 4, bf16 streams, random data. Each arm is a CUDA graph, so that launches from Python cost nothing; inputs
 are larger than L2. The goal of a forward is 112 KB a token at 70 % of the copy rate (D 4096), that of a
-backward 120 KB by the same rule; our backward moves 192. Other arms: the same in steps (write, read,
-gradients added by autograd), the definition in PyTorch, eager and compiled.
+backward 120 KB by the same rule; our backward moves 195. Other arms: the backward before this one
+(triton_hyper_connections_before.py), the same in steps (write, read, gradients added by autograd), the
+definition in PyTorch, eager and compiled.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import triton_hyper_connections_before as first
 from gpu_timing import Arm, Table, arguments, copy_rate, median_text, peak_bytes, relative_errors, time_arms
 from torch import Tensor
 
@@ -25,8 +27,11 @@ from consilience.model.hyper_connections import HyperConnection
 from consilience.model.kernels import gpu_hyper_connections as gpu
 from consilience.model.kernels import triton_hyper_connections as forward
 from consilience.model.kernels import triton_hyper_connections_backward as backward
+from consilience.model.kernels import triton_hyper_connections_logits as logits
+from consilience.model.kernels import triton_hyper_connections_parameters as parameters
 
 N = 4
+HOMES = (forward, logits, parameters, backward)
 SHARE = 0.7  # of the copy rate, that the goals ask for
 NAMES = (
     *("streams", "layer_input", "post", "comb"),
@@ -43,16 +48,29 @@ SWEEP: dict[str, list[dict[str, int]]] = {
         {"BLOCK_T": t, "BLOCK_D": d, "num_warps": w}
         for t, d, w in ((4, 512, 4), (2, 1024, 4), (8, 256, 4), (1, 1024, 4), (4, 1024, 8), (2, 512, 4))
     ],
-    "d_pre": [
-        {"BLOCK_T": t, "BLOCK_D": d, "num_warps": w}
-        for t, d, w in ((2, 1024, 4), (1, 1024, 4), (1, 2048, 8), (4, 512, 4), (4, 256, 4), (1, 4096, 8))
+    "d_logits": [
+        {"BLOCK_R": r, "BLOCK_T": t, "BLOCK_D": d, "num_warps": w}
+        for r, t, d, w in (
+            *((8, 2, 1024, 4), (16, 2, 1024, 4), (32, 2, 1024, 4), (8, 1, 1024, 4), (8, 1, 2048, 4)),
+            *((8, 2, 512, 4), (8, 4, 512, 4), (16, 2, 1024, 8), (4, 1, 1024, 2)),
+        )
     ],
-    "d_mixes": [{"BLOCK_T": t, "num_warps": w} for t, w in ((16, 2), (32, 4), (8, 1))],
+    "d_parameters": [
+        {"BLOCK_T": t, "BLOCK_D": d, "GROUPS": g, "num_warps": w, "num_stages": s}
+        for t, d, g, w, s in (
+            *((64, 128, 3, 4, 3), (64, 128, 2, 4, 3), (64, 128, 2, 4, 4), (64, 128, 3, 4, 2)),
+            *((32, 128, 3, 4, 4), (64, 64, 2, 4, 4), (64, 64, 3, 4, 3), (128, 128, 1, 8, 3)),
+        )
+    ],
     "d_streams": [
-        {"BLOCK_T": t, "BLOCK_D": d, "num_warps": w, "num_stages": s}
-        for t, d, w in ((16, 64, 4), (32, 64, 8), (64, 32, 8), (16, 32, 2), (32, 32, 4), (16, 128, 8))
-        for s in (1, 2, 3)
+        {"BLOCK_T": t, "BLOCK_D": d, "num_warps": w, "num_stages": s, "maxnreg": m}
+        for t, d, w, s, m in (
+            *((16, 64, 4, 2, 168), (16, 64, 4, 2, 255), (16, 64, 4, 2, 128), (16, 64, 4, 3, 168)),
+            *((16, 64, 4, 1, 168), (16, 32, 2, 2, 168), (16, 32, 2, 3, 168), (32, 64, 8, 2, 255)),
+            *((32, 64, 8, 2, 128), (16, 64, 8, 2, 128), (32, 32, 4, 2, 168)),
+        )
     ],
+    "sum_columns": [{"BLOCK_T": t, "num_warps": w} for t, w in ((16, 4), (8, 4), (32, 4), (4, 1))],
 }
 
 
@@ -86,6 +104,28 @@ def ours(written: gpu.Written, module: HyperConnection) -> tuple[Tensor, ...]:
     return gpu.write_read(written, reader(module))
 
 
+class _Before(gpu._Connection):
+    """The same forward with the first backward."""
+
+    @staticmethod
+    def backward(ctx, *gradients):  # type: ignore[override]
+        streams, output, post, comb, fn, base, scale, new, pre, mixes, inverse = ctx.saved_tensors
+        d_new, d_input, d_post, d_comb = (g.contiguous() for g in gradients)
+        rounds, eps, _ = ctx.settings
+        d_pre = first.d_pre(new, d_input)
+        d_raw, d_norm, d_base, d_scale = first.d_mixes(
+            mixes, inverse, base, scale, (d_pre, d_post, d_comb), streams.shape[2], rounds, eps
+        )
+        read = (d_input, pre, fn, d_raw, d_norm)
+        d_fn = first.d_fn(new, d_raw)
+        found = first.d_streams(streams, (output, post, comb, d_new), read)
+        return *found, d_fn, d_base, d_scale, None, None, None
+
+
+def before(written: gpu.Written, module: HyperConnection) -> tuple[Tensor, ...]:
+    return _Before.apply(*written, *reader(module))  # type: ignore[return-value]
+
+
 def in_steps(written: gpu.Written, module: HyperConnection) -> tuple[Tensor, ...]:
     new = gpu.write(*written)
     return new, *gpu.read(new, reader(module))
@@ -112,6 +152,7 @@ compiled = torch.compile(plain, dynamic=False)
 FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "ours, fused": ours,
     "ours again (A/A)": ours,
+    "ours, first backward": before,
     "ours in steps: write, read": in_steps,
     "PyTorch, eager": plain,
     "PyTorch, compiled": compiled,
@@ -172,7 +213,11 @@ def show_errors(table: Table, num_tokens: int = 256, width: int = 4096) -> None:
     """Every output and gradient against fp64 on the same inputs."""
     module, written = connection(width), draw(num_tokens, width)
     exact_module = connection(width).double()
-    for name, function in {"ours, fused": ours, "PyTorch, eager": plain}.items():
+    for name, function in {
+        "ours, fused": ours,
+        "ours, first backward": before,
+        "PyTorch, eager": plain,
+    }.items():
         values = function(written, module)
         upstream = [torch.randn_like(v) for v in values]
         found = [*values, *torch.autograd.grad(values, [*written, *module.parameters()], upstream)]
@@ -224,28 +269,45 @@ def kernels(num_tokens: int, width: int) -> dict[str, tuple[Arm, float]]:
         )
         pre, next_post, next_comb, mixes, inverse = coefficients()
         d_input, d_new = torch.randn_like(output), torch.randn_like(new)
-        d_pre = backward.d_pre(new, d_input)
-        upstream = (d_pre, torch.randn_like(next_post), torch.randn_like(next_comb))
-        d_mixes = lambda: backward.d_mixes(mixes, inverse, base, scale, upstream, width, rounds, eps)
+        d_post, d_comb = torch.randn_like(next_post), torch.randn_like(next_comb)
+        d_logits = lambda: logits.d_logits(new, d_input, mixes, base, scale, d_post, d_comb, rounds, eps)
+        read = parameters.Read(d_input, pre, fn, d_logits(), mixes, inverse, scale)
+        write = (output, post, comb, d_new)
+        d_pre = first.d_pre(new, d_input)
+        upstream = (d_pre, d_post, d_comb)
+        d_mixes = lambda: first.d_mixes(mixes, inverse, base, scale, upstream, width, rounds, eps)
         d_raw, d_norm, *_ = d_mixes()
-        write, read = (output, post, comb, d_new), (d_input, pre, fn, d_raw, d_norm)
+    num_splits = -(-width // forward.SPLIT)
+    columns = (N + N * N) * 4 / 1e3  # of a token's gradients of post and comb, once
+    old_read = (d_input, pre, fn, d_raw, d_norm)
     return {
         "write_project": (project, (2 * N + 1) * row),
-        "coefficients": (coefficients, 25 * 4 * (-(-width // forward.SPLIT) + 2) / 1e3),
+        "coefficients": (coefficients, 25 * 4 * (num_splits + 2) / 1e3),
         "apply": (lambda: forward.apply(new, pre), (N + 1) * row),
-        "d_pre": (lambda: backward.d_pre(new, d_input), (N + 1) * row),
-        "d_mixes": (d_mixes, 80 * 4 / 1e3),
-        "d_fn": (lambda: backward.d_fn(new, d_raw), N * row),
-        "d_streams": (lambda: backward.d_streams(streams, write, read), (3 * N + 3) * row),
+        "d_logits": (d_logits, (N + 1) * row + 90 * 4 / 1e3),
+        "d_parameters": (lambda: parameters.d_parameters(new, read), N * row),
+        "d_streams": (  # with sum_columns
+            lambda: backward.d_streams(streams, write, read),
+            (3 * N + 3) * row + (2 * num_splits + 1) * columns,
+        ),
+        "first d_pre": (lambda: first.d_pre(new, d_input), (N + 1) * row),
+        "first d_mixes": (d_mixes, 80 * 4 / 1e3),
+        "first d_fn": (lambda: first.d_fn(new, d_raw), N * row),
+        "first d_streams": (
+            lambda: first.d_streams(streams, write, old_read),
+            (3 * N + 3) * row + (2 * num_splits + 1) * columns,
+        ),
     }
 
 
 def show_kernels(table: Table, num_tokens: int, width: int, copied: float) -> None:
     found = kernels(num_tokens, width)
     for name, times in time_arms({name: captured(arm) for name, (arm, _) in found.items()}, rounds=9).items():
-        rate = found[name][1] * 1e3 * num_tokens / (statistics.median(times) / 1e3)
-        size = f"{found[name][1]:.1f} KB"
-        table.add(f"{num_tokens} x {width}", name, median_text(times, 1e3, 1), size, f"{rate / copied:.0%}")
+        num_bytes = found[name][1] * 1e3 * num_tokens
+        rate = num_bytes / (statistics.median(times) / 1e3)
+        floor, size = f"{num_bytes / copied * 1e6:.0f}", f"{found[name][1]:.1f} KB"
+        cells = median_text(times, 1e3, 1), size, floor, f"{rate / copied:.0%}"
+        table.add(f"{num_tokens} x {width}", name, *cells)
 
 
 def show_memory(num_tokens: int = 4096, width: int = 4096) -> None:
@@ -271,7 +333,7 @@ def show_variants(width: int = 4096) -> None:
     device = torch.cuda.current_device()
     counts = {
         name: len(getattr(home, "_" + name).device_caches[device][0])
-        for home in (forward, backward)
+        for home in HOMES
         for name in home.CONFIGS
     }
     print(f"\nCompiled variants after {lengths} tokens: {counts}")
@@ -283,22 +345,25 @@ def show_variants(width: int = 4096) -> None:
         print(f"{num_tokens} tokens, forward, us: {cells}", flush=True)
 
 
-def sweep(num_tokens: int = 4096, width: int = 4096) -> None:
-    """Each kernel alone with several launch settings, the fastest last."""
+def sweep(only: list[str], num_tokens: int = 4096, width: int = 4096) -> None:
+    """Each kernel (of `only`, if it names some) with several launch settings, the fastest last."""
     copied = copy_rate()
     print(f"copy {copied / 1e9:.0f} GB/s")
     found = kernels(num_tokens, width)
-    for home in (forward, backward):
+    for home in HOMES:
         for name, chosen in list(home.CONFIGS.items()):
+            if only and name not in only:
+                continue
+            arm, size = found["d_streams" if name == "sum_columns" else name]  # which runs both
             ranks: list[tuple[float, str]] = []
             for config in SWEEP.get(name, []):
                 home.CONFIGS[name] = config
                 try:
-                    times = time_arms({name: captured(found[name][0])}, rounds=7)[name]
+                    times = time_arms({name: captured(arm)}, rounds=7)[name]
                 except Exception as fault:  # settings that do not fit on this device
                     print(f"{name} {config}: {type(fault).__name__}")
                     continue
-                rate = found[name][1] * 1e3 * num_tokens / (statistics.median(times) / 1e3)
+                rate = size * 1e3 * num_tokens / (statistics.median(times) / 1e3)
                 text = f"{name} {config}: {median_text(times, 1e3, 1)} us, {rate / copied:.0%} of copy"
                 ranks.append((-statistics.median(times), text + (" (chosen)" if config == chosen else "")))
             home.CONFIGS[name] = chosen
@@ -306,8 +371,11 @@ def sweep(num_tokens: int = 4096, width: int = 4096) -> None:
 
 
 def main() -> None:
-    if arguments(__doc__).parse_args().sweep:
-        sweep()
+    parser = arguments(__doc__)
+    parser.add_argument("--only", nargs="*", default=[], help="kernels that --sweep tries")
+    asked = parser.parse_args()
+    if asked.sweep:
+        sweep(asked.only)
         return
     show_errors(Table("arm", "what", "max error", "rms error"))
     copied = copy_rate()
@@ -317,7 +385,7 @@ def main() -> None:
         show_passes(table, num_tokens, width, copied)
         torch.cuda.empty_cache()
     print()
-    table = Table("tokens x width", "kernel", "us", "a token", "of the copy rate")
+    table = Table("tokens x width", "kernel", "us", "a token", "us at the copy rate", "of the copy rate")
     for width in (4096, 7168):
         show_kernels(table, 4096, width, copied)
     show_memory()
