@@ -31,7 +31,7 @@ NAMES = (
 )
 # One block of tokens or several with a rest, one split of the width or several, a width no tile divides,
 # groups of tokens with several blocks each and with none.
-SIZES = [(1, 64, 4), (19, 40, 4), (67, 32, 2), (3, 264, 4), (200, 16, 2)]
+SIZES = [(1, 64, 4), (19, 40, 4), (200, 16, 2), (3, 264, 4)]
 
 
 def _module(width: int, num_streams: int = 4, kind: type = HyperConnection):
