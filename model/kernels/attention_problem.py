@@ -16,6 +16,7 @@ from torch import Tensor
 from consilience.model.kernels.attention_keys import Keys
 
 NONE, RANGE, MASK, GATHER = range(4)  # which entries a query sees: none, its range, picks by mask, by list
+HAND_PLACED = False  # whether Hopper's Gluon kernels take the calls that they can: not the default yet
 MASK_BELOW: float | None = None  # entries a pick, up to which they are masked; None: as `_mask_below` says
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from consilience.model.kernels import attention_problem
 from consilience.model.kernels.attention_keys import Keys
 from consilience.model.kernels.attention_problem import problem_of
 from consilience.model.kernels.choice import uses_triton
@@ -25,7 +26,13 @@ def is_available(query: Tensor, keys: Keys, sink: Tensor) -> bool:
 def _forward(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     from consilience.model.kernels import triton_attention
 
-    return triton_attention.forward(problem_of(query, keys, sink, scale))
+    problem = problem_of(query, keys, sink, scale)
+    if attention_problem.HAND_PLACED:
+        from consilience.model.kernels import triton_attention_gluon
+
+        if triton_attention_gluon.is_available(problem):
+            return triton_attention_gluon.forward(problem)
+    return triton_attention.forward(problem)
 
 
 class _GpuAttention(torch.autograd.Function):

@@ -226,6 +226,12 @@ def _chunks(problem: Problem, budget: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + length, num_queries)
 
 
+def _is_by_hand(problem: Problem) -> bool:
+    from consilience.model.kernels import triton_attention_gluon
+
+    return triton_attention_gluon.is_available(problem)
+
+
 def _weigh(
     problem: Problem,
     results: tuple[Tensor, Tensor],
@@ -247,10 +253,15 @@ def _weigh(
         triton.cdiv(num_heads, sizes["BLOCK_H"]),
         rows,
     )
-    _weights[grid(1)](
-        *problem.tensors, *results, grad, grads[1], near, far, problem.scale, *numbers,
-        PADDED=padded, **sizes, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    if attention_problem.HAND_PLACED and _is_by_hand(problem):
+        from consilience.model.kernels import triton_attention_weights_gluon
+
+        triton_attention_weights_gluon.weigh(problem, results, grad, (near, far), grads[1], begin, end)
+    else:
+        _weights[grid(1)](
+            *problem.tensors, *results, grad, grads[1], near, far, problem.scale, *numbers,
+            PADDED=padded, **sizes, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     tile = D_QUERY[setting_of(problem)]
     sizes, channels = blocks(problem, tile), min(tile.channels, width)
     _d_query[grid(width // channels)](

@@ -16,8 +16,9 @@ Shared memory: query 64 KiB, keys 2 × 64, P 8. Registers of 256 threads: O take
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -202,26 +203,32 @@ def _forward(
 
 
 def is_available(problem: Problem) -> bool:
-    """Whether this kernel takes the call: whole groups of 64 heads × 512 channels in half precision, window of
-    two tiles at least, entries not by mask."""
-    heads, width = problem.query.shape[2:]
-    fits = heads % HEADS.value == 0 and width == WIDTH.value and problem.query.element_size() == 2
-    return fits and problem.size > TILE.value and problem.mode != attention_problem.MASK
+    """Whether the kernels by hand take the call: Hopper, groups of 64 heads × 512 channels in bf16, a window of
+    four tiles of the backward's 32 keys, entries not by mask."""
+    query = problem.query
+    fits = query.shape[2] % HEADS.value == 0 and query.shape[3] == WIDTH.value
+    fits &= query.element_size() == 2 and problem.size > 96 and problem.mode != attention_problem.MASK
+    return fits and chip_of(query).major == 9
+
+
+def chip_of(x: Tensor) -> Any:
+    """The properties of a tensor's GPU."""
+    return torch.cuda.get_device_properties(x.device)
+
+
+def flat(x: Tensor) -> TensorDescriptor:
+    """Rows of channels for copies of blocks of 64 heads."""
+    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [HEADS.value, WIDTH.value], SHARED)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """`triton_attention.forward` on Hopper."""
-    rows, num_queries, num_heads, width = problem.query.shape
+    rows, num_queries, num_heads, _ = problem.query.shape
     out = torch.empty_like(problem.query)
     lse = torch.empty(rows, num_queries, num_heads, dtype=torch.float32, device=out.device)
     num_blocks = rows * num_queries * (num_heads // HEADS.value)
-    flat = [
-        TensorDescriptor.from_tensor(x.view(-1, width), [HEADS.value, width], SHARED)
-        for x in (problem.query, out)
-    ]
-    programs = min(num_blocks, torch.cuda.get_device_properties(out.device).multi_processor_count)
-    _forward[(programs,)](
-        flat[0], *problem.tensors[1:], flat[1], lse, problem.scale, *problem.lengths, num_blocks, problem.size,
-        MODE=problem.mode, num_warps=WARPS,
+    _forward[(min(num_blocks, chip_of(out).multi_processor_count),)](
+        flat(problem.query), *problem.tensors[1:], flat(out), lse, problem.scale, *problem.lengths,
+        num_blocks, problem.size, MODE=problem.mode, num_warps=WARPS,
     )  # fmt: skip
     return out, lse

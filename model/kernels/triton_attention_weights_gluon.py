@@ -15,7 +15,6 @@ Shared memory: staging 64 KiB, keys 4 × 32. Registers of 256 threads: Q and dO 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,7 +26,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from consilience.model.kernels.attention_problem import Problem
 from consilience.model.kernels.triton_attention_gluon import (
@@ -42,6 +40,8 @@ from consilience.model.kernels.triton_attention_gluon import (
     _copy_keys,
     _copy_query,
     _seen,
+    chip_of,
+    flat,
 )
 
 TILE, RING = gl.constexpr(32), gl.constexpr(4)
@@ -255,15 +255,10 @@ def weigh(
     d_sink: Tensor, begin: int, end: int,
 ) -> None:  # fmt: skip
     """Writes the weights of keys and of entries and the sink's parts of the queries begin … end - 1."""
-    rows, _, num_heads, width = problem.query.shape
-    flat = [
-        TensorDescriptor.from_tensor(x.view(-1, width), [HEADS.value, width], SHARED)
-        for x in (problem.query, grad)
-    ]
+    rows, _, num_heads, _ = problem.query.shape
     num_blocks = rows * (end - begin) * (num_heads // HEADS.value)
-    programs = min(num_blocks, torch.cuda.get_device_properties(grad.device).multi_processor_count)
-    _weigh[(programs,)](
-        flat[0], *problem.tensors[1:], flat[1], *results, d_sink, *weights, problem.scale, *problem.lengths,
-        problem.size, begin, end, weights[1].shape[2], num_blocks, weights[0].shape[4],
+    _weigh[(min(num_blocks, chip_of(grad).multi_processor_count),)](
+        flat(problem.query), *problem.tensors[1:], flat(grad), *results, d_sink, *weights, problem.scale,
+        *problem.lengths, problem.size, begin, end, weights[1].shape[2], num_blocks, weights[0].shape[4],
         MODE=problem.mode, num_warps=WARPS,
     )  # fmt: skip

@@ -1,0 +1,244 @@
+"""Runs Gluon kernels on a CPU, as Triton's interpreter does not: their Python text over torch tensors.
+
+What is asynchronous on the chip is done as late as the kernel's waits allow, and its target holds NaN until
+then; operands of a product are compared when it is issued and when it is waited for. So a missing wait, a
+buffer that is written too early, a wrong phase or an address out of bounds fails. Layouts mean nothing here, and
+warps do not race: that is the compiler's part.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Number(torch.Tensor):
+    """A kernel's value: operators never work in place."""
+
+    @property
+    def type(self) -> Any:  # type: ignore[override]
+        return types.SimpleNamespace(layout=None)
+
+    def __iadd__(self, other):  # type: ignore[override]
+        return self + other
+
+    def __isub__(self, other):  # type: ignore[override]
+        return self - other
+
+    def __iand__(self, other):  # type: ignore[override]
+        return self & other
+
+
+def number(x: Any) -> Number:
+    return torch.as_tensor(x).as_subclass(Number)
+
+
+class Pointer:
+    def __init__(self, memory: Tensor, offset: Any = 0) -> None:
+        self.memory, self.offset = memory, number(offset)
+        self.dtype = types.SimpleNamespace(element_ty=memory.dtype)
+
+    def __add__(self, more: Any) -> Pointer:
+        return Pointer(self.memory, self.offset + more)
+
+    def places(self, mask: Any) -> tuple[Tensor, Tensor]:
+        """Addresses, and which of them are used; those must lie in memory."""
+        used = torch.ones_like(self.offset, dtype=torch.bool) if mask is None else number(mask)
+        offset, used = torch.broadcast_tensors(self.offset.long(), used)
+        inside = (offset >= 0) & (offset < self.memory.numel())
+        assert bool((inside | ~used).all()), "an address out of bounds"
+        return torch.where(used, offset, 0), used
+
+
+class Descriptor:
+    def __init__(self, memory: Tensor, block: list[int]) -> None:
+        self.memory, self.block, self.dtype, self.layout = memory, block, memory.dtype, None
+
+    def at(self, corner: list[Any]) -> Tensor:
+        top, left = int(corner[0]), int(corner[1])
+        found = self.memory[top : top + self.block[0], left : left + self.block[1]]
+        assert list(found.shape) == self.block, "a block out of bounds"
+        return found
+
+
+class Shared:
+    """Shared memory, or a part of it; as a barrier it counts phases and the bytes of copies on their way."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data, self.shape = data, data.shape
+        self.parity, self.coming, self.num_expected = 0, [], 0
+
+    def index(self, place: Any) -> Shared:
+        return Shared(self.data[int(place)])
+
+    def permute(self, order: list[int]) -> Shared:
+        return Shared(self.data.permute(order))
+
+    def load(self, layout: Any) -> Number:
+        assert not self.data.isnan().any(), "read before it was written"
+        return number(self.data.clone())
+
+    def store(self, value: Tensor) -> None:
+        self.data.copy_(value)
+
+
+class Product:
+    def __init__(self, a: Any, b: Shared, start: Any, use_acc: bool) -> None:
+        self.a, self.b = a, b
+        self.start = start if use_acc else 0.0
+        self.value, self.expected = None, self.multiply()
+
+    def multiply(self) -> Tensor:
+        left = self.a.data if isinstance(self.a, Shared) else self.a
+        assert not left.isnan().any() and not self.b.data.isnan().any(), "a product of what is not there yet"
+        return number(left.float() @ self.b.data.float() + self.start)
+
+    def finish(self) -> None:
+        self.value = self.multiply()
+        assert torch.equal(self.value, self.expected), "an operand changed under a product"
+
+
+class Chip:
+    """One program's asynchronous work, and the modules `gl`, `async_copy`, `tma`, `mbarrier` of its kernel."""
+
+    def __init__(self, program: int, num_programs: int) -> None:
+        self.program, self.num_programs = program, num_programs
+        self.open: list[tuple[Shared, Pointer]] = []
+        self.groups: list[list[tuple[Shared, Pointer]]] = []
+        self.products: list[Product] = []
+        self.leaving: list[tuple[Tensor, Shared, Tensor]] = []
+
+    def modules(self) -> dict[str, Any]:
+        space = types.SimpleNamespace
+        return {
+            "gl": self.language(),
+            "async_copy": space(
+                async_copy_global_to_shared=self.copy, commit_group=self.commit, wait_group=self.wait_group
+            ),
+            "tma": space(
+                async_copy_global_to_shared=self.bring,
+                async_copy_shared_to_global=self.send,
+                store_wait=self.wait_stores,
+            ),
+            "mbarrier": space(
+                init=lambda barrier, count: None, MBarrierLayout=lambda: None, expect=self.expect, wait=self.wait
+            ),
+            "fence_async_shared": lambda: None,
+            "warpgroup_mma": self.multiply,
+            "warpgroup_mma_wait": self.wait_products,
+        }
+
+    def language(self) -> Any:
+        def load(pointer, mask=None, other=0):
+            places, used = pointer.places(mask)
+            return number(torch.where(used, pointer.memory.flatten()[places], other))
+
+        def store(pointer, value, mask=None):
+            places, used = pointer.places(mask)
+            pointer.memory.view(-1)[places[used]] = value.expand(places.shape)[used].to(pointer.memory.dtype)
+
+        def where(condition, x, y):
+            if isinstance(x, Pointer):
+                return x if condition else y
+            return number(torch.where(number(condition), number(x), number(y)))
+
+        def allocate(dtype, shape, layout):
+            data = torch.zeros(shape, dtype=dtype)
+            return Shared(data.fill_(float("nan")) if data.is_floating_point() else data)
+
+        return types.SimpleNamespace(
+            int32=torch.int32, int64=torch.int64, float32=torch.float32, constexpr=None,
+            load=load, store=store, where=where, allocate_shared_memory=allocate,
+            arange=lambda low, high, layout: number(torch.arange(low, high, dtype=torch.int32)),
+            zeros=lambda shape, dtype, layout: number(torch.zeros(shape, dtype=dtype)),
+            maximum=lambda x, y: number(torch.maximum(number(x), number(y))),
+            minimum=lambda x, y: number(torch.minimum(number(x), number(y))),
+            max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
+            exp2=torch.exp2, log2=torch.log2, cdiv=lambda x, y: (x + y - 1) // y,
+            join=lambda x, y: torch.stack((x, y), -1), split=lambda x: x.unbind(-1),
+            convert_layout=lambda x, layout: x, SliceLayout=lambda axis, parent: None,
+            static_range=range, thread_barrier=lambda: None,
+            program_id=lambda axis: number(self.program), num_programs=lambda axis: number(self.num_programs),
+        )  # fmt: skip
+
+    # ---- copies by all threads -----------------------------------------------------------------
+
+    def copy(self, target: Shared, source: Pointer) -> None:
+        target.data.fill_(float("nan"))
+        self.open.append((target, source))
+
+    def commit(self) -> None:
+        self.groups.append(self.open)
+        self.open = []
+
+    def wait_group(self, num_left: int) -> None:
+        while len(self.groups) > num_left:
+            for target, source in self.groups.pop(0):
+                target.data.copy_(source.memory.flatten()[source.places(None)[0]])
+
+    # ---- copies of blocks ------------------------------------------------------------------------
+
+    def expect(self, barrier: Shared, num_bytes: int) -> None:
+        barrier.num_expected += num_bytes
+
+    def bring(self, source: Descriptor, corner: list[Any], barrier: Shared, target: Shared) -> None:
+        target.data.fill_(float("nan"))
+        barrier.coming.append((target, source.at(corner)))
+
+    def wait(self, barrier: Shared, phase: Any) -> None:
+        if barrier.parity != int(phase):
+            return
+        assert barrier.coming, "a wait for ever"
+        assert sum(x.numel() * x.element_size() for _, x in barrier.coming) == barrier.num_expected
+        for target, found in barrier.coming:
+            target.data.copy_(found)
+        barrier.coming, barrier.num_expected, barrier.parity = [], 0, 1 - barrier.parity
+
+    def send(self, target: Descriptor, corner: list[Any], source: Shared) -> None:
+        self.leaving.append((target.at(corner), source, source.data.clone()))
+
+    def wait_stores(self, num_left: int) -> None:
+        while len(self.leaving) > num_left:
+            target, source, expected = self.leaving.pop(0)
+            assert torch.equal(source.data, expected), "a buffer changed while it was stored"
+            target.copy_(source.data)
+
+    # ---- products ----------------------------------------------------------------------------------
+
+    def multiply(self, a, b, acc, use_acc=True, is_async=False) -> Product:
+        assert is_async
+        self.products.append(Product(a, b, acc, use_acc))
+        return self.products[-1]
+
+    def wait_products(self, num_left: int, deps: tuple[Product, ...]) -> Any:
+        while len(self.products) > num_left:
+            self.products.pop(0).finish()
+        assert deps[0].value is not None, "a product that is not waited for"
+        return deps[0].value
+
+    def check_idle(self) -> None:
+        assert not (self.open or self.groups or self.products or self.leaving), "work left behind"
+
+
+def run(kernel: Any, num_programs: int, *given: Any, **constants: Any) -> None:
+    """`kernel[(num_programs,)](*given, **constants)`; tensors become pointers, integers numbers."""
+    wrap = lambda x: Pointer(x) if isinstance(x, Tensor) else number(x) if isinstance(x, int) else x
+    for program in range(num_programs):
+        chip = Chip(program, num_programs)
+        _bind(kernel, chip.modules(), {})(*map(wrap, given), **constants)
+        chip.check_idle()
+
+
+def _bind(kernel: Any, modules: dict[str, Any], made: dict[int, Any]) -> Any:
+    """The kernel's Python function over emulated modules; so the kernels that it calls."""
+    if id(kernel) not in made:
+        names: dict[str, Any] = {"__builtins__": __builtins__}
+        made[id(kernel)] = types.FunctionType(kernel.fn.__code__, names)
+        for name, x in kernel.fn.__globals__.items():
+            is_kernel = hasattr(x, "fn") and hasattr(x, "arg_names")
+            names[name] = _bind(x, modules, made) if is_kernel else getattr(x, "value", x)
+        names.update(modules)
+    return made[id(kernel)]
