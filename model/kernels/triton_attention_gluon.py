@@ -43,8 +43,12 @@ SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=
 # A warp copies half a row of keys at a time, 16 bytes a lane.
 COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0]))
 # Two warp groups of 64 rows: each half of the tile's keys, and half of the channels.
-LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
+HALVED = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
+# Or each group all of the tile's keys: P stays in registers, the first product is computed twice.
+WHOLE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16]))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, SUMS.value, 2))
+IS_SHARED = True  # whether P goes through shared memory
 
 
 @gluon.jit
@@ -87,8 +91,9 @@ def _sum_own(x):
 def _forward(
     query, window, entries, picks, oldest, first, stop, sink, out, lse, scale,
     num_queries, num_window, num_entries, num_picks, num_heads, offset, num_blocks, size,
-    MODE: gl.constexpr,
+    MODE: gl.constexpr, IS_SHARED: gl.constexpr,
 ):  # fmt: skip
+    LOGITS: gl.constexpr = HALVED if IS_SHARED else WHOLE
     q_buffer = gl.allocate_shared_memory(query.dtype, [HEADS, WIDTH], out.layout)
     k_buffer = gl.allocate_shared_memory(query.dtype, [2, TILE, WIDTH], out.layout)
     is_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -124,7 +129,7 @@ def _forward(
             tiles += gl.cdiv(count, TILE)
         own = block // num_shares * num_heads + block % num_shares * HEADS
         window_start = token + (offset + 1 - size)
-        own_picks = picks + (block // num_shares).to(gl.int64) * num_picks
+        own_picks = picks + (block // num_shares).to(gl.int64) * (2 * num_picks)
         top = gl.load(sink + block % num_shares * HEADS + head).to(gl.float32) * LOG2_E
         sink_logit = top
         sums = _sum_own(gl.zeros([HEADS, TILE], gl.float32, LOGITS))
@@ -160,10 +165,8 @@ def _forward(
                 far = (ahead - near_tiles) * TILE + row
                 seen_far = place < count
                 if MODE == GATHER:
-                    far = gl.load(own_picks + far, mask=(far < count) & is_far, other=0).to(gl.int32)
-                    kind = gl.load(own_picks + place, mask=(place >= 0) & seen_far, other=-1)
-                    seen_far = kind >= 0
-                    far = gl.maximum(far, 0)
+                    far = gl.maximum(gl.load(own_picks + 2 * far, mask=(far < count) & is_far, other=0), 0)
+                    seen_far = gl.load(own_picks + 2 * place, mask=(place >= 0) & seen_far, other=-1) >= 0
                 else:
                     far = gl.minimum(begin + far, num_entries - 1)
                 rows = gl.where(is_far, far, rows)
@@ -178,11 +181,15 @@ def _forward(
             shrink = gl.exp2(top - higher)
             top = higher
             sums = sums * gl.convert_layout(shrink, gl.SliceLayout(1, sums.type.layout))[:, None] + _sum_own(wide)
-            p_buffer.store(wide.to(query.dtype))
-            fence_async_shared()
             acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
-            gl.thread_barrier()
-            acc = warpgroup_mma(p_buffer, keys, acc, is_async=True)
+            p = wide.to(query.dtype)
+            if IS_SHARED:
+                p_buffer.store(p)
+                fence_async_shared()
+                gl.thread_barrier()
+                acc = warpgroup_mma(p_buffer, keys, acc, is_async=True)
+            else:
+                acc = warpgroup_mma(gl.convert_layout(p, LEFT), keys, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             buffer = 1 - buffer
         total = gl.convert_layout(gl.sum(sums, 1), gl.SliceLayout(1, LOGITS)) + gl.exp2(sink_logit - top)
@@ -221,6 +228,12 @@ def flat(x: Tensor) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [HEADS.value, WIDTH.value], SHARED)
 
 
+def tensors_of(problem: Problem) -> tuple[Any, ...]:
+    """query … sink as these kernels take them: of the picks, 32-bit words, low before high."""
+    _, window, entries, picks, *rest = problem.tensors
+    return flat(problem.query), window, entries, picks.view(torch.int32), *rest
+
+
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """`triton_attention.forward` on Hopper."""
     rows, num_queries, num_heads, _ = problem.query.shape
@@ -228,7 +241,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     lse = torch.empty(rows, num_queries, num_heads, dtype=torch.float32, device=out.device)
     num_blocks = rows * num_queries * (num_heads // HEADS.value)
     _forward[(min(num_blocks, chip_of(out).multi_processor_count),)](
-        flat(problem.query), *problem.tensors[1:], flat(out), lse, problem.scale, *problem.lengths,
-        num_blocks, problem.size, MODE=problem.mode, num_warps=WARPS,
+        *tensors_of(problem), flat(out), lse, problem.scale, *problem.lengths,
+        num_blocks, problem.size, MODE=problem.mode, IS_SHARED=IS_SHARED, num_warps=WARPS,
     )  # fmt: skip
     return out, lse

@@ -42,6 +42,7 @@ from consilience.model.kernels.triton_attention_gluon import (
     _seen,
     chip_of,
     flat,
+    tensors_of,
 )
 
 TILE, RING = gl.constexpr(32), gl.constexpr(4)
@@ -104,7 +105,7 @@ def _store(
         slot = gl.where(is_far, slot - near_tiles * TILE, slot)
         seen_far = slot < count
         if MODE == GATHER:
-            pick = gl.load(picks + slot, mask=seen_far & is_far, other=-1)
+            pick = gl.load(picks + 2 * slot, mask=seen_far & is_far, other=-1)
             seen_far = pick >= 0
         seen = (is_far & seen_far) | ((index < near_tiles) & seen)
     p = gl.where(seen[None, :], gl.exp2(logits * factor - bottom[:, None]), 0.0)
@@ -137,7 +138,7 @@ def _rows_ahead(
     if MODE != NONE:
         far = (index - near_tiles) * TILE + row
         if MODE == GATHER:
-            far = gl.maximum(gl.load(picks + far, mask=(far < count) & is_far, other=0).to(gl.int32), 0)
+            far = gl.maximum(gl.load(picks + 2 * far, mask=(far < count) & is_far, other=0), 0)
         else:
             far = gl.minimum(begin + far, num_entries - 1)
         rows = gl.where(is_far, far, rows)
@@ -206,7 +207,7 @@ def _weigh(
         tiles = gl.cdiv(tiles, 2) * 2
         window_start = token + (offset + 1 - size)
         next_start = next_token + (offset + 1 - size)
-        own_picks = picks + (at // num_shares).to(gl.int64) * num_picks
+        own_picks = picks + (at // num_shares).to(gl.int64) * (2 * num_picks)
         place = (batch * (end - start) + token - start).to(gl.int64)
         own_near = near + place * size * (2 * padded) + block % num_shares * HEADS
         own_far = far + place * num_far * (2 * padded) + block % num_shares * HEADS
@@ -258,7 +259,7 @@ def weigh(
     rows, _, num_heads, _ = problem.query.shape
     num_blocks = rows * (end - begin) * (num_heads // HEADS.value)
     _weigh[(min(num_blocks, chip_of(grad).multi_processor_count),)](
-        flat(problem.query), *problem.tensors[1:], flat(grad), *results, d_sink, *weights, problem.scale,
+        *tensors_of(problem), flat(grad), *results, d_sink, *weights, problem.scale,
         *problem.lengths, problem.size, begin, end, weights[1].shape[2], num_blocks, weights[0].shape[4],
         MODE=problem.mode, num_warps=WARPS,
     )  # fmt: skip
