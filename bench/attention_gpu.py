@@ -1,18 +1,22 @@
 """Attention on one GPU: sliding, HCA and CSA, forward and backward, beside the floors of the same run.
 
-    PYTHONPATH=. python bench/attention_gpu.py [--sweep]
+    PYTHONPATH=. python bench/attention_gpu.py [--arms triton,gluon,gluon-registers] [--ways] [--sweep]
+
+Arms: `triton`, the default kernels; `gluon`, forward and the backward's weights with hand-placed copies (on
+Hopper); `gluon-registers`, the same forward with P in registers. `--ways`: other ways of reading entries,
+packed samples and small widths, default kernels alone.
 
 Flash's widths: 64 heads of 512, window 128, 512 picks of entries of 4 tokens, entries of 128 tokens; `small`:
 16 heads of 128, 256 picks. bf16, random normal data (picks at random or leaning to recent entries). First the
 errors to fp64; then arms in turns. TFLOP/s count 4 (forward) and 10 (backward) · H · C a key that a query
 sees, bytes Q, O (and dO, dQ) and the keys once. "of floor" is the larger of FLOP over this run's matrix rate
-and bytes over its copy rate, over the time.
+and bytes over its copy rate, over the time; "of copy" is bytes over the time, over the copy rate.
 
-Predicted for Flash: forward of CSA, a tile of 64 keys takes 2,560 cycles of matrix units and shared memory;
-it took 6,000, of which loads that begin behind the second product are the largest part. Sliding by halves:
-bytes ask for 6 µs a query and SM, products of two programs for 5: 0.27 ms at 4k where one program took 0.42.
-Backward at 32k CSA: weights 6 ms (2,048 cycles of products a tile of 64 keys, 1,400 of softmax and stores),
-dQ 4.6, rows and their sums move 38 GB in 15.8 (measured), ranges 3.5, sorting 2: 32 ms (210 TFLOP/s).
+Predicted for the Gluon forward, cycles a tile of 64 keys: first product 1,536 (bound by shared memory),
+softmax and P 900, second product 1,024, waits 250: 3,700, and 3,500 a query. At 1.6 GHz: CSA 32k 400 TFLOP/s,
+with 1,024 picks 445, CSA 4k 375; sliding 4k 0.21 ms, HCA 4k 0.28. If a fence waits for copies on their way
+(MEMBAR behind LDGSTS), `gluon` loses about 1,500 a tile, and `gluon-registers`, 4,300 a tile, wins. The
+backward's weights: 2,048 of products, 900 beside them, 4,000 a query: 1.3 ms at CSA 8k (Triton's take 3.1).
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ from consilience.model.kernels import (
     gpu_attention,
     triton_attention,
     triton_attention_backward,
+    triton_attention_gluon,
     triton_attention_keys,
 )
 from consilience.model.kernels.attention_keys import Keys
@@ -113,12 +118,37 @@ def cost(call: Call) -> tuple[float, float, float]:
     return float(seen), 2.0 * query.numel(), 2.0 * rows * width
 
 
+# ---- arms ---------------------------------------------------------------------------------------
+
+ARMS = ["triton", "gluon", "gluon-registers"]
+
+
+def choose(arm: str) -> None:
+    attention_problem.HAND_PLACED = arm != "triton"
+    triton_attention_gluon.IS_SHARED = arm == "gluon"
+
+
+def serves(arm: str, call: Call) -> bool:
+    return arm == "triton" or triton_attention_gluon.is_available(problem(call))
+
+
+def forward(arm: str, given: Problem) -> tuple[Tensor, Tensor]:
+    choose(arm)
+    kernels = triton_attention if arm == "triton" else triton_attention_gluon
+    return kernels.forward(given)
+
+
+def backward(arm: str, given: Problem, out: Tensor, lse: Tensor, grad: Tensor) -> object:
+    choose(arm)
+    return triton_attention_backward.backward(given, out, lse, grad)
+
+
 # ---- correctness --------------------------------------------------------------------------------
 
 
-def correctness() -> None:
+def correctness(arms: list[str]) -> None:
     print("\nErrors to fp64 on the same bf16 inputs: RMS / largest, over the exact RMS / largest\n")
-    table = Table("case", "what", "ours", "bf16 twin (fp32 softmax)")
+    table = Table("case", "what", *arms, "bf16 twin (fp32 softmax)", "same bits twice")
     cases = {
         "sliding 777": draw(FLASH, "sliding", 777, 3),
         "HCA 1,500": draw(FLASH, "HCA", 1500, 2),
@@ -128,19 +158,24 @@ def correctness() -> None:
         "CSA 900 gathered, small": draw(SMALL, "CSA", 900, 2, count=50),
         "CSA 900 by mask, small": draw(SMALL, "CSA", 900, 1, count=100),
     }
-    same = True
     for name, call in cases.items():
         grad = torch.randn_like(call[0])
         wide = lambda x: None if x is None else x.detach().double().requires_grad_()
         exact = replace(call[1], window=wide(call[1].window), entries=wide(call[1].entries))
         truth = results(sink_attention_dense, (wide(call[0]), exact, wide(call[2])), grad)
-        ours, again = (results(gpu_attention.sink_attention, call, grad) for _ in "ab")
-        plain = results(twin, call, grad)
+        found, same = {"twin": results(twin, call, grad)}, True
+        for arm in arms:
+            if serves(arm, call):
+                choose(arm)
+                found[arm], again = (results(gpu_attention.sink_attention, call, grad) for _ in "ab")
+                same &= all(torch.equal(found[arm][what], again[what]) for what in again)
         for what, right in truth.items():
-            errors = (relative_errors(found[what], right) for found in (ours, plain))
-            table.add(name, what, *(f"{rms:.1e} / {largest:.1e}" for largest, rms in errors))
-        same &= all(torch.equal(ours[what], again[what]) for what in ours)
-    print(f"\nTwo runs give the same bits in every case: {same}")
+            cells = []
+            for arm in (*arms, "twin"):
+                if arm in found:
+                    largest, rms = relative_errors(found[arm][what], right)
+                cells.append(f"{rms:.1e} / {largest:.1e}" if arm in found else "")
+            table.add(name, what, *cells, same)
 
 
 def results(attention: Callable[..., Tensor], call: Call, grad: Tensor) -> dict[str, Tensor]:
@@ -160,15 +195,20 @@ def twin(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> Tensor:
 # ---- speed --------------------------------------------------------------------------------------
 
 
-def speed_cases() -> Iterator[tuple[str, Callable[[], Call], float | None]]:
-    """Name, call, and up to how many entries a pick they are masked."""
-    usual = attention_problem.MASK_BELOW
+def speed_cases() -> Iterator[tuple[str, Callable[[], Call]]]:
+    """What the goals are about."""
     for kind, lengths in {"sliding": (4096, 32768), "HCA": (4096, 32768), "CSA": (4096, 8192, 32768)}.items():
         for length in lengths:
-            yield f"{kind} {length}", partial(draw, FLASH, kind, length), usual
+            yield f"{kind} {length}", partial(draw, FLASH, kind, length)
+    for length in (8192, 32768):
+        yield f"CSA {length}, 1,024 picks", partial(draw, FLASH, "CSA", length, count=1024)
+
+
+def other_cases() -> Iterator[tuple[str, Callable[[], Call], float | None]]:
+    """Name, call, and up to how many entries a pick they are masked."""
+    usual = attention_problem.MASK_BELOW
     for length, below in ((4096, 0), (6144, 0), (6144, 3), (8192, 4)):
         yield f"CSA {length}, the way forced", partial(draw, FLASH, "CSA", length), below
-    yield "CSA 32768, 1,024 picks", partial(draw, FLASH, "CSA", 32768, count=1024), usual
     yield "CSA 32768, recent picks", partial(draw, FLASH, "CSA", 32768, is_recent=True), usual
     yield "CSA 32768, 8 samples", partial(draw, FLASH, "CSA", 32768, samples=8), usual
     for kind in ("sliding", "HCA", "CSA"):
@@ -177,23 +217,28 @@ def speed_cases() -> Iterator[tuple[str, Callable[[], Call], float | None]]:
     yield "small: CSA 4096, the way forced", partial(draw, SMALL, "CSA", 4096), 4
 
 
-def speed() -> None:
+def speed(arms: list[str], has_ways: bool) -> None:
     matrix, copy = matrix_rate(), copy_rate()
     print(f"\nThis run: matrices {matrix / 1e12:.0f} TFLOP/s, copies {copy / 1e12:.2f} TB/s\n")
-    columns = ["case", "way", "pass", "ms", "again", "TFLOP/s", "TB/s", "floor ms", "of floor", "beyond GiB"]
+    columns = ["case", "way", "pass", "arm", "ms", "TFLOP/s", "of copy", "floor ms", "of floor", "beyond GiB"]
     table = Table(*columns)
-    for name, make, attention_problem.MASK_BELOW in speed_cases():
-        time_case(table, name, make(), matrix, copy)
+    if has_ways:
+        for name, make, attention_problem.MASK_BELOW in other_cases():
+            time_case(table, name, make(), ["triton"], matrix, copy)
+    else:
+        for name, make in speed_cases():
+            time_case(table, name, make(), arms, matrix, copy)
 
 
-def time_case(table: Table, name: str, call: Call, matrix: float, copy: float) -> None:
-    given = problem(call)
-    out, lse = triton_attention.forward(given)
+def time_case(table: Table, name: str, call: Call, arms: list[str], matrix: float, copy: float) -> None:
+    given, arms = problem(call), [arm for arm in arms if serves(arm, call)]
+    out, lse = forward(arms[0], given)
     grad = torch.randn_like(out)
-    forward = lambda: triton_attention.forward(given)
-    backward = lambda: triton_attention_backward.backward(given, out, lse, grad)
-    arms = {"forward": forward, "backward": backward, "forward again": forward, "backward again": backward}
-    times = time_arms(arms, rounds=7)
+    works: dict[str, dict[str, Callable[[], object]]] = {
+        "forward": {arm: partial(forward, arm, given) for arm in arms},
+        # Where P lies is the forward's affair.
+        "backward": {arm: partial(backward, arm, given, out, lse, grad) for arm in arms if arm != ARMS[2]},
+    }
     seen, query_bytes, key_bytes = cost(call)
     flop = seen * call[0].shape[2] * call[0].shape[3]
     way = ("none", "range", "mask", "gather")[given.mode]
@@ -201,15 +246,19 @@ def time_case(table: Table, name: str, call: Call, matrix: float, copy: float) -
         ("forward", 4, 2 * query_bytes + key_bytes),
         ("backward", 10, 4 * query_bytes + 2 * key_bytes),
     ):
-        seconds = statistics.median(times[what]) / 1e3
-        floor = max(factor * flop / matrix, num_bytes / copy)
-        again = f"{statistics.median(times[f'{what} again']):.3f}"
-        rates = f"{factor * flop / seconds / 1e12:.0f}", f"{num_bytes / seconds / 1e12:.2f}"
-        peak = f"{peak_bytes(arms[what]) / 2**30:.2f}"
-        floors = f"{floor * 1e3:.3f}", f"{floor / seconds:.0%}"
-        table.add(name, way, what, median_text(times[what], digits=3), again, *rates, *floors, peak)
+        timed = dict(works[what])
+        if timed:
+            timed[f"{next(iter(timed))} again"] = next(iter(timed.values()))
+        for arm, times in time_arms(timed, rounds=7).items():
+            seconds = statistics.median(times) / 1e3
+            floor = max(factor * flop / matrix, num_bytes / copy)
+            rates = f"{factor * flop / seconds / 1e12:.0f}", f"{num_bytes / seconds / copy:.0%}"
+            peak = f"{peak_bytes(timed[arm]) / 2**30:.2f}"
+            floors = f"{floor * 1e3:.3f}", f"{floor / seconds:.0%}"
+            table.add(name, way, what, arm, median_text(times, digits=3), *rates, *floors, peak)
     if name in ("sliding 4096", "CSA 8192", "CSA 32768"):
-        profile(name, backward)
+        for arm, work in works["backward"].items():
+            profile(f"{name}, {arm}", work)
 
 
 def profile(name: str, work: Callable[[], object]) -> None:
@@ -285,13 +334,20 @@ def setting_ms(given: Problem, kernel: str) -> str:
 
 
 def main() -> None:
-    chosen = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--arms", default=",".join(ARMS), help="of those, the ones to run")
+    parser.add_argument(
+        "--ways", action="store_true", help="time other ways, samples and small widths instead"
+    )
+    chosen = parser.parse_args()
     torch.manual_seed(0)
     if chosen.sweep:
         sweep()
         return
-    correctness()
-    speed()
+    arms = [arm for arm in ARMS if arm in chosen.arms.split(",")]
+    if not chosen.ways:
+        correctness(arms)
+    speed(arms, chosen.ways)
 
 
 if __name__ == "__main__":

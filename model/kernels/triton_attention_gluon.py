@@ -144,7 +144,7 @@ def _forward(
                 q_buffer, keys.permute([1, 0]), gl.zeros([HEADS, TILE], gl.float32, LOGITS),
                 use_acc=False, is_async=True,
             )  # fmt: skip
-            # The other buffer is free: all warps have waited for its product, and for its output to have left.
+            # The other buffer is free: all warps have waited for its products, one for its output.
             if index == 0:
                 tma.store_wait(0)
             is_next = index + 1 == tiles
@@ -155,7 +155,10 @@ def _forward(
             )  # fmt: skip
             ahead = index + 2
             is_next = ahead >= tiles
-            start = gl.where(is_next, next_token + (offset + 1 - size) - tiles * TILE, window_start) + ahead * TILE
+            start = (
+                gl.where(is_next, next_token + (offset + 1 - size) - tiles * TILE, window_start)
+                + ahead * TILE
+            )
             rows = gl.minimum(gl.maximum(start + row, 0), num_window - 1)
             place = (index - near_tiles) * TILE + column
             seen = window_start + index * TILE + column >= low
@@ -180,7 +183,9 @@ def _forward(
             wide = gl.exp2(logits - higher[:, None])
             shrink = gl.exp2(top - higher)
             top = higher
-            sums = sums * gl.convert_layout(shrink, gl.SliceLayout(1, sums.type.layout))[:, None] + _sum_own(wide)
+            sums = sums * gl.convert_layout(shrink, gl.SliceLayout(1, sums.type.layout))[:, None] + _sum_own(
+                wide
+            )
             acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
             p = wide.to(query.dtype)
             if IS_SHARED:
@@ -210,8 +215,8 @@ def _forward(
 
 
 def is_available(problem: Problem) -> bool:
-    """Whether the kernels by hand take the call: Hopper, groups of 64 heads × 512 channels in bf16, a window of
-    four tiles of the backward's 32 keys, entries not by mask."""
+    """Whether this forward and triton_attention_weights_gluon.py take the call: on Hopper, whole groups of 64
+    heads, 512 channels in half precision, a window of four tiles of 32 keys, entries not by mask."""
     query = problem.query
     fits = query.shape[2] % HEADS.value == 0 and query.shape[3] == WIDTH.value
     fits &= query.element_size() == 2 and problem.size > 96 and problem.mode != attention_problem.MASK

@@ -1,13 +1,15 @@
-"""Weights of attention's backward by hand-placed copies (Gluon, Hopper): `_weights` of triton_attention_backward.py.
+"""Weights of attention's backward by hand-placed copies (Gluon, Hopper); twin: `_weights` of
+triton_attention_backward.py.
 
-A program stays on its SM and takes query after query of 64 heads × 512 channels. Queries and upstream gradients
-lie in registers, eight rows of one above eight of the other, so that one product of 128 rows with a tile of 32
-keys gives logits and dP, and a thread holds both of a pair. Shared memory is left to the keys: a ring of four
-tiles, each copied again as soon as its product has ended, behind a query's last tile with the next query's first.
-The product of a tile runs while the weights of the one before it are computed and stored.
+A program stays on its SM and takes query after query of 64 heads × 512 channels. Queries and upstream
+gradients lie in registers, eight rows of one, eight of the other, so that one product of 128 rows with a tile
+of keys gives logits and dP, and a thread holds both of a pair. Shared memory is left to the keys: a ring of
+four tiles of 32, each copied again as soon as its product has ended, behind a query's last tile with the next
+query's.
 
-    start of a query    Q waits in `staging`; dO takes its place (O is read meanwhile), then the next query's Q
-    step                wait for tile i + 1 | issue its product | wait for product i | copy tile i + 4 | P, dS
+    start of a query    Q waits in `staging`; dO takes its place, O is read meanwhile; then the next query's Q
+    two tiles           wait for them | issue both products | wait for the first | copy the tile four further
+                        | its P and dS | the same of the second
 
 B rows, T queries, H heads, S window keys, M entries, K picks of a query, W window.
 Shared memory: staging 64 KiB, keys 4 × 32. Registers of 256 threads: Q and dO take 128, two products 32.
@@ -22,7 +24,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -34,7 +35,6 @@ from consilience.model.kernels.triton_attention_gluon import (
     HEADS,
     LOG2_E,
     NONE,
-    SHARED,
     WARPS,
     WIDTH,
     _copy_keys,

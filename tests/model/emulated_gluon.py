@@ -2,8 +2,8 @@
 
 What is asynchronous on the chip is done as late as the kernel's waits allow, and its target holds NaN until
 then; operands of a product are compared when it is issued and when it is waited for. So a missing wait, a
-buffer that is written too early, a wrong phase or an address out of bounds fails. Layouts mean nothing here, and
-warps do not race: that is the compiler's part.
+buffer that is written too early, a wrong phase or an address out of bounds fails. Layouts mean nothing here,
+and warps do not race: that is the compiler's part.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Product:
 
 
 class Chip:
-    """One program's asynchronous work, and the modules `gl`, `async_copy`, `tma`, `mbarrier` of its kernel."""
+    """One program's asynchronous work, and what its kernel calls `gl`, `async_copy`, `tma` and `mbarrier`."""
 
     def __init__(self, program: int, num_programs: int) -> None:
         self.program, self.num_programs = program, num_programs
@@ -124,7 +124,10 @@ class Chip:
                 store_wait=self.wait_stores,
             ),
             "mbarrier": space(
-                init=lambda barrier, count: None, MBarrierLayout=lambda: None, expect=self.expect, wait=self.wait
+                init=lambda barrier, count: None,
+                MBarrierLayout=lambda: None,
+                expect=self.expect,
+                wait=self.wait,
             ),
             "fence_async_shared": lambda: None,
             "warpgroup_mma": self.multiply,

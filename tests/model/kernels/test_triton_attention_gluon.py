@@ -45,7 +45,9 @@ def modules(monkeypatch):
     return forward, weights
 
 
-def make(kind, heads=64, num_queries=5, offset=70, size=128, num_entries=150, num_picks=100, dtype=torch.bfloat16):
+def make(
+    kind, heads=64, num_queries=5, offset=70, size=128, num_entries=150, num_picks=100, dtype=torch.bfloat16
+):
     """Two rows; samples that begin inside the window, entries and picks of every number, none too."""
     g = torch.Generator().manual_seed(3)
     draw = lambda *shape: torch.randn(*shape, generator=g).to(dtype)
