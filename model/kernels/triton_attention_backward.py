@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from consilience.model.kernels import attention_problem
+from consilience.model.kernels import attention_problem, triton_attention_rows
 from consilience.model.kernels.attention_problem import Problem
 from consilience.model.kernels.triton_attention import (
     LENGTHS,
@@ -236,39 +236,46 @@ def _weigh(
     problem: Problem,
     results: tuple[Tensor, Tensor],
     grad: Tensor,
-    grads: tuple[Tensor, Tensor],
+    d_sink: Tensor,
     begin: int,
     end: int,
 ) -> tuple[Tensor, Tensor]:
-    """Weights of keys and of entries of the queries begin … end - 1; writes their dQ and sink's parts."""
-    rows, _, num_heads, width = problem.query.shape
+    """Weights of keys and of entries of the queries begin … end - 1; writes the sink's parts."""
+    rows, _, num_heads, _ = problem.query.shape
     tile, padded = WEIGHTS[setting_of(problem)], padded_heads(problem)
     num_far = problem.lengths[3] if problem.mode == attention_problem.GATHER else problem.num_entries
     near = problem.query.new_empty(rows, end - begin, problem.size, 2, padded)
     far = problem.query.new_empty(rows, end - begin, num_far, 2, padded)
     numbers = (*problem.lengths, problem.size, begin, end, num_far)
     sizes = blocks(problem, tile)
-    grid = lambda parts: (
-        triton.cdiv(end - begin, sizes["BLOCK_Q"]) * parts,
-        triton.cdiv(num_heads, sizes["BLOCK_H"]),
-        rows,
-    )
+    grid = triton.cdiv(end - begin, sizes["BLOCK_Q"]), triton.cdiv(num_heads, sizes["BLOCK_H"]), rows
     if attention_problem.HAND_PLACED and _is_by_hand(problem):
         from consilience.model.kernels import triton_attention_weights_gluon
 
-        triton_attention_weights_gluon.weigh(problem, results, grad, (near, far), grads[1], begin, end)
+        triton_attention_weights_gluon.weigh(problem, results, grad, (near, far), d_sink, begin, end)
     else:
-        _weights[grid(1)](
-            *problem.tensors, *results, grad, grads[1], near, far, problem.scale, *numbers,
+        _weights[grid](
+            *problem.tensors, *results, grad, d_sink, near, far, problem.scale, *numbers,
             PADDED=padded, **sizes, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+    return near, far
+
+
+def _sum_query(
+    problem: Problem, weights: tuple[Tensor, Tensor], d_query: Tensor, begin: int, end: int
+) -> None:
+    """Writes dQ of the queries begin … end - 1."""
+    rows, _, num_heads, width = problem.query.shape
+    near, far = weights
     tile = D_QUERY[setting_of(problem)]
     sizes, channels = blocks(problem, tile), min(tile.channels, width)
-    _d_query[grid(width // channels)](
-        *problem.tensors, grads[0], near, far, *numbers,
-        PADDED=padded, BLOCK_C=channels, **sizes, num_warps=tile.warps, num_stages=tile.stages,
+    num_blocks = triton.cdiv(end - begin, sizes["BLOCK_Q"]) * (width // channels)
+    _d_query[num_blocks, triton.cdiv(num_heads, sizes["BLOCK_H"]), rows](
+        *problem.tensors, d_query, near, far,
+        *problem.lengths, problem.size, begin, end, far.shape[2],
+        PADDED=padded_heads(problem), BLOCK_C=channels, **sizes,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return near, far
 
 
 def backward(
@@ -284,11 +291,17 @@ def backward(
     near = KeyGradient(problem, is_far=False, num_queries=chunks[0][1])
     far = KeyGradient(problem, is_far=True, num_queries=chunks[0][1]) if problem.num_entries else None
     for begin, end in chunks:
-        weights = _weigh(problem, (out, lse), grad, (d_query, d_sink), begin, end)
+        weights, made = _weigh(problem, (out, lse), grad, d_sink, begin, end), None
+        if attention_problem.ROWS_BESIDE_QUERY and triton_attention_rows.is_available(problem):
+            made = triton_attention_rows.query_and_rows(problem, weights, grad, d_query, begin, end)
+        else:
+            _sum_query(problem, weights, d_query, begin, end)
         near.add_range(weights[0], grad, begin, end)
-        if far is not None:
-            (far.add_picks if gathers else far.add_range)(weights[1], grad, begin, end)
-        del weights
+        if far is not None and gathers:
+            far.add_rows(far.rows_of(weights[1], grad, begin, end) if made is None else made, begin, end)
+        elif far is not None:
+            far.add_range(weights[1], grad, begin, end)
+        del weights, made
     d_entries = None if problem.entries is None else torch.zeros_like(problem.entries)
     if far is not None:
         d_entries = far.total()
