@@ -1,7 +1,7 @@
 """dQ, and beside it the rows of the picked entries' gradients, in one pass over the weights (Triton).
 
-`_d_query` waits for keys and multiplies, `_rows` (triton_attention_keys.py) waits for memory to take its rows:
-one program does both, so that one's products run while the other's rows leave.
+`_d_query` waits for keys and multiplies, `_rows` (triton_attention_keys.py) waits for memory to take its
+rows: one program does both, so that one's products run while the other's rows leave.
 
 B rows, T queries, H heads (padded to P), C head width, S window keys, M entries, K picks of a query,
 W window, n queries of a range, weights [B, n, W, 2, P] of window keys and [B, n, K, 2, P] of entries.
