@@ -1,10 +1,10 @@
 """Attention on one GPU: sliding, HCA and CSA, forward and backward, beside the floors of the same run.
 
-    PYTHONPATH=. python bench/attention_gpu.py [--arms triton,gluon,gluon-registers] [--ways] [--sweep]
+    PYTHONPATH=. python bench/attention_gpu.py [--arms triton,gluon,variant] [--ways] [--sweep]
 
 Arms: `triton`, the default kernels; `gluon`, forward and the backward's weights with hand-placed copies (on
-Hopper); `gluon-registers`, the same forward with P in registers. `--ways`: other ways of reading entries,
-packed samples and small widths, default kernels alone.
+Hopper); `variant`, as `gluon` but P in registers, and rows of picks made together with dQ. `--ways`: other
+ways of reading entries, packed samples and small widths, default kernels alone.
 
 Flash's widths: 64 heads of 512, window 128, 512 picks of entries of 4 tokens, entries of 128 tokens; `small`:
 16 heads of 128, 256 picks. bf16, random normal data (picks at random or leaning to recent entries). First the
@@ -15,8 +15,9 @@ and bytes over its copy rate, over the time; "of copy" is bytes over the time, o
 Predicted for the Gluon forward, cycles a tile of 64 keys: first product 1,536 (bound by shared memory),
 softmax and P 900, second product 1,024, waits 250: 3,700, and 3,500 a query. At 1.6 GHz: CSA 32k 400 TFLOP/s,
 with 1,024 picks 445, CSA 4k 375; sliding 4k 0.21 ms, HCA 4k 0.28. If a fence waits for copies on their way
-(MEMBAR behind LDGSTS), `gluon` loses about 1,500 a tile, and `gluon-registers`, 4,300 a tile, wins. The
-backward's weights: 2,048 of products, 900 beside them, 4,000 a query: 1.3 ms at CSA 8k (Triton's take 3.1).
+(MEMBAR behind LDGSTS), `gluon` loses about 1,500 a tile, and `variant`, 4,300 a tile, wins. The backward's
+weights: 2,048 of products, 900 beside them, 4,000 a query: 1.3 ms at CSA 8k where Triton's take 3.1.
+Rows of picks and dQ move 1.6 MB a query through L2: together 11 ms at CSA 32k, apart 13.7.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from consilience.model.kernels import (
     triton_attention_backward,
     triton_attention_gluon,
     triton_attention_keys,
+    triton_attention_rows,
 )
 from consilience.model.kernels.attention_keys import Keys
 from consilience.model.kernels.attention_problem import Problem, problem_of
@@ -120,12 +122,13 @@ def cost(call: Call) -> tuple[float, float, float]:
 
 # ---- arms ---------------------------------------------------------------------------------------
 
-ARMS = ["triton", "gluon", "gluon-registers"]
+ARMS = ["triton", "gluon", "variant"]
 
 
 def choose(arm: str) -> None:
     attention_problem.HAND_PLACED = arm != "triton"
-    triton_attention_gluon.IS_SHARED = arm == "gluon"
+    attention_problem.ROWS_BESIDE_QUERY = arm == "variant"
+    triton_attention_gluon.IS_SHARED = arm != "variant"
 
 
 def serves(arm: str, call: Call) -> bool:
@@ -236,8 +239,7 @@ def time_case(table: Table, name: str, call: Call, arms: list[str], matrix: floa
     grad = torch.randn_like(out)
     works: dict[str, dict[str, Callable[[], object]]] = {
         "forward": {arm: partial(forward, arm, given) for arm in arms},
-        # Where P lies is the forward's affair.
-        "backward": {arm: partial(backward, arm, given, out, lse, grad) for arm in arms if arm != ARMS[2]},
+        "backward": {arm: partial(backward, arm, given, out, lse, grad) for arm in arms},
     }
     seen, query_bytes, key_bytes = cost(call)
     flop = seen * call[0].shape[2] * call[0].shape[3]
@@ -292,6 +294,8 @@ SWEEP = [
     (triton_attention_keys.ROWS, "_rows", [
         KEYS(64, 256, 0, 8, 2), KEYS(64, 256, 0, 4, 2), KEYS(64, 256, 0, 8, 4), KEYS(128, 256, 0, 8, 2),
         KEYS(64, 128, 0, 4, 3), KEYS(128, 128, 0, 4, 3)]),
+    (triton_attention_rows.TILES, "_query_and_rows", [
+        KEYS(64, 256, 0, 8, 2), KEYS(64, 256, 0, 8, 3), KEYS(64, 128, 0, 4, 2), KEYS(64, 128, 0, 4, 3)]),
 ]  # fmt: skip
 
 
@@ -323,6 +327,7 @@ def sweep() -> None:
 
 
 def setting_ms(given: Problem, kernel: str) -> str:
+    attention_problem.ROWS_BESIDE_QUERY = kernel == "_query_and_rows"
     try:
         out, lse = triton_attention.forward(given)
         if kernel == "_forward":

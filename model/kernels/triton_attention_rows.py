@@ -17,8 +17,8 @@ from consilience.model.kernels import attention_problem
 from consilience.model.kernels.attention_problem import Problem
 from consilience.model.kernels.triton_attention_keys import KeyTile, padded_heads
 
-# By whether a row of keys has more than 128 channels; keys of a step, channels of a program.
-TILES = {True: KeyTile(64, 256, 0, 8, 3), False: KeyTile(64, 128, 0, 4, 2)}
+# By bytes an element and by whether a row of keys has more than 128 channels.
+TILES = {(2, True): KeyTile(64, 256, 0, 8, 3), (2, False): KeyTile(64, 128, 0, 4, 2)}
 SMALL = KeyTile(32, 32, 0, 4, 1)  # fp32
 NUMBERS = [
     "num_queries",
@@ -94,13 +94,12 @@ def query_and_rows(
 ) -> Tensor:
     """Writes dQ of the queries begin … end - 1; their picks' gradient rows [B · n · K, C]."""
     batch, _, _, width = problem.query.shape
-    is_half = grad.element_size() == 2
-    tile = TILES[width > 128] if is_half else SMALL
+    tile = TILES.get((grad.element_size(), width > 128), SMALL)
     channels = min(tile.channels, width)
     rows = grad.new_empty(batch * (end - begin) * problem.lengths[3], width)
     _query_and_rows[(end - begin) * (width // channels), batch](
         *problem.tensors[:7], grad, *weights, d_query, rows, *problem.lengths, problem.size, begin, end,
         PADDED=weights[1].shape[4], WIDTH=width, BLOCK_N=tile.keys, BLOCK_C=channels,
-        PRECISION="ieee" if is_half else "tf32x3", num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION="tf32x3" if grad.element_size() == 4 else "ieee", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return rows
