@@ -100,6 +100,7 @@ def query_and_rows(
     _query_and_rows[(end - begin) * (width // channels), batch](
         *problem.tensors[:7], grad, *weights, d_query, rows, *problem.lengths, problem.size, begin, end,
         PADDED=weights[1].shape[4], WIDTH=width, BLOCK_N=tile.keys, BLOCK_C=channels,
-        PRECISION="tf32x3" if grad.element_size() == 4 else "ieee", num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION="tf32x3" if grad.element_size() == 4 else "ieee",
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return rows

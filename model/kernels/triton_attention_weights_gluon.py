@@ -211,6 +211,9 @@ def _weigh(
         place = (batch * (end - start) + token - start).to(gl.int64)
         own_near = near + place * size * (2 * padded) + block % num_shares * HEADS
         own_far = far + place * num_far * (2 * padded) + block % num_shares * HEADS
+        if MODE != GATHER:
+            # Without a list, the weights of an entry lie at its column.
+            own_far += begin.to(gl.int64) * (2 * padded)
         for index in range(0, tiles, 2):
             async_copy.wait_group(RING - 2)
             fence_async_shared()

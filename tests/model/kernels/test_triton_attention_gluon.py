@@ -54,8 +54,8 @@ def make(
     token = offset + torch.arange(num_queries).expand(2, -1)
     oldest = (token + 1 - size).clamp(min=0)
     oldest[1, 2:] = token[1, 2]
-    first = torch.tensor([[0, 0, 3, 7, 0], [0, 40, 0, 0, 149]])[:, :num_queries]
-    stop = torch.tensor([[0, 150, 67, 8, 99], [150, 149, 64, 1, 150]])[:, :num_queries]
+    first = torch.tensor([[0, 0, 3, 7, 0], [0, 40, 0, 0, 149]])[:, :num_queries].contiguous()
+    stop = torch.tensor([[0, 150, 67, 8, 99], [150, 149, 64, 1, 150]])[:, :num_queries].contiguous()
     picks = torch.full((2, num_queries, num_picks), -1)
     for row in range(2):
         for query in range(num_queries):
@@ -160,11 +160,12 @@ def test_weights_of_a_range_of_queries_equal_dense_attention(kind, heads, size, 
                     wanted_near[row, query - begin, slot] = both[row, query - begin, key]
             count = 0 if kind == "window" else int(problem.stop[row, query] - problem.first[row, query])
             for slot in range(min(count, slots)):
-                at = problem.first[row, query] + slot
+                # Slots are places in the list of picks, or columns.
+                at, place = problem.first[row, query] + slot, problem.first[row, query] + slot
                 if kind == "picks":
-                    at = problem.chosen[row, query, slot]
+                    at, place = problem.chosen[row, query, slot], slot
                 found = both[row, query - begin, problem.window.shape[1] + at]
-                wanted_far[row, query - begin, slot] = found if at >= 0 else 0.0
+                wanted_far[row, query - begin, place] = found if at >= 0 else 0.0
     assert error(near[..., 0, :], wanted_near[..., 0, :]) < ROUNDING
     assert error(near[..., 1, :], wanted_near[..., 1, :]) < ROUNDING
     assert torch.equal(far == 7.0, wanted_far == 7.0)
