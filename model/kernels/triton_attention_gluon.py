@@ -39,6 +39,7 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 NONE, GATHER = gl.constexpr(attention_problem.NONE), gl.constexpr(attention_problem.GATHER)
 HEADS, WIDTH, TILE = gl.constexpr(64), gl.constexpr(512), gl.constexpr(64)
 WARPS = 8
+LENGTHS = ["num_queries", "num_window", "num_entries", "num_picks", "num_heads", "offset"]
 SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 # A warp copies half a row of keys at a time, 16 bytes a lane.
 COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0]))
@@ -87,7 +88,7 @@ def _sum_own(x):
     return gl.sum(gl.sum(groups, 4), 2).reshape([HEADS, 8])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=[*LENGTHS, "num_blocks", "size"])
 def _forward(
     query, window, entries, picks, oldest, first, stop, sink, out, lse, scale,
     num_queries, num_window, num_entries, num_picks, num_heads, offset, num_blocks, size,

@@ -33,6 +33,7 @@ from consilience.model.kernels.triton_attention_gluon import (
     COPIED,
     GATHER,
     HEADS,
+    LENGTHS,
     LOG2_E,
     NONE,
     WARPS,
@@ -145,7 +146,8 @@ def _rows_ahead(
     return rows, is_far, is_next
 
 
-@gluon.jit
+# Heads' padding stays special: a multiple of 16 lets stores be wide.
+@gluon.jit(do_not_specialize=[*LENGTHS, "size", "start", "end", "num_far", "num_blocks"])
 def _weigh(
     query, window, entries, picks, oldest, first, stop, sink, grad, out, lse, d_sink, near, far, scale,
     num_queries, num_window, num_entries, num_picks, num_heads, offset, size, start, end, num_far, num_blocks,
