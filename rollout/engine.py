@@ -1,13 +1,13 @@
 """The seam between an episode and whatever decodes tokens: token ids in, token ids out.
 
 `NativeEngine` (native_engine.py) is the reference; `FakeRolloutEngine` (fake_engine.py) is shipped
-for tests; vLLM and others come behind the same four verbs.
+for tests; vLLM and others come behind the same verbs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -29,10 +29,21 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefix:
+    """What a request had sampled before its engine died: token ids, log-probabilities, weight versions."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    weight_version: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One generation turn.
 
     prompt_ids   tokens to append before sampling starts
+    prefix       tokens that this very request has sampled already, or None: they count as sampled, come
+                 first in its `Completed`, and the random numbers go on behind them. Without a parent only
     parent       uid of a held request whose stream this one continues (tool results), or None
     group        requests with equal prompts and equal group share one prefill
     hold         keep the decode state after the turn, so that a later request may continue it;
@@ -45,6 +56,29 @@ class Request:
     parent: str | None = None
     group: str | None = None
     hold: bool = False
+    prefix: Prefix | None = None
+
+
+@dataclass(slots=True)
+class NewTokens:
+    """Tokens that one step sampled, in columns of equal length.
+
+    uids      request of each token; those of one request stand in stream order
+    positions number of the token among those its request sampled, from 0 (a prefix counts)
+    logprobs  values that fp32 holds
+    """
+
+    weight_version: int
+    uids: list[str] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def add(self, uid: str, position: int, token_id: int, logprob: float) -> None:
+        self.uids.append(uid)
+        self.positions.append(position)
+        self.token_ids.append(token_id)
+        self.logprobs.append(logprob)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +113,19 @@ class EngineState:
 
 
 class RolloutEngine(Protocol):
-    """Submit, step, publish, state (and release for held streams)."""
+    """Submit, step, new_tokens, publish, state (and release for held streams)."""
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queue requests. EngineError on a duplicate uid, an empty prompt or a prompt over the limit."""
+        """Queue requests. EngineError on a duplicate uid, an empty prompt or a prompt over the limit, or a
+        prefix with a parent, or longer than `max_tokens`."""
         ...
 
     def step(self) -> list[Completed]:
         """Advance every running request by a token or more (admitting waiting ones first); what finished."""
+        ...
+
+    def new_tokens(self) -> NewTokens:
+        """What the last step sampled, for finished requests too: what a log writes."""
         ...
 
     def release(self, uids: Sequence[str]) -> None:

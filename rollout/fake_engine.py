@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from consilience.conf.errors import EngineError
-from consilience.rollout.engine import Completed, EngineState, Request
+from consilience.rollout.engine import Completed, EngineState, NewTokens, Request
 from consilience.rollout.publishing import verify
 
 if TYPE_CHECKING:
@@ -33,9 +35,9 @@ class _Stream:
 
 
 class FakeRolloutEngine:
-    """Replies are a function of (request, context ids); log-prob of token t of a reply is −0.01 (t + 1).
+    """Replies are a function of (request, context ids); log-prob of token t of a reply is −0.01 (t + 1), in fp32.
 
-    reply           what to sample; cut at `max_tokens` (finish "length") or after the first stop id
+    reply           what to sample, the request's prefix included; cut at `max_tokens` (finish "length") or after the first stop id
     max_running     requests decoded at once, the rest wait
     max_context     longest context + reply, in tokens
     die_after       number of steps after which the engine is dead; None = never
@@ -61,6 +63,7 @@ class FakeRolloutEngine:
         self._held: dict[str, tuple[int, ...]] = {}
         self._version, self._digest = 0, ""
         self._num_steps = self._prefilled = self._sampled = 0
+        self._new = NewTokens(0)
         self.published: list[tuple[str, int]] = []
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -71,6 +74,8 @@ class FakeRolloutEngine:
                 raise EngineError(f"request {request.uid} has an empty prompt")
             if request.parent is not None and request.parent not in self._held:
                 raise EngineError(f"request {request.uid} continues {request.parent}, which is not held")
+            if request.prefix is not None and request.parent is not None:
+                raise EngineError(f"request {request.uid} goes on from a prefix and continues a stream")
             length = len(request.prompt_ids) + len(self._held.get(request.parent or "", ()))
             if length >= self._max_context:
                 raise EngineError(
@@ -87,12 +92,13 @@ class FakeRolloutEngine:
             raise EngineError(f"the engine died after {self._die_after} steps")
         if self._step_s:
             time.sleep(self._step_s)
+        self._new = NewTokens(self._version)
         while self._waiting and len(self._running) < self._max_running:
             self._admit(self._waiting.popleft())
         finished = []
         for stream in list(self._running.values()):
-            stream.versions.append(self._version)
-            self._sampled += 1
+            if len(stream.versions) < len(stream.reply):  # a prefix may be complete already
+                self._sample(stream)
             if len(stream.versions) == len(stream.reply):
                 finished.append(self._finish(stream))
         return finished
@@ -110,7 +116,21 @@ class FakeRolloutEngine:
         room = min(request.sampling.max_tokens, self._max_context - len(context))
         if not reply:
             raise EngineError(f"the script of request {request.uid} is empty; a turn has a token at least")
-        self._running[request.uid] = _Stream(request, context, reply[:room])
+        stream = self._running[request.uid] = _Stream(request, context, reply[:room])
+        if request.prefix is not None:
+            begun = request.prefix.token_ids
+            if stream.reply[: len(begun)] != begun:
+                raise EngineError(f"the script of request {request.uid} does not begin with its prefix")
+            stream.versions += request.prefix.weight_version
+
+    def _sample(self, stream: _Stream) -> None:
+        position = len(stream.versions)
+        stream.versions.append(self._version)
+        self._sampled += 1
+        self._new.add(stream.request.uid, position, stream.reply[position], _logprob(position))
+
+    def new_tokens(self) -> NewTokens:
+        return self._new
 
     def _finish(self, stream: _Stream) -> Completed:
         request = stream.request
@@ -120,7 +140,7 @@ class FakeRolloutEngine:
         else:
             self._known.discard(request.uid)
         is_stop = stream.reply[-1] in request.sampling.stop_ids
-        logprobs = tuple(-0.01 * (t + 1) for t in range(len(stream.reply)))
+        logprobs = tuple(_logprob(t) for t in range(len(stream.reply)))
         versions = tuple(stream.versions)
         return Completed(request.uid, stream.reply, logprobs, versions, "stop" if is_stop else "length")
 
@@ -146,3 +166,7 @@ class FakeRolloutEngine:
             prefill_s=0.0,
             decode_s=self._num_steps * self._step_s,
         )
+
+
+def _logprob(position: int) -> float:
+    return float(np.float32(-0.01 * (position + 1)))

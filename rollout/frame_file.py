@@ -88,6 +88,11 @@ class FrameFile:
         self._pending = b"" if num_bytes else _header(identity)
         self._is_known = False  # whether the folder's entry is on the disk
 
+    @property
+    def num_frames(self) -> int:
+        """Frames appended, those found by `reopen` included."""
+        return self._sequence
+
     @classmethod
     def create(cls, path: Path, *, survives_power: bool = True) -> FrameFile:
         """A new file. EngineError if it exists or cannot be made."""

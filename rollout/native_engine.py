@@ -7,7 +7,6 @@ batch of prompts shares. Compressed entries lie in blocks and never move.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,9 @@ from consilience.model.exact import exact_mode
 from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
 from consilience.rollout.captured_decode import Decoder
-from consilience.rollout.engine import Completed, EngineState, Request
+from consilience.rollout.engine import Completed, EngineState, NewTokens, Request
 from consilience.rollout.publishing import verify
+from consilience.rollout.request_check import check_request
 from consilience.rollout.sampling import sample
 from consilience.rollout.speculative import NUM_UNIFORMS, SpeculativeState
 from consilience.rollout.stream import Stream
@@ -83,6 +83,7 @@ class NativeEngine:
         self._uids: set[str] = set()
         self._version = version
         self._digest = ""
+        self._new: list[tuple[Stream, int, int]] = []  # of this step: stream, tokens before, tokens
         self._counts = {"prefill_tokens": 0, "sampled_tokens": 0}
         self._seconds = {"prefill_s": 0.0, "decode_s": 0.0}
 
@@ -116,19 +117,7 @@ class NativeEngine:
         uid, prompt, sampling, parent = request.uid, request.prompt_ids, request.sampling, request.parent
         if uid in self._uids or uid in uids:
             raise EngineError(f"request {uid} is already in the engine; uids are unique")
-        if not prompt or sampling.max_tokens < 1:
-            raise EngineError(f"request {uid} has an empty prompt or asks for no tokens")
-        if not math.isfinite(sampling.temperature) or sampling.temperature < 0 or sampling.seed < 0:
-            raise EngineError(
-                f"request {uid}: temperature {sampling.temperature}, seed {sampling.seed}; a temperature is "
-                "0 (greedy) or a positive number, a seed 0 or more"
-            )
-        vocab = self.model.config.vocab_size
-        if min(prompt) < 0 or max(prompt) >= vocab:
-            raise EngineError(
-                f"request {uid}: token ids run from {min(prompt)} to {max(prompt)}, the model has 0 to "
-                f"{vocab - 1}; use the tokenizer of its checkpoint"
-            )
+        check_request(request, self.model.config.vocab_size)
         if parent is not None and (parent not in self._held or parent in parents):
             raise EngineError(f"request {uid} continues {parent}, which is not held")
         before = 0 if parent is None else self._length_held(self._held[parent])
@@ -151,6 +140,7 @@ class NativeEngine:
 
     def _step(self) -> list[Completed]:
         started = time.perf_counter()
+        self._new.clear()
         done = self._admit()
         admitted = time.perf_counter()
         self._seconds["prefill_s"] += admitted - started
@@ -158,6 +148,14 @@ class NativeEngine:
             done = self._decode()
             self._seconds["decode_s"] += time.perf_counter() - admitted
         return done
+
+    def new_tokens(self) -> NewTokens:
+        """See `RolloutEngine.new_tokens`."""
+        new = NewTokens(self._version)
+        for stream, before, count in self._new:
+            for at in range(before, before + count):
+                new.add(stream.request.uid, at, stream.tokens[at], stream.logprobs[at])
+        return new
 
     def release(self, uids: Sequence[str]) -> None:
         """See `RolloutEngine.release`."""
@@ -209,9 +207,12 @@ class NativeEngine:
             if resumed:
                 batch = self._choose(resumed)
                 self._prefill_resumed(batch)
+            elif self._waiting[0].prefix is not None:
+                begun = [r for r in list(self._waiting)[: self._num_free] if r.prefix is not None]
+                self._prefill_begun(self._choose(begun))
             else:
-                batch = self._choose(list(self._waiting)[: self._num_free])
-                self._prefill_new(batch)
+                fresh = [r for r in list(self._waiting)[: self._num_free] if r.prefix is None]
+                self._prefill_new(self._choose(fresh))
             done += self._retire()
         return done
 
@@ -220,8 +221,10 @@ class NativeEngine:
         chosen: list[Request] = []
         longest, prompts = 0, set()
         for request in candidates:
-            longest = max(longest, len(request.prompt_ids))
-            prompts.add(request.uid if request.group is None else (request.group, request.prompt_ids))
+            begun = () if request.prefix is None else request.prefix.token_ids
+            longest = max(longest, len(request.prompt_ids) + len(begun))
+            is_alone = request.group is None or request.prefix is not None
+            prompts.add(request.uid if is_alone else (request.group, request.prompt_ids))
             if chosen and longest * len(prompts) > self.prefill_tokens:
                 break
             chosen.append(request)
@@ -241,6 +244,20 @@ class NativeEngine:
             self._state.reserve(row, int(self._state.position[row]) + 1 + most)
         logits = self._extend(first, [(last, *r.prompt_ids) for r, (_, last) in zip(batch, parked)])
         self._start(batch, logits, room)
+
+    def _prefill_begun(self, batch: list[Request]) -> None:
+        """Compute again the state of requests that had sampled something: all but the last token is fed."""
+        first = len(self._running)
+        self._reserve(first, batch)
+        streams = [(*r.prompt_ids, *r.prefix.token_ids) for r in batch]  # type: ignore[union-attr]
+        self._extend(first, [stream[:-1] for stream in streams])
+        last = torch.tensor([stream[-1] for stream in streams], device=self._last.device)
+        self._last[first : first + len(batch)] = last
+        for request in batch:
+            numbers = NUM_UNIFORMS if self._speculative else 1
+            stream = Stream.start(request, request.sampling.max_tokens, numbers)
+            stream.go_on_from(request.prefix)  # type: ignore[arg-type]
+            self._running.append(stream)
 
     def _prefill_new(self, batch: list[Request]) -> None:
         """Prefill one row per distinct prompt, then fork it for the rest of its group."""
@@ -354,6 +371,7 @@ class NativeEngine:
         """Give stream i the first counts[i] of tokens[i]; how many each one took."""
         rows = zip(streams, tokens.tolist(), logprobs.tolist(), counts)
         taken = [s.take(ids[:n], values[:n], self._version) for s, ids, values, n in rows]
+        self._new += [(s, len(s.tokens) - n, n) for s, n in zip(streams, taken)]
         self._counts["sampled_tokens"] += sum(taken)
         return taken
 

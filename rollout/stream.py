@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from consilience.conf.errors import EngineError
-from consilience.rollout.engine import Completed, Request
+from consilience.rollout.engine import Completed, Prefix, Request
 
 
 @dataclass
@@ -35,6 +35,12 @@ class Stream:
     def length(self) -> int:
         """Tokens of the stream, the last one, which its decode state does not hold yet, included."""
         return self.num_before + len(self.tokens)
+
+    def go_on_from(self, prefix: Prefix) -> None:
+        """Take over what was sampled before; the next numbers are those behind it."""
+        self.tokens += prefix.token_ids
+        self.logprobs += prefix.logprobs
+        self.versions += prefix.weight_version
 
     @property
     def is_stopped(self) -> bool:

@@ -1,0 +1,89 @@
+"""Who may write for which requests: a lease has an epoch, and a later epoch ends an earlier one's say.
+
+    <folder>/00000003.lease    made exclusively, so no two owners have one epoch
+    <folder>/00000003.fenced   made before anybody else takes over; from then on epoch 3 acknowledges nothing
+
+An owner writes first and looks for its fence afterwards; who takes over makes the fence first and reads
+afterwards. So whatever an owner acknowledged is there for the reader, even if the owner was only frozen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from consilience.conf.errors import EngineError
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to write frames of one epoch into `folder`; plain data, travels to the worker that uses it.
+
+    survives_power  what the worker's log must survive: the machine's end, or only its own
+    """
+
+    folder: Path
+    epoch: int
+    survives_power: bool = False
+
+    @property
+    def is_fenced(self) -> bool:
+        return _file(self.folder, self.epoch, "fenced").exists()
+
+    def must_hold(self) -> None:
+        """EngineError once somebody else has taken over."""
+        if self.is_fenced:
+            raise EngineError(
+                f"lease {self.epoch} in {self.folder} was taken over by another worker; this one was taken for "
+                "dead and stops, nothing of it is used from here on"
+            )
+
+
+def take_lease(folder: Path, owner: str, *, survives_power: bool = False) -> Lease:
+    """A lease of an epoch above all others in the folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    epoch = max(_epochs(folder, "lease"), default=-1)
+    while True:
+        epoch += 1
+        try:
+            descriptor = os.open(_file(folder, epoch, "lease"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise EngineError(f"cannot take a lease in {folder}: {error.strerror}; free space there") from None
+        with open(descriptor, "w", encoding="utf-8") as file:  # for people; nothing reads it
+            file.write(json.dumps({"epoch": epoch, "owner": owner, "host": socket.gethostname()}) + "\n")
+        _sync(folder)
+        return Lease(folder, epoch, survives_power)
+
+
+def fence(folder: Path, epochs: list[int] | None = None) -> None:
+    """End the say of `epochs`, of all epochs so far without it. What was fenced stays so."""
+    for epoch in _epochs(folder, "lease") if epochs is None else epochs:
+        _file(folder, epoch, "fenced").touch()
+    if folder.exists():
+        _sync(folder)  # a fence that a loss of power undoes would revive an owner
+
+
+def fenced_epochs(folder: Path) -> list[int]:
+    """Epochs whose owners have no say any more, ascending."""
+    return _epochs(folder, "fenced")
+
+
+def _epochs(folder: Path, kind: str) -> list[int]:
+    return sorted(int(path.stem) for path in folder.glob("[0-9]" * 8 + f".{kind}"))
+
+
+def _file(folder: Path, epoch: int, kind: str) -> Path:
+    return folder / f"{epoch:08d}.{kind}"
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,40 @@
+"""What must hold for any request, whatever an engine holds already."""
+
+from __future__ import annotations
+
+import math
+
+from consilience.conf.errors import EngineError
+from consilience.rollout.engine import Request
+
+
+def check_request(request: Request, vocab_size: int) -> None:
+    """EngineError on an empty prompt, a temperature or seed that is none, foreign token ids, a prefix that
+    cannot be one."""
+    uid, prompt, sampling, prefix = request.uid, request.prompt_ids, request.sampling, request.prefix
+    if not prompt or sampling.max_tokens < 1:
+        raise EngineError(f"request {uid} has an empty prompt or asks for no tokens")
+    if not math.isfinite(sampling.temperature) or sampling.temperature < 0 or sampling.seed < 0:
+        raise EngineError(
+            f"request {uid}: temperature {sampling.temperature}, seed {sampling.seed}; a temperature is "
+            "0 (greedy) or a positive number, a seed 0 or more"
+        )
+    ids = prompt if prefix is None else prompt + prefix.token_ids
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        raise EngineError(
+            f"request {uid}: token ids run from {min(ids)} to {max(ids)}, the model has 0 to "
+            f"{vocab_size - 1}; use the tokenizer of its checkpoint"
+        )
+    if prefix is None:
+        return
+    found, limit = len(prefix.token_ids), sampling.max_tokens
+    if request.parent is not None or not 0 < found <= limit:
+        raise EngineError(
+            f"request {uid} goes on from {found} tokens: 1 to max_tokens ({limit}) may be there, and no parent; "
+            "put the parent's stream into its prompt"
+        )
+    if not found == len(prefix.logprobs) == len(prefix.weight_version):
+        raise EngineError(
+            f"request {uid} goes on from {found} tokens, with {len(prefix.logprobs)} log-probabilities and "
+            f"{len(prefix.weight_version)} versions; each token has one of each"
+        )
