@@ -85,16 +85,19 @@ def train_distill(
     killed run repeats neither. Returns kl and head_loads rows for the report, and counters.
     """
     rows = list(earlier)
+    store.ledger.resumed(start)
     version = publish(sampler, engine.model, start)
     for step in range(start, settings.steps):
         with clock.phase("rollout"):
             records = sample_phase(store, step, sampler, jobs_of)
         clock.add_tokens("sampled", sum(r.num_sampled for r in records))
+        uids = [r.uid for r in records]
         records = [r for r in records if r.num_sampled and r.teacher and r.finish is not FinishReason.ABORT]
         with clock.phase("score"):
             scored = teachers.scheduler.score([score_request(r) for r in records])
         with clock.phase("train"):
             report = train_phase(engine, records, scored, teachers, settings, step)
+        store.ledger.trained(step, uids)
         clock.add_tokens("train", int(report["train_tokens"]))
         with clock.phase("publish"):
             version = publish(sampler, engine.model, version + 1)
@@ -104,6 +107,7 @@ def train_distill(
         log.rollouts(step + 1, _table(records, by_sample, decode, settings.table_rows))
         progress.advance(1, **{f"kl {name}": value for name, value in report["kl"].items()})
         checkpoints.save_if_due(step + 1, {"clock": clock.state(), "rows": rows})
+    store.ledger.check()
     tokens = clock.state()["tokens"]
     return {
         "train_tokens": tokens.get("train", 0),

@@ -72,6 +72,7 @@ def train_grpo(
     """
     curves: dict[str, list[float]] = {}
     mismatch_max = 0.0
+    store.ledger.resumed(start)
     version = publish(sampler, engine.model, start)
     for step in range(start, settings.steps):
         with clock.phase("rollout"):
@@ -80,6 +81,7 @@ def train_grpo(
         advantages = group_advantages([r.reward for r in records], [r.group for r in records])
         with clock.phase("train"):
             report = train_phase(engine, reference, records, advantages, settings, step)
+        store.ledger.trained(step, [r.uid for r in records])
         clock.add_tokens("train", int(report["train_tokens"]))
         with clock.phase("publish"):
             version = publish(sampler, engine.model, version + 1)
@@ -91,6 +93,7 @@ def train_grpo(
             curves.setdefault(name, []).append(report.get(name, float("nan")))
         progress.advance(1, reward=report["reward"], correct=report["correct"])
         checkpoints.save_if_due(step + 1, {"clock": clock.state()})
+    store.ledger.check()
     tokens = clock.state()["tokens"]
     return {
         "train_tokens": tokens.get("train", 0),

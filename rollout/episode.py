@@ -62,6 +62,9 @@ class Episode:
         self.failure = ""
         self.fault = ""  # the ProtocolFault of a malformed turn
         self.held: list[str] = []
+        self.request_uid = ""  # of the newest turn
+        self.resumed_at = 0  # sampled tokens when a new worker took the episode over
+        self.log_fault = ""  # why its log was of no use
         self.pending_calls: tuple[ToolCall, ...] = ()
         self._tokenizer, self._max_context = tokenizer, max_context
         self._stop_ids = (tokenizer.eos_id, *(i for i in job.sampling.stop_ids if i != tokenizer.eos_id))
@@ -79,6 +82,31 @@ class Episode:
     @property
     def is_done(self) -> bool:
         return self.state is State.DONE
+
+    @property
+    def turn(self) -> int:
+        """Turns that are over."""
+        return self._num_turns
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens of the turns that are over."""
+        return self._num_sampled
+
+    @property
+    def stream_ids(self) -> tuple[int, ...]:
+        """Prompt and everything behind it up to the turn that comes or runs."""
+        return (*self.prompt_ids, *self._token_ids)
+
+    @property
+    def executed_calls(self) -> tuple[ExecutedCall, ...]:
+        """Tool calls that have answered, in order."""
+        return tuple(call for call in self._calls if call.result is not None)
+
+    @property
+    def boxes(self) -> list[tuple[str, str]]:
+        """(id, isolation label) of the boxes used."""
+        return list(zip(self._box_ids, self._levels))
 
     def next_request(self) -> Request:
         """The request of the next turn. EngineError unless READY."""
@@ -101,6 +129,7 @@ class Episode:
         )
         if may_continue:
             self.held.append(request.uid)
+        self.request_uid = request.uid
         self.state = State.DECODING
         return request
 
@@ -227,6 +256,10 @@ class Episode:
             if value is None or isinstance(value, (bool, int)) or _is_small(value)
         }
         facts["turns"], facts["tool_calls"] = self._num_turns, len(self._calls)
+        if self.resumed_at:
+            facts["resumed_at"] = self.resumed_at
+        if self.log_fault:
+            facts["log_fault"] = self.log_fault[:200]
         if self.finish is FinishReason.MALFORMED:
             facts["malformed"], facts["fault"] = self.failure[:200], self.fault
         return facts

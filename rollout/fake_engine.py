@@ -35,9 +35,10 @@ class _Stream:
 
 
 class FakeRolloutEngine:
-    """Replies are a function of (request, context ids); log-prob of token t of a reply is −0.01 (t + 1), in fp32.
+    """Replies are a function of (request, context ids); log-prob of token t of one is −0.01 (t + 1) in fp32.
 
-    reply           what to sample, the request's prefix included; cut at `max_tokens` (finish "length") or after the first stop id
+    reply           what to sample, the request's prefix included; cut at `max_tokens` (finish "length") or
+                    after the first stop id
     max_running     requests decoded at once, the rest wait
     max_context     longest context + reply, in tokens
     die_after       number of steps after which the engine is dead; None = never

@@ -195,7 +195,9 @@ def _identity(data: bytes) -> int | None:
     if magic != _MAGIC or zlib.crc32(head) != crc:
         return None
     if number != _FORMAT:
-        raise EngineError(f"a log of format {number}, this version reads {_FORMAT}; use the one that wrote it")
+        raise EngineError(
+            f"a log of format {number}, this version reads {_FORMAT}; use the one that wrote it"
+        )
     return identity
 
 

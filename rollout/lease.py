@@ -37,8 +37,8 @@ class Lease:
         """EngineError once somebody else has taken over."""
         if self.is_fenced:
             raise EngineError(
-                f"lease {self.epoch} in {self.folder} was taken over by another worker; this one was taken for "
-                "dead and stops, nothing of it is used from here on"
+                f"lease {self.epoch} in {self.folder} was taken over by another worker; this one was taken "
+                "for dead and stops, nothing of it is used from here on"
             )
 
 
@@ -53,7 +53,9 @@ def take_lease(folder: Path, owner: str, *, survives_power: bool = False) -> Lea
         except FileExistsError:
             continue
         except OSError as error:
-            raise EngineError(f"cannot take a lease in {folder}: {error.strerror}; free space there") from None
+            raise EngineError(
+                f"cannot take a lease in {folder}: {error.strerror}; free space there"
+            ) from None
         with open(descriptor, "w", encoding="utf-8") as file:  # for people; nothing reads it
             file.write(json.dumps({"epoch": epoch, "owner": owner, "host": socket.gethostname()}) + "\n")
         _sync(folder)

@@ -111,7 +111,11 @@ def encode_claim(episode: LoggedEpisode, numbers: Sequence[int]) -> bytes:
         head["n"] = len(head.pop("token_ids"))
         head.pop("logprobs"), head.pop("versions")
         turns.append(head | {"number": number})
-        arrays += [np.array(turn.token_ids, "<i4"), np.array(turn.logprobs, "<f4"), np.array(turn.versions, "<i4")]
+        arrays += [
+            np.array(turn.token_ids, "<i4"),
+            np.array(turn.logprobs, "<f4"),
+            np.array(turn.versions, "<i4"),
+        ]
     text = json.dumps({"uid": episode.uid, "turns": turns}).encode("utf-8")
     return b"".join((_HEAD.pack(b"C", len(text)), text, *(a.tobytes() for a in arrays)))
 

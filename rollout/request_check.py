@@ -30,8 +30,8 @@ def check_request(request: Request, vocab_size: int) -> None:
     found, limit = len(prefix.token_ids), sampling.max_tokens
     if request.parent is not None or not 0 < found <= limit:
         raise EngineError(
-            f"request {uid} goes on from {found} tokens: 1 to max_tokens ({limit}) may be there, and no parent; "
-            "put the parent's stream into its prompt"
+            f"request {uid} goes on from {found} tokens: 1 to max_tokens ({limit}) may be there, and no "
+            "parent; put the parent's stream into its prompt"
         )
     if not found == len(prefix.logprobs) == len(prefix.weight_version):
         raise EngineError(

@@ -1,14 +1,23 @@
-"""Rollout records on disk: one `<phase>.jsonl` a phase in a stage's `rollouts/` folder."""
+"""Rollout records on disk: one `<phase>.jsonl` a phase in a stage's `rollouts/` folder.
+
+While a phase is being sampled, its records so far are frames of `<phase>.partial`, the tokens of its
+unfinished episodes lie in `token_log/<phase>/`; both go when the phase is whole. `ledger.log` says what was
+trained on.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from consilience.conf.errors import RunError
+from consilience.rollout.frame_file import FrameFile
+from consilience.rollout.ledger import PromptLedger
 from consilience.rollout.records import RolloutRecord
 
 
@@ -17,6 +26,25 @@ class RolloutStore:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+
+    @cached_property
+    def ledger(self) -> PromptLedger:
+        """The stage's prompt ledger, opened when first asked for."""
+        return PromptLedger(self.folder / "ledger.log")
+
+    def log_folder(self, phase: str) -> Path:
+        """Where the workers of an unfinished phase log their tokens."""
+        return self.folder / "token_log" / phase
+
+    def partial(self, phase: str) -> PartialPhase:
+        """The records of an unfinished phase, to be added to. EngineError where its file is damaged."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return PartialPhase(self.folder / f"{phase}.partial")
+
+    def clear_partial(self, phase: str) -> None:
+        """Remove what a phase no longer needs once its file is whole."""
+        (self.folder / f"{phase}.partial").unlink(missing_ok=True)
+        shutil.rmtree(self.log_folder(phase), ignore_errors=True)
 
     def append(self, phase: str, records: Sequence[RolloutRecord]) -> Path:
         """Store the records of `phase` (letters, digits, "-", "_", "."); an equal phase is replaced.
@@ -64,3 +92,26 @@ def _parse(path: Path, lines: Iterator[str]) -> Iterator[RolloutRecord]:
             yield RolloutRecord.from_json(line)
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} line {number} is no rollout record: {error}") from None
+
+
+class PartialPhase:
+    """Records of one phase as they arrive, each call's on the disk when it returns.
+
+    records  by uid, those found at the opening included
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file, payloads = FrameFile.reopen(path)
+        lines = (payload.decode("utf-8", "surrogatepass") for payload in payloads)
+        self.records = {record.uid: record for record in _parse(path, lines)}
+
+    def add(self, records: Sequence[RolloutRecord]) -> None:
+        """EngineError when the disk does not take them. A record of a known uid is not taken again."""
+        new = {r.uid: r for r in records if r.uid not in self.records}
+        if new:
+            self._file.append([r.to_json().encode("utf-8", "surrogatepass") for r in new.values()])
+            self._file.sync()
+            self.records |= new
+
+    def close(self) -> None:
+        self._file.close()

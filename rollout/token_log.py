@@ -33,7 +33,7 @@ SEGMENT_BYTES = 64 << 20
 
 
 class TokenLog:
-    """One owner's log under its lease. EngineError from every verb when the disk takes no more, or after a fence.
+    """One owner's log under its lease. EngineError when the disk takes no more, or once there is a fence.
 
     A request is a turn of a job's episode, known by `request_uid`; those of one job are opened in order.
     """
@@ -53,11 +53,11 @@ class TokenLog:
         self.sync()
 
     def open(self, request_uid: str, uid: str, turn: int, prompt_ids: Sequence[int], seed: int) -> None:
-        """Turn `turn` of job `uid` begins: what it appends before sampling, and its seed. Not for a claimed one."""
+        """Turn `turn` of job `uid` begins: what it appends before sampling, its seed. Not if claimed."""
         self._buffer.append(encode_open(self._name(request_uid), uid, turn, crc_of(prompt_ids), seed))
 
     def step(self, new: NewTokens) -> None:
-        """The tokens of one step, and whatever was buffered, in one write: they survive `kill -9` from here on.
+        """The tokens of one step and whatever was buffered, in one write: `kill -9` loses none of them.
 
         Tokens of requests that were never opened here are left out (those of a stream that was broken off).
         """
@@ -79,7 +79,7 @@ class TokenLog:
         self._buffer.append(encode_end(self._numbers[request_uid], finish))
 
     def results(self, request_uid: str, results: Sequence[str], boxes: Sequence[Sequence[str]]) -> None:
-        """What the turn's tool calls answered, in call order, and the [id, isolation] of the episode's boxes."""
+        """What the turn's tool calls answered, in call order, and [id, isolation] of the episode's boxes."""
         self._buffer.append(encode_results(self._numbers[request_uid], results, boxes))
 
     def sync(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import small_trainer
@@ -187,6 +188,10 @@ def test_every_mini_batch_loads_each_head_in_it_once(registry, tmp_path):
     assert len(teachers.store) == 0  # states are used once and freed
 
 
+def answers(step):
+    return [*samples(step), record(f"{step}/free", None, (5, 1))]
+
+
 class CountingSampler:
     """Hands out the samples of a step; counts calls and publications."""
 
@@ -197,9 +202,9 @@ class CountingSampler:
         assert digest == weights_digest(weights)
         self.announced.append((digest, version))
 
-    def generate(self, jobs, on_progress=None):
-        self.calls.append(jobs[0])
-        return [*samples(jobs[0]), record(f"{jobs[0]}/free", None, (5, 1))]
+    def generate(self, jobs, on_progress=None, *, durable=None):
+        self.calls.append(jobs[0].step)
+        return answers(jobs[0].step)
 
 
 class PowerCut(MemorySink):
@@ -225,7 +230,7 @@ def run(folder, registry, sampler, *, seed=0, every_s=1e9, log=None, teachers=No
     result = train_distill(
         engine,
         sampler,
-        lambda step: [step],
+        lambda step: [SimpleNamespace(uid=r.uid, step=step) for r in answers(step)],
         teachers or side(registry, folder / "hidden"),
         DistillSettings(3, seed=2),
         store=RolloutStore(folder / "rollouts"),

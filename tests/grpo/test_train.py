@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,10 +233,10 @@ class CountingSampler:
         self.announced.append((digest, version))
         load_official(self.weights_model, weights)
 
-    def generate(self, jobs, on_progress=None):
-        self.calls.append(list(jobs))
+    def generate(self, jobs, on_progress=None, *, durable=None):
+        step = int(jobs[0].uid.split("/")[0])
+        self.calls.append(step)
         policy = self.weights_model
-        step = int(jobs[0])
         return [
             record(f"{step}/a", (5, 6 + step, 1), 1.0, policy=policy),
             record(f"{step}/b", (7, 8, 9, 1), 0.0, policy=policy),
@@ -266,7 +267,7 @@ def run(folder, sampler, *, seed=0, every_s=1e9, log=None, steps=4):
         engine,
         small_model(),
         sampler,
-        lambda step: [str(step)],
+        lambda step: [SimpleNamespace(uid=f"{step}/{name}") for name in "ab"],
         GrpoSettings(steps, seed=2),
         store=RolloutStore(folder / "rollouts"),
         decode=lambda ids: " ".join(map(str, ids)),
@@ -284,9 +285,9 @@ def test_a_run_killed_after_sampling_reuses_the_records_and_ends_bit_for_bit_equ
     first, second = CountingSampler(), CountingSampler()
     with pytest.raises(KeyboardInterrupt):  # checkpoints of 1 and 2 updates; phase 2 is sampled, not saved
         run(tmp_path / "cut", first, every_s=0.0, log=PowerCut(at=3))
-    assert first.calls == [["0"], ["1"], ["2"]]
+    assert first.calls == [0, 1, 2]
     resumed, rest, again = run(tmp_path / "cut", second, seed=9)
-    assert second.calls == [["3"]]
+    assert second.calls == [3]
     assert second.announced[0][1] == 2
     a, b = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(a[n], b[n]) for n in a)

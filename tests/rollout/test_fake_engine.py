@@ -30,7 +30,11 @@ def test_a_turn_takes_one_step_a_token_and_stops_at_the_stop_id():
     assert e.step() == e.step() == [] and e.state().num_waiting == 1
     (a,), (b,) = e.step(), drain(e)
     assert (a.token_ids, a.finish, a.weight_version) == ((2, 7, 1), "stop", (0, 0, 0))
-    assert (b.token_ids, b.finish, b.logprobs) == ((2, 7), "length", tuple(np.float32([-0.01, -0.02]).tolist()))
+    assert (b.token_ids, b.finish, b.logprobs) == (
+        (2, 7),
+        "length",
+        tuple(np.float32([-0.01, -0.02]).tolist()),
+    )
 
 
 def test_a_held_stream_is_continued_once_and_dropped_by_release():

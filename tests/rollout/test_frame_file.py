@@ -40,7 +40,12 @@ def test_a_frame_by_hand(tmp_path):
         at += 16 + len(payload)
     assert at == len(data)
     found = read_frames(path)
-    assert (found.payloads, found.num_bytes, found.is_torn, found.has_hole) == ([b"ab", b"c"], at, False, False)
+    assert (found.payloads, found.num_bytes, found.is_torn, found.has_hole) == (
+        [b"ab", b"c"],
+        at,
+        False,
+        False,
+    )
 
 
 @settings(max_examples=150, deadline=None)

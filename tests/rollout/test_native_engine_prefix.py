@@ -1,4 +1,4 @@
-"""Going on from what a request had sampled: the same tokens, the same log-probabilities, as if nobody had died."""
+"""Going on from what a request had sampled: the tokens and log-probabilities of an undisturbed run."""
 
 from dataclasses import replace
 

@@ -68,7 +68,9 @@ class Model:
     def act(self):
         draw = self.data.draw
         ended = [e for e in self.episodes.values() if e.turns[-1].finish and e.turns[-1].results is None]
-        kinds = ["open", "step", "step", "step", "sync"] + ["end"] * bool(self.open) + ["results"] * bool(ended)
+        kinds = (
+            ["open", "step", "step", "step", "sync"] + ["end"] * bool(self.open) + ["results"] * bool(ended)
+        )
         kind = draw(st.sampled_from(kinds))
         if kind == "open":
             answered = [e.uid for e in self.episodes.values() if e.turns[-1].results is not None]
@@ -110,7 +112,9 @@ class Model:
 
 
 def told_log(folder, data, **options):
-    model = Model(TokenLog(take_lease(Path(folder), "w", survives_power=data.draw(st.booleans())), **options), data)
+    model = Model(
+        TokenLog(take_lease(Path(folder), "w", survives_power=data.draw(st.booleans())), **options), data
+    )
     for _ in range(data.draw(st.integers(1, 30))):
         model.act()
     return model

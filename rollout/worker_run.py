@@ -1,0 +1,370 @@
+"""One stream of a rollout worker: its episodes, from the first request to the last record.
+
+Threads only put closures on a queue; the thread that iterates runs them. With a token log, the tokens of a
+step are on disk before anything reads them, and episodes that a former owner began go on where it stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from consilience.conf.errors import ConsilienceError, EngineError
+from consilience.rollout.boxes import Box
+from consilience.rollout.engine import Completed, Prefix, Request
+from consilience.rollout.episode import Episode, State
+from consilience.rollout.grading import Graded, GradeItem, Grader
+from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.lease import Lease
+from consilience.rollout.log_replay import replay
+from consilience.rollout.prompts import prompt_ids
+from consilience.rollout.records import Outcome, OutcomeKind, RolloutRecord
+from consilience.rollout.recovery import rebuild, restore, without_parent
+from consilience.rollout.token_log import TokenLog
+from consilience.rollout.tools import argument_error, run_tool
+
+if TYPE_CHECKING:
+    from consilience.rollout.worker import RolloutWorker
+
+_MAX_EMPTY_STEPS = 4096  # steps without a finished turn before the engine is asked whether it still works
+
+_HEARTBEAT_S = 2.0
+
+
+class WorkerRun:
+    """The state of one `stream`. Threads only put closures on `_events`; this thread runs them."""
+
+    def __init__(self, worker: RolloutWorker, jobs: Sequence[RolloutJob], lease: Lease | None = None) -> None:
+        if len({job.uid for job in jobs}) != len(jobs):
+            raise EngineError("two jobs share a uid; uids are unique over a run")
+        self.worker, self.engine, self.jobs = worker, worker.engine, jobs
+        self._decoding: dict[str, Episode] = {}
+        self._boxes: dict[str, Box] = {}  # job uid -> leased box
+        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._num_away = 0  # tasks given to threads whose event has not come back
+        self._to_grade: list[Episode] = []
+        self._num_grading = 0
+        self._final: list[RolloutRecord] = []
+        self._num_final = self._num_empty = 0
+        self._is_closed = False
+        self._prompts: dict[tuple[str, str], tuple[Sequence, tuple[int, ...]]] = {}
+        self._log = None if lease is None else TokenLog(lease)
+        self._lost_streams: set[str] = set()  # request uids whose state died with a former worker
+
+    def batches(self) -> Iterator[list[RolloutRecord]]:
+        episodes = [episode for job in self.jobs if (episode := self._build(job)) is not None]
+        begun = self._take_over(episodes)
+        for episode in episodes:
+            self._begin(episode, begun.get(episode.job.uid))
+        last = time.monotonic()  # an empty batch now and then says that this worker lives
+        while self._num_final < len(self.jobs):
+            self._take_events()
+            if self._decoding:
+                self._step()
+            self._grade_some()
+            waited = time.monotonic() - last
+            if waited > (self.worker.flush_s if self._final else _HEARTBEAT_S):
+                batch, self._final = self._final, []
+                last = time.monotonic()
+                yield batch
+        if self._final:
+            yield self._final
+
+    def _build(self, job: RolloutJob) -> Episode | None:
+        """A fresh episode; a job that cannot be encoded ends as INFRA, None."""
+        worker = self.worker
+        episode = None
+        try:
+            ids = self._prompt_ids(job)
+            episode = Episode(job, ids, worker.tokenizer, max_context=worker.max_context)
+            if worker.max_context is not None and len(ids) >= worker.max_context:
+                raise EngineError(f"prompt of {len(ids)} tokens, the context holds {worker.max_context}")
+            if job.tools and worker.sandboxes is None:
+                raise EngineError("the job has tools but this worker has no sandboxes")
+        except ConsilienceError as error:
+            episode = episode or Episode(job, (), worker.tokenizer)
+            self._abort(episode, f"{type(error).__name__}: {error}")
+            return None
+        return episode
+
+    def _take_over(self, episodes: list[Episode]) -> dict[str, tuple[Request, Prefix | None] | None]:
+        """Lead episodes to where a former owner's log ends, and copy that into the own one.
+
+        Job uid -> the request that was being decoded, as `restore` returns it. A log that cannot be used is
+        noted in the record, and its episode starts anew.
+        """
+        if self._log is None:
+            return {}
+        logged = replay(self._log.lease.folder, only=[e.job.uid for e in episodes])
+        damage = "; ".join(f"{name}: {what}" for name, what in logged.faults.items() if name.endswith(".log"))
+        begun, claims = {}, []
+        for place, episode in enumerate(episodes):
+            uid = episode.job.uid
+            episode.log_fault = logged.faults.get(uid, damage)
+            if (former := logged.episodes.get(uid)) is None:
+                continue
+            try:
+                begun[uid] = restore(episode, former)
+            except ConsilienceError as error:
+                episode = episodes[place] = self._build(episode.job) or episode
+                episode.log_fault = str(error)
+                continue
+            names = [f"{uid}#{number}" for number in range(len(former.turns))]
+            self._lost_streams.update(names)
+            claims.append((former, names))
+            episode.resumed_at = sum(len(turn.token_ids) for turn in former.turns)
+        self._log.claim(claims)
+        return begun
+
+    def _begin(self, episode: Episode, begun: tuple[Request, Prefix | None] | None) -> None:
+        """Start an episode, or go on with the turn that was being decoded, or with what comes next."""
+
+        def go_on() -> None:
+            if begun is not None:
+                request, prefix = begun
+                self._send(episode, replace(request, prefix=prefix))
+            elif episode.state is State.TOOLS:
+                self._call_tools(episode)
+            elif episode.is_done:
+                self._finish(episode)
+            else:
+                self._submit(episode)
+
+        if episode.boxes:  # the calls of the turns before need their workspace, and so does the grader
+            self._away(self.worker.lease_threads, lambda: self._lease(episode, go_on), episode)
+        else:
+            go_on()
+
+    def _prompt_ids(self, job: RolloutJob) -> tuple[int, ...]:
+        """Encoded once a group; the messages are compared, a group name alone proves nothing."""
+        known = self._prompts.get((job.group, job.effort))
+        if known is not None and known[0] == (job.messages, job.tools):
+            return known[1]
+        ids = prompt_ids(self.worker.tokenizer, job.messages, job.effort, job.tools, self.worker.family)
+        self._prompts[job.group, job.effort] = ((job.messages, job.tools), ids)
+        return ids
+
+    def _submit(self, episode: Episode) -> None:
+        if self._is_closed:
+            self._release_box(episode.job.uid)
+            return
+        request = episode.next_request()
+        if self._log is not None:
+            seed, turn = request.sampling.seed, episode.turn
+            self._log.open(request.uid, episode.job.uid, turn, request.prompt_ids, seed)
+        self._send(episode, request)
+
+    def _send(self, episode: Episode, request: Request) -> None:
+        if request.parent in self._lost_streams:
+            request = without_parent(request, episode, self.worker.max_context)
+        try:
+            self.engine.submit([request])
+        except EngineError as error:
+            self._abort(episode, f"EngineError: {error}")
+            return
+        self._decoding[request.uid] = episode
+
+    def _step(self) -> None:
+        completed = self.engine.step()
+        if self._log is not None:
+            self._write_step(self._log, completed)
+        for done in completed:
+            episode = self._decoding.pop(done.uid, None)
+            if episode is None:  # left over from a run that was broken off
+                continue
+            episode.on_completed(done)
+            if episode.state is State.TOOLS:
+                self._call_tools(episode)
+            else:
+                self._finish(episode)
+        self._num_empty = 0 if completed else self._num_empty + 1
+        if self._num_empty >= _MAX_EMPTY_STEPS:
+            self._num_empty = 0
+            state = self.engine.state()
+            if state.num_running + state.num_waiting == 0:
+                raise EngineError(f"the engine lost {len(self._decoding)} requests and is idle; restart it")
+
+    def _write_step(self, log: TokenLog, completed: Sequence[Completed]) -> None:
+        """The step's tokens, durable where a turn is over: only then does anything else see them."""
+        log.step(self.engine.new_tokens())
+        ended = [done for done in completed if done.uid in self._decoding]
+        for done in ended:
+            log.end(done.uid, done.finish)
+        if ended:
+            log.sync()
+
+    def _call_tools(self, episode: Episode) -> None:
+        """Run the pending calls in a thread, leasing a box first if the episode has none."""
+        uid = episode.job.uid
+        if uid in self._boxes:
+            self._tools_in(self._boxes[uid], episode)
+        elif all(argument_error(call, episode.job.tools) for call in episode.pending_calls):
+            errors = [argument_error(call, episode.job.tools) for call in episode.pending_calls]
+            self._after_tools(episode, errors)  # nothing would run, so no box is needed
+        else:
+            self._away(self.worker.lease_threads, lambda: self._lease(episode), episode)
+
+    def _lease(self, episode: Episode, then: Callable[[], None] | None = None) -> Callable[[], None]:
+        """(lease thread) A box with its job's files and what the episode did there; then its calls."""
+        pool = self.worker.sandboxes
+        assert pool is not None  # _build refused the job otherwise
+        box = pool.lease()
+        try:
+            for path, text in episode.job.files.items():
+                box.write(path, text.encode("utf-8"))
+            rebuild(box, episode, self.worker.max_tool_chars)
+        except BaseException:
+            pool.release(box)
+            raise
+
+        def leased() -> None:
+            self._boxes[episode.job.uid] = box
+            episode.used_box(box.id, box.enforced.level.label)
+            if then is None:
+                self._tools_in(box, episode)
+            else:
+                then()
+
+        return leased
+
+    def _tools_in(self, box: Box, episode: Episode) -> None:
+        tools, max_chars = episode.job.tools, self.worker.max_tool_chars
+        if self._is_closed:
+            self._release_box(episode.job.uid)
+            return
+
+        def work() -> Callable[[], None]:
+            results = [run_tool(box, call, tools, max_chars=max_chars) for call in episode.pending_calls]
+            return lambda: self._after_tools(episode, results)
+
+        self._away(self.worker.tool_threads, work, episode)
+
+    def _after_tools(self, episode: Episode, results: list[str]) -> None:
+        if self._log is not None:  # on the disk with the next step, before a token that saw them
+            self._log.results(episode.request_uid, results, episode.boxes)
+        try:
+            episode.on_tool_results(results)
+        except ConsilienceError as error:
+            self._abort(episode, f"{type(error).__name__}: {error}")
+            return
+        if episode.is_done:
+            self._finish(episode)
+        else:
+            self._submit(episode)
+
+    def _away(
+        self, threads: ThreadPoolExecutor, work: Callable[[], Callable[[], None]], episode: Episode
+    ) -> None:
+        """Run `work` in a thread, then what it returns in this one; any exception ends the episode only."""
+        self._num_away += 1
+
+        def task() -> None:
+            try:
+                event = work()
+            except Exception as error:
+                detail = f"{type(error).__name__}: {error}"
+                event = lambda: self._abort(episode, detail)
+            self._events.put(event)
+
+        threads.submit(task)
+
+    def _take_events(self) -> None:
+        """Run what threads handed back; wait for one only when there is nothing else to do."""
+        idle = not self._decoding and not self._can_grade()
+        while self._num_away and (idle or not self._events.empty()):
+            try:
+                event = self._events.get(timeout=self.worker.flush_s)
+            except queue.Empty:
+                return
+            self._num_away -= 1
+            idle = False
+            event()
+
+    def _abort(self, episode: Episode, detail: str) -> None:
+        episode.abort(detail)
+        self.engine.release(episode.held)
+        self._settle(episode, episode.aborted_record())
+
+    def _finish(self, episode: Episode) -> None:
+        if episode.held:
+            self.engine.release(episode.held)  # now, not after grading: a held stream takes up a row
+        if not episode.job.reward:
+            verdict = Graded(None, {}, Outcome(OutcomeKind.GRADED, "no reward asked for"))
+            self._settle(episode, episode.record(verdict))
+        elif self.worker.grader is None:
+            verdict = Graded(None, {}, Outcome(OutcomeKind.FAILED, "not graded: this worker has no grader"))
+            self._settle(episode, episode.record(verdict))
+        else:
+            self._to_grade.append(episode)
+
+    def _can_grade(self) -> bool:
+        return bool(self._to_grade) and self._num_grading < self.worker.num_grade_threads
+
+    def _grade_some(self) -> None:
+        """Hand finished episodes to a free grading thread."""
+        grader, size = self.worker.grader, self.worker.grade_batch
+        while grader is not None and self._can_grade():
+            batch, self._to_grade = self._to_grade[:size], self._to_grade[size:]
+            items = [episode.grade_item(self._boxes.get(episode.job.uid)) for episode in batch]
+            self._num_grading += 1
+            self._num_away += 1
+            self.worker.grade_threads.submit(self._grade, grader, batch, items)
+
+    def _grade(self, grader: Grader, batch: list[Episode], items: list[GradeItem]) -> None:
+        """(grading thread) One verdict an episode, whatever the grader does."""
+        try:
+            verdicts = grader.grade(items)
+            if len(verdicts) != len(items):
+                raise EngineError(f"grader gave {len(verdicts)} verdicts for {len(items)} episodes")
+        except Exception as error:
+            outcome = Outcome(OutcomeKind.INFRA, f"grader: {type(error).__name__}: {error}")
+            verdicts = [Graded(None, {}, outcome)] * len(items)
+        checked = [_checked(verdict) for verdict in verdicts]
+
+        def graded() -> None:
+            self._num_grading -= 1
+            for episode, verdict in zip(batch, checked):
+                self._settle(episode, episode.record(verdict))
+
+        self._events.put(graded)
+
+    def _settle(self, episode: Episode, record: RolloutRecord) -> None:
+        """The record is final: give back what the episode held."""
+        self._final.append(record)
+        self._num_final += 1
+        self._release_box(episode.job.uid)
+
+    def _release_box(self, uid: str) -> None:
+        box = self._boxes.pop(uid, None)
+        if box is not None and self.worker.sandboxes is not None:
+            pool = self.worker.sandboxes
+            self.worker.tool_threads.submit(pool.release, box)  # a release cleans the box, which takes time
+
+    def close(self) -> None:
+        """After a broken-off stream: let threads end, submit nothing more, give back every box."""
+        self._is_closed = True
+        if self._log is not None:
+            self._log.close()
+        for episode in self._decoding.values():
+            self._release_box(episode.job.uid)
+        while self._num_away:
+            event = self._events.get()
+            self._num_away -= 1
+            event()
+        for uid in list(self._boxes):
+            self._release_box(uid)
+
+
+def _checked(verdict: Graded) -> Graded:
+    """A scored verdict needs a finite reward; anything else is a failure, not a zero."""
+    if not verdict.outcome.is_scored:
+        return verdict
+    if verdict.reward is None or not math.isfinite(verdict.reward):
+        outcome = Outcome(OutcomeKind.FAILED, f"reward is {verdict.reward}, must be a finite number")
+        return Graded(None, {}, outcome, verdict.isolation, verdict.sandbox_ids)
+    return verdict
