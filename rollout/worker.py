@@ -37,6 +37,7 @@ class RolloutWorker:
                       the holder of a box from running its next call)
     num_grade_threads grader calls at once; grade_batch is the most items a call gets
     flush_s           finished records leave `stream` at least this often, if there are any
+    heartbeat_s       an empty batch leaves `stream` where nothing else did for so long
     max_tool_chars    characters of a tool's output that the model sees
     """
 
@@ -54,11 +55,13 @@ class RolloutWorker:
         num_grade_threads: int = 1,
         grade_batch: int = 64,
         flush_s: float = 0.5,
+        heartbeat_s: float = 2.0,
         max_tool_chars: int = 2000,
         on_close: Callable[[], None] | None = None,
     ) -> None:
         self.engine, self.tokenizer, self.sandboxes, self.grader = engine, tokenizer, sandboxes, grader
-        self.family, self.max_context, self.flush_s = family, max_context, flush_s
+        self.family, self.max_context = family, max_context
+        self.flush_s, self.heartbeat_s = flush_s, heartbeat_s
         self.grade_batch, self.max_tool_chars = grade_batch, max_tool_chars
         self.num_grade_threads = num_grade_threads
         self._on_close = on_close

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 _MAX_EMPTY_STEPS = 4096  # steps without a finished turn before the engine is asked whether it still works
 
-_HEARTBEAT_S = 2.0
-
 
 class WorkerRun:
     """The state of one `stream`. Threads only put closures on `_events`; this thread runs them."""
@@ -68,7 +66,7 @@ class WorkerRun:
                 self._step()
             self._grade_some()
             waited = time.monotonic() - last
-            if waited > (self.worker.flush_s if self._final else _HEARTBEAT_S):
+            if waited > (self.worker.flush_s if self._final else self.worker.heartbeat_s):
                 batch, self._final = self._final, []
                 last = time.monotonic()
                 yield batch
