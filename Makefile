@@ -4,6 +4,7 @@
 #   make test               the tests of five minutes                      (ROOM=grpo: one folder)
 #   make test-all           the slow ones too
 #   make test-kernels       the GPU kernels; on a machine without one, under Triton's interpreter
+#   make chaos              kill -9 of drivers and workers at random points (KILLS=100 SEED=0)
 #   make fuzz               the prompt protocol against damaged input  (FUZZ_S=60 FUZZ_SEED=1)
 #   make check              ruff (lint, format) and pyright
 #   make bench              every measurement in bench/ that needs no GPU
@@ -20,6 +21,8 @@ ARGS ?=
 ROOM ?=
 FUZZ_S ?= 600
 FUZZ_SEED ?= 0
+KILLS ?= 100
+SEED ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,7 +42,7 @@ step = printf '  %s … ' "$(1)"; began=$$SECONDS; \
 	if $(2) >>$(LOG) 2>&1; then echo "$$((SECONDS - began)) s"; \
 	else echo "failed, see $(LOG):"; tail -n 12 $(LOG); exit 1; fi
 
-.PHONY: setup demo demo-ci test test-all test-kernels fuzz check format bench bench-gpu docs clean
+.PHONY: setup demo demo-ci test test-all test-kernels chaos fuzz check format bench bench-gpu docs clean
 
 setup: $(STAMP)
 
@@ -70,6 +73,9 @@ test-kernels: setup $(STAMP)-triton
 $(STAMP)-triton: $(STAMP)
 	@$(call step,triton,$(BIN)/python -m pip install --disable-pip-version-check -e '.[triton]' $(TORCH))
 	@touch $@
+
+chaos: setup
+	@CHAOS_KILLS=$(KILLS) CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -s tests/chaos $(ARGS)
 
 fuzz: setup
 	@$(BIN)/python -m consilience.rollout.fuzzing --seconds $(FUZZ_S) --seed $(FUZZ_SEED) --failures tests/rollout/kept_cases $(ARGS)

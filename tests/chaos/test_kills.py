@@ -68,7 +68,7 @@ def jobs_of(step):
 
 
 def live(folder):
-    """A driver's life: resume, sample, "train" (weights are a chain of hashes), checkpoint every other step."""
+    """A driver's life: resume, sample, "train" (weights are a chain of hashes), checkpoint at times."""
     checkpoint, store = folder / "checkpoint.json", RolloutStore(folder / "rollouts")
     state = (
         json.loads(checkpoint.read_text())
@@ -140,7 +140,7 @@ def logged_bytes(folder):
 
 
 def wait(folder, rng, pid, deadline):
-    """Until the next kill: mostly some logged bytes on, at whatever pace the machine has; at times at once."""
+    """Until the next kill: mostly some logged bytes on, at the machine's own pace, at times at once."""
     if rng.random() < 0.2:
         time.sleep(rng.uniform(0, 0.1))
         return

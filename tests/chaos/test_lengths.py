@@ -25,7 +25,7 @@ LETTER = TOKENIZER.encode_plain("a")[0]
 JOBS = [
     RolloutJob(
         f"s/{i}",
-        f"s/{i}",
+        "s",
         "d",
         "chat",
         ({"role": "user", "content": "x"},),
@@ -38,7 +38,7 @@ JOBS = [
 
 
 def worker(rng, die_after):
-    """Every token is the last with probability 1 / MEAN, whatever was sampled before and whoever samples it."""
+    """Every token is the last with probability 1 / MEAN, whatever was sampled before, whoever samples it."""
 
     def reply(request, context):
         begun = [] if request.prefix is None else list(request.prefix.token_ids)
@@ -72,7 +72,7 @@ def lengths(folder, seed, *, has_log):
 
 
 def ks_p_value(a, b):
-    """Two-sample Kolmogorov-Smirnov, asymptotic; ties make it larger, so it refuses no more often than it says."""
+    """Two-sample Kolmogorov-Smirnov, asymptotic; ties make it larger, so it refuses no more than it says."""
     at = sorted({*a, *b})
     a, b = sorted(a), sorted(b)
     i = j = 0
