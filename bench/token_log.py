@@ -2,8 +2,8 @@
 
     python bench/token_log.py [rows] [steps]        # tiny on a CPU, small in bfloat16 on a GPU
 
-What the log adds (`new_tokens`, `step`, and `sync` where a turn ends) is timed beside the step it belongs to, in
-the same run. CPU seconds of this thread on a CPU, so that the share does not depend on what else the machine
+What the log adds (`new_tokens`, `step`, and `sync` where a turn ends) is timed beside its step, in the same
+run. CPU seconds of this thread on a CPU, so that the share does not depend on what else the machine
 does; wall seconds on a GPU, and for `power`, which waits for the disk. Also: bytes a token, rate of a replay.
 """
 
