@@ -108,8 +108,8 @@ def encode_claim(episode: LoggedEpisode, numbers: Sequence[int]) -> bytes:
     turns, arrays = [], []
     for number, turn in zip(numbers, episode.turns):
         head = asdict(turn)
-        head["n"] = len(head.pop("token_ids"))
-        head.pop("logprobs"), head.pop("versions")
+        for column in ("token_ids", "logprobs", "versions"):
+            head["n"] = len(head.pop(column))
         turns.append(head | {"number": number})
         arrays += [
             np.array(turn.token_ids, "<i4"),

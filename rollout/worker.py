@@ -80,7 +80,7 @@ class RolloutWorker:
         lease  write a token log under it, and go on with what former owners logged of these jobs. EngineError
                when its disk is full, or once the lease is fenced
         """
-        run = WorkerRun(self, jobs, lease)
+        run = WorkerRun(self, jobs, lease)  # type: ignore[arg-type]  # the two files import each other
         try:
             yield from run.batches()
         finally:

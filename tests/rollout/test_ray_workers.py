@@ -9,6 +9,7 @@ from consilience.conf.errors import ConfigError, EngineError, WeightsRefused
 from consilience.model.digest import weights_digest
 from consilience.rollout.engine import SamplingParams
 from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.phases import Durable
 from consilience.rollout.ray_workers import RolloutPool, ray_cluster, split_by_group
 
 FACTORY = "consilience.rollout.fake_worker:build_fake_worker"
@@ -122,3 +123,24 @@ def test_a_factory_that_cannot_be_loaded_or_fails_is_one_clear_error(cluster):
 def test_a_worker_that_finds_no_cores_is_one_clear_error_not_a_hang(cluster):
     with pytest.raises(EngineError, match="the cluster has 3 cores"):
         RolloutPool(1, FACTORY, num_threads=64, start_timeout_s=0.5)
+
+
+def test_a_frozen_worker_is_named_and_replaced_and_its_samples_go_on_from_the_log(cluster, tmp_path):
+    kept: dict[str, object] = {}
+    frozen: list[int] = []
+
+    def keep(records):
+        kept.update({record.uid: record for record in records})
+
+    def freeze_once(done, total, tokens):
+        if not frozen:
+            frozen.append(pool.pids[0])
+            os.kill(frozen[0], signal.SIGSTOP)
+
+    with RolloutPool(1, FACTORY, SLOW, stall_s=5.0) as pool:
+        records = pool.generate(jobs(48), freeze_once, durable=Durable(tmp_path / "log", keep))
+        (stall,) = pool.stalls
+    assert f"process {frozen[0]}" in stall and "unfinished samples, s/0/" in stall and pool.num_replaced == 1
+    assert [r.uid for r in records] == [j.uid for j in jobs(48)] and list(kept.values()) != []
+    assert set(kept) == {r.uid for r in records}
+    assert any("resumed_at" in r.metadata for r in records)
