@@ -20,13 +20,14 @@ from consilience.model.checkpoint import load_official
 from consilience.model.exact import exact_mode
 from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
+from consilience.rollout.admission import one_prefill
 from consilience.rollout.captured_decode import Decoder
 from consilience.rollout.engine import Completed, EngineState, NewTokens, Request
 from consilience.rollout.publishing import verify
 from consilience.rollout.request_check import check_request
 from consilience.rollout.sampling import sample
 from consilience.rollout.speculative import NUM_UNIFORMS, SpeculativeState
-from consilience.rollout.stream import Stream
+from consilience.rollout.stream import Stream, temperatures
 
 MIN_SHARED_PREFIX = 32  # tokens; below this a fork costs more than it saves
 
@@ -217,17 +218,8 @@ class NativeEngine:
         return done
 
     def _choose(self, candidates: list[Request]) -> list[Request]:
-        """The longest run of candidates whose padded prompts fit one prefill call."""
-        chosen: list[Request] = []
-        longest, prompts = 0, set()
-        for request in candidates:
-            begun = () if request.prefix is None else request.prefix.token_ids
-            longest = max(longest, len(request.prompt_ids) + len(begun))
-            is_alone = request.group is None or request.prefix is not None
-            prompts.add(request.uid if is_alone else (request.group, request.prompt_ids))
-            if chosen and longest * len(prompts) > self.prefill_tokens:
-                break
-            chosen.append(request)
+        """Those of the candidates that go first; they wait no longer."""
+        chosen = one_prefill(candidates, self.prefill_tokens)
         taken = {r.uid for r in chosen}
         self._waiting = deque(r for r in self._waiting if r.uid not in taken)
         return chosen
@@ -254,10 +246,8 @@ class NativeEngine:
         last = torch.tensor([stream[-1] for stream in streams], device=self._last.device)
         self._last[first : first + len(batch)] = last
         for request in batch:
-            numbers = NUM_UNIFORMS if self._speculative else 1
-            stream = Stream.start(request, request.sampling.max_tokens, numbers)
-            stream.go_on_from(request.prefix)  # type: ignore[arg-type]
-            self._running.append(stream)
+            self._begin(request, request.sampling.max_tokens, len(request.prompt_ids))
+            self._running[-1].go_on_from(request.prefix)  # type: ignore[arg-type]
 
     def _prefill_new(self, batch: list[Request]) -> None:
         """Prefill one row per distinct prompt, then fork it for the rest of its group."""
@@ -329,10 +319,12 @@ class NativeEngine:
         first = len(self._running)
         lengths = self._state.position[first : first + len(batch)].tolist()
         for request, most, length in zip(batch, room, lengths):
-            numbers = NUM_UNIFORMS if self._speculative else 1
-            most = min(request.sampling.max_tokens, most)
-            self._running.append(Stream.start(request, most, numbers, length))
+            self._begin(request, min(request.sampling.max_tokens, most), length)
         self._sample(logits, first)
+
+    def _begin(self, request: Request, max_tokens: int, num_before: int) -> None:
+        numbers = NUM_UNIFORMS if self._speculative else 1
+        self._running.append(Stream.start(request, max_tokens, numbers, num_before))
 
     # ---- decoding -----------------------------------------------------------------------------
 
@@ -351,7 +343,7 @@ class NativeEngine:
         """Draw one token for running rows first.. from logits [rows, V]."""
         streams = self._running[first:]
         uniform = torch.from_numpy(np.array([s.coming(1)[0, 0] for s in streams]))
-        chosen, logprobs = sample(logits, _temperatures(streams), uniform)
+        chosen, logprobs = sample(logits, temperatures(streams), uniform)
         self._last[first : first + len(streams)] = chosen
         self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams))
 
@@ -360,7 +352,7 @@ class NativeEngine:
         streams = self._running
         found = speculative.round(
             self._last[: len(streams)],
-            _temperatures(streams),
+            temperatures(streams),
             torch.from_numpy(np.stack([s.coming(2) for s in streams])),
             torch.tensor([s.num_left > 1 for s in streams], device=self._last.device),
         )
@@ -406,8 +398,3 @@ class NativeEngine:
         for source, target in zip(movers, targets):
             self._running[target] = self._running[source]
         del self._running[remaining:]
-
-
-def _temperatures(streams: list[Stream]) -> Tensor:
-    """[R] fp32, on the host."""
-    return torch.tensor([s.request.sampling.temperature for s in streams], dtype=torch.float32)

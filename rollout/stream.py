@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from consilience.conf.errors import EngineError
 from consilience.rollout.engine import Completed, Prefix, Request
@@ -76,3 +78,8 @@ class Stream:
         return Completed(
             self.request.uid, tuple(self.tokens), tuple(self.logprobs), tuple(self.versions), finish
         )
+
+
+def temperatures(streams: list[Stream]) -> Tensor:
+    """[R] fp32, on the host."""
+    return torch.tensor([s.request.sampling.temperature for s in streams], dtype=torch.float32)

@@ -1,6 +1,7 @@
 """A worker that dies at any step: the next one goes on, and the records are those of an undisturbed run."""
 
 import itertools
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -137,13 +138,13 @@ def test_a_log_of_another_prompt_is_noted_and_not_used(tmp_path):
 
 
 def test_nothing_is_shown_before_it_is_in_the_log(tmp_path):
-    seen = []
+    seen, log = [], tmp_path / "log"
 
     def look(item):
-        fence_file = tmp_path / "00000000.fenced"
-        fence_file.touch()  # only to let `replay` read the living owner's log
-        turns = replay(tmp_path).episodes[item.uid].turns
-        fence_file.unlink()
+        copy = tmp_path / "copies" / item.uid  # `replay` reads fenced logs; the owner lives on
+        shutil.copytree(log, copy)
+        fence(copy)
+        turns = replay(copy).episodes[item.uid].turns
         seen.append(
             (turns[-1].finish, tuple(turns[-1].token_ids) == item.token_ids[-len(turns[-1].token_ids) :])
         )
@@ -151,7 +152,7 @@ def test_nothing_is_shown_before_it_is_in_the_log(tmp_path):
 
     engine = FakeRolloutEngine(two_step_policy)
     worker = RolloutWorker(engine, TOKENIZER, FakeBoxes(4), FakeGrader(look))
-    list(worker.stream([agent_job("a"), job("b")], take_lease(tmp_path, "w")))
+    list(worker.stream([agent_job("a"), job("b")], take_lease(log, "w")))
     worker.close()
     assert seen == [("stop", True)] * 2
 
