@@ -17,6 +17,7 @@ from consilience.cli.training_stage import (
     micro_tokens,
     open_stage,
     result_of,
+    rollout_store,
     shared,
     start_from,
 )
@@ -72,7 +73,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
             lambda step: distill_jobs(cfg, domains, registry, step),
             side,
             schedule,
-            store=RolloutStore(context.folder.rollouts),
+            store=rollout_store(context),
             decode=tokenizer.decode,
             earlier=parts["cursor"].get("rows", ()),
             **shared(parts),
@@ -81,7 +82,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         folder = parts["checkpoints"].save(settings.steps, cursor)
     counted = {key: result[key] for key in ("train_tokens", "sampled_tokens", "kl", "head_loads")}
     return result_of(context, parts, folder, counted) | {
-        "self_kl": _self_kl(folder, RolloutStore(context.folder.rollouts), settings.row_tokens),
+        "self_kl": _self_kl(folder, rollout_store(context), settings.row_tokens),
     }
 
 

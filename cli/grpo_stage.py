@@ -15,13 +15,13 @@ from consilience.cli.training_stage import (
     open_stage,
     own_domain,
     result_of,
+    rollout_store,
     shared,
     start_from,
 )
 from consilience.grpo.train import GrpoSettings, train_grpo
 from consilience.model.quantization import Quantization
 from consilience.rollout.records import RolloutRecord
-from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.training.checkpoint import load_checkpoint
 from consilience.training.metrics import read_metrics
@@ -78,7 +78,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
     with open_stage(context, start, settings.lr) as parts:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
-        store = RolloutStore(context.folder.rollouts)
+        store = rollout_store(context)
         result = train_grpo(
             parts["engine"],
             reference,

@@ -89,13 +89,13 @@ def rollout_pool(
     }
     # Every checkpoint folder has its own copy of the tokenizer; workers are kept while it is the same one.
     same = kwargs | {"tokenizer_path": Tokenizer.load(tokenizer).digest}
-    wanted = (num_workers, cfg.rollout.threads_per_worker, same)
+    wanted = (num_workers, cfg.rollout.threads_per_worker, cfg.rollout.stall_s, same)
     if _open.get("wanted") != wanted:
         close_pool()
         _cluster(cfg, _cores(cfg))
         factory = "consilience.cli.worker_factory:build_worker"
-        threads = cfg.rollout.threads_per_worker
-        _open["pool"] = RolloutPool(num_workers, factory, kwargs, num_threads=threads)
+        limits = {"num_threads": cfg.rollout.threads_per_worker, "stall_s": cfg.rollout.stall_s}
+        _open["pool"] = RolloutPool(num_workers, factory, kwargs, **limits)
         _open["wanted"] = wanted
     return _open["pool"]
 

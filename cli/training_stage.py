@@ -16,6 +16,7 @@ from consilience.conf.errors import ConfigError
 from consilience.conf.schema import Config, OptimizerConfig
 from consilience.model.quantization import Quantization
 from consilience.model.recompute import recompute_policy, set_recompute
+from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.tasks.domain import Domain
 from consilience.training.checkpoint import CheckpointMeta, load_checkpoint, read_meta
@@ -25,6 +26,12 @@ from consilience.training.stage_clock import StageClock
 from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 
 TOKENIZER = "tokenizer.json"
+
+
+def rollout_store(context: StageContext) -> RolloutStore:
+    """The stage's records, with its run's care for power cuts."""
+    is_power = context.cfg.rollout.durability == "power"
+    return RolloutStore(context.folder.rollouts, survives_power=is_power)
 
 
 def optimizer_settings(given: OptimizerConfig, lr: float) -> OptimizerSettings:

@@ -128,6 +128,15 @@ class RolloutConfig:
     max_batch: int = setting(128, "streams a worker decodes at once", unit="streams", low=1, speed_only=True)
     threads_per_worker: int = setting(1, "CPU threads of a worker", unit="threads", low=1, speed_only=True)
     max_length: int = setting(1024, "longest stream, prompt included", unit="tokens", low=16)
+    durability: str = setting(
+        "process",
+        "what sampled tokens survive before anybody sees them: kill -9 of any process, or a power cut too",
+        choices=("process", "power"),
+        speed_only=True,
+    )
+    stall_s: float = setting(
+        900.0, "a worker silent for so long is named, ended and replaced", unit="s", low=10, speed_only=True
+    )
     speculative: bool = setting(
         False, "the MTP block drafts, the model verifies: same distribution, other tokens for a seed"
     )

@@ -73,7 +73,8 @@ def sample_phase(
             partial.add(records)
             store.ledger.stored(r.uid for r in records)
 
-        keep(sampler.generate(missing, durable=Durable(store.log_folder(phase), keep)))
+        durable = Durable(store.log_folder(phase), keep, store.survives_power)
+        keep(sampler.generate(missing, durable=durable))
         records = [partial.records[job.uid] for job in jobs]
     finally:
         partial.close()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import importlib
+import logging
 import os
 import signal
 import socket
@@ -42,6 +43,7 @@ __all__ = ["RayCluster", "RolloutPool", "ray_cluster", "split_by_group", "start_
 Progress = Callable[[int, int, int], None]
 _DEATHS = (RayActorError, WorkerCrashedError, ObjectLostError)
 _CLOSE_TIMEOUT_S = 10.0
+_LOG = logging.getLogger(__name__)
 _LOOK_S = 1.0  # how often a pool that waits looks for workers that say nothing
 
 
@@ -221,6 +223,7 @@ class RolloutPool:
             f"{len(share.pending)} unfinished samples, {first} the first"
         )
         self.stalls.append(line)
+        _LOG.warning("%s; it is replaced", line)
         if host == socket.gethostname():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)

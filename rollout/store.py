@@ -22,10 +22,13 @@ from consilience.rollout.records import RolloutRecord
 
 
 class RolloutStore:
-    """Writes each phase at once, beside and renamed: a file that exists is complete."""
+    """Writes each phase at once, beside and renamed: a file that exists is complete.
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+    survives_power  token logs of an unfinished phase survive the machine's end, not only the processes'
+    """
+
+    def __init__(self, folder: Path | str, *, survives_power: bool = False) -> None:
+        self.folder, self.survives_power = Path(folder), survives_power
 
     @cached_property
     def ledger(self) -> PromptLedger:

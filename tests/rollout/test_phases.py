@@ -27,7 +27,7 @@ class Sampler:
         self.num_calls, self.asked = num_calls, []
 
     def generate(self, jobs, on_progress=None, *, durable=None):
-        self.asked = [job.uid for job in jobs]
+        self.asked, self.durable = [job.uid for job in jobs], durable
         durable.log_folder.mkdir(parents=True, exist_ok=True)
         records = [record(job.uid) for job in reversed(jobs)]
         for first in range(0, len(records), 2):
@@ -72,3 +72,10 @@ def test_a_record_that_was_kept_just_before_the_crash_is_stored_in_the_ledger_to
     assert "1/3" not in sampler.asked and len(sampler.asked) == 5
     ledger = RolloutStore(tmp_path).ledger
     ledger.trained(1, ledger.missing())
+
+
+@pytest.mark.parametrize("survives_power", [False, True])
+def test_workers_are_told_what_their_logs_must_survive(tmp_path, survives_power):
+    sampler = Sampler()
+    sample_phase(RolloutStore(tmp_path, survives_power=survives_power), 0, sampler, jobs_of)
+    assert sampler.durable.survives_power is survives_power
