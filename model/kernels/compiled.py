@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # No product is fused with a sum unless the source says so: where a compiler fuses differs between the loop
@@ -30,6 +31,8 @@ EXACT = ("-ffp-contract=off",)
 OWN = ("-Wl,-Bsymbolic",) if sys.platform == "linux" else ()
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", *EXACT, "-shared", "-fPIC", *OWN)
 COMPILE_TIMEOUT_S = 120
+THREADS = "-fopenmp"  # left out where the compiler lacks it: then the rows of a kernel go by one thread
+LEAST, FEWEST, MOST_PARTS = 1 << 15, 512, 8  # as in threads.h
 PARTS = {"decode_step": ("decode_attention", "decode_moe", "hyper_connections", "norm_rotate")}
 
 
@@ -52,20 +55,30 @@ def library(name: str) -> ctypes.CDLL | str:
         return f"{compiler} does not make {name}.c into a library: {detail.strip()[:300]}"
 
 
-class Pointer(int):
-    """Where numbers begin in memory."""
-
-
-def call(name: str, function: str, *arguments: Tensor | Pointer | int | float | None) -> None:
+def call(name: str, function: str, *arguments: Tensor | int | float | None) -> None:
     """Call `function` of library `name`: tensors as pointers (None: null), int as C long, float as float."""
     found = _bound.get(function) or _bind(name, function, arguments)
+    if _threads.get(name) != (threads := torch.get_num_threads()):
+        library(name).set_num_threads(ctypes.c_long(threads))  # type: ignore[union-attr]
+        _threads[name] = threads
     found(*[address(value) if isinstance(value, Tensor) else value for value in arguments])
 
 
 _bound: dict[str, Any] = {}
+_threads: dict[str, int] = {}
 
 
-def _bind(name: str, function: str, arguments: tuple[Tensor | Pointer | int | float | None, ...]) -> Any:
+def even_parts(num_rows: int, numbers_a_row: int) -> int:
+    """Parts of rows that do not meet, as threads.h has it."""
+    return max(1, min(torch.get_num_threads(), num_rows * numbers_a_row // LEAST))
+
+
+def fixed_parts(num_rows: int) -> int:
+    """Parts of rows that are summed, as threads.h has it: their number knows nothing of threads."""
+    return max(1, min(MOST_PARTS, num_rows // FEWEST))
+
+
+def _bind(name: str, function: str, arguments: tuple[Tensor | int | float | None, ...]) -> Any:
     """The C function with the types of these arguments: told once, ctypes converts far faster."""
     handle = library(name)
     assert isinstance(handle, ctypes.CDLL)
@@ -83,18 +96,15 @@ def address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
-def past(tensor: Tensor | None, count: int) -> Pointer | None:
-    """The place `count` numbers into a contiguous tensor, which the caller keeps alive."""
-    return None if tensor is None else Pointer(address(tensor) + count * tensor.element_size())
-
-
 def _compile(compiler: str, sources: list[Path], target: Path) -> None:
     """Beside its place, then renamed: processes that start together do not read half a library."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         command = [compiler, *FLAGS, "-o", str(made), *map(str, sources), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
+        settings = {"capture_output": True, "text": True, "timeout": COMPILE_TIMEOUT_S}
+        if subprocess.run([*command, THREADS], **settings).returncode:
+            subprocess.run(command, check=True, **settings)
         made.replace(target)
 
 
@@ -102,7 +112,7 @@ def _key(sources: list[Path], compiler: str) -> str:
     headers = sorted(sources[0].parent.glob("*.h"))
     about = (
         *(path.read_bytes() for path in (*sources, *headers)),
-        " ".join(FLAGS).encode(),
+        " ".join((*FLAGS, THREADS)).encode(),
         os.path.realpath(compiler).encode(),
         _processor(),
     )

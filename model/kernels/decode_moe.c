@@ -2,7 +2,7 @@
  *
  * R rows, D model width, E experts of width I, K a row, S width of the shared expert; all fp32, contiguous.
  * hidden, out [R, D]; gate [E, D]; w1, w3 [E, I, D], w2 [E, D, I]; shared w1, w3 [S, D], w2 [D, S].
- * So few rows cost as much as reading the weights: every expert's are read once, and experts are
+ * So few rows cost as much as reading the weights: every expert's are read once, several experts at once, and
  * added in rising order: a row's result depends on nothing but the row. An expert meets few of the rows and
  * takes products over channels; router and shared expert meet all, side by side.
  */
@@ -84,33 +84,41 @@ void moe_route(long R, long D, long E, long K, float scaling, const float *hidde
     }
 }
 
-/* out [R, D] from chosen, weight [R, K]. places: 4 R pointers; work: R (2 I + D + 1) or, where that is more,
- * SIDE (2 D + 2 S) floats. */
+/* out [R, D] from chosen, weight [R, K]. places: 4 R K pointers; work: R K (2 I + D + 1) + 2 E floats or, where
+ * that is more, SIDE (2 D + 2 S) floats. */
 void moe_forward(long R, long D, long E, long K, long I, long S, float limit, const float *hidden,
                  const long *chosen, const float *weight, const float *w1, const float *w2, const float *w3,
                  const float *s1, const float *s2, const float *s3, float *out, float *work, void **places) {
+    const long most = R * K, parts = even_parts(most, I * D / 16);
     const float **x = (const float **)places;
-    float **gate = (float **)places + R, **up = gate + R, **down = up + R, *share = work + R * (2 * I + D);
+    float **gate = (float **)places + most, **up = gate + most, **down = up + most;
+    float *share = work + most * (2 * I + D);
+    int *starts = (int *)(share + most), pairs = 0; /* [E + 1] */
     shared_expert(R, D, S, limit, hidden, s1, s2, s3, out, work);
-    for (long r = 0; r < R; r++) {
-        gate[r] = work + r * I;
-        up[r] = work + (R + r) * I;
-        down[r] = work + 2 * R * I + r * D;
+    for (long i = 0; i < most; i++) {
+        gate[i] = work + i * I;
+        up[i] = work + (most + i) * I;
+        down[i] = work + 2 * most * I + i * D;
     }
     for (long e = 0; e < E; e++) {
-        long n = 0;
+        starts[e] = pairs;
         for (long r = 0; r < R; r++)
             for (long k = 0; k < K; k++)
                 if (chosen[r * K + k] == e) {
-                    x[n] = hidden + r * D;
-                    share[n++] = weight[r * K + k];
+                    x[pairs] = hidden + r * D;
+                    share[pairs++] = weight[r * K + k];
                     break;
                 }
-        if (!n) continue;
-        expert(n, D, I, limit, x, w1 + e * I * D, w2 + e * D * I, w3 + e * I * D, share, gate, up, down);
-        for (long i = 0; i < n; i++) {
-            float *sum = out + (x[i] - hidden);
-            for (long c = 0; c < D; c++) sum[c] += down[i][c];
-        }
+    }
+    starts[E] = pairs;
+    AT_ONCE
+    for (long e = 0; e < E; e++) {
+        const int i = starts[e];
+        expert(starts[e + 1] - i, D, I, limit, x + i, w1 + e * I * D, w2 + e * D * I, w3 + e * I * D, share + i,
+               gate + i, up + i, down + i);
+    }
+    for (int i = 0; i < pairs; i++) {
+        float *sum = out + (x[i] - hidden);
+        for (long c = 0; c < D; c++) sum[c] += down[i][c];
     }
 }

@@ -37,7 +37,8 @@ def decode_moe(moe: Any, hidden: Tensor, token_ids: Tensor) -> Tensor:
     chosen = torch.empty(num_rows, topk, dtype=torch.int64)
     shares = hidden.new_empty(num_rows, topk)
     routing = (num_rows + 1) * num_experts + SIDE * (width + MOST_OUTS)
-    mixing = max(num_rows * (2 * inner + width + 1), 2 * SIDE * (width + own))
+    pairs = num_rows * topk
+    mixing = max(pairs * (2 * inner + width + 1) + 2 * num_experts, 2 * SIDE * (width + own))
     work = hidden.new_empty(max(routing, mixing))
     table, bias, ids = (
         (gate.tid2eid, None, token_ids.contiguous()) if gate.is_hash else (None, gate.bias, None)
@@ -45,7 +46,7 @@ def decode_moe(moe: Any, hidden: Tensor, token_ids: Tensor) -> Tensor:
     sizes = (num_rows, width, num_experts, topk)
     router = (hidden, gate.weight, bias, table, ids)
     call("decode_moe", "moe_route", *sizes, gate.scaling, *router, chosen, shares, work)
-    out, places = torch.empty_like(hidden), torch.empty(4 * num_rows, dtype=torch.int64)
+    out, places = torch.empty_like(hidden), torch.empty(4 * pairs, dtype=torch.int64)
     w1, w2, w3 = experts.weights()
     weights = (w1, w2, w3, shared.w1.weight, shared.w2.weight, shared.w3.weight)
     sizes = (*sizes, inner, own, experts.limit)

@@ -59,14 +59,15 @@ static long scratch_of(const sizes_t *s) {
     long floats = SIDE * most + (s->R + 1) * s->E;
     floats = most_of(floats, s->H * (s->window + most_of(entries, s->topk)));
     floats = most_of(floats, (s->h + 2) * entries);
-    return most_of(floats, most_of(s->R * (2 * s->I + s->D + 1), s->R * s->H + 2 * s->C + 2 * s->c));
+    const long pairs = s->R * s->K * (2 * s->I + s->D + 1) + 2 * s->E;
+    return most_of(floats, most_of(pairs, s->R * s->H + 2 * s->C + 2 * s->c));
 }
 
 /* Lays the working space out; how many floats it takes. Without memory it only counts. */
 static long lay_out(const sizes_t *s, float *memory, work_t *w) {
     const long pointer = sizeof(void *) / sizeof(float), R = s->R, N = s->N;
     const long runs = 2 + most_of(s->topk, s->A);
-    const long places = most_of(2 * (s->H + runs), most_of(2 * s->h, 4 * R));
+    const long places = most_of(2 * (s->H + runs), most_of(2 * s->h, 4 * R * s->K));
     const long values[2] = {s->m ? series_of(s, s->C) : 0, s->h ? series_of(s, s->c) : 0};
     long n = 0;
 #define PLACE(name, count)                                                                                  \

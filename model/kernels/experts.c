@@ -10,12 +10,17 @@ INLINE float clamped(float x, float limit) { return x > limit ? limit : x < -lim
 /* weight: [n], or null for 1. */
 void experts_activate(long n, long I, float limit, const float *gate, const float *up, const float *weight,
                       float *y) {
-    for (long r = 0; r < n; r++) {
-        const float w = weight ? weight[r] : 1.0f;
-        _Pragma("GCC ivdep") /* y may be gate */
-        for (long i = r * I; i < (r + 1) * I; i++) {
-            const float g = gate[i] > limit ? limit : gate[i];
-            y[i] = g / (1.0f + exponential(-g)) * clamped(up[i], limit) * w;
+    const long parts = even_parts(n, I);
+    AT_ONCE
+    for (long p = 0; p < parts; p++) {
+        const part_t own = part_of(p, parts, n);
+        for (long r = own.first; r < own.first + own.count; r++) {
+            const float w = weight ? weight[r] : 1.0f;
+            _Pragma("GCC ivdep") /* y may be gate */
+            for (long i = r * I; i < (r + 1) * I; i++) {
+                const float g = gate[i] > limit ? limit : gate[i];
+                y[i] = g / (1.0f + exponential(-g)) * clamped(up[i], limit) * w;
+            }
         }
     }
 }
@@ -33,10 +38,9 @@ INLINE void slopes(int count, float limit, float w, float *gate, float *up, floa
     }
 }
 
-/* d_y becomes y; gate and up become their gradients; d_weight [n] is written where weight is given. */
-void experts_activate_backward(long n, long I, float limit, const float *weight, float *restrict gate,
-                               float *restrict up, float *restrict d_y, float *d_weight) {
-    for (long r = 0; r < n; r++) {
+static void activate_backward(part_t rows, long I, float limit, const float *weight, float *restrict gate,
+                              float *restrict up, float *restrict d_y, float *d_weight) {
+    for (long r = rows.first; r < rows.first + rows.count; r++) {
         const float w = weight ? weight[r] : 1.0f;
         float sums[LANES] = {0}, sum = 0;
         long i = r * I;
@@ -57,9 +61,24 @@ void experts_activate_backward(long n, long I, float limit, const float *weight,
     }
 }
 
+/* d_y becomes y; gate and up become their gradients; d_weight [n] is written where weight is given. */
+void experts_activate_backward(long n, long I, float limit, const float *weight, float *gate, float *up,
+                               float *d_y, float *d_weight) {
+    const long parts = even_parts(n, I);
+    AT_ONCE
+    for (long p = 0; p < parts; p++)
+        activate_backward(part_of(p, parts, n), I, limit, weight, gate, up, d_y, d_weight);
+}
+
 /* x [n, D] = all[rows], or all[rows] += x. */
 void experts_gather(long n, long D, const long *rows, const float *all, float *x) {
-    for (long r = 0; r < n; r++) memcpy(x + r * D, all + rows[r] * D, D * sizeof(float));
+    const long parts = even_parts(n, D);
+    AT_ONCE
+    for (long p = 0; p < parts; p++) {
+        const part_t own = part_of(p, parts, n);
+        for (long r = own.first; r < own.first + own.count; r++)
+            memcpy(x + r * D, all + rows[r] * D, D * sizeof(float));
+    }
 }
 
 void experts_scatter(long n, long D, const long *rows, const float *x, float *all) {

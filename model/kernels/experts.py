@@ -16,7 +16,6 @@ from torch import Tensor
 
 from consilience.model import exact
 from consilience.model.kernels.compiled import call, library
-from consilience.model.kernels.row_parts import at, even, in_parts, length
 from consilience.model.recompute import named
 
 ROWS = 512  # of one expert at a time
@@ -77,19 +76,7 @@ class _Buffers:
     def gathered(self, index: int, source: Tensor, rows: Tensor) -> Tensor:
         """source [R, D] at rows [n], in the i-th buffer."""
         target = self.of(index, len(rows), source.shape[1])
-
-        def part(own: slice) -> None:
-            call(
-                "experts",
-                "experts_gather",
-                length(own),
-                source.shape[1],
-                at(rows, own),
-                source,
-                at(target, own),
-            )
-
-        in_parts(part, even(*target.shape))
+        call("experts", "experts_gather", *target.shape, rows, source, target)
         return target
 
 
@@ -110,12 +97,7 @@ def _apply(
 ) -> Tensor:
     """out [n, D] = one expert of x [n, D], times share [n] where there is one."""
     gate, up = _inner(x, own, buffers)
-
-    def part(rows: slice) -> None:
-        along = (at(t, rows) for t in (gate, up, share, gate))
-        call("experts", "experts_activate", length(rows), gate.shape[1], limit, *along)
-
-    in_parts(part, even(*gate.shape))
+    call("experts", "experts_activate", *gate.shape, limit, gate, up, share, gate)
     return torch.mm(gate, own.w2.t(), out=out)
 
 
@@ -156,12 +138,8 @@ class _Backward(NamedTuple):
         """d_x [n, D] of one expert from grad [n, D]; adds to `grads`. share: the router's, its gradient."""
         gate, up = _inner(x, own, self.buffers)
         active = torch.mm(grad, own.w2, out=self.buffers.of(2, *gate.shape))
-
-        def part(rows: slice) -> None:
-            along = (at(t, rows) for t in (share[0], gate, up, active, share[1]))
-            call("experts", "experts_activate_backward", length(rows), gate.shape[1], self.limit, *along)
-
-        in_parts(part, even(*gate.shape))
+        given = (share[0], gate, up, active, share[1])
+        call("experts", "experts_activate_backward", *gate.shape, self.limit, *given)
         if self.wants_weights:
             grads.w2.addmm_(grad.t(), active)
             grads.w1.addmm_(gate.t(), x)

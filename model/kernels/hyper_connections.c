@@ -301,38 +301,61 @@ INLINE void write_backward(long R, int n, long D, const float *streams, const fl
 
 /* Four streams, V4's number, are compiled apart: their loops unroll. */
 #define FOR_STREAMS(call_4, call_n) do { if (n == 4) { call_4; } else { call_n; } } while (0)
+/* `body` for rows r0 … r0 + m - 1 of each part. */
+#define FOR_PARTS(body)                                                                                     \
+    AT_ONCE                                                                                                 \
+    for (long p = 0; p < parts; p++) {                                                                      \
+        const part_t own = part_of(p, parts, R);                                                            \
+        const long r0 = own.first, m = own.count;                                                           \
+        body;                                                                                               \
+    }
 
 void hc_read_forward(long R, int n, long D, int is_whole, int rounds, float eps, float norm_eps,
                      const float *streams, const float *fn, const float *base, const float *scale,
                      float *mixes, float *input, float *pre, float *post, float *comb, float *inv) {
-    FOR_STREAMS(read_forward(R, 4, D, is_whole, rounds, eps, norm_eps, streams, fn, base, scale, mixes, input,
-                             pre, post, comb, inv),
-                read_forward(R, n, D, is_whole, rounds, eps, norm_eps, streams, fn, base, scale, mixes, input,
-                             pre, post, comb, inv));
+    const long parts = even_parts(R, n * D), K = is_whole ? n * (n + 2) : n;
+#define READ(n)                                                                                             \
+    read_forward(m, n, D, is_whole, rounds, eps, norm_eps, streams + r0 * n * D, fn, base, scale,           \
+                 mixes + r0 * K, input + r0 * D, pre + r0 * n, post + r0 * n, comb + r0 * n * n, inv + r0)
+    FOR_PARTS(FOR_STREAMS(READ(4), READ(n)))
+#undef READ
 }
 
+/* d_base [fixed_parts(R), K], d_scale [fixed_parts(R), …] are added to; work: for each part what it says above. */
 void hc_read_backward(long R, int n, long D, int is_whole, int rounds, float eps, const float *streams,
                       const float *fn, const float *base, const float *scale, const float *mixes,
                       const float *pre, const float *inv, const float *d_input, const float *d_post,
                       const float *d_comb, float *d_streams, float *d_mixes, double *d_base, double *d_scale,
                       float *work) {
-    FOR_STREAMS(read_backward(R, 4, D, is_whole, rounds, eps, streams, fn, base, scale, mixes, pre, inv,
-                              d_input, d_post, d_comb, d_streams, d_mixes, d_base, d_scale, (vec *)work),
-                read_backward(R, n, D, is_whole, rounds, eps, streams, fn, base, scale, mixes, pre, inv,
-                              d_input, d_post, d_comb, d_streams, d_mixes, d_base, d_scale, (vec *)work));
+    const long parts = fixed_parts(R), K = is_whole ? n * (n + 2) : n, groups = is_whole ? 3 : 1;
+    const long space = is_whole ? (2 * rounds - 1) * n * (n + 1) : 0;
+#define READ(n)                                                                                             \
+    read_backward(m, n, D, is_whole, rounds, eps, streams + r0 * n * D, fn, base, scale, mixes + r0 * K,    \
+                  pre + r0 * n, inv + r0, d_input + r0 * D, d_post + r0 * n, d_comb + r0 * n * n,           \
+                  d_streams + r0 * n * D, d_mixes + r0 * K, d_base + p * K, d_scale + p * groups,           \
+                  (vec *)work + p * space)
+    FOR_PARTS(FOR_STREAMS(READ(4), READ(n)))
+#undef READ
 }
 
 void hc_write_forward(long R, int n, long D, const float *streams, const float *output, const float *post,
                       const float *comb, float *written) {
-    FOR_STREAMS(write_forward(R, 4, D, streams, output, post, comb, written),
-                write_forward(R, n, D, streams, output, post, comb, written));
+    const long parts = even_parts(R, n * D);
+#define WRITE(n)                                                                                            \
+    write_forward(m, n, D, streams + r0 * n * D, output + r0 * D, post + r0 * n, comb + r0 * n * n,         \
+                  written + r0 * n * D)
+    FOR_PARTS(FOR_STREAMS(WRITE(4), WRITE(n)))
+#undef WRITE
 }
 
 void hc_write_backward(long R, int n, long D, const float *streams, const float *output, const float *post,
                        const float *comb, const float *grad, float *d_streams, float *d_output,
                        float *d_post, float *d_comb) {
-    FOR_STREAMS(write_backward(R, 4, D, streams, output, post, comb, grad, d_streams, d_output, d_post,
-                               d_comb),
-                write_backward(R, n, D, streams, output, post, comb, grad, d_streams, d_output, d_post,
-                               d_comb));
+    const long parts = even_parts(R, n * D);
+#define WRITE(n)                                                                                            \
+    write_backward(m, n, D, streams + r0 * n * D, output + r0 * D, post + r0 * n, comb + r0 * n * n,        \
+                   grad + r0 * n * D, d_streams + r0 * n * D, d_output + r0 * D, d_post + r0 * n,           \
+                   d_comb + r0 * n * n)
+    FOR_PARTS(FOR_STREAMS(WRITE(4), WRITE(n)))
+#undef WRITE
 }

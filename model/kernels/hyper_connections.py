@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from consilience.model import exact
-from consilience.model.kernels.compiled import call, library, past
-from consilience.model.kernels.row_parts import LANES, at, even, fixed, in_parts, length, number
+from consilience.model.kernels.compiled import call, fixed_parts, library
 from consilience.model.recompute import named
 
-LIBRARY = "hyper_connections"
 MOST_STREAMS = 8
+LANES = 16  # tokens side by side, as in the C file
 
 
 def is_available(*tensors: Tensor) -> bool:
@@ -26,26 +25,26 @@ def is_available(*tensors: Tensor) -> bool:
     return fits and not isinstance(library("hyper_connections"), str)
 
 
+def _call(name: str, *arguments: Tensor | int | float | None) -> None:
+    call("hyper_connections", name, *arguments)
+
+
 def _read(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rounds: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, ...]:
     """layer input, post, comb, and what the backward needs: mixes, pre, inverse."""
     num_tokens, n, width = streams.shape
     is_whole = rounds > 0
-    new, projection = streams.new_empty, fn
+    new, given = streams.new_empty, fn
     mixes = new(num_tokens, len(fn))
     if exact.is_on():
-        mixes, projection = exact.linear(streams.view(num_tokens, -1), fn).contiguous(), None
+        mixes, given = exact.linear(streams.view(num_tokens, -1), fn).contiguous(), None
     layer_input, pre, inverse = new(num_tokens, width), new(num_tokens, n), new(num_tokens)
     post, comb = (new(num_tokens, n), new(num_tokens, n, n)) if is_whole else (new(0), new(0))
-    sizes = (n, width, int(is_whole), rounds, eps, norm_eps)
-    made = (mixes, layer_input, pre, post, comb, inverse)
-
-    def part(rows: slice) -> None:
-        given = (at(streams, rows), projection, base, scale)
-        call(LIBRARY, "hc_read_forward", length(rows), *sizes, *given, *(at(t, rows) for t in made))
-
-    in_parts(part, even(num_tokens, n * width))
+    _call(
+        "hc_read_forward", num_tokens, n, width, int(is_whole), rounds, eps, norm_eps,
+        streams, given, base, scale, mixes, layer_input, pre, post, comb, inverse,
+    )  # fmt: skip
     return layer_input, post, comb, mixes, pre, inverse
 
 
@@ -73,28 +72,22 @@ class _Read(torch.autograd.Function):
         streams, fn, base, scale, mixes, pre, inverse = ctx.saved_tensors
         rounds, eps = ctx.settings
         num_tokens, n, width = streams.shape
-        grads = (d_input.contiguous(), d_post.contiguous(), d_comb.contiguous())
-        made = (torch.empty_like(streams), torch.empty_like(mixes))
-        parts = fixed(num_tokens)
-        d_base, d_scale = (torch.zeros(len(parts), t.numel(), dtype=torch.float64) for t in (base, scale))
-        sizes = (n, width, int(rounds > 0), rounds, eps)
-
-        def part(rows: slice) -> None:
-            which = number(rows, parts)
-            work = torch.empty(max(2 * rounds - 1, 0) * n * (n + 1) * LANES)
-            saved = (at(streams, rows), fn, base, scale, *(at(t, rows) for t in (mixes, pre, inverse)))
-            sums = (past(d_base, which * base.numel()), past(d_scale, which * scale.numel()))
-            along = (at(t, rows) for t in (*grads, *made))
-            call(LIBRARY, "hc_read_backward", length(rows), *sizes, *saved, *along, *sums, work)
-
-        in_parts(part, parts)
-        d_streams, d_mixes = made
+        d_streams, d_mixes = torch.empty_like(streams), torch.empty_like(mixes)
+        parts = fixed_parts(num_tokens)
+        d_base, d_scale = (torch.zeros(parts, *t.shape, dtype=torch.float64) for t in (base, scale))
+        work = streams.new_empty(parts * max(2 * rounds - 1, 0) * n * (n + 1) * LANES)
+        _call(
+            "hc_read_backward", num_tokens, n, width, int(rounds > 0), rounds, eps,
+            streams, fn, base, scale, mixes, pre, inverse,
+            d_input.contiguous(), d_post.contiguous(), d_comb.contiguous(),
+            d_streams, d_mixes, d_base, d_scale, work,
+        )  # fmt: skip
         flat = streams.view(num_tokens, -1)
         return (
             d_streams,
             torch.mm(d_mixes.t(), flat),
-            d_base.sum(0).to(base.dtype).view_as(base),
-            d_scale.sum(0).to(scale.dtype).view_as(scale),
+            d_base.sum(0).to(base.dtype),
+            d_scale.sum(0).to(scale.dtype),
             None,
             None,
             None,
@@ -102,13 +95,8 @@ class _Read(torch.autograd.Function):
 
 
 def _write(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    written, (num_tokens, n, width) = torch.empty_like(streams), streams.shape
-
-    def part(rows: slice) -> None:
-        along = (at(t, rows) for t in (streams, output, post, comb, written))
-        call(LIBRARY, "hc_write_forward", length(rows), n, width, *along)
-
-    in_parts(part, even(num_tokens, n * width))
+    written = torch.empty_like(streams)
+    _call("hc_write_forward", *streams.shape, streams, output, post, comb, written)
     return written
 
 
@@ -123,15 +111,10 @@ class _Write(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        saved, grad = ctx.saved_tensors, grad.contiguous()
+        saved = ctx.saved_tensors
         num_tokens, n, width = saved[0].shape
         grads = [torch.empty_like(t) for t in saved]
-
-        def part(rows: slice) -> None:
-            along = (at(t, rows) for t in (*saved, grad, *grads))
-            call(LIBRARY, "hc_write_backward", length(rows), n, width, *along)
-
-        in_parts(part, even(num_tokens, n * width))
+        _call("hc_write_backward", num_tokens, n, width, *saved, grad.contiguous(), *grads)
         return tuple(grads)
 
 

@@ -45,11 +45,11 @@ INLINE uint32_t select_keys(long n, const uint32_t *keys, long *K, uint32_t *res
     return found;
 }
 
-/* picks [n, K]: columns, ascending, then -1. work: 3 M numbers of 32 bits. */
-void index_pick(long n, long H, long M, long K, const float *match, const float *weight, const long *first,
-                const long *stop, long *picks, float *work) {
+/* Queries of one part. */
+static void pick(part_t queries, long H, long M, long K, const float *match, const float *weight,
+                 const long *first, const long *stop, long *picks, float *work) {
     uint32_t *keys = (uint32_t *)work + M, *rest = keys + M;
-    for (long t = 0; t < n; t++) {
+    for (long t = queries.first; t < queries.first + queries.count; t++) {
         const long start = first[t], count = stop[t] - start;
         long *own = picks + t * K, made = 0;
         if (count <= K) {
@@ -72,4 +72,12 @@ void index_pick(long n, long H, long M, long K, const float *match, const float 
         }
         for (; made < K; made++) own[made] = -1;
     }
+}
+
+/* picks [n, K]: columns, ascending, then -1. work: 3 M numbers of 32 bits for each of `parts`. */
+void index_pick(long n, long H, long M, long K, long parts, const float *match, const float *weight,
+                const long *first, const long *stop, long *picks, float *work) {
+    AT_ONCE
+    for (long p = 0; p < parts; p++)
+        pick(part_of(p, parts, n), H, M, K, match, weight, first, stop, picks, work + p * 3 * M);
 }

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from consilience.model import exact
-from consilience.model.kernels.compiled import call, library
-from consilience.model.kernels.row_parts import at, even, in_parts, length
+from consilience.model.kernels.compiled import call, even_parts, library
 
 
 def is_available(query: Tensor) -> bool:
@@ -24,14 +23,10 @@ def pick(match: Tensor, weight: Tensor, first: Tensor, stop: Tensor, topk: int) 
 
     match [B, n, H, M] products of queries and keys, weight [B, n, H]; first, stop [B, n] int64, within M.
     """
-    num_rows, num_queries, heads, columns = match.shape
-    picks = torch.empty(num_rows, num_queries, topk, dtype=torch.int64)
-    along = (*(t.contiguous() for t in (match, weight, first, stop)), picks)
-    flat = [t.flatten(0, 1) for t in along]
-
-    def part(rows: slice) -> None:
-        given = (at(t, rows) for t in flat)
-        call("index_pick", "index_pick", length(rows), heads, columns, topk, *given, torch.empty(3 * columns))
-
-    in_parts(part, even(num_rows * num_queries, heads * columns))
+    rows, num_queries, heads, columns = match.shape
+    picks = torch.empty(rows, num_queries, topk, dtype=torch.int64)
+    given = (match, weight, first, stop)
+    parts = even_parts(rows * num_queries, heads * columns)
+    sizes, work = (rows * num_queries, heads, columns, topk, parts), torch.empty(parts, 3 * columns)
+    call("index_pick", "index_pick", *sizes, *(t.contiguous() for t in given), picks, work)
     return picks

@@ -7,8 +7,8 @@
  */
 #include <math.h>
 #include "decode_parts.h"
+#include "threads.h"
 
-#define LANES 16
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE float dot(long width, const float *a, const float *b) {
@@ -32,9 +32,9 @@ INLINE void turn(long width, long pairs, const float *rotation, float sign, floa
     }
 }
 
-void norm_rotate_forward(long n, long heads, long width, long pairs, float eps, float sign, const float *x,
-                         const float *weight, const float *rotation, float *y, float *scale) {
-    for (long t = 0; t < n; t++)
+static void forward(long first, long stop, long heads, long width, long pairs, float eps, float sign,
+                    const float *x, const float *weight, const float *rotation, float *y, float *scale) {
+    for (long t = first; t < stop; t++)
         for (long h = 0; h < heads; h++) {
             const long row = t * heads + h;
             const float *in = x + row * width;
@@ -48,11 +48,21 @@ void norm_rotate_forward(long n, long heads, long width, long pairs, float eps, 
         }
 }
 
-/* d_x [n, h, C] from d_y; d_weight [C] (doubles, added to) where weight is given. */
-void norm_rotate_backward(long n, long heads, long width, long pairs, float sign, const float *x,
-                          const float *weight, const float *rotation, const float *scale, const float *d_y,
-                          float *d_x, double *d_weight) {
-    for (long t = 0; t < n; t++)
+void norm_rotate_forward(long n, long heads, long width, long pairs, float eps, float sign, const float *x,
+                         const float *weight, const float *rotation, float *y, float *scale) {
+    const long parts = even_parts(n, heads * width);
+    AT_ONCE
+    for (long p = 0; p < parts; p++) {
+        const part_t own = part_of(p, parts, n);
+        forward(own.first, own.first + own.count, heads, width, pairs, eps, sign, x, weight, rotation, y, scale);
+    }
+}
+
+/* d_x [n, h, C] of tokens first … stop - 1; `sums` [C] are added to where weight is given. */
+static void backward(long first, long stop, long heads, long width, long pairs, float sign, const float *x,
+                     const float *weight, const float *rotation, const float *scale, const float *d_y,
+                     float *d_x, double *sums) {
+    for (long t = first; t < stop; t++)
         for (long h = 0; h < heads; h++) {
             const long row = t * heads + h;
             const float *in = x + row * width;
@@ -62,7 +72,7 @@ void norm_rotate_backward(long n, long heads, long width, long pairs, float sign
             const float s = scale ? scale[row] : 1.0f;
             if (weight)
                 for (long i = 0; i < width; i++) {
-                    d_weight[i] += (double)(out[i] * in[i] * s);
+                    sums[i] += (double)(out[i] * in[i] * s);
                     out[i] *= weight[i];
                 }
             if (scale) {
@@ -71,4 +81,17 @@ void norm_rotate_backward(long n, long heads, long width, long pairs, float sign
                 for (long i = 0; i < width; i++) out[i] = s * (out[i] - in[i] * inner);
             }
         }
+}
+
+/* d_x [n, h, C] from d_y; d_weight [fixed_parts(n), C] (doubles, added to) where weight is given. */
+void norm_rotate_backward(long n, long heads, long width, long pairs, float sign, const float *x,
+                          const float *weight, const float *rotation, const float *scale, const float *d_y,
+                          float *d_x, double *d_weight) {
+    const long parts = weight ? fixed_parts(n) : even_parts(n, heads * width);
+    AT_ONCE
+    for (long p = 0; p < parts; p++) {
+        const part_t own = part_of(p, parts, n);
+        backward(own.first, own.first + own.count, heads, width, pairs, sign, x, weight, rotation, scale, d_y,
+                 d_x, weight ? d_weight + p * width : 0);
+    }
 }

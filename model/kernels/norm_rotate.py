@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from consilience.model.kernels import gpu_norm
-from consilience.model.kernels.compiled import call, library, past
-from consilience.model.kernels.row_parts import even, fixed, in_parts, number
+from consilience.model.kernels.compiled import call, fixed_parts, library
 
 
 def is_available(x: Tensor, rotation: Tensor | None = None) -> bool:
@@ -37,15 +36,8 @@ def _forward(
     y = torch.empty_like(x)
     scale = None if eps is None else x.new_empty(x.shape[:-1])
     turn = None if rotation is None else torch.view_as_real(rotation)
-    tokens, heads, width, pairs = _sizes(x, rotation)
-
-    def part(rows: slice) -> None:
-        at = rows.start * heads
-        sizes = (rows.stop - rows.start, heads, width, pairs, float(eps or 0.0), sign)
-        given = (past(x, at * width), weight, past(turn, rows.start * 2 * pairs))
-        call("norm_rotate", "norm_rotate_forward", *sizes, *given, past(y, at * width), past(scale, at))
-
-    in_parts(part, even(tokens, heads * width))
+    numbers = (*_sizes(x, rotation), float(eps or 0.0), sign)
+    call("norm_rotate", "norm_rotate_forward", *numbers, x, weight, turn, y, scale)
     return y, scale
 
 
@@ -62,20 +54,12 @@ class _NormRotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight, rotation, scale = ctx.saved_tensors
-        d_x, grad = torch.empty_like(grad, memory_format=torch.contiguous_format), grad.contiguous()
+        d_x = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        sums = (fixed_parts(ctx.sizes[0]), d_x.shape[-1])
+        d_weight = None if weight is None else torch.zeros(sums, dtype=torch.float64)
         turn = None if rotation is None else torch.view_as_real(rotation)
-        tokens, heads, width, pairs = ctx.sizes
-        parts = even(tokens, heads * width) if weight is None else fixed(tokens)
-        d_weight = None if weight is None else torch.zeros(len(parts), width, dtype=torch.float64)
-
-        def part(rows: slice) -> None:
-            at = rows.start * heads
-            sizes = (rows.stop - rows.start, heads, width, pairs, ctx.sign)
-            given = (past(x, at * width), weight, past(turn, rows.start * 2 * pairs), past(scale, at))
-            made = (past(d_x, at * width), past(d_weight, number(rows, parts) * width))
-            call("norm_rotate", "norm_rotate_backward", *sizes, *given, past(grad, at * width), *made)
-
-        in_parts(part, parts)
+        tensors = (x, weight, turn, scale, grad.contiguous(), d_x, d_weight)
+        call("norm_rotate", "norm_rotate_backward", *ctx.sizes, ctx.sign, *tensors)
         return d_x, None if d_weight is None else d_weight.sum(0).float(), None, None, None
 
 

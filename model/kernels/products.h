@@ -5,11 +5,11 @@
  * else (-ffp-contract=off): a row's result depends on nothing but the row, whatever compiles this.
  */
 #include <string.h>
+#include "threads.h"
 #if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
 
-#define LANES 16
 #define ROWS 4
 #define OUTS 4
 #define AHEAD 4 /* groups of lines between what is read and what is asked of memory */

@@ -87,23 +87,32 @@ INLINE void mix(const query_t *q, const float *weights, float *out) {
     mix_keys(q->far, q->H, q->C, q->most, weights + q->near, q->far_keys, out);
 }
 
-/* Of the rows b T + t from `start` to `end` - 1. work: H most + K C floats; places: 2 H pointers. */
-void range_forward(long start, long end, long T, long H, long C, long S, long M, long K, long offset, long most,
-                   float scale, const float *query, const float *window, const float *entries,
-                   const long *oldest, const long *first, const long *stop, const long *picks,
-                   const float *sink, float *out, float *work, void **places) {
-    const keys_t keys = {T, S, M, K, offset, window, entries, oldest, first, stop, picks};
+/* Rows b T + t of one part. */
+static void forward(part_t rows, const keys_t *keys, long H, long C, long most, float scale,
+                    const float *query, const float *sink, float *out, float *work, void **places) {
     query_t q = {.C = C, .H = H, .most = most, .weights = work};
     q.heads = (const float **)places;
     q.lines = (float **)places + H;
-    memset(out + start * H * C, 0, (end - start) * H * C * sizeof(float));
-    for (long row = start; row < end; row++) {
+    memset(out + rows.first * H * C, 0, rows.count * H * C * sizeof(float));
+    for (long row = rows.first; row < rows.first + rows.count; row++) {
         const long at = row * H * C;
-        look(&keys, row / T, row % T, work + H * most, &q);
+        look(keys, row / keys->T, row % keys->T, work + H * most, &q);
         match(&q, query + at, work);
         for (long h = 0; h < H; h++) soften(q.near + q.far, scale, sink[h], work + h * most);
         mix(&q, work, out + at);
     }
+}
+
+/* For each of `parts`, work: H most + K C floats, places: 2 H pointers. */
+void range_forward(long B, long T, long H, long C, long S, long M, long K, long offset, long most, long parts,
+                   float scale, const float *query, const float *window, const float *entries,
+                   const long *oldest, const long *first, const long *stop, const long *picks,
+                   const float *sink, float *out, float *work, void **places) {
+    const keys_t keys = {T, S, M, K, offset, window, entries, oldest, first, stop, picks};
+    AT_ONCE
+    for (long p = 0; p < parts; p++)
+        forward(part_of(p, parts, B * T), &keys, H, C, most, scale, query, sink, out,
+                work + p * (H * most + K * C), places + p * 2 * H);
 }
 
 /* d_key[r] [C] += Σ_h score[h][r] x[h] + weight[h][r] grad[h] from channel c: `rows` keys in registers. */
@@ -150,36 +159,53 @@ INLINE void spread(long n, const query_t *q, const float *score, const float *we
     }
 }
 
-/* The same rows; d_window, d_entries and d_sink are added to. work: 2 H most + K C floats; places: 2 H. */
-void range_backward(long start, long end, long T, long H, long C, long S, long M, long K, long offset,
-                    long most, float scale, const float *query, const float *window, const float *entries,
-                    const long *oldest, const long *first, const long *stop, const long *picks,
-                    const float *sink, const float *out, const float *grad, float *d_query, float *d_window,
-                    float *d_entries, float *d_sink, float *work, void **places) {
-    const keys_t keys = {T, S, M, K, offset, window, entries, oldest, first, stop, picks};
+typedef struct { const float *query, *sink, *out, *grad; float *d_query, *d_window; } backward_t;
+
+/* Rows b T + t of one part; d_window, d_entries and d_sink are added to. */
+static void backward(part_t rows, const keys_t *keys, const backward_t *g, long H, long C, long most,
+                     float scale, float *d_entries, float *d_sink, float *work, void **places) {
     query_t q = {.C = C, .H = H, .most = most, .weights = work};
     float *scores = work + H * most, *copies = scores + H * most;
     q.heads = (const float **)places;
     q.lines = (float **)places + H;
-    memset(d_query + start * H * C, 0, (end - start) * H * C * sizeof(float));
-    for (long row = start; row < end; row++) {
+    memset(g->d_query + rows.first * H * C, 0, rows.count * H * C * sizeof(float));
+    for (long row = rows.first; row < rows.first + rows.count; row++) {
         const long at = row * H * C;
-        look(&keys, row / T, row % T, copies, &q);
-        match(&q, query + at, work);
-        match(&q, grad + at, scores);
+        look(keys, row / keys->T, row % keys->T, copies, &q);
+        match(&q, g->query + at, work);
+        match(&q, g->grad + at, scores);
         for (long h = 0; h < H; h++) {
-            const float own = soften(q.near + q.far, scale, sink[h], work + h * most);
-            const float *g = grad + at + h * C;
+            const float own = soften(q.near + q.far, scale, g->sink[h], work + h * most);
+            const float *line = g->grad + at + h * C;
             float inner, *result = &inner, *p = work + h * most, *s = scores + h * most;
-            product(1, 1, C, &g, out + at + h * C, &result);
+            product(1, 1, C, &line, g->out + at + h * C, &result);
             for (long j = 0; j < q.near + q.far; j++) s[j] = scale * p[j] * (s[j] - inner);
             d_sink[h] -= own * inner;
         }
-        mix(&q, scores, d_query + at);
-        const long first_key = (q.near_keys - window) / C;
-        const long *columns = picks ? picks + row * K : 0, from = first && !picks ? first[row] : 0;
-        spread(q.near, &q, scores, work, query + at, grad + at, 0, first_key, d_window);
-        spread(q.far, &q, scores + q.near, work + q.near, query + at, grad + at, columns, from,
-               d_entries + row / T * M * C);
+        mix(&q, scores, g->d_query + at);
+        const long *picks = keys->picks ? keys->picks + row * keys->K : 0;
+        const long from = keys->first && !picks ? keys->first[row] : 0;
+        spread(q.near, &q, scores, work, g->query + at, g->grad + at, 0, (q.near_keys - keys->window) / C,
+               g->d_window);
+        spread(q.far, &q, scores + q.near, work + q.near, g->query + at, g->grad + at, picks, from,
+               d_entries + row / keys->T * keys->M * C);
     }
+}
+
+/* Neighbouring parts share keys of the window, so every other part goes first; entries, which all may share, and
+ * sinks have a sum for each part that runs beside others: d_entries [(parts + 1) / 2, B, M, C], d_sink
+ * [parts, H]. All are added to. For each part, work: 2 H most + K C floats, places: 2 H pointers. */
+void range_backward(long B, long T, long H, long C, long S, long M, long K, long offset, long most, long parts,
+                    float scale, const float *query, const float *window, const float *entries,
+                    const long *oldest, const long *first, const long *stop, const long *picks,
+                    const float *sink, const float *out, const float *grad, float *d_query, float *d_window,
+                    float *d_entries, float *d_sink, float *work, void **places) {
+    const keys_t keys = {T, S, M, K, offset, window, entries, oldest, first, stop, picks};
+    const backward_t given = {query, sink, out, grad, d_query, d_window};
+    for (int turn = 0; turn < 2; turn++)
+        AT_ONCE
+        for (long p = turn; p < parts; p += 2)
+            backward(part_of(p, parts, B * T), &keys, &given, H, C, most, scale,
+                     d_entries + p / 2 * B * M * C, d_sink + p * H, work + p * (2 * H * most + K * C),
+                     places + p * 2 * H);
 }

@@ -79,12 +79,13 @@ INLINE void strip(int outs, int vecs, long width, long P, const float *x, const 
 
 /* Lanes y [outs, P] = w [outs, width] · lanes x [width, P] of R rows. */
 static void multiply(long R, long width, long outs, const float *x, const float *w, float *y) {
-    const long P = lanes_of(R);
-    long o = 0;
-    for (; o + WIDE <= outs; o += WIDE)
-        if (P == LANES) strip(WIDE, 1, width, P, x, w + o * width, y + o * P);
-        else strip(WIDE, 2, width, P, x, w + o * width, y + o * P);
-    for (; o < outs; o++)
+    const long P = lanes_of(R), strips = outs / WIDE, parts = even_parts(outs, 2 * width);
+    AT_ONCE
+    for (long p = 0; p < parts; p++)
+        for (long o = p * strips / parts * WIDE; o < (p + 1) * strips / parts * WIDE; o += WIDE)
+            if (P == LANES) strip(WIDE, 1, width, P, x, w + o * width, y + o * P);
+            else strip(WIDE, 2, width, P, x, w + o * width, y + o * P);
+    for (long o = strips * WIDE; o < outs; o++)
         if (P == LANES) strip(1, 1, width, P, x, w + o * width, y + o * P);
         else strip(1, 2, width, P, x, w + o * width, y + o * P);
 }
