@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from consilience.model.kernels.triton_moe import _swiglu, combine
+from consilience.model.kernels.triton_moe import combine, swiglu
 
 # `bench/decode_gpu.py --sweep` tries others. In flight on an SM: programs that fit x (stages - 1) x tiles.
 INNER = {"outputs": 32, "inputs": 128, "num_warps": 4, "num_stages": 4}  # of w1 and of w3
@@ -79,7 +79,7 @@ def _inner(
         # Rounded as grouped products round theirs.
         gate = gate.to(hidden.dtype.element_ty).to(tl.float32)
         up = up.to(hidden.dtype.element_ty).to(tl.float32)
-        silu, held, _ = _swiglu(gate, up, limit)
+        silu, held, _ = swiglu(gate, up, limit)
         share = tl.load(weights + pair, mask=is_mine, other=0.0)[:, None]
         target = active + place.to(tl.int64)[:, None] * inner + out[None, :]
         is_here = is_mine[:, None] & (out < inner)[None, :]

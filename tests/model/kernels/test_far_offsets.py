@@ -136,18 +136,24 @@ def test_attention_with_the_gradients_of_queries_and_entries(mode, far, monkeypa
         length = problem.query.shape[1]
         out, denominator = triton_attention.forward(problem)
         d_query, d_sink = torch.empty_like(problem.query), torch.empty_like(denominator)
-        given = (problem, (out, denominator), upstream, (d_query, d_sink))
-        _, weights = triton_attention_backward._weigh(*given, 0, length)
-        keys = KeyGradient(problem, is_far=True, num_queries=length)
-        (keys.add_picks if mode == "gather" else keys.add_range)(weights, upstream, 0, length)
+        given = (problem, (out, denominator), upstream, d_sink)
+        weights = triton_attention_backward._weigh(*given, 0, length)
+        triton_attention_backward._sum_query(problem, weights, d_query, 0, length)
+        keys, far_weights = KeyGradient(problem, is_far=True, num_queries=length), weights[1]
+        if mode == "gather":
+            keys.add_rows(keys.rows_of(far_weights, upstream, 0, length), 0, length)
+        else:
+            keys.add_range(far_weights, upstream, 0, length)
         found.append((out[0, -1], d_query[0, -1], keys.total()))
     for a, b in zip(*found):
         assert_close(a, b)
 
 
+@pytest.mark.timeout(400)
 def test_hyper_connections(far, monkeypatch):
     from consilience.model.kernels import triton_hyper_connections as forward
     from consilience.model.kernels import triton_hyper_connections_backward as backward
+    from consilience.model.kernels import triton_hyper_connections_logits as logits
 
     monkeypatch.setitem(EDGE, "programs", 16)  # the splits of a block of tokens
     tokens, width = 131200, 4096
@@ -162,10 +168,11 @@ def test_hyper_connections(far, monkeypatch):
     found = []
     for x, added, each, mixed, above in ((streams, output, post, comb, upstream), last):
         written, partial, squares = forward.write_project(x, added, each, mixed, fn)
-        pre, *_ = forward.coefficients(partial, squares, width, base, scale, 2, 1e-6, 1e-6)
+        pre, *_, mixes, _ = forward.coefficients(partial, squares, width, base, scale, 2, 1e-6, 1e-6)
         d = backward.d_streams(x, (added, each, mixed, above), None)
         read = forward.apply(written, pre)
-        found.append([made[-1] for made in (written, read, backward.d_pre(written, read), *d[:2])])
+        of_pre = logits.d_logits(written, read, mixes, base, scale, each, mixed, 0, 1e-6)[:, :4]
+        found.append([made[-1] for made in (written, read, of_pre, *d[:2])])
     for a, b in zip(*found):
         assert_close(a, b)
 
