@@ -14,6 +14,7 @@ from consilience.conf.errors import EngineError
 from consilience.rollout.lease import fence, take_lease
 
 _LENGTH = struct.Struct("<I")
+MOST_BARREN = 100  # workers in a row: more than that no kills explain
 
 
 class ForkedPool:
@@ -28,17 +29,21 @@ class ForkedPool:
 
     def generate(self, jobs, on_progress=None, *, durable):
         fence(durable.log_folder)
-        records = {}
+        records, num_barren = {}, 0
         while missing := [job for job in jobs if job.uid not in records]:
             lease = take_lease(durable.log_folder, "forked", survives_power=durable.survives_power)
             pid, pipe = self._start(missing, lease)
+            num_barren += 1
             with contextlib.closing(pipe):
                 for batch in self._batches(pipe):
+                    num_barren = 0
                     durable.keep(batch)
                     records |= {record.uid: record for record in batch}
             fence(durable.log_folder, [lease.epoch])
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
+            if num_barren == MOST_BARREN:
+                raise RuntimeError(f"{MOST_BARREN} workers in a row gave nothing; their errors stand above")
         return [records[job.uid] for job in jobs]
 
     def _start(self, jobs, lease):
