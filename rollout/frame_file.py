@@ -215,7 +215,8 @@ def _frame_at(data: bytes, at: int, identity: int) -> tuple[int, int, bytes] | N
 
 
 def _has_hole(data: bytes, at: int, identity: int, num_read: int) -> bool:
-    """Whether a frame behind byte `at` says that more than `num_read` frames were acknowledged."""
+    """Whether a frame behind byte `at` says that more than `num_read` frames were acknowledged, or is the
+    next one itself: an interrupted write would have left that at `at`, so something stands between."""
     tail = np.frombuffer(data, np.uint8, offset=at).astype(np.uint64)
     count = len(tail) - FRAME_BYTES + 1  # places where a frame may begin
     if count < 1:
@@ -223,8 +224,9 @@ def _has_hole(data: bytes, at: int, identity: int, num_read: int) -> bool:
     words = tail[:-3] | tail[1:-2] << 8 | tail[2:-1] << 16 | tail[3:] << 24  # u32 at every byte
     length, sequence, safe = words[:count], words[4 : 4 + count], words[8 : 8 + count]
     fits = length <= count - 1 - np.arange(count, dtype=np.uint64)
-    # At least `num_read`, at most its own sequence: almost no place is left to check.
-    likely = fits & (safe > num_read) & (safe <= sequence) & (sequence < num_read + len(tail))
+    # Almost no place is left to check.
+    tells = (safe > num_read) | (sequence == num_read)
+    likely = fits & tells & (safe <= sequence) & (sequence < num_read + len(tail))
     return any(_frame_at(data, at + int(i), identity) is not None for i in np.flatnonzero(likely))
 
 

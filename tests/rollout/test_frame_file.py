@@ -105,6 +105,15 @@ def test_a_damaged_file_reads_as_a_prefix_and_says_so_if_later_frames_are_there(
                 FrameFile.reopen(path)
 
 
+def test_the_next_frame_behind_something_else_is_a_hole(tmp_path):
+    """Bytes 20 to 102 doubled: what the first copy of a frame lacks, the second copy begins with."""
+    path = written(tmp_path, *([p] for p in (b"", b"\0", b"\0", b"\0", b"\0", b"")))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:103] + whole[20:])
+    found = read_frames(path)
+    assert found.payloads == [b"", b"\0", b"\0", b"\0", b"\0"] and found.has_hole
+
+
 def test_an_unfinished_write_whose_pages_arrive_out_of_order_is_no_hole(tmp_path):
     path = written(tmp_path, [b"a"], [b"b" * 50, b"c"], survives_power=True)
     whole = path.read_bytes()
