@@ -14,7 +14,6 @@ standard library.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
 import zlib
@@ -87,6 +86,7 @@ class FrameFile:
         self._num_safe = num_frames
         self._pending = b"" if num_bytes else _header(identity)
         self._is_known = False  # whether the folder's entry is on the disk
+        self._is_torn = False  # whether half a frame stands at the end
 
     @property
     def num_frames(self) -> int:
@@ -164,13 +164,20 @@ class FrameFile:
             self._descriptor = -1
 
     def _write(self) -> None:
+        if self._is_torn:
+            raise EngineError(
+                f"{self.path} ends with half a frame that the disk would not take back; resume the run: that "
+                "cuts it off, nothing that was acknowledged is lost"
+            )
         left = memoryview(self._pending)
         try:
             while left:
                 left = left[os.write(self._descriptor, left) :]
         except OSError as error:
-            with contextlib.suppress(OSError):  # if that fails too, a reader drops the torn frame
+            try:
                 os.ftruncate(self._descriptor, self.num_bytes)
+            except OSError:  # a reader drops the torn frame, and would drop all that came behind it
+                self._is_torn = True
             raise EngineError(
                 f"cannot write {self.path}: {error.strerror}; free space there and resume, nothing that was "
                 "acknowledged is lost"

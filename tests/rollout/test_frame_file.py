@@ -1,5 +1,6 @@
 """Frames on disk: whatever happens to the bytes, what is read is a prefix of what was written."""
 
+import os
 import resource
 import struct
 import subprocess
@@ -201,3 +202,34 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(tmp_path):
         [sys.executable, "-c", FULL, str(tmp_path / "f.log")], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_nothing_is_written_behind_half_a_frame_that_cannot_be_cut_off(tmp_path, monkeypatch):
+    path = tmp_path / "f.log"
+    file = FrameFile.create(path)
+    file.append([b"kept"])
+    write, calls = os.write, []
+
+    def half(descriptor, data):
+        calls.append(1)
+        if len(calls) == 1:
+            return write(descriptor, data[:7])
+        raise OSError(28, "No space left on device")
+
+    def refused(*_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "write", half)
+        broken.setattr(os, "ftruncate", refused)
+        with pytest.raises(EngineError, match="cannot write"):
+            file.append([b"lost"])
+    with pytest.raises(EngineError, match="half a frame"):
+        file.append([b"more"])
+    file.close()
+    found = read_frames(path)
+    assert found.payloads == [b"kept"] and found.is_torn and not found.has_hole
+    reopened, before = FrameFile.reopen(path)
+    reopened.append([b"next"])
+    reopened.close()
+    assert before == [b"kept"] and read_frames(path).payloads == [b"kept", b"next"]
