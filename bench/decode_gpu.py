@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from gpu_timing import Table, arguments, copy_rate, median_text
 from torch import Tensor
-from train_step_gpu import _spread_hash, fill, flash_width
+from train_step_gpu import spread_hash, fill, flash_width
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 150
@@ -50,7 +50,7 @@ def our_model():
     with torch.device("cuda"):
         model = Transformer(config, torch.bfloat16)
     fill(model)
-    _spread_hash(model, config)
+    spread_hash(model, config)
     return model.requires_grad_(False).eval()
 
 
@@ -65,7 +65,7 @@ def their_model():
         model = DeepseekV4ForCausalLM(hf_config(config))
     torch.set_default_dtype(torch.float32)
     fill(model)
-    _spread_hash(model, config)
+    spread_hash(model, config)
     model.generation_config.eos_token_id = None
     return model.requires_grad_(False).eval()
 
