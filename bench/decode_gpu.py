@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from gpu_timing import Table, arguments, copy_rate, median_text
 from torch import Tensor
-from train_step_gpu import spread_hash, fill, flash_width
+from train_step_gpu import fill, flash_width, spread_hash
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 150

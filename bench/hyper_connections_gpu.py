@@ -178,15 +178,22 @@ def _replay(graph: torch.cuda.CUDAGraph, _arm: Arm) -> None:
     graph.replay()
 
 
-def passes(
+def forward_pass(
     function: Callable[..., tuple[Tensor, ...]], written: gpu.Written, module: HyperConnection
-) -> dict[str, Arm]:
-    """Forward without gradients; backward alone, of a forward that ran before."""
+) -> Arm:
+    """Forward without gradients, captured."""
 
     def run_forward() -> None:
         with torch.no_grad():
             function(written, module)
 
+    return captured(run_forward)
+
+
+def passes(
+    function: Callable[..., tuple[Tensor, ...]], written: gpu.Written, module: HyperConnection
+) -> dict[str, Arm]:
+    """Forward without gradients; backward alone, of a forward that ran before."""
     leaves = [*written, *module.parameters()]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -200,7 +207,10 @@ def passes(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         run_backward()
-    return {"forward": captured(run_forward), "backward": partial(_replay, graph, run_backward)}
+    return {
+        "forward": forward_pass(function, written, module),
+        "backward": partial(_replay, graph, run_backward),
+    }
 
 
 def kilobytes(width: int) -> dict[str, float]:
@@ -339,7 +349,7 @@ def show_variants(width: int = 4096) -> None:
     print(f"\nCompiled variants after {lengths} tokens: {counts}")
     for num_tokens in (1, 8, 64):
         written = draw(num_tokens, width)
-        arms = {name: passes(FUNCTIONS[name], written, module)["forward"] for name in list(FUNCTIONS)[:4]}
+        arms = {name: forward_pass(FUNCTIONS[name], written, module) for name in list(FUNCTIONS)[:4]}
         times = time_arms(arms, rounds=15)
         cells = ", ".join(f"{name} {median_text(ts, 1e3, 1)}" for name, ts in times.items())
         print(f"{num_tokens} tokens, forward, us: {cells}", flush=True)

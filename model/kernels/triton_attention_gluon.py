@@ -237,6 +237,7 @@ def flat(x: Tensor) -> TensorDescriptor:
 def tensors_of(problem: Problem) -> tuple[Any, ...]:
     """query … sink as these kernels take them: of the picks, 32-bit words, low before high."""
     _, window, entries, picks, *rest = problem.tensors
+    entries = entries if problem.num_entries else window  # of one type, whichever is read
     return flat(problem.query), window, entries, picks.view(torch.int32), *rest
 
 
