@@ -44,12 +44,8 @@ SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=
 # A warp copies half a row of keys at a time, 16 bytes a lane.
 COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0]))
 # Two warp groups of 64 rows: each half of the tile's keys, and half of the channels.
-HALVED = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
-# Or each group all of the tile's keys: P stays in registers, the first product is computed twice.
-WHOLE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16]))
+LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16]))
-LEFT = gl.constexpr(gl.DotOperandLayout(0, SUMS.value, 2))
-IS_SHARED = True  # whether P goes through shared memory
 
 
 @gluon.jit
@@ -92,9 +88,8 @@ def _sum_own(x):
 def _forward(
     query, window, entries, picks, oldest, first, stop, sink, out, lse, scale,
     num_queries, num_window, num_entries, num_picks, num_heads, offset, num_blocks, size,
-    MODE: gl.constexpr, IS_SHARED: gl.constexpr,
+    MODE: gl.constexpr,
 ):  # fmt: skip
-    LOGITS: gl.constexpr = HALVED if IS_SHARED else WHOLE
     q_buffer = gl.allocate_shared_memory(query.dtype, [HEADS, WIDTH], out.layout)
     k_buffer = gl.allocate_shared_memory(query.dtype, [2, TILE, WIDTH], out.layout)
     is_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -189,13 +184,10 @@ def _forward(
             )
             acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
             p = wide.to(query.dtype)
-            if IS_SHARED:
-                p_buffer.store(p)
-                fence_async_shared()
-                gl.thread_barrier()
-                acc = warpgroup_mma(p_buffer, keys, acc, is_async=True)
-            else:
-                acc = warpgroup_mma(gl.convert_layout(p, LEFT), keys, acc, is_async=True)
+            p_buffer.store(p)
+            fence_async_shared()
+            gl.thread_barrier()
+            acc = warpgroup_mma(p_buffer, keys, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             buffer = 1 - buffer
         total = gl.convert_layout(gl.sum(sums, 1), gl.SliceLayout(1, LOGITS)) + gl.exp2(sink_logit - top)
@@ -249,6 +241,6 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     num_blocks = rows * num_queries * (num_heads // HEADS.value)
     _forward[(min(num_blocks, chip_of(out).multi_processor_count),)](
         *tensors_of(problem), flat(out), lse, problem.scale, *problem.lengths,
-        num_blocks, problem.size, MODE=problem.mode, IS_SHARED=IS_SHARED, num_warps=WARPS,
+        num_blocks, problem.size, MODE=problem.mode, num_warps=WARPS,
     )  # fmt: skip
     return out, lse
