@@ -140,35 +140,13 @@ def _forward(
                 q_buffer, keys.permute([1, 0]), gl.zeros([HEADS, TILE], gl.float32, LOGITS),
                 use_acc=False, is_async=True,
             )  # fmt: skip
-            # The other buffer is free: all warps have waited for its products, one for its output.
-            if index == 0:
-                tma.store_wait(0)
-            is_next = index + 1 == tiles
-            is_far = (index + 1 >= near_tiles) & (index + 1 < tiles)
-            _copy_keys(
-                k_buffer.index(1 - buffer), window, entries, rows, is_far,
-                gl.where(is_next, next_batch, batch), num_window, num_entries,
-            )  # fmt: skip
-            ahead = index + 2
-            is_next = ahead >= tiles
-            start = (
-                gl.where(is_next, next_token + (offset + 1 - size) - tiles * TILE, window_start)
-                + ahead * TILE
-            )
-            rows = gl.minimum(gl.maximum(start + row, 0), num_window - 1)
             place = (index - near_tiles) * TILE + column
             seen = window_start + index * TILE + column >= low
             seen &= window_start + index * TILE + column <= token + offset
             if MODE != NONE:
-                is_far = (ahead >= near_tiles) & (ahead < tiles)
-                far = (ahead - near_tiles) * TILE + row
                 seen_far = place < count
                 if MODE == GATHER:
-                    far = gl.maximum(gl.load(own_picks + 2 * far, mask=(far < count) & is_far, other=0), 0)
                     seen_far = gl.load(own_picks + 2 * place, mask=(place >= 0) & seen_far, other=-1) >= 0
-                else:
-                    far = gl.minimum(begin + far, num_entries - 1)
-                rows = gl.where(is_far, far, rows)
                 seen = (seen & (index < near_tiles)) | (seen_far & (index >= near_tiles))
             logits = warpgroup_mma_wait(0, deps=(product,))
             if index + 1 == tiles:
@@ -188,6 +166,30 @@ def _forward(
             fence_async_shared()
             gl.thread_barrier()
             acc = warpgroup_mma(p_buffer, keys, acc, is_async=True)
+            # The other buffer is free: all warps have waited for its products, one for its output.
+            if index == 0:
+                tma.store_wait(0)
+            is_next = index + 1 == tiles
+            is_far = (index + 1 >= near_tiles) & (index + 1 < tiles)
+            _copy_keys(
+                k_buffer.index(1 - buffer), window, entries, rows, is_far,
+                gl.where(is_next, next_batch, batch), num_window, num_entries,
+            )  # fmt: skip
+            ahead = index + 2
+            is_next = ahead >= tiles
+            start = (
+                gl.where(is_next, next_token + (offset + 1 - size) - tiles * TILE, window_start)
+                + ahead * TILE
+            )
+            rows = gl.minimum(gl.maximum(start + row, 0), num_window - 1)
+            if MODE != NONE:
+                is_far = (ahead >= near_tiles) & (ahead < tiles)
+                far = (ahead - near_tiles) * TILE + row
+                if MODE == GATHER:
+                    far = gl.maximum(gl.load(own_picks + 2 * far, mask=(far < count) & is_far, other=0), 0)
+                else:
+                    far = gl.minimum(begin + far, num_entries - 1)
+                rows = gl.where(is_far, far, rows)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             buffer = 1 - buffer
         total = gl.convert_layout(gl.sum(sums, 1), gl.SliceLayout(1, LOGITS)) + gl.exp2(sink_logit - top)

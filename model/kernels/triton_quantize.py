@@ -198,7 +198,9 @@ def write_codes(
         tl.store(turned_scales + tl.program_id(1) * num_columns + c, scale)
 
 
-@triton.jit
+# A single row would be a constant, its tile's other rows zeros at compile time, and ptxas 12.8 converts these
+# into a register with a half that was never written.
+@triton.jit(do_not_specialize=["num_rows"])
 def _codes(
     x, codes, scales, turned, turned_scales, num_rows, num_columns, padded_rows,
     FORMAT: tl.constexpr, HAS_CODES: tl.constexpr, HAS_TURNED: tl.constexpr, SIDE: tl.constexpr,
