@@ -35,8 +35,8 @@ class _Place:
 
 
 def block_of(state: DecodeState, row: int, block: int) -> dict[str, Tensor]:
-    """Entries of a complete block of sequence `row` by name; at the released ratios a CSA layer has [32, C] and
-    index keys, an HCA layer [1, C]."""
+    """Entries of a complete block of sequence `row` by name; at the released ratios a CSA layer has [32, C]
+    and index keys, an HCA layer [1, C]."""
     number = state.owned[row][block]
     return {name: pages[number].clone() for name, pages in _pages(state)}
 

@@ -47,7 +47,8 @@ class Request:
     parent       uid of a held request whose stream this one continues (tool results), or None
     group        requests with equal prompts and equal group share one prefill
     hold         keep the decode state after the turn, so that a later request may continue it;
-                 a held stream is dropped by `release`
+                 a held stream is dropped by `release`. With `max_tokens` 0 it is a turn of no tokens: the
+                 native engine computes the prompt's state and holds it, to be forked and continued
     """
 
     uid: str
@@ -57,6 +58,19 @@ class Request:
     group: str | None = None
     hold: bool = False
     prefix: Prefix | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """A branch that was taken off a stream (quick instructions, report 5.1.2).
+
+    num_tokens  tokens of the parent's stream at that moment, prompt and sampled: the branch has these, then
+                its own prompt, then what it samples. The parent has none of the branch's
+    """
+
+    uid: str
+    parent: str
+    num_tokens: int
 
 
 @dataclass(slots=True)
@@ -97,6 +111,9 @@ class EngineState:
     """Counters a driver shows and checks. Times in seconds, sizes in tokens.
 
     drafted_tokens, accepted_tokens  of speculative decoding: drafts made, and those that stood
+    prefix_hits, prefix_misses  prompts that a prefix store had the beginning of, or not
+    prefix_tokens     tokens that did not have to be computed for it
+    prefix_corrupted  damaged entries that were found and removed
     """
 
     weight_version: int
@@ -110,6 +127,10 @@ class EngineState:
     decode_s: float
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    prefix_hits: int = 0
+    prefix_misses: int = 0
+    prefix_tokens: int = 0
+    prefix_corrupted: int = 0
 
 
 class RolloutEngine(Protocol):

@@ -2,8 +2,8 @@
 
 What an engine keeps of prefixes it has computed (report 3.5): names come from content, so two writers of one
 name write the same. An entry is whole or absent: written beside, renamed. It is a cache: nothing waits for
-the disk unless asked to, and what a power cut or a bad disk leaves is found by its checksum, counted, removed,
-and computed again.
+the disk, and what a power cut or a bad disk leaves is found by its checksum, counted,
+removed, and computed again.
 
     entry = "CSPREFIX" sha256 of (name, payload) [32 bytes], payload = safetensors
 
@@ -63,11 +63,8 @@ class PrefixStore:
         path.unlink(missing_ok=True)
         return None
 
-    def write(self, name: str, tensors: Mapping[str, Tensor], *, survives_power: bool = False) -> bool:
-        """Store an entry, unless it is there; whether it is there now. A full disk is counted, not raised.
-
-        survives_power  it is on the disk when this returns
-        """
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> bool:
+        """Store an entry, unless it is there; whether it is there now. A full disk is counted, not raised."""
         path = self._path(name)
         if path.exists():
             return True
@@ -78,12 +75,7 @@ class PrefixStore:
             with open(beside, "wb") as file:
                 file.write(_head(name, memoryview(payload)))
                 file.write(payload)
-                if survives_power:
-                    file.flush()
-                    os.fsync(file.fileno())
             os.replace(beside, path)
-            if survives_power:
-                _fsync_folder(path.parent)
         except OSError:
             with contextlib.suppress(OSError):
                 beside.unlink()
@@ -143,11 +135,3 @@ def _head(name: str, payload: memoryview) -> bytes:
     digest = hashlib.sha256(name.encode())
     digest.update(payload)
     return MAGIC + digest.digest()
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 
 from consilience.conf.errors import EngineError
 from consilience.rollout.engine import Request
 
 
-def check_request(request: Request, vocab_size: int) -> None:
-    """EngineError on an empty prompt, a temperature or seed that is none, foreign token ids, a prefix that
-    cannot be one."""
+def check_request(request: Request, vocab_size: int, uids: Set[str]) -> None:
+    """EngineError on a uid that is one of `uids`, an empty prompt, a temperature or seed that is none, foreign token ids, a prefix that
+    cannot be one. No tokens may be asked for by who holds the state of a fresh prompt, to fork it."""
     uid, prompt, sampling, prefix = request.uid, request.prompt_ids, request.sampling, request.prefix
-    if not prompt or sampling.max_tokens < 1:
+    if uid in uids:
+        raise EngineError(f"request {uid} is already in the engine; uids are unique")
+    is_prefill = request.hold and request.parent is None and prefix is None
+    if not prompt or sampling.max_tokens < (0 if is_prefill and len(prompt) > 1 else 1):
         raise EngineError(f"request {uid} has an empty prompt or asks for no tokens")
     if not math.isfinite(sampling.temperature) or sampling.temperature < 0 or sampling.seed < 0:
         raise EngineError(
@@ -37,4 +41,16 @@ def check_request(request: Request, vocab_size: int) -> None:
         raise EngineError(
             f"request {uid} goes on from {found} tokens, with {len(prefix.logprobs)} log-probabilities and "
             f"{len(prefix.weight_version)} versions; each token has one of each"
+        )
+
+
+def check_room(request: Request, num_before: int | None, max_length: int) -> None:
+    """EngineError where a fresh request (num_before None) cannot become as long as it asks for, or one that
+    continues `num_before` tokens cannot sample any."""
+    asked = request.sampling.max_tokens if num_before is None else 1
+    length = (num_before or 0) + len(request.prompt_ids) + asked
+    if length > max_length:
+        raise EngineError(
+            f"request {request.uid} needs {length} tokens, the engine holds {max_length}; "
+            "raise rollout.max_length or lower max_tokens"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,27 +16,42 @@ from consilience.rollout.engine import Completed, Prefix, Request
 
 @dataclass
 class Stream:
-    """max_tokens it may sample; uniforms [max_tokens + 1, numbers a token] in [0, 1), by its seed alone;
-    num_before: tokens that its decode state held when it started."""
+    """max_tokens it may sample; uniforms [max_tokens + 1, numbers a token] in [0, 1), by its seed alone.
+
+    before  tokens of the stream in front of what this turn samples
+    era     of the weights that the oldest part of its decode state comes from
+    """
 
     request: Request
     max_tokens: int
     uniforms: np.ndarray
-    num_before: int
+    before: tuple[int, ...]
+    era: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
 
     @classmethod
-    def start(cls, request: Request, max_tokens: int, numbers: int, num_before: int) -> Stream:
+    def start(
+        cls, request: Request, max_tokens: int, numbers: int, before: tuple[int, ...], era: int = 0
+    ) -> Stream:
         """A stream of at most `max_tokens` tokens; a longer one has the same numbers and some more."""
         generator = np.random.Generator(np.random.Philox(key=request.sampling.seed))
-        return cls(request, max_tokens, generator.random((max_tokens + 1, numbers)), num_before)
+        return cls(request, max_tokens, generator.random((max_tokens + 1, numbers)), before, era)
 
     @property
     def length(self) -> int:
         """Tokens of the stream, the last one, which its decode state does not hold yet, included."""
-        return self.num_before + len(self.tokens)
+        return len(self.before) + len(self.tokens)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All tokens of the stream; its decode state has consumed all but the last."""
+        return (*self.before, *self.tokens)
+
+    def copy(self) -> Stream:
+        """The stream as it is now; what this one samples from here on is not in it."""
+        return replace(self, tokens=self.tokens[:], logprobs=self.logprobs[:], versions=self.versions[:])
 
     def go_on_from(self, prefix: Prefix) -> None:
         """Take over what was sampled before; the next numbers are those behind it."""
