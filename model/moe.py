@@ -264,7 +264,7 @@ class MoE(nn.Module):
         weights, experts, scores = route(hidden, token_ids, fixed)
         if routing is not None and fixed is None:
             routing.take_down(self.layer, experts)
-        elif routing is not None and routing.compares:
+        elif routing is not None and fixed is not None and routing.compares:
             fresh = top_experts(scores.detach() + self.gate.bias, self.gate.topk)
             routing.compare(self.layer, fresh, fixed)
         num_tokens, topk = experts.shape

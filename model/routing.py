@@ -81,7 +81,7 @@ class Routing:
         self.differs[layer] = torch.stack((is_other.sum(), is_fixed.sum()))
 
     def num_differing(self) -> tuple[int, int]:
-        """(token, layer) pairs whose free choice differs, and all with a prescription; waits for the device."""
+        """(token, layer) pairs whose free choice differs, and those compared; waits for the device."""
         if not self.differs:
             return 0, 0
         differing, total = torch.stack(list(self.differs.values())).sum(0).tolist()

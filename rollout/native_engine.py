@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +21,15 @@ from consilience.model.checkpoint import load_official
 from consilience.model.exact import exact_mode
 from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
-from consilience.rollout.admission import one_prefill
+from consilience.rollout.admission import by_prompt, common_length, one_prefill, padded_ids
 from consilience.rollout.captured_decode import Decoder
 from consilience.rollout.engine import Completed, EngineState, NewTokens, Request
 from consilience.rollout.publishing import verify
-from consilience.rollout.request_check import check_request
+from consilience.rollout.request_check import check_request, check_room
+from consilience.rollout.routing_capture import RoutingCapture, fed_rows
 from consilience.rollout.sampling import sample
 from consilience.rollout.speculative import NUM_UNIFORMS, SpeculativeState
-from consilience.rollout.stream import Stream, temperatures
+from consilience.rollout.stream import Stream, hand_out, take_each, temperatures
 
 MIN_SHARED_PREFIX = 32  # tokens; below this a fork costs more than it saves
 
@@ -41,6 +43,7 @@ class NativeEngine:
     speculative  the model's MTP block drafts: fewer steps, the same distribution, other tokens for a seed
     exact      decode in exact mode: the trainer's log-probabilities, to the last bit (`model/exact.py`)
     captures   on a GPU in bf16, capture decoding steps in CUDA graphs (`captured_decode.py`)
+    records_routing  hand out the experts that each token visited (`Completed.routing`)
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class NativeEngine:
         speculative: bool = False,
         exact: bool = False,
         captures: bool = True,
+        records_routing: bool = False,
     ) -> None:
         self.model = model.eval()
         self.exact = exact
@@ -73,9 +77,12 @@ class NativeEngine:
             dtype=weight.dtype,
         )
         self._prefix: tuple[int, ...] = ()
+        self._capture = RoutingCapture(model.config, weight.device, records_routing)
+        self._fed: list[np.ndarray] = []  # experts of what the last prefill fed, by row
+        self._prefix_fed = self._fed
         self._running: list[Stream] = []
         state = self._state.trunk if isinstance(self._state, SpeculativeState) else self._state
-        self._decoder = Decoder(model, state, max_rows, max_length, captures)
+        self._decoder = Decoder(model, state, max_rows, max_length, captures, self._capture)
         self._last = self._decoder.tokens  # [max_rows] sampled, not yet fed
         self._held: dict[str, tuple[int, int]] = {}  # uid -> (slot, last token, not yet fed)
         self._resuming: dict[str, tuple[int, int]] = {}  # uid of a waiting continuation -> the same
@@ -123,11 +130,7 @@ class NativeEngine:
             raise EngineError(f"request {uid} continues {parent}, which is not held")
         before = 0 if parent is None else self._length_held(self._held[parent])
         length = before + len(prompt) + (sampling.max_tokens if parent is None else 1)
-        if length > self.max_length:
-            raise EngineError(
-                f"request {uid} needs {length} tokens, the engine holds {self.max_length}; "
-                "raise rollout.max_length or lower max_tokens"
-            )
+        check_room(uid, length, self.max_length)
 
     def _length_held(self, held: tuple[int, int]) -> int:
         """Tokens of a held stream: those its state has consumed and the last one, not yet fed."""
@@ -236,6 +239,7 @@ class NativeEngine:
             self._state.reserve(row, int(self._state.position[row]) + 1 + most)
         logits = self._extend(first, [(last, *r.prompt_ids) for r, (_, last) in zip(batch, parked)])
         self._start(batch, logits, room)
+        hand_out(self._running[first:], self._fed)
 
     def _prefill_begun(self, batch: list[Request]) -> None:
         """Compute again the state of requests that had sampled something: all but the last token is fed."""
@@ -248,18 +252,12 @@ class NativeEngine:
         for request in batch:
             self._begin(request, request.sampling.max_tokens, len(request.prompt_ids))
             self._running[-1].go_on_from(request.prefix)  # type: ignore[arg-type]
+        hand_out(self._running[first:], self._fed)
 
     def _prefill_new(self, batch: list[Request]) -> None:
         """Prefill one row per distinct prompt, then fork it for the rest of its group."""
         first = len(self._running)
-        leaders: dict[tuple, int] = {}
-        owner = []
-        for request in batch:
-            key = (request.group, request.prompt_ids) if request.group is not None else (request.uid,)
-            owner.append(leaders.setdefault(key, len(leaders)))
-        order = sorted(range(len(batch)), key=lambda i: (owner[i], i))
-        is_leader = [i for n, i in enumerate(order) if n == 0 or owner[i] != owner[order[n - 1]]]
-        followers = [i for i in order if i not in set(is_leader)]
+        is_leader, followers, owner = by_prompt(batch)
         prompts = [batch[i].prompt_ids for i in is_leader]
         shared = self._shared_prefix(prompts)
         everyone = [batch[i] for i in is_leader + followers]
@@ -271,8 +269,9 @@ class NativeEngine:
         sources, behind = [first + owner[i] for i in followers], first + len(prompts)
         self._state.fork(sources, list(range(behind, first + len(batch))))
         self._reserve(behind, everyone[len(prompts) :])
-        rows = torch.tensor([*range(len(prompts)), *(owner[i] for i in followers)], device=logits.device)
+        rows = [*range(len(prompts)), *(owner[i] for i in followers)]
         self._start(everyone, logits[rows], [r.sampling.max_tokens for r in everyone])
+        hand_out(self._running[first:], self._fed, rows, self._prefix_fed if shared else [])
 
     def _reserve(self, first: int, requests: list[Request]) -> None:
         """Blocks for everything that requests in rows first.. may become."""
@@ -281,10 +280,7 @@ class NativeEngine:
 
     def _shared_prefix(self, prompts: list[tuple[int, ...]]) -> int:
         """Length of the cached prefix all prompts share (at least one token is always left to extend)."""
-        low, high = min(prompts), max(prompts)
-        common = 0
-        while common < min(len(low), len(high)) - 1 and low[common] == high[common]:
-            common += 1
+        low, common = min(prompts), common_length(prompts)
         kept = len(self._prefix)
         if kept and all(len(p) > kept and p[:kept] == self._prefix for p in prompts):
             return kept
@@ -294,23 +290,21 @@ class NativeEngine:
         self._state.free(self._prefix_slot)
         self._state.reserve(self._prefix_slot, common)
         self._extend(self._prefix_slot, [low[:common]])
+        self._prefix_fed = self._fed
         self._prefix = low[:common]
         return common
 
     def _extend(self, first: int, prompts: list[tuple[int, ...]]) -> Tensor:
         """Feed `prompts` to rows first.., return logits [rows, V] at each row's last token."""
-        lengths = torch.tensor([len(p) for p in prompts], device=self._last.device)
-        longest = int(lengths.max())
-        ids = np.zeros((len(prompts), longest), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
-        tokens = torch.from_numpy(ids).to(self._last.device)
+        tokens, lengths = padded_ids(prompts, self._last.device)
+        routing = self._capture.routing(tokens.numel())
         if self._speculative:
-            hidden = self._speculative.feed(first, tokens, lengths)
+            hidden = self._speculative.feed(first, tokens, lengths, routing)
         else:
             view = self._state.view(first, first + len(prompts))
-            hidden = self.model.hidden(tokens, state=view, lengths=lengths)
-        self._counts["prefill_tokens"] += int(lengths.sum())
+            hidden = self.model.hidden(tokens, state=view, lengths=lengths, routing=routing)
+        self._fed = fed_rows(routing, tokens.shape, lengths.tolist())
+        self._counts["prefill_tokens"] += sum(map(len, prompts))
         rows = torch.arange(len(prompts), device=hidden.device)
         return self.model.head(hidden[rows, lengths - 1])
 
@@ -336,7 +330,8 @@ class NativeEngine:
         heats = [s.request.sampling.temperature for s in streams]
         longest = max(s.length for s in streams)
         chosen, logprobs = self._decoder.step(heats, [s.coming(1)[0, 0] for s in streams], longest)
-        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams))
+        fed = self._decoder.fed(len(streams))
+        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams), fed)
         return self._retire()
 
     def _sample(self, logits: Tensor, first: int) -> None:
@@ -350,19 +345,22 @@ class NativeEngine:
     def _sample_ahead(self, speculative: SpeculativeState) -> None:
         """One or two tokens for every running row."""
         streams = self._running
+        routing = self._capture.routing(2 * len(streams))
         found = speculative.round(
             self._last[: len(streams)],
             temperatures(streams),
             torch.from_numpy(np.stack([s.coming(2) for s in streams])),
             torch.tensor([s.num_left > 1 for s in streams], device=self._last.device),
+            routing,
         )
-        kept = self._take(streams, found.tokens, found.logprobs, found.num_found.tolist())
+        counts = found.num_found.tolist()
+        fed = fed_rows(routing, found.tokens.shape, counts)
+        kept = self._take(streams, found.tokens, found.logprobs, counts, fed)
         self._last[: len(streams)] = speculative.settle(found, kept)
 
-    def _take(self, streams: list[Stream], tokens: Tensor, logprobs: Tensor, counts: list[int]) -> list[int]:
-        """Give stream i the first counts[i] of tokens[i]; how many each one took."""
-        rows = zip(streams, tokens.tolist(), logprobs.tolist(), counts)
-        taken = [s.take(ids[:n], values[:n], self._version) for s, ids, values, n in rows]
+    def _take(self, streams: list[Stream], *found: Any) -> list[int]:
+        """Give the streams what was `found`, as `take_each` takes it; how many tokens each one took."""
+        taken = take_each(streams, self._version, *found)
         self._new += [(s, len(s.tokens) - n, n) for s, n in zip(streams, taken)]
         self._counts["sampled_tokens"] += sum(taken)
         return taken
@@ -374,7 +372,7 @@ class NativeEngine:
         for row, stream in enumerate(self._running):
             if not stream.num_left:
                 holes.append(row)
-                done.append(stream.completed())
+                done.append(stream.completed(self._capture.stored(stream.routing)))
         if holes:
             self._close_rows(holes)
         return done

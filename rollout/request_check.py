@@ -38,3 +38,12 @@ def check_request(request: Request, vocab_size: int) -> None:
             f"request {uid} goes on from {found} tokens, with {len(prefix.logprobs)} log-probabilities and "
             f"{len(prefix.weight_version)} versions; each token has one of each"
         )
+
+
+def check_room(uid: str, length: int, max_length: int) -> None:
+    """EngineError where a request needs `length` tokens and the engine holds fewer."""
+    if length > max_length:
+        raise EngineError(
+            f"request {uid} needs {length} tokens, the engine holds {max_length}; "
+            "raise rollout.max_length or lower max_tokens"
+        )
