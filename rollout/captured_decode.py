@@ -16,12 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from consilience.model.kernels.gpu_decode import runs_without_host
 from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
+from consilience.rollout.routing_capture import RoutingCapture, StepRouting
 from consilience.rollout.sampling import sample
 
 SHORTEST, GROWTH = 2048, 4  # buckets of lengths in tokens: 2,048, 8,192, 32,768, …
@@ -33,10 +35,17 @@ class Decoder:
 
     tokens [S] int64, on the device: what each row feeds next. A step leaves its draws there.
     captures: whether steps are captured on the device where that is possible
+    routing: takes down the experts of what a step feeds; `fed` hands them out
     """
 
     def __init__(
-        self, model: Transformer, state: DecodeState, max_rows: int, max_length: int, captures: bool = True
+        self,
+        model: Transformer,
+        state: DecodeState,
+        max_rows: int,
+        max_length: int,
+        captures: bool = True,
+        routing: RoutingCapture | None = None,
     ) -> None:
         self.model = model
         self.max_rows, self.max_length = max_rows, max_length
@@ -48,6 +57,7 @@ class Decoder:
         self._given = torch.zeros(3, max_rows, dtype=torch.float64, device=device)
         self._found = torch.zeros(2, max_rows, dtype=torch.float64, device=device)
         self._host = torch.zeros(3, max_rows, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self._routing = StepRouting(routing or RoutingCapture(model.config, device, False), max_rows)
         self._replays: dict[tuple[int, int], Callable[[], None]] = {}
         self._pool: Any = None
 
@@ -69,8 +79,13 @@ class Decoder:
             self._replays[bucket]()
         else:
             self._run(num_rows, longest, is_bucket=False)
+        self._routing.send(num_rows)
         found = self._found[:, :num_rows].cpu()
         return found[0].long(), found[1]
+
+    def fed(self, num_rows: int) -> list[np.ndarray]:
+        """Arrays [1, layers, K] of the experts of what the last step fed; empty where nothing is recorded."""
+        return self._routing.rows(num_rows)
 
     def forget(self) -> None:
         """Drop what was captured: weights, or what is derived from them, may lie elsewhere from now on."""
@@ -99,7 +114,8 @@ class Decoder:
         """The step, from buffers to buffers. In a bucket nothing depends on anything but its two sizes."""
         view = self._state.view(0, num_rows, longest if is_bucket else None)
         temperature, uniform, is_running = self._given[:, :num_rows]
-        hidden = self.model.hidden(self.tokens[:num_rows, None], state=view, longest=longest)
+        tokens, routing = self.tokens[:num_rows, None], self._routing.routing
+        hidden = self.model.hidden(tokens, state=view, longest=longest, routing=routing)
         tokens, logprobs = sample(self.model.head(hidden[:, 0]), temperature.float(), uniform)
         view.position.mul_(is_running.long())  # idle rows stay at 0
         self.tokens[:num_rows] = tokens

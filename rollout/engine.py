@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from consilience.rollout.token_routing import TokenRouting
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -97,13 +99,18 @@ class NewTokens:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """A finished turn. finish is "stop" (a stop id, included as the last token) or "length"."""
+    """A finished turn. finish is "stop" (a stop id, included as the last token) or "length".
+
+    routing  of the newest tokens that the engine fed for this stream, the turn's last one left out, which is
+             not fed; a prefix is fed and so recorded again. None: not recorded
+    """
 
     uid: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     weight_version: tuple[int, ...]
     finish: str
+    routing: TokenRouting | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from consilience.rollout.grading import ExecutedCall, Graded, GradeItem
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.protocol import END_THINK, THINK
 from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord
+from consilience.rollout.token_routing import TokenRouting, stitched
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.sandboxes.protocol import Isolation
 
@@ -72,6 +73,7 @@ class Episode:
         self._logprobs: list[float] = []
         self._loss_mask: list[int] = []
         self._versions: list[int] = []
+        self._routing: list[tuple[int, TokenRouting]] = []  # where each turn's ends, and it
         self._num_sampled = self._num_turns = 0
         self._append: tuple[int, ...] = prompt_ids  # what the next request adds before sampling
         self._calls: list[ExecutedCall] = []
@@ -140,6 +142,8 @@ class Episode:
         self._logprobs += done.logprobs
         self._versions += done.weight_version
         self._loss_mask += [1] * len(done.token_ids)
+        if done.routing is not None:  # the turn's last token is not fed, or by the next turn
+            self._routing.append((len(self.stream_ids) - 1, done.routing))
         self._num_sampled += len(done.token_ids)
         self._num_turns += 1
         text = self._tokenizer.decode(done.token_ids)
@@ -239,6 +243,7 @@ class Episode:
             outcome=graded.outcome,
             reward=reward,
             reward_parts=dict(graded.parts),
+            routing=stitched(len(self.stream_ids), self._routing),
             isolation=_weakest([*self._levels, *judged]),
             sandbox_ids=(*self._box_ids, *(i for i in graded.sandbox_ids if i not in self._box_ids)),
             metadata=self._facts(),

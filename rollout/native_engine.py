@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,18 +22,18 @@ from consilience.model.checkpoint import load_official
 from consilience.model.exact import exact_mode
 from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
-from consilience.rollout.admission import by_prompt, common_length, one_prefill, starts_with_a_token
+from consilience.rollout.admission import by_prompt, one_prefill, starts_with_a_token
 from consilience.rollout.captured_decode import Decoder
 from consilience.rollout.engine import Completed, EngineState, Fork, NewTokens, Request
 from consilience.rollout.parked_streams import ParkedStreams
+from consilience.rollout.prefill import Prefill
 from consilience.rollout.prefix_reuse import PrefixCaching, PrefixReuse
 from consilience.rollout.publishing import verify
-from consilience.rollout.request_check import check_room, check_request
+from consilience.rollout.request_check import check_request, check_room
+from consilience.rollout.routing_capture import RoutingCapture, fed_rows
 from consilience.rollout.sampling import sample
 from consilience.rollout.speculative import NUM_UNIFORMS, SpeculativeState
-from consilience.rollout.stream import Stream, temperatures
-
-MIN_SHARED_PREFIX = 32  # tokens; below this a fork costs more than it saves
+from consilience.rollout.stream import Stream, hand_out, take_each, temperatures
 
 
 class NativeEngine:
@@ -44,7 +45,8 @@ class NativeEngine:
     speculative  the model's MTP block drafts: fewer steps, the same distribution, other tokens for a seed
     exact      decode in exact mode: the trainer's log-probabilities, to the last bit (`model/exact.py`)
     captures   on a GPU in bf16, capture decoding steps in CUDA graphs (`captured_decode.py`)
-    prefixes   keep prompts' states on disk, and take them from there (`prefix_reuse.py`); not with `speculative`
+    records_routing  hand out the experts that each token visited (`Completed.routing`)
+    prefixes   keep prompts' states on disk, take them from there (`prefix_reuse.py`); not with `speculative`
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class NativeEngine:
         speculative: bool = False,
         exact: bool = False,
         captures: bool = True,
+        records_routing: bool = False,
         prefixes: PrefixCaching | None = None,
     ) -> None:
         self.model = model.eval()
@@ -66,7 +69,6 @@ class NativeEngine:
         self.max_length = max_length
         self.prefill_tokens = prefill_tokens
         weight = model.head.weight
-        self._prefix_slot = 2 * max_rows
         num_slots, num_rows = 2 * max_rows + 1, max_rows + 1
         self._speculative = SpeculativeState(model, num_slots, max_length, num_rows) if speculative else None
         self._state = self._speculative or DecodeState.allocate(
@@ -77,11 +79,12 @@ class NativeEngine:
             device=weight.device,
             dtype=weight.dtype,
         )
-        self._prefix: tuple[int, ...] = ()
+        self._capture = RoutingCapture(model.config, weight.device, records_routing)
         self._running: list[Stream] = []
         state = self._state.trunk if isinstance(self._state, SpeculativeState) else self._state
-        self._decoder = Decoder(model, state, max_rows, max_length, captures)
+        self._decoder = Decoder(model, state, max_rows, max_length, captures, self._capture)
         self._reuse = prefixes and PrefixReuse(model, self._state, prefixes, exact, prefill_tokens)
+        self._prefill = Prefill(model, self._state, self._capture, self._reuse, num_slots - 1)
         self._last = self._decoder.tokens  # [max_rows] sampled, not yet fed
         self._parked = ParkedStreams(self._state, range(max_rows, 2 * max_rows))
         self._waiting: deque[Request] = deque()
@@ -90,7 +93,7 @@ class NativeEngine:
         self._digest = ""
         self._era = 0  # weights so far
         self._new: list[tuple[Stream, int, int]] = []  # of this step: stream, tokens before, tokens
-        self._counts = {"prefill_tokens": 0, "sampled_tokens": 0}
+        self._num_sampled = 0
         self._seconds = {"prefill_s": 0.0, "decode_s": 0.0}
 
     # ---- the protocol -------------------------------------------------------------------------
@@ -101,14 +104,13 @@ class NativeEngine:
         A fresh request must fit with all its `max_tokens`; a continuation samples as far as its
         stream has room, at least one token, and then ends with "length".
         """
-        uids: set[str] = set()
-        parents: set[str] = set()
+        uids, parents = set(self._uids), set[str]()
         for request in requests:
             self._check(request, uids, parents)
             uids.add(request.uid)
             if request.parent is not None:
                 parents.add(request.parent)
-        self._uids |= uids
+        self._uids = uids
         for request in requests:
             # Continuations first: they free held rows, which new prompts may be waiting for.
             if request.parent is not None:
@@ -119,9 +121,9 @@ class NativeEngine:
                 self._waiting.append(request)
 
     def _check(self, request: Request, uids: set[str], parents: set[str]) -> None:
-        """EngineError unless the request can run; `uids`, `parents` are of the same submission."""
+        """EngineError unless the request can run beside `uids` and those that continue `parents`."""
         parent, held = request.parent, self._parked.held
-        check_request(request, self.model.config.vocab_size, self._uids | uids)
+        check_request(request, self.model.config.vocab_size, uids)
         if parent is not None and (parent not in held or parent in parents):
             raise EngineError(f"request {request.uid} continues {parent}, which is not held")
         check_room(request, None if parent is None else held[parent][1].length, self.max_length)
@@ -139,14 +141,16 @@ class NativeEngine:
         row, stream = running[parent] if parent in running else self._parked.held[parent]
         if len(branches) > self._num_free:
             raise EngineError(f"{len(branches)} branches of {parent}: {self._num_free} rows are free")
-        uids: set[str] = set()
+        uids = set(self._uids)
         for branch in branches:
             if branch.parent not in (None, parent):
-                raise EngineError(f"request {branch.uid} is a branch of {parent} and continues {branch.parent}")
-            check_request(replace(branch, parent=parent), self.model.config.vocab_size, self._uids | uids)
+                raise EngineError(
+                    f"request {branch.uid} is a branch of {parent} and continues {branch.parent}"
+                )
+            check_request(replace(branch, parent=parent), self.model.config.vocab_size, uids)
             check_room(branch, stream.length, self.max_length)
             uids.add(branch.uid)
-        self._uids |= uids
+        self._uids = uids
         self._parked.fork(row, stream.copy(), [branch.uid for branch in branches])
         self._waiting.extendleft(replace(branch, parent=parent) for branch in branches)
         return [Fork(branch.uid, parent, stream.length) for branch in branches]
@@ -208,7 +212,8 @@ class NativeEngine:
         self._era += digest != self._digest
         if self._reuse:
             self._reuse.use_weights(digest)
-        self._version, self._digest, self._prefix = version, digest, ()
+        self._prefill.forget()
+        self._version, self._digest = version, digest
 
     def state(self) -> EngineState:
         return EngineState(
@@ -217,8 +222,8 @@ class NativeEngine:
             num_waiting=len(self._waiting),
             num_running=len(self._running),
             num_held=len(self._parked),
-            prefill_tokens=self._counts["prefill_tokens"],
-            sampled_tokens=self._counts["sampled_tokens"],
+            prefill_tokens=self._prefill.num_tokens,
+            sampled_tokens=self._num_sampled,
             prefill_s=self._seconds["prefill_s"],
             decode_s=self._seconds["decode_s"],
             drafted_tokens=self._speculative.drafted if self._speculative else 0,
@@ -263,83 +268,44 @@ class NativeEngine:
         for row, (request, rest) in enumerate(zip(batch, room), first):
             most = len(request.prompt_ids) + min(request.sampling.max_tokens, rest)
             self._state.reserve(row, int(self._state.position[row]) + 1 + most)
-        logits = self._extend(first, [(p.ids[-1], *r.prompt_ids) for r, p in zip(batch, parents)])
+        logits = self._prefill.proceed(first, [(p.ids[-1], *r.prompt_ids) for r, p in zip(batch, parents)])
         self._start(batch, logits, room, parents)
+        hand_out(self._running[first:], self._prefill.fed)
 
     def _prefill_begun(self, batch: list[Request]) -> None:
         """The state of requests that had sampled something, or never will: all but the last token is fed."""
         first = len(self._running)
         self._reserve(first, batch)
         streams = [(*r.prompt_ids, *(r.prefix.token_ids if r.prefix else ())) for r in batch]
-        self._extend(first, self._unknown(first, [stream[:-1] for stream in streams], leave=0))
+        self._prefill.complete(first, [stream[:-1] for stream in streams], leave=0)
         last = torch.tensor([stream[-1] for stream in streams], device=self._last.device)
         self._last[first : first + len(batch)] = last
         for request in batch:
             self._begin(request, request.sampling.max_tokens)
             if request.prefix is not None:
                 self._running[-1].go_on_from(request.prefix)
+        hand_out(self._running[first:], self._prefill.fed)
 
     def _prefill_new(self, batch: list[Request]) -> None:
         """Prefill one row per distinct prompt, then fork it for the rest of its group."""
         first = len(self._running)
-        leaders, followers, owners = by_prompt(batch)
-        prompts = [batch[i].prompt_ids for i in leaders]
-        everyone = [batch[i] for i in leaders + followers]
-        if self._shared_prefix(prompts):
-            rows = list(range(first, first + len(prompts)))
-            self._state.fork([self._prefix_slot] * len(prompts), rows)
+        is_leader, followers, owner = by_prompt(batch)
+        prompts = [batch[i].prompt_ids for i in is_leader]
+        everyone = [batch[i] for i in is_leader + followers]
+        self._prefill.share(first, prompts)
         self._reserve(first, everyone[: len(prompts)])
-        logits = self._extend(first, self._unknown(first, prompts))
-        behind = first + len(prompts)
-        self._state.fork([first + leader for leader in owners], list(range(behind, first + len(batch))))
+        logits = self._prefill.complete(first, prompts)
+        sources, behind = [first + owner[i] for i in followers], first + len(prompts)
+        self._state.fork(sources, list(range(behind, first + len(batch))))
         self._reserve(behind, everyone[len(prompts) :])
-        rows = torch.tensor([*range(len(prompts)), *owners], device=logits.device)
+        rows = [*range(len(prompts)), *(owner[i] for i in followers)]
         self._start(everyone, logits[rows], [r.sampling.max_tokens for r in everyone])
+        hand_out(self._running[first:], self._prefill.fed, rows, self._prefill.fed_before(prompts))
 
     def _reserve(self, first: int, requests: list[Request]) -> None:
         """Blocks for everything that requests in rows first.. may become."""
         for row, request in enumerate(requests, first):
             self._state.reserve(row, len(request.prompt_ids) + request.sampling.max_tokens)
-
-    def _shared_prefix(self, prompts: list[tuple[int, ...]]) -> int:
-        """Length of the cached prefix all prompts share (at least one token is always left to extend)."""
-        common, kept = common_length(prompts), len(self._prefix)
-        if kept and all(len(p) > kept and p[:kept] == self._prefix for p in prompts):
-            return kept
-        if common < MIN_SHARED_PREFIX or len(prompts) < 2:
-            return 0
-        self._prefix = ()
-        self._state.free(self._prefix_slot)
-        self._state.reserve(self._prefix_slot, common)
-        prefix = prompts[0][:common]
-        self._extend(self._prefix_slot, self._unknown(self._prefix_slot, [prefix]))
-        self._prefix = prefix
-        return common
-
-    def _unknown(self, first: int, streams: list[tuple[int, ...]], leave: int = 1) -> list[tuple[int, ...]]:
-        """What rows first.. have yet to consume of their streams, once a prefix store has given what it has."""
-        if self._reuse:
-            again = self._reuse.advance(first, streams, leave, self._extend)
-            self._counts["prefill_tokens"] += again
-        at = self._state.position[first : first + len(streams)].tolist()
-        return [stream[consumed:] for stream, consumed in zip(streams, at)]
-
-    def _extend(self, first: int, prompts: list[tuple[int, ...]]) -> Tensor:
-        """Feed `prompts` to rows first.., return logits [rows, V] at each row's last token (if it got one)."""
-        lengths = torch.tensor([len(p) for p in prompts], device=self._last.device)
-        longest = max(1, int(lengths.max()))
-        ids = np.zeros((len(prompts), longest), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
-        tokens = torch.from_numpy(ids).to(self._last.device)
-        if self._speculative:
-            hidden = self._speculative.feed(first, tokens, lengths)
-        else:
-            view = self._state.view(first, first + len(prompts))
-            hidden = self.model.hidden(tokens, state=view, lengths=lengths)
-        self._counts["prefill_tokens"] += int(lengths.sum())
-        rows = torch.arange(len(prompts), device=hidden.device)
-        return self.model.head(hidden[rows, lengths - 1])
 
     def _start(
         self, batch: list[Request], logits: Tensor, room: list[int], parents: Sequence[Stream] = ()
@@ -366,7 +332,8 @@ class NativeEngine:
         heats = [s.request.sampling.temperature for s in streams]
         longest = max(s.length for s in streams)
         chosen, logprobs = self._decoder.step(heats, [s.coming(1)[0, 0] for s in streams], longest)
-        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams))
+        fed = self._decoder.fed(len(streams))
+        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams), fed)
         return self._retire()
 
     def _sample(self, logits: Tensor, first: int) -> None:
@@ -380,21 +347,24 @@ class NativeEngine:
     def _sample_ahead(self, speculative: SpeculativeState) -> None:
         """One or two tokens for every running row."""
         streams = self._running
+        routing = self._capture.routing(2 * len(streams))
         found = speculative.round(
             self._last[: len(streams)],
             temperatures(streams),
             torch.from_numpy(np.stack([s.coming(2) for s in streams])),
             torch.tensor([s.num_left > 1 for s in streams], device=self._last.device),
+            routing,
         )
-        kept = self._take(streams, found.tokens, found.logprobs, found.num_found.tolist())
+        counts = found.num_found.tolist()
+        fed = fed_rows(routing, found.tokens.shape, counts)
+        kept = self._take(streams, found.tokens, found.logprobs, counts, fed)
         self._last[: len(streams)] = speculative.settle(found, kept)
 
-    def _take(self, streams: list[Stream], tokens: Tensor, logprobs: Tensor, counts: list[int]) -> list[int]:
-        """Give stream i the first counts[i] of tokens[i]; how many each one took."""
-        rows = zip(streams, tokens.tolist(), logprobs.tolist(), counts)
-        taken = [s.take(ids[:n], values[:n], self._version) for s, ids, values, n in rows]
+    def _take(self, streams: list[Stream], *found: Any) -> list[int]:
+        """Give the streams what was `found`, as `take_each` takes it; how many tokens each one took."""
+        taken = take_each(streams, self._version, *found)
         self._new += [(s, len(s.tokens) - n, n) for s, n in zip(streams, taken)]
-        self._counts["sampled_tokens"] += sum(taken)
+        self._num_sampled += sum(taken)
         return taken
 
     def _retire(self) -> list[Completed]:
@@ -404,7 +374,7 @@ class NativeEngine:
         for row, stream in enumerate(self._running):
             if not stream.num_left:
                 holes.append(row)
-                done.append(stream.completed())
+                done.append(stream.completed(self._capture.stored(stream.routing)))
         if holes:
             self._close_rows(holes)
         return done

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from consilience.rollout.token_routing import TokenRouting
+
 SCHEMA = 1
 
 
@@ -63,7 +65,8 @@ class RolloutRecord:
         logprobs       [N] log-probability under the sampler; NaN where the token was not sampled
         loss_mask      [N] 1 for sampled tokens, 0 for observations
         weight_version [N] version of the weights that sampled the token; -1 for observations
-        routing        [N][layers][k] expert indices, or None
+        routing        experts that each token of prompt and episode visited in the sampler, missing ones
+                       marked (`token_routing.py`); None: not recorded
         finish         FinishReason
         reward         scalar the trainer uses, None unless the outcome is scored
         reward_parts   named parts the reward function returned
@@ -87,7 +90,7 @@ class RolloutRecord:
     outcome: Outcome
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
-    routing: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    routing: TokenRouting | None = None
     isolation: str = "none"
     sandbox_ids: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -98,6 +101,9 @@ class RolloutRecord:
         lengths = (len(self.logprobs), len(self.loss_mask), len(self.weight_version))
         if lengths != (n, n, n):
             raise ValueError(f"{self.uid}: {n} tokens but {lengths} logprobs, loss_mask, weight_version")
+        whole = len(self.prompt_ids) + n
+        if self.routing is not None and self.routing.num_tokens != whole:
+            raise ValueError(f"{self.uid}: {whole} tokens, routing of {self.routing.num_tokens}")
 
     @property
     def num_sampled(self) -> int:
@@ -109,6 +115,7 @@ class RolloutRecord:
     def to_json(self) -> str:
         """One line of JSON; NaN log-probs become null."""
         row = asdict(self)
+        row["routing"] = None if self.routing is None else self.routing.to_json()
         row["logprobs"] = [None if math.isnan(x) else x for x in self.logprobs]
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
@@ -122,7 +129,7 @@ class RolloutRecord:
         for key in ("prompt_ids", "token_ids", "loss_mask", "weight_version", "sandbox_ids"):
             row[key] = tuple(row[key])
         if row["routing"] is not None:
-            row["routing"] = tuple(tuple(tuple(k) for k in layer) for layer in row["routing"])
+            row["routing"] = TokenRouting.from_json(row["routing"])
         row["finish"] = FinishReason(row["finish"])
         row["outcome"] = Outcome(OutcomeKind(row["outcome"]["kind"]), row["outcome"]["detail"])
         return cls(**row)

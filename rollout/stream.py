@@ -12,14 +12,16 @@ from torch import Tensor
 
 from consilience.conf.errors import EngineError
 from consilience.rollout.engine import Completed, Prefix, Request
+from consilience.rollout.token_routing import TokenRouting
 
 
 @dataclass
 class Stream:
     """max_tokens it may sample; uniforms [max_tokens + 1, numbers a token] in [0, 1), by its seed alone.
 
-    before  tokens of the stream in front of what this turn samples
-    era     of the weights that the oldest part of its decode state comes from
+    before   tokens of the stream in front of what this turn samples
+    era      of the weights that the oldest part of its decode state comes from
+    routing  of what was fed since it started, in chunks [n, layers, K]
     """
 
     request: Request
@@ -30,6 +32,7 @@ class Stream:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    routing: list[np.ndarray] = field(default_factory=list)
 
     @classmethod
     def start(
@@ -88,11 +91,42 @@ class Stream:
                 break
         return len(self.tokens) - before
 
-    def completed(self) -> Completed:
+    def completed(self, routing: TokenRouting | None = None) -> Completed:
         finish = "stop" if self.is_stopped else "length"
-        return Completed(
-            self.request.uid, tuple(self.tokens), tuple(self.logprobs), tuple(self.versions), finish
-        )
+        columns = (tuple(self.tokens), tuple(self.logprobs), tuple(self.versions))
+        return Completed(self.request.uid, *columns, finish, routing)
+
+
+def hand_out(
+    streams: Sequence[Stream],
+    fed: Sequence[np.ndarray],
+    rows: Sequence[int] | None = None,
+    before: Sequence[np.ndarray] = (),
+) -> None:
+    """Stream i gets the experts [n, layers, K] of row rows[i] of what was `fed` (i if not given), behind
+    those of what was fed `before`. Nothing where `fed` is empty."""
+    if fed:
+        for stream, row in zip(streams, range(len(streams)) if rows is None else rows):
+            stream.routing = [*before, fed[row]]
+
+
+def take_each(
+    streams: Sequence[Stream],
+    version: int,
+    tokens: Tensor,
+    logprobs: Tensor,
+    counts: Sequence[int],
+    fed: Sequence[np.ndarray] = (),
+) -> list[int]:
+    """Give stream i the first counts[i] of tokens[i], logprobs[i]; how many each one took.
+
+    For each token taken one was fed: fed[i] [at least so many, layers, K] are the experts of these, if any.
+    """
+    rows = zip(streams, tokens.tolist(), logprobs.tolist(), counts)
+    taken = [stream.take(ids[:n], values[:n], version) for stream, ids, values, n in rows]
+    for stream, experts, n in zip(streams, fed, taken):
+        stream.routing.append(experts[:n])
+    return taken
 
 
 def temperatures(streams: list[Stream]) -> Tensor:
