@@ -64,7 +64,8 @@ class Prefill:
         """
         self.fed = []
         if self.reuse:
-            self.num_tokens += self.reuse.advance(first, streams, leave, self.feed)
+            again = self.reuse.advance(first, streams, leave, self.feed)
+            self.num_tokens += again
         at = self.state.position[first : first + len(streams)].tolist()
         return self.feed(first, [stream[consumed:] for stream, consumed in zip(streams, at)])
 
