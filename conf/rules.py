@@ -32,6 +32,11 @@ def check_rules(cfg: Config) -> Config:
     _check_engine(cfg)
     _check_files(cfg)
     _check_plan(cfg)
+    if cfg.rollout.speculative and cfg.rollout.prefix_store.path is not None:
+        raise ConfigError(
+            "rollout.prefix_store.path is set and rollout.speculative too, but prefixes on disk hold no "
+            "state of the MTP block; set one of them to null or false"
+        )
     if not NAME.fullmatch(cfg.run.name):
         raise ConfigError(
             f"run.name is '{cfg.run.name}', but it names a folder: letters, digits, '_', '.', '-', at most 64"

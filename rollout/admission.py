@@ -31,7 +31,7 @@ def one_prefill(candidates: list[Request], most_tokens: int) -> list[Request]:
 
 
 def starts_with_a_token(request: Request) -> bool:
-    """Whether a prefill is followed by a draw: it is not where tokens were drawn before, or none is wanted."""
+    """Whether a draw follows the prefill: not where tokens were drawn before, or none is wanted."""
     return request.prefix is None and request.sampling.max_tokens > 0
 
 

@@ -22,9 +22,10 @@ MIN_SHARED_PREFIX = 32  # tokens; below this a fork costs more than it saves
 
 
 class Prefill:
-    """num_tokens computed so far; fed: R arrays [n, L, K], experts of what was fed since `begin`, if recorded.
+    """num_tokens computed so far; fed: R arrays [n, L, K], experts of what the last call fed, if recorded.
 
-    shared_slot  row that keeps a shared prefix
+    shared       tokens of the shared prefix
+    shared_slot  row that keeps it
     """
 
     def __init__(

@@ -1,14 +1,14 @@
 """What an engine takes from a prefix store instead of computing it, and what it leaves there.
 
-A prefix is known by a chain of keys, one a block of tokens, that begins with everything its numbers depend on:
+A prefix is known by a chain of keys, one a block of tokens, that begins with all that its numbers depend on:
 
     root  = sha256 of (weights digest, configuration, quantization, exact or fast, dtype, machine)
     key n = sha256 of (key n - 1, token ids of block n)
 
 `<key>.block` holds a block's compressed entries, `<key>.rest` what else a sequence needs to go on there. How
-many rests there are is the window policy (report 3.5): "whole", at every block; "checkpointed", every so many
-tokens, and a prefix is taken up to the last of them; "recomputed", none: the newest tokens are computed again.
-A paused stream has a rest wherever it stands, behind a last key of fewer tokens than a block.
+many rests there are is the window policy (report 3.5): "whole", at every block; "checkpointed", every so
+many tokens, and a prefix is taken up to the last of them; "recomputed", none: the newest tokens are computed
+again. A paused stream has a rest wherever it stands, behind a last key of fewer tokens than a block.
 """
 
 from __future__ import annotations
@@ -68,15 +68,16 @@ class PrefixReuse:
         self.block = model.config.block_tokens
         if caching.window not in WINDOWS:
             raise ConfigError(f"prefix store: window is {caching.window!r}; allowed: {', '.join(WINDOWS)}")
-        if caching.window == "checkpointed" and (caching.period_tokens % self.block or not caching.period_tokens):
+        period = self.block if caching.window == "whole" else caching.period_tokens
+        if caching.window == "checkpointed" and (period % self.block or not period):
             raise ConfigError(
-                f"prefix store: a window every {caching.period_tokens} tokens; blocks have {self.block}, so "
+                f"prefix store: a window every {period} tokens; blocks have {self.block}, so "
                 f"a multiple of {self.block} is needed"
             )
         self.model, self.state, self.window = model, state, caching.window
         self.store = PrefixStore(caching.folder, caching.limit_bytes)
         self.num_hits = self.num_misses = self.num_tokens = 0
-        self._period = self.block if caching.window == "whole" else caching.period_tokens
+        self._period = period
         self._reach = window_reach(model.config)
         self._exact, self._most_tokens = exact, most_tokens
         self._root = b""
@@ -107,14 +108,12 @@ class PrefixReuse:
         """Bring rows first.. towards their `streams`, of which they have consumed what their positions say.
 
         What the store has is taken from it; `feed(first, tokens a row)` computes the rest up to the last
-        border that the policy keeps, and that is stored. leave = tokens of each stream left for the caller, at
-        least; with none there is nothing to sample from, so those are continuations, and nothing is stored.
-        Returns the tokens computed again for their windows.
+        border that the policy keeps, and that is stored. At least `leave` tokens of each stream are left for
+        the caller; with 0 the streams are continuations, of which nothing is stored. Returns the tokens
+        computed again for their windows.
         """
         keys = [self._keys(ids[: len(ids) - leave]) for ids in streams]
-        again = sum(
-            self._take(first + n, ids[: len(ids) - leave], keys[n]) for n, ids in enumerate(streams)
-        )
+        again = sum(self._take(first + n, ids[: len(ids) - leave], keys[n]) for n, ids in enumerate(streams))
         while leave:
             at = self.state.position[first : first + len(streams)].tolist()
             stops = [self._next_border(a, len(ids) - leave) for a, ids in zip(at, streams)]
@@ -123,7 +122,7 @@ class PrefixReuse:
             feed(first, [ids[a:b] for ids, a, b in zip(streams, at, stops)])
             for n, (a, b) in enumerate(zip(at, stops)):
                 if b > a:
-                    self._leave(first + n, keys[n], b)
+                    self._keep(first + n, keys[n], b)
         return again
 
     def _next_border(self, at: int, most: int) -> int:
@@ -132,13 +131,13 @@ class PrefixReuse:
         border = last if self.window == "recomputed" else (at // self._period + 1) * self._period
         return border if at < border <= most else at
 
-    def _leave(self, row: int, keys: Sequence[str], length: int) -> None:
+    def _keep(self, row: int, keys: Sequence[str], length: int) -> None:
         """Store the blocks of `row` up to a border, and there its rest, if the policy keeps it."""
         passed = keys[: length // self.block]
         self._put(row, passed, "" if self.window == "recomputed" else f"{passed[-1]}.rest")
 
     def _put(self, row: int, keys: Sequence[str], rest_name: str) -> bool:
-        """Store the blocks of `row` that have these keys, and its rest under a name; whether all are there."""
+        """Store the blocks of `row` under their keys, and its rest under a name; whether all are there."""
         names = [f"{key}.block" for key in keys]
         is_whole = True
         for number, name in enumerate(names):
@@ -176,7 +175,7 @@ class PrefixReuse:
         return 0
 
     def _ways(self, ids: tuple[int, ...], keys: list[str]) -> Iterator[tuple[int, str, int]]:
-        """(length, name of its rest or "", tokens to compute again) of prefixes whose blocks are all there."""
+        """(length, name of its rest or "", tokens to compute again) of prefixes with all their blocks."""
         border = len(keys) * self.block
         before = keys[-1] if keys else self._start()
         # A stream that stopped inside the next block.
@@ -195,7 +194,7 @@ class PrefixReuse:
     # ---- pauses ---------------------------------------------------------------------------------
 
     def save(self, row: int, ids: tuple[int, ...]) -> bool:
-        """Store all that `row`, which has consumed `ids`, needs to go on. False where not all could be written."""
+        """Store all that `row`, which has consumed `ids`, needs to go on; False where that failed."""
         if not ids:
             return True
         keys = self._keys(ids)

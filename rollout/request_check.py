@@ -10,8 +10,11 @@ from consilience.rollout.engine import Request
 
 
 def check_request(request: Request, vocab_size: int, uids: Set[str]) -> None:
-    """EngineError on a uid that is one of `uids`, an empty prompt, a temperature or seed that is none, foreign token ids, a prefix that
-    cannot be one. No tokens may be asked for by who holds the state of a fresh prompt, to fork it."""
+    """EngineError on a uid that is one of `uids`, an empty prompt, a temperature or seed that is none,
+    foreign token ids, a prefix that cannot be one.
+
+    0 tokens may be asked for where a fresh prompt's state is held, to be forked; it has 2 tokens at least.
+    """
     uid, prompt, sampling, prefix = request.uid, request.prompt_ids, request.sampling, request.prefix
     if uid in uids:
         raise EngineError(f"request {uid} is already in the engine; uids are unique")

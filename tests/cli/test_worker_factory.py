@@ -23,7 +23,7 @@ CONFIG = replace(small_trainer.CONFIG, vocab_size=272)
 REWARD = "consilience.rewards.exact_match:score"
 
 
-def build(folder, reward=REWARD, family="official", max_length=64):
+def build(folder, reward=REWARD, family="official", max_length=64, prefixes=None):
     byte_tokenizer().save(folder / "tokenizer.json")
     return build_worker(
         model=CONFIG.to_json_dict(),
@@ -38,6 +38,7 @@ def build(folder, reward=REWARD, family="official", max_length=64):
         reward_processes=1,
         needs_boxes=False,
         family=family,
+        prefixes=prefixes,
     )
 
 
@@ -93,3 +94,20 @@ def test_prompts_are_those_of_the_checkpoint_s_family(tmp_path, family, prefix):
 def test_a_reward_that_can_never_be_loaded_is_refused_before_anything_is_sampled(tmp_path):
     with pytest.raises(RewardError, match="nowhere"):
         build(tmp_path, reward="consilience.rewards.nowhere:score")
+
+
+def test_workers_of_one_host_find_each_other_s_prompts(tmp_path):
+    states = []
+    for _ in range(2):
+        prefixes = {"folder": str(tmp_path / "prefixes"), "window": "whole", "limit_bytes": 1 << 24}
+        worker = build(tmp_path, max_length=1024, prefixes=prefixes)
+        try:
+            domain = FakeDomain("math")
+            domain.effort = "max"  # a prompt of some hundred tokens
+            problems = domain.problems("train", 1)
+            worker.run(rollout_jobs(domain, problems, prefix="t/0", samples=2, temperature=1.0, run_seed=1))
+            states.append(worker.state())
+        finally:
+            worker.close()
+    assert [s.prefix_hits for s in states] == [0, 1]
+    assert states[1].prefix_tokens == states[0].prefill_tokens - states[1].prefill_tokens > 100

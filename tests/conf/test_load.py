@@ -142,6 +142,11 @@ def test_a_setting_that_does_not_go_with_another_is_refused(override, said):
     assert "\n" not in str(refused.value)
 
 
+def test_drafts_and_prefixes_on_disk_do_not_go_together():
+    with pytest.raises(ConfigError, match="no state of the MTP block; set one of them to null or false"):
+        compose(["rollout.speculative=true", "rollout.prefix_store.path=/tmp/x"])
+
+
 def test_two_teachers_of_one_domain_are_refused():
     both = ["teachers.registry.a.domains=[math]", "teachers.registry.b.domains=[math,code,agent]"]
     with pytest.raises(ConfigError, match="domain 'math' has two teachers, 'a' and 'b'"):

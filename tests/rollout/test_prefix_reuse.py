@@ -237,7 +237,7 @@ def test_without_a_store_nothing_is_saved_and_nothing_counted():
     e = engine()
     run(e, request("a", prompt(30)))
     assert counts(e) == (0, 0, 0)
-    with pytest.raises(EngineError, match="set rollout.prefix_store.path"):
+    with pytest.raises(EngineError, match=r"set rollout\.prefix_store\.path"):
         e.save_streams()
 
 
@@ -256,7 +256,7 @@ def test_policies_that_are_none_are_refused(options, message, tmp_path):
 
 def test_a_drafting_engine_has_no_store(tmp_path):
     model = initialize(Transformer(replace(CONFIG, num_nextn_predict_layers=1, mtp_compress_ratios=(0,))), 0)
-    with pytest.raises(ConfigError, match="rollout.speculative=false"):
+    with pytest.raises(ConfigError, match=r"rollout\.speculative=false"):
         engine(tmp_path, model=model, speculative=True)
 
 
@@ -268,9 +268,7 @@ def test_in_fast_mode_a_hit_is_the_cold_prefill_up_to_rounding(tmp_path):
         for _ in range(2):
             e = engine(tmp_path / window, window, exact=False, model=model)
             found = run(e, *requests)
-            assert {u: c.token_ids for u, c in found.items()} == {
-                u: c.token_ids for u, c in expected.items()
-            }
+            assert {u: c.token_ids for u, c in found.items()} == {u: c.token_ids for u, c in expected.items()}
             for uid, one in expected.items():
                 # fp64 computed in another order, handed out in fp32.
                 gap = torch.tensor(found[uid].logprobs).sub(torch.tensor(one.logprobs)).abs().max()
@@ -286,3 +284,20 @@ def test_another_process_uses_the_same_folder(tmp_path):
         run(e, request("b", prompt(60)))
         os._exit(0 if counts(e) == (1, 0, 48) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_recorded_routing_is_that_of_the_newest_tokens_whatever_came_from_the_store(tmp_path):
+    """Shared prefixes, borders and hits leave no gap inside what a stream is said to have been fed."""
+    shared = [request(f"r{n}", prompt(45) + prompt(20, n)) for n in range(1, 4)]
+
+    def routing(e):
+        done = run(e, *shared) | run(e, request("s", prompt(30, 8)))
+        return {uid: c.routing.experts() for uid, c in done.items()}
+
+    lengths, whole = [], routing(engine(records_routing=True))
+    for _ in range(2):
+        for uid, experts in routing(engine(tmp_path, records_routing=True)).items():
+            assert (experts == whole[uid][len(whole[uid]) - len(experts) :]).all()
+            lengths.append(len(experts))
+    # First everything: 65 + 9 tokens, 30 + 9. Then 60 of these and 24 of those came from the store.
+    assert lengths == [74, 74, 74, 39, 14, 14, 14, 15]
