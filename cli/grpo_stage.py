@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from consilience.cli.jobs import fresh_problems, rollout_jobs
@@ -19,6 +20,7 @@ from consilience.cli.training_stage import (
     shared,
     start_from,
 )
+from consilience.grpo.corrections import Corrections
 from consilience.grpo.train import GrpoSettings, train_grpo
 from consilience.model.quantization import Quantization
 from consilience.rollout.records import RolloutRecord
@@ -33,6 +35,8 @@ CURVES = {
     "GRPO: masked share": "masked_share",
 }
 """Chart title -> name in metrics.jsonl."""
+
+CORRECTIONS = [field.name for field in fields(Corrections)]
 
 
 def run_grpo(context: StageContext) -> Mapping[str, Any]:
@@ -67,6 +71,8 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         clip_epsilon=settings.clip_epsilon,
         kl_beta=settings.kl_beta,
         mask_delta=settings.mask_delta,
+        replay_routing=settings.replay_routing,
+        corrections=Corrections(**{name: getattr(settings, name) for name in CORRECTIONS}),
         temperature=settings.temperature,
         mtp_weight=settings.mtp_weight,
         row_tokens=settings.row_tokens,

@@ -77,6 +77,7 @@ def rollout_pool(
         "max_rows": cfg.rollout.max_batch,
         "max_length": cfg.rollout.max_length,
         "speculative": cfg.rollout.speculative,
+        "records_routing": cfg.grpo.replay_routing,
         "exact": cfg.engine.exact,
         "quantization": cfg.engine.quantization,
         "sandbox": sandbox_spec(cfg),

@@ -24,6 +24,7 @@ def build_worker(
     speculative: bool = False,
     exact: bool = False,
     quantization: str = "off",
+    records_routing: bool = False,
 ) -> RolloutWorker:
     """A RolloutWorker over the native engine with random weights; real ones arrive by `publish`.
 
@@ -32,6 +33,7 @@ def build_worker(
     family     checkpoint family whose prompts the model knows (v4_model.md 13.3)
     speculative  the prediction block drafts; EngineError if the model has none
     exact, quantization  how the model computes, as the trainer's does (`engine.exact`, `engine.quantization`)
+    records_routing  records carry the experts that each token visited
     rewards    (reward path, needs sandbox) pairs to load before the first episode
     Raises what a part that can never work raises: RewardError, SandboxUnavailable.
     """
@@ -50,7 +52,7 @@ def build_worker(
     policy = initialize(Transformer(ModelConfig.from_json_dict(model)), seed=0)
     policy.quantize(Quantization.from_name(quantization))
     settings = {"max_rows": max_rows, "max_length": max_length, "speculative": speculative, "exact": exact}
-    engine = NativeEngine(policy, **settings)
+    engine = NativeEngine(policy, **settings, records_routing=records_routing)
     grader = RewardGrader(timeout_s=reward_timeout_s, num_processes=reward_processes, sandbox=sandbox)
     boxes = BlockingPool(sandbox, max(warm, 1), uses_per_box) if needs_boxes else None
     try:

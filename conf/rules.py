@@ -12,7 +12,7 @@ from pathlib import Path
 
 from consilience.conf.errors import ConfigError
 from consilience.conf.fields import nearest, read_record
-from consilience.conf.schema import Config, DomainConfig, SftConfig
+from consilience.conf.schema import Config, DomainConfig, GrpoConfig, SftConfig
 from consilience.conf.token_count import token_count
 
 PER_DOMAIN_GROUPS = ("sft", "grpo", "rollout", "optimizer")
@@ -147,6 +147,7 @@ def _check_sizes(cfg: Config) -> None:
         )
         for name in ("base", "sft"):
             _check_rows(getattr(own, name), key + name)
+        _check_corrections(own.grpo, key + "grpo")
         if own.grpo.mini_batches > own.grpo.prompts_per_step:
             _too_many_parts(key + "grpo", own.grpo.mini_batches, own.grpo.prompts_per_step)
     if cfg.distill.mini_batches > cfg.distill.prompts_per_step:
@@ -156,6 +157,19 @@ def _check_sizes(cfg: Config) -> None:
             f"evaluate.num_problems is {cfg.evaluate.num_problems}, but task.num_test offers "
             f"{cfg.task.num_test}; raise task.num_test"
         )
+
+
+def _check_corrections(grpo: GrpoConfig, key: str) -> None:
+    weights = ("token_truncate", "token_mask", "sequence_truncate")
+    given = [name for name in weights if getattr(grpo, name) is not None]
+    if len(given) > 1:
+        raise ConfigError(
+            f"{key}.{given[0]} and {key}.{given[1]} both weight by the same ratios; set one of them to null"
+        )
+    for name in ("token_mask", "sequence_mask", "geometric_mask"):
+        bounds = getattr(grpo, name)
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise ConfigError(f"{key}.{name} is {list(bounds)}; write [LOW,HIGH] with LOW below HIGH")
 
 
 def _check_rows(sft: SftConfig, key: str) -> None:

@@ -87,6 +87,24 @@ class GrpoConfig:
         unit="nats",
         above=0,
     )
+    replay_routing: bool = setting(
+        False, "record the experts that each token visits while sampling, and train on the same ones"
+    )
+    token_truncate: float | None = setting(
+        None, "weight tokens by their ratio trainer / sampler, at most this; null: no weight", above=0
+    )
+    token_mask: tuple[float, float] | None = setting(
+        None, "weight tokens by that ratio, those outside of [LOW,HIGH] by 0; null: no weight", low=0
+    )
+    sequence_truncate: float | None = setting(
+        None, "weight samples by the product of their tokens' ratios, at most this; null: no weight", above=0
+    )
+    sequence_mask: tuple[float, float] | None = setting(
+        None, "drop samples whose product of ratios is outside of [LOW,HIGH]; null: none", low=0
+    )
+    geometric_mask: tuple[float, float] | None = setting(
+        None, "drop samples whose geometric mean of ratios is outside of [LOW,HIGH]; null: none", low=0
+    )
     temperature: float = setting(1.0, "sampling temperature", above=0, high=10)
     mtp_weight: float = setting(
         0.1, "weight of the loss that keeps MTP blocks, and nothing else, in step", low=0, high=10

@@ -25,7 +25,7 @@ from consilience.rollout.admission import by_prompt, common_length, one_prefill,
 from consilience.rollout.captured_decode import Decoder
 from consilience.rollout.engine import Completed, EngineState, NewTokens, Request
 from consilience.rollout.publishing import verify
-from consilience.rollout.request_check import check_request, check_room
+from consilience.rollout.request_check import check_length, check_request
 from consilience.rollout.routing_capture import RoutingCapture, fed_rows
 from consilience.rollout.sampling import sample
 from consilience.rollout.speculative import NUM_UNIFORMS, SpeculativeState
@@ -122,15 +122,14 @@ class NativeEngine:
 
     def _check(self, request: Request, uids: set[str], parents: set[str]) -> None:
         """EngineError unless the request can run; `uids`, `parents` are those of the same submission."""
-        uid, prompt, sampling, parent = request.uid, request.prompt_ids, request.sampling, request.parent
+        uid, parent = request.uid, request.parent
         if uid in self._uids or uid in uids:
             raise EngineError(f"request {uid} is already in the engine; uids are unique")
         check_request(request, self.model.config.vocab_size)
         if parent is not None and (parent not in self._held or parent in parents):
             raise EngineError(f"request {uid} continues {parent}, which is not held")
         before = 0 if parent is None else self._length_held(self._held[parent])
-        length = before + len(prompt) + (sampling.max_tokens if parent is None else 1)
-        check_room(uid, length, self.max_length)
+        check_length(request, before, self.max_length)
 
     def _length_held(self, held: tuple[int, int]) -> int:
         """Tokens of a held stream: those its state has consumed and the last one, not yet fed."""

@@ -40,10 +40,11 @@ def check_request(request: Request, vocab_size: int) -> None:
         )
 
 
-def check_room(uid: str, length: int, max_length: int) -> None:
-    """EngineError where a request needs `length` tokens and the engine holds fewer."""
+def check_length(request: Request, before: int, max_length: int) -> None:
+    """EngineError unless the request fits behind `before` tokens; one that continues a stream may be cut."""
+    length = before + len(request.prompt_ids) + (request.sampling.max_tokens if request.parent is None else 1)
     if length > max_length:
         raise EngineError(
-            f"request {uid} needs {length} tokens, the engine holds {max_length}; "
+            f"request {request.uid} needs {length} tokens, the engine holds {max_length}; "
             "raise rollout.max_length or lower max_tokens"
         )
