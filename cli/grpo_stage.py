@@ -63,6 +63,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
             samples=settings.group_size,
             temperature=settings.temperature,
             run_seed=cfg.run.seed,
+            cut={name: getattr(settings, name) for name in ("top_k", "top_p", "min_p")},
         )
 
     schedule = GrpoSettings(
@@ -72,6 +73,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         kl_beta=settings.kl_beta,
         mask_delta=settings.mask_delta,
         replay_routing=settings.replay_routing,
+        replay_kept_sets=settings.replay_kept_sets,
         corrections=Corrections(**{name: getattr(settings, name) for name in CORRECTIONS}),
         temperature=settings.temperature,
         mtp_weight=settings.mtp_weight,

@@ -148,6 +148,7 @@ def _check_sizes(cfg: Config) -> None:
         for name in ("base", "sft"):
             _check_rows(getattr(own, name), key + name)
         _check_corrections(own.grpo, key + "grpo")
+        _check_truncation(own, key)
         if own.grpo.mini_batches > own.grpo.prompts_per_step:
             _too_many_parts(key + "grpo", own.grpo.mini_batches, own.grpo.prompts_per_step)
     if cfg.distill.mini_batches > cfg.distill.prompts_per_step:
@@ -170,6 +171,27 @@ def _check_corrections(grpo: GrpoConfig, key: str) -> None:
         bounds = getattr(grpo, name)
         if bounds is not None and not bounds[0] < bounds[1]:
             raise ConfigError(f"{key}.{name} is {list(bounds)}; write [LOW,HIGH] with LOW below HIGH")
+
+
+def _check_truncation(cfg: Config, key: str) -> None:
+    grpo = cfg.grpo
+    cuts = [n for n, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)) if getattr(grpo, n) != off]
+    if cuts and not grpo.replay_kept_sets:
+        raise ConfigError(
+            f"{key}grpo.{cuts[0]} is {getattr(grpo, cuts[0])}: GRPO weights tokens by probability ratios, "
+            "which mean nothing between a truncated sampler and a trainer that does not know what was kept; "
+            f"set {key}grpo.replay_kept_sets=true, or leave top_k, top_p and min_p at 0, 1 and 0"
+        )
+    if grpo.replay_kept_sets and not cuts:
+        raise ConfigError(
+            f"{key}grpo.replay_kept_sets is true, but nothing is cut; set {key}grpo.top_p below 1, top_k or "
+            "min_p, or leave it false"
+        )
+    if cuts and cfg.rollout.speculative:
+        raise ConfigError(
+            f"{key}grpo.{cuts[0]} is {getattr(grpo, cuts[0])}, but drafts are judged by the whole "
+            "distribution; set rollout.speculative=false"
+        )
 
 
 def _check_rows(sft: SftConfig, key: str) -> None:

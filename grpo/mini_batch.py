@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consilience.conf.errors import EngineError
+from consilience.grpo.kept_replay import KeptReplay
 from consilience.grpo.loss import combine
 from consilience.grpo.mismatch import mismatch_sums
 from consilience.grpo.routing_replay import RoutingReplay
@@ -20,18 +22,23 @@ from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.model.routing import Routing
 from consilience.rollout.records import RolloutRecord
 from consilience.training.engine import TrainEngine
-from consilience.training.forward import hidden_at_loss
+from consilience.training.forward import LossPositions, hidden_at_loss
 from consilience.training.packing import PackedRows, pack_episodes, split_micro_batches
 
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """packed: prompts and episodes, by target the sampler's log-prob, the advantage, and where the sampler is
-    corrected the trainer's log-prob of before the phase and the weight; routing: what is replayed, if so."""
+    """One optimiser step's samples.
+
+    packed   prompts and episodes; by target the sampler's log-prob, the advantage, and where the sampler is
+             corrected the trainer's log-prob of before the phase and the weight
+    routing, kept  what is replayed, if it is
+    """
 
     packed: PackedRows
     num_samples: int
     routing: RoutingReplay | None = None
+    kept: KeptReplay | None = None
 
     @classmethod
     def of(
@@ -39,11 +46,20 @@ class MiniBatch:
     ) -> MiniBatch:
         """Of kept samples and the advantage of each; settings are `GrpoSettings`."""
         replay = RoutingReplay(records, model.config) if settings.replay_routing else None
-        return cls(pack_records(records, advantages, settings.row_tokens), len(records), replay)
+        kept = KeptReplay(records) if settings.replay_kept_sets else None
+        masks = [r.loss_mask if kept is None else known_mask(r) for r in records]
+        packed = pack_records(records, advantages, settings.row_tokens, masks)
+        return cls(packed, len(records), replay, kept)
 
     def routing_of(self, micro: PackedRows) -> Routing | None:
         """What a forward over these rows follows; None: it routes freely."""
         return None if self.routing is None else self.routing.of(micro)
+
+    def logprob(self, at: LossPositions, head: Tensor, micro: PackedRows, temperature: float) -> Tensor:
+        """[n] log-probabilities of the sampled tokens as the sampler defines them: among all, or the kept."""
+        if self.kept is None:
+            return linear_logprob(at.hidden, head, at.target_ids, temperature=temperature).logprob
+        return self.kept.logprob(at.hidden, head, at.target_ids, micro, temperature)
 
     def mismatch(self, log_ratio: Tensor, micro: PackedRows, routing: Routing | None) -> dict[str, float]:
         """Sums for `mismatch_report`, after a forward of `micro` whose log π − log μ is log_ratio [n]."""
@@ -83,8 +99,7 @@ def _proximal(
         with torch.no_grad():
             routing = batch.routing_of(rows)
             at = hidden_at_loss(model, rows, routing=routing)
-            given = (at.hidden, model.head.weight, at.target_ids)
-            logprob = linear_logprob(*given, temperature=settings.temperature).logprob
+            logprob = batch.logprob(at, model.head.weight, rows, settings.temperature)
         log_ratio = logprob - at.arrays["old_logprob"]
         values["proximal_logprob"] = logprob
         values["correction"] = settings.corrections.weights(log_ratio, at.sample_index)
@@ -100,14 +115,35 @@ def micro_batches(packed: PackedRows, settings: Any) -> list[PackedRows]:
     return split_micro_batches(packed, max(settings.micro_tokens, packed.token_ids.shape[1]))
 
 
+def known_mask(record: RolloutRecord) -> list[int]:
+    """The loss mask without tokens whose kept set nobody knows: those from before a worker's death.
+
+    EngineError where the record has no sets at all and nobody died.
+    """
+    if record.kept is None and "resumed_at" in record.metadata:
+        return [0] * len(record.token_ids)
+    if record.kept is None:
+        raise EngineError(
+            f"{record.uid}: no kept sets, but grpo.replay_kept_sets asks for them; sample with an engine "
+            "that records them, or without top_k, top_p and min_p"
+        )
+    return [int(m and size > 0) for m, size in zip(record.loss_mask, record.kept.num_ids())]
+
+
 def pack_records(
-    records: Sequence[RolloutRecord], advantages: Sequence[float], row_tokens: int
+    records: Sequence[RolloutRecord],
+    advantages: Sequence[float],
+    row_tokens: int,
+    loss_mask: Sequence[Sequence[int]] | None = None,
 ) -> PackedRows:
-    """Prompt and episode of each record as one sample; sampler log-probs and advantage per target."""
+    """Prompt and episode of each record as one sample; sampler log-probs and advantage per target.
+
+    loss_mask: of each episode; None: the records' own
+    """
     return pack_episodes(
         [r.prompt_ids for r in records],
         [r.token_ids for r in records],
-        [r.loss_mask for r in records],
+        [r.loss_mask for r in records] if loss_mask is None else loss_mask,
         row_tokens,
         {
             "old_logprob": [r.logprobs for r in records],

@@ -19,7 +19,6 @@ from consilience.grpo.loss import combine, grpo_loss, shares
 from consilience.grpo.mini_batch import MiniBatch, micro_batches, with_proximal
 from consilience.grpo.mismatch import mismatch_report
 from consilience.model.forward_trace import Trace
-from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.phases import Sampler, publish, sample_phase
 from consilience.rollout.records import FinishReason, RolloutRecord
@@ -43,6 +42,7 @@ class GrpoSettings:
     clip_epsilon: float = 0.2
     kl_beta: float = 1e-3
     replay_routing: bool = False
+    replay_kept_sets: bool = False
     corrections: Corrections = Corrections()
     mask_delta: float = 0.1
     mtp_weight: float = 0.1
@@ -156,15 +156,11 @@ def _mini_batch(
         nonlocal sums
         with torch.no_grad():
             there = hidden_at_loss(reference, micro)
-            ref = linear_logprob(
-                there.hidden, reference.head.weight, there.target_ids, temperature=settings.temperature
-            ).logprob  # type: ignore[union-attr, arg-type]
+            ref = batch.logprob(there, reference.head.weight, micro, settings.temperature)
         routing = batch.routing_of(micro)
         wants_mtp = settings.mtp_weight > 0
         at = hidden_at_loss(model, micro, trace, routing, wants_mtp=wants_mtp, is_detached=True)
-        logprob = linear_logprob(
-            at.hidden, model.head.weight, at.target_ids, temperature=settings.temperature
-        ).logprob
+        logprob = batch.logprob(at, model.head.weight, micro, settings.temperature)
         sampler = at.arrays["old_logprob"]
         out = grpo_loss(
             logprob,

@@ -27,9 +27,8 @@ from consilience.rollout.engine import Completed, EngineState, NewTokens, Reques
 from consilience.rollout.publishing import verify
 from consilience.rollout.request_check import check_length, check_request
 from consilience.rollout.routing_capture import RoutingCapture, fed_rows
-from consilience.rollout.sampling import sample
 from consilience.rollout.speculative import NUM_UNIFORMS, SpeculativeState
-from consilience.rollout.stream import Stream, hand_out, take_each, temperatures
+from consilience.rollout.stream import Stream, cuts, draw_each, hand_out, take_each, temperatures
 
 MIN_SHARED_PREFIX = 32  # tokens; below this a fork costs more than it saves
 
@@ -125,7 +124,7 @@ class NativeEngine:
         uid, parent = request.uid, request.parent
         if uid in self._uids or uid in uids:
             raise EngineError(f"request {uid} is already in the engine; uids are unique")
-        check_request(request, self.model.config.vocab_size)
+        check_request(request, self.model.config.vocab_size, is_speculative=bool(self._speculative))
         if parent is not None and (parent not in self._held or parent in parents):
             raise EngineError(f"request {uid} continues {parent}, which is not held")
         before = 0 if parent is None else self._length_held(self._held[parent])
@@ -328,18 +327,19 @@ class NativeEngine:
         streams = self._running
         heats = [s.request.sampling.temperature for s in streams]
         longest = max(s.length for s in streams)
-        chosen, logprobs = self._decoder.step(heats, [s.coming(1)[0, 0] for s in streams], longest)
+        uniforms, cut = [s.coming(1)[0, 0] for s in streams], cuts(streams)
+        chosen, logprobs = self._decoder.step(heats, uniforms, longest, cut)
+        bits = () if cut is None else self._decoder.bits(len(streams))
         fed = self._decoder.fed(len(streams))
-        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams), fed)
+        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams), fed, bits)
         return self._retire()
 
     def _sample(self, logits: Tensor, first: int) -> None:
         """Draw one token for running rows first.. from logits [rows, V]."""
         streams = self._running[first:]
-        uniform = torch.from_numpy(np.array([s.coming(1)[0, 0] for s in streams]))
-        chosen, logprobs = sample(logits, temperatures(streams), uniform)
+        chosen, logprobs, bits = draw_each(streams, logits)
         self._last[first : first + len(streams)] = chosen
-        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams))
+        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams), (), bits)
 
     def _sample_ahead(self, speculative: SpeculativeState) -> None:
         """One or two tokens for every running row."""

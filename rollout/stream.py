@@ -12,14 +12,17 @@ from torch import Tensor
 
 from consilience.conf.errors import EngineError
 from consilience.rollout.engine import Completed, Prefix, Request
+from consilience.rollout.kept_sets import KeptSets
+from consilience.rollout.sampling import sample
 from consilience.rollout.token_routing import TokenRouting
+from consilience.rollout.truncation import NO_CUT, ids_of, sample_kept
 
 
 @dataclass
 class Stream:
     """max_tokens it may sample; uniforms [max_tokens + 1, numbers a token] in [0, 1), by its seed alone;
     num_before: tokens that its decode state held when it started; routing: of what was fed since, in chunks
-    [n, layers, K]."""
+    [n, layers, K]; kept: ids that each token was drawn from, where that is less than all."""
 
     request: Request
     max_tokens: int
@@ -29,6 +32,7 @@ class Stream:
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     routing: list[np.ndarray] = field(default_factory=list)
+    kept: list[np.ndarray | None] = field(default_factory=list)
 
     @classmethod
     def start(cls, request: Request, max_tokens: int, numbers: int, num_before: int) -> Stream:
@@ -46,6 +50,7 @@ class Stream:
         self.tokens += prefix.token_ids
         self.logprobs += prefix.logprobs
         self.versions += prefix.weight_version
+        self.kept += [None] * len(prefix.token_ids)
 
     @property
     def is_stopped(self) -> bool:
@@ -79,7 +84,8 @@ class Stream:
     def completed(self, routing: TokenRouting | None = None) -> Completed:
         finish = "stop" if self.is_stopped else "length"
         columns = (tuple(self.tokens), tuple(self.logprobs), tuple(self.versions))
-        return Completed(self.request.uid, *columns, finish, routing)
+        kept = KeptSets.of(self.kept) if self.request.sampling.is_cut else None
+        return Completed(self.request.uid, *columns, finish, routing, kept)
 
 
 def hand_out(
@@ -102,18 +108,40 @@ def take_each(
     logprobs: Tensor,
     counts: Sequence[int],
     fed: Sequence[np.ndarray] = (),
+    bits: Sequence[np.ndarray] = (),
 ) -> list[int]:
     """Give stream i the first counts[i] of tokens[i], logprobs[i]; how many each one took.
 
     For each token taken one was fed: fed[i] [at least so many, layers, K] are the experts of these, if any.
+    bits[i] are the kept tokens of a stream that gets one (`truncation.bits_of`), if any stream is cut.
     """
     rows = zip(streams, tokens.tolist(), logprobs.tolist(), counts)
     taken = [stream.take(ids[:n], values[:n], version) for stream, ids, values, n in rows]
     for stream, experts, n in zip(streams, fed, taken):
         stream.routing.append(experts[:n])
+    for stream, row in zip(streams, bits):
+        stream.kept.append(ids_of(row) if stream.request.sampling.is_cut else None)
     return taken
 
 
-def temperatures(streams: list[Stream]) -> Tensor:
+def cuts(streams: Sequence[Stream]) -> Tensor | None:
+    """[R, 3] fp64 as `truncation.kept_tokens` takes them, on the host; None where no stream is cut."""
+    given = [s.request.sampling for s in streams]
+    if not any(sampling.is_cut for sampling in given):
+        return None
+    rows = [(s.top_k, s.top_p, s.min_p) if s.is_cut else NO_CUT for s in given]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def draw_each(streams: Sequence[Stream], logits: Tensor) -> tuple[Tensor, Tensor, Sequence[np.ndarray]]:
+    """One token a stream from logits [R, V], its log-probability, and `bits` as `take_each` takes them."""
+    uniform = torch.from_numpy(np.array([s.coming(1)[0, 0] for s in streams]))
+    if (cut := cuts(streams)) is None:
+        return *sample(logits, temperatures(streams), uniform), ()
+    tokens, logprobs, bits = sample_kept(logits, temperatures(streams), uniform, cut)
+    return tokens, logprobs, list(bits.cpu().numpy())
+
+
+def temperatures(streams: Sequence[Stream]) -> Tensor:
     """[R] fp32, on the host."""
     return torch.tensor([s.request.sampling.temperature for s in streams], dtype=torch.float32)

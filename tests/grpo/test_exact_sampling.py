@@ -30,14 +30,16 @@ def policy(quantization):
     return model
 
 
-def sampled(quantization, exact, temperature):
+def sampled(quantization, exact, temperature, **cut):
     """Records of three groups with prompts and answers of different lengths, five rows at a time."""
     engine = NativeEngine(policy(quantization), max_rows=5, max_length=200, exact=exact, records_routing=True)
     requests = [
         Request(
             uid=f"{group}-{i}",
             prompt_ids=SHARED + tuple(range(50, 53 + 7 * group)),
-            sampling=SamplingParams(temperature=temperature, max_tokens=60 + 15 * i, seed=10 * group + i),
+            sampling=SamplingParams(
+                temperature=temperature, max_tokens=60 + 15 * i, seed=10 * group + i, **cut
+            ),
             group=str(group),
         )
         for group in range(3)
@@ -69,6 +71,7 @@ def record(request, completed):
         outcome=Outcome(OutcomeKind.GRADED),
         reward=reward,
         reward_parts={"correct": reward},
+        kept=completed.kept,
         routing=stitched(length, [(length - 1, completed.routing)]),
     )
 
@@ -101,3 +104,13 @@ def test_in_exact_mode_no_measure_of_mismatch_is_above_zero_and_no_routing_would
         assert found["routing_differs"] == 0.0 and 0.99 < found["routing_replayed"] < 1.0
     found = report_of(records, quantization, False, 0.8, replay_routing=True)
     assert min(found[f"sampler_{name}"] for name in ("kl_k3", "gap_max")) > 0.0
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 20, "min_p": 0.02}])
+def test_a_truncated_sampler_and_a_trainer_that_replays_its_sets_do_not_differ_by_a_bit(cut):
+    records = sampled("off", True, 0.8, **cut)
+    given = {"replay_routing": True, "replay_kept_sets": True}
+    assert report_of(records, "off", True, 0.8, **given)["sampler_gap_max"] == 0.0
+    assert 0 < report_of(records, "off", False, 0.8, **given)["sampler_gap_max"] < 1e-4
+    # Without the sets the trainer's own distribution is another one.
+    assert report_of(records, "off", True, 0.8, replay_routing=True)["sampler_gap_max"] > 0.02
