@@ -79,6 +79,7 @@ def rollout_pool(
         "max_length": cfg.rollout.max_length,
         "speculative": cfg.rollout.speculative,
         "prefixes": _prefixes(cfg),
+        "records_routing": cfg.grpo.replay_routing,
         "exact": cfg.engine.exact,
         "quantization": cfg.engine.quantization,
         "sandbox": sandbox_spec(cfg),

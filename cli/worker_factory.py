@@ -26,6 +26,7 @@ def build_worker(
     prefixes: Mapping[str, Any] | None = None,
     exact: bool = False,
     quantization: str = "off",
+    records_routing: bool = False,
 ) -> RolloutWorker:
     """A RolloutWorker over the native engine with random weights; real ones arrive by `publish`.
 
@@ -35,6 +36,7 @@ def build_worker(
     speculative  the prediction block drafts; EngineError if the model has none
     prefixes  fields of a `PrefixCaching`, or None: no prefix store
     exact, quantization  how the model computes, as the trainer's does (`engine.exact`, `engine.quantization`)
+    records_routing  records carry the experts that each token visited
     rewards    (reward path, needs sandbox) pairs to load before the first episode
     Raises what a part that can never work raises: RewardError, SandboxUnavailable.
     """
@@ -55,7 +57,7 @@ def build_worker(
     policy.quantize(Quantization.from_name(quantization))
     settings = {"max_rows": max_rows, "max_length": max_length, "speculative": speculative, "exact": exact}
     caching = None if prefixes is None else PrefixCaching(**{**prefixes, "folder": Path(prefixes["folder"])})
-    engine = NativeEngine(policy, prefixes=caching, **settings)
+    engine = NativeEngine(policy, **settings, records_routing=records_routing, prefixes=caching)
     grader = RewardGrader(timeout_s=reward_timeout_s, num_processes=reward_processes, sandbox=sandbox)
     boxes = BlockingPool(sandbox, max(warm, 1), uses_per_box) if needs_boxes else None
     try:

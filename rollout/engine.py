@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from consilience.rollout.kept_sets import KeptSets
     from consilience.rollout.token_routing import TokenRouting
 
 
@@ -21,13 +22,23 @@ class SamplingParams:
     """How one request is sampled. V4 recommends temperature 1 and no truncation.
 
     temperature 0 means greedy. `seed` makes the request's tokens a function of (seed, position,
-    weights) alone, whatever it is batched with.
+    weights) alone, whatever it is batched with. top_k (0: all), top_p (1: all) and min_p (0: all) cut
+    the distribution (`truncation.py`); log-probabilities are then those among the kept tokens, which
+    `Completed.kept` names.
     """
 
     temperature: float = 1.0
     max_tokens: int = 256
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether some tokens cannot be drawn; a greedy draw has no distribution to cut."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +114,7 @@ class Completed:
 
     routing  of the newest tokens that the engine fed for this stream, the turn's last one left out, which is
              not fed; a prefix is fed and so recorded again. None: not recorded
+    kept     one set a token of token_ids, where the request's distribution is cut; none for a prefix's
     """
 
     uid: str
@@ -111,6 +123,7 @@ class Completed:
     weight_version: tuple[int, ...]
     finish: str
     routing: TokenRouting | None = None
+    kept: KeptSets | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,11 +29,10 @@ from consilience.rollout.parked_streams import ParkedStreams
 from consilience.rollout.prefill import Prefill
 from consilience.rollout.prefix_reuse import PrefixCaching, PrefixReuse
 from consilience.rollout.publishing import verify
-from consilience.rollout.request_check import check_request, check_room
+from consilience.rollout.request_check import check_length, check_request
 from consilience.rollout.routing_capture import RoutingCapture, fed_rows
-from consilience.rollout.sampling import sample
 from consilience.rollout.speculative import NUM_UNIFORMS, SpeculativeState
-from consilience.rollout.stream import Stream, hand_out, take_each, temperatures
+from consilience.rollout.stream import Stream, cuts, draw_each, hand_out, take_each, temperatures
 
 
 class NativeEngine:
@@ -104,12 +103,13 @@ class NativeEngine:
         A fresh request must fit with all its `max_tokens`; a continuation samples as far as its
         stream has room, at least one token, and then ends with "length".
         """
-        uids, parents = set(self._uids), set[str]()
+        uids, held = set(self._uids), dict(self._parked.held)
         for request in requests:
-            self._check(request, uids, parents)
+            parent = request.parent
+            if parent is not None and parent not in held:
+                raise EngineError(f"request {request.uid} continues {parent}, which is not held")
+            self._check(request, uids, 0 if parent is None else held.pop(parent)[1].length)
             uids.add(request.uid)
-            if request.parent is not None:
-                parents.add(request.parent)
         self._uids = uids
         for request in requests:
             # Continuations first: they free held rows, which new prompts may be waiting for.
@@ -120,13 +120,12 @@ class NativeEngine:
             else:
                 self._waiting.append(request)
 
-    def _check(self, request: Request, uids: set[str], parents: set[str]) -> None:
-        """EngineError unless the request can run beside `uids` and those that continue `parents`."""
-        parent, held = request.parent, self._parked.held
-        check_request(request, self.model.config.vocab_size, uids)
-        if parent is not None and (parent not in held or parent in parents):
-            raise EngineError(f"request {request.uid} continues {parent}, which is not held")
-        check_room(request, None if parent is None else held[parent][1].length, self.max_length)
+    def _check(self, request: Request, uids: set[str], before: int) -> None:
+        """EngineError unless the request can run beside `uids`, behind `before` tokens."""
+        if request.uid in uids:
+            raise EngineError(f"request {request.uid} is already in the engine; uids are unique")
+        check_request(request, self.model.config.vocab_size, is_speculative=bool(self._speculative))
+        check_length(request, before, self.max_length)
 
     def fork(self, parent: str, branches: Sequence[Request]) -> list[Fork]:
         """Branch off the stream of a running or held request as it stands now: quick instructions.
@@ -147,8 +146,7 @@ class NativeEngine:
                 raise EngineError(
                     f"request {branch.uid} is a branch of {parent} and continues {branch.parent}"
                 )
-            check_request(replace(branch, parent=parent), self.model.config.vocab_size, uids)
-            check_room(branch, stream.length, self.max_length)
+            self._check(replace(branch, parent=parent), uids, stream.length)
             uids.add(branch.uid)
         self._uids = uids
         self._parked.fork(row, stream.copy(), [branch.uid for branch in branches])
@@ -331,18 +329,19 @@ class NativeEngine:
         streams = self._running
         heats = [s.request.sampling.temperature for s in streams]
         longest = max(s.length for s in streams)
-        chosen, logprobs = self._decoder.step(heats, [s.coming(1)[0, 0] for s in streams], longest)
+        uniforms, cut = [s.coming(1)[0, 0] for s in streams], cuts(streams)
+        chosen, logprobs = self._decoder.step(heats, uniforms, longest, cut)
+        bits = () if cut is None else self._decoder.bits(len(streams))
         fed = self._decoder.fed(len(streams))
-        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams), fed)
+        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams), fed, bits)
         return self._retire()
 
     def _sample(self, logits: Tensor, first: int) -> None:
         """Draw one token for running rows first.. from logits [rows, V]."""
         streams = self._running[first:]
-        uniform = torch.from_numpy(np.array([s.coming(1)[0, 0] for s in streams]))
-        chosen, logprobs = sample(logits, temperatures(streams), uniform)
+        chosen, logprobs, bits = draw_each(streams, logits)
         self._last[first : first + len(streams)] = chosen
-        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams))
+        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams), (), bits)
 
     def _sample_ahead(self, speculative: SpeculativeState) -> None:
         """One or two tokens for every running row."""

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from consilience.rollout.kept_sets import KeptSets
 from consilience.rollout.token_routing import TokenRouting
 
 SCHEMA = 1
@@ -67,6 +68,8 @@ class RolloutRecord:
         weight_version [N] version of the weights that sampled the token; -1 for observations
         routing        experts that each token of prompt and episode visited in the sampler, missing ones
                        marked (`token_routing.py`); None: not recorded
+        kept           tokens that each sampled one was drawn from, where sampling was truncated
+                       (`kept_sets.py`); None: it was not
         finish         FinishReason
         reward         scalar the trainer uses, None unless the outcome is scored
         reward_parts   named parts the reward function returned
@@ -91,6 +94,7 @@ class RolloutRecord:
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
     routing: TokenRouting | None = None
+    kept: KeptSets | None = None
     isolation: str = "none"
     sandbox_ids: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -104,6 +108,8 @@ class RolloutRecord:
         whole = len(self.prompt_ids) + n
         if self.routing is not None and self.routing.num_tokens != whole:
             raise ValueError(f"{self.uid}: {whole} tokens, routing of {self.routing.num_tokens}")
+        if self.kept is not None and self.kept.num_tokens != n:
+            raise ValueError(f"{self.uid}: {n} tokens, kept sets of {self.kept.num_tokens}")
 
     @property
     def num_sampled(self) -> int:
@@ -115,7 +121,8 @@ class RolloutRecord:
     def to_json(self) -> str:
         """One line of JSON; NaN log-probs become null."""
         row = asdict(self)
-        row["routing"] = None if self.routing is None else self.routing.to_json()
+        for key, heavy in (("routing", self.routing), ("kept", self.kept)):
+            row[key] = None if heavy is None else heavy.to_json()
         row["logprobs"] = [None if math.isnan(x) else x for x in self.logprobs]
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
@@ -130,6 +137,8 @@ class RolloutRecord:
             row[key] = tuple(row[key])
         if row["routing"] is not None:
             row["routing"] = TokenRouting.from_json(row["routing"])
+        if row.get("kept") is not None:
+            row["kept"] = KeptSets.from_json(row["kept"])
         row["finish"] = FinishReason(row["finish"])
         row["outcome"] = Outcome(OutcomeKind(row["outcome"]["kind"]), row["outcome"]["detail"])
         return cls(**row)

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from consilience.conf.errors import EngineError
 from consilience.rollout.engine import Completed, Prefix, Request
+from consilience.rollout.kept_sets import KeptSets
+from consilience.rollout.sampling import sample
 from consilience.rollout.token_routing import TokenRouting
+from consilience.rollout.truncation import NO_CUT, ids_of, sample_kept
 
 
 @dataclass
@@ -22,6 +25,7 @@ class Stream:
     before   tokens of the stream in front of what this turn samples
     era      of the weights that the oldest part of its decode state comes from
     routing  of what was fed since it started, in chunks [n, layers, K]
+    kept     ids that each token was drawn from, where that is less than all
     """
 
     request: Request
@@ -33,6 +37,7 @@ class Stream:
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     routing: list[np.ndarray] = field(default_factory=list)
+    kept: list[np.ndarray | None] = field(default_factory=list)
 
     @classmethod
     def start(
@@ -53,14 +58,15 @@ class Stream:
         return (*self.before, *self.tokens)
 
     def copy(self) -> Stream:
-        """The stream as it is now; what this one samples from here on is not in it."""
-        return replace(self, tokens=self.tokens[:], logprobs=self.logprobs[:], versions=self.versions[:])
+        """The stream's tokens as they are now; what this one samples from here on is not among them."""
+        return replace(self, tokens=self.tokens[:])
 
     def go_on_from(self, prefix: Prefix) -> None:
         """Take over what was sampled before; the next numbers are those behind it."""
         self.tokens += prefix.token_ids
         self.logprobs += prefix.logprobs
         self.versions += prefix.weight_version
+        self.kept += [None] * len(prefix.token_ids)
 
     @property
     def is_stopped(self) -> bool:
@@ -94,7 +100,8 @@ class Stream:
     def completed(self, routing: TokenRouting | None = None) -> Completed:
         finish = "stop" if self.is_stopped else "length"
         columns = (tuple(self.tokens), tuple(self.logprobs), tuple(self.versions))
-        return Completed(self.request.uid, *columns, finish, routing)
+        kept = KeptSets.of(self.kept) if self.request.sampling.is_cut else None
+        return Completed(self.request.uid, *columns, finish, routing, kept)
 
 
 def hand_out(
@@ -117,18 +124,40 @@ def take_each(
     logprobs: Tensor,
     counts: Sequence[int],
     fed: Sequence[np.ndarray] = (),
+    bits: Sequence[np.ndarray] = (),
 ) -> list[int]:
     """Give stream i the first counts[i] of tokens[i], logprobs[i]; how many each one took.
 
     For each token taken one was fed: fed[i] [at least so many, layers, K] are the experts of these, if any.
+    bits[i] are the kept tokens of a stream that gets one (`truncation.bits_of`), if any stream is cut.
     """
     rows = zip(streams, tokens.tolist(), logprobs.tolist(), counts)
     taken = [stream.take(ids[:n], values[:n], version) for stream, ids, values, n in rows]
     for stream, experts, n in zip(streams, fed, taken):
         stream.routing.append(experts[:n])
+    for stream, row in zip(streams, bits):
+        stream.kept.append(ids_of(row) if stream.request.sampling.is_cut else None)
     return taken
 
 
-def temperatures(streams: list[Stream]) -> Tensor:
+def cuts(streams: Sequence[Stream]) -> Tensor | None:
+    """[R, 3] fp64 as `truncation.kept_tokens` takes them, on the host; None where no stream is cut."""
+    given = [s.request.sampling for s in streams]
+    if not any(sampling.is_cut for sampling in given):
+        return None
+    rows = [(s.top_k, s.top_p, s.min_p) if s.is_cut else NO_CUT for s in given]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def draw_each(streams: Sequence[Stream], logits: Tensor) -> tuple[Tensor, Tensor, Sequence[np.ndarray]]:
+    """One token a stream from logits [R, V], its log-probability, and `bits` as `take_each` takes them."""
+    uniform = torch.from_numpy(np.array([s.coming(1)[0, 0] for s in streams]))
+    if (cut := cuts(streams)) is None:
+        return *sample(logits, temperatures(streams), uniform), ()
+    tokens, logprobs, bits = sample_kept(logits, temperatures(streams), uniform, cut)
+    return tokens, logprobs, list(bits.cpu().numpy())
+
+
+def temperatures(streams: Sequence[Stream]) -> Tensor:
     """[R] fp32, on the host."""
     return torch.tensor([s.request.sampling.temperature for s in streams], dtype=torch.float32)
