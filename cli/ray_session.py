@@ -7,6 +7,7 @@ started them opened (`share_cluster`): they attach by RAY_ADDRESS, and closing e
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,6 +78,8 @@ def rollout_pool(
         "max_rows": cfg.rollout.max_batch,
         "max_length": cfg.rollout.max_length,
         "speculative": cfg.rollout.speculative,
+        "prefixes": _prefixes(cfg),
+        "records_routing": cfg.grpo.replay_routing,
         "exact": cfg.engine.exact,
         "quantization": cfg.engine.quantization,
         "sandbox": sandbox_spec(cfg),
@@ -98,6 +101,13 @@ def rollout_pool(
         _open["pool"] = RolloutPool(num_workers, factory, kwargs, **limits)
         _open["wanted"] = wanted
     return _open["pool"]
+
+
+def _prefixes(cfg: Config) -> dict[str, Any] | None:
+    """Fields of a `PrefixCaching`, its folder absolute: workers have folders of their own. None: off."""
+    settings = dataclasses.asdict(cfg.rollout.prefix_store)
+    path = settings.pop("path")
+    return None if path is None else {"folder": str(Path(path).resolve()), **settings}
 
 
 def close_pool() -> None:

@@ -302,6 +302,10 @@ def test_the_loop_reports_curves_tables_and_a_mismatch_near_zero(tmp_path):
     sampler = CountingSampler()
     engine, log, result = run(tmp_path / "r", sampler, steps=2)
     assert result["mismatch_max"] < 1e-4
+    for row in log.rows:  # the sampler's mismatch, at every step
+        assert abs(row["sampler_kl_k1"]) < 1e-4 and 0 <= row["sampler_kl_k3"] < 1e-8
+        assert row["sampler_gap_max"] == row["mismatch_max"] and row["sampler_out_of_bounds"] == 0.0
+    assert len(log.rows) == 2
     assert result["curves"]["reward"] == [0.5, 0.5] and result["curves"]["clip_share"][0] == 0.0
     assert [version for _, version in sampler.announced] == [0, 1, 2]
     assert sampler.announced[-1][0] == weights_digest(to_official(engine.model))
