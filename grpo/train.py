@@ -85,7 +85,7 @@ def train_grpo(
         clock.add_tokens("train", int(report["train_tokens"]))
         with clock.phase("publish"):
             version = publish(sampler, engine.model, version + 1)
-        report |= rollout_report(records, advantages)
+        report |= rollout_report(records, advantages) | store.health
         mismatch_max = max(mismatch_max, report["mismatch_max"])
         log.scalars(step + 1, report)
         log.rollouts(step + 1, rollout_rows(records, advantages, decode, settings.table_rows))
@@ -204,14 +204,19 @@ def rollout_report(records: Sequence[RolloutRecord], advantages: Advantages) -> 
     return {
         "reward": float(reward),
         "correct": float(correct),
-        "length": float(np.mean([r.num_sampled for r in records])),
-        "truncated_share": float(np.mean([r.finish is FinishReason.LENGTH for r in records])),
-        "malformed_share": float(np.mean([r.finish is FinishReason.MALFORMED for r in records])),
+        "length": _mean([r.num_sampled for r in records]),
+        "truncated_share": _mean([r.finish is FinishReason.LENGTH for r in records]),
+        "malformed_share": _mean([r.finish is FinishReason.MALFORMED for r in records]),
         "failed": float(len(records) - len(scored)),
         "groups": float(advantages.num_groups),
         "groups_without_signal": float(advantages.num_without_signal),
         "kept_samples": float(advantages.num_kept),
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    """NaN of nothing: a phase whose groups were all dropped."""
+    return float(np.mean(values)) if values else float("nan")
 
 
 def spread(items: Sequence[Any], num: int) -> list[Any]:

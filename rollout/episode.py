@@ -59,13 +59,15 @@ class Episode:
         self.thinking = prompt_ids[-1:] == (tokenizer.special_ids[THINK],)
         self.state = State.READY
         self.finish: FinishReason | None = None
-        self.failure = ""
+        self.failure, self._failure_kind = "", OutcomeKind.INFRA
         self.fault = ""  # the ProtocolFault of a malformed turn
         self.held: list[str] = []
         self.request_uid = ""  # of the newest turn
         self.resumed_at = 0  # sampled tokens when a new worker took the episode over
         self.log_fault = ""  # why its log was of no use
         self.pending_calls: tuple[ToolCall, ...] = ()
+        self.answers: list[str] = []  # of the first of them
+        self.num_begun = 0  # of them, by what the log of a former worker says
         self._tokenizer, self._max_context = tokenizer, max_context
         self._stop_ids = (tokenizer.eos_id, *(i for i in job.sampling.stop_ids if i != tokenizer.eos_id))
         self._token_ids: list[int] = []
@@ -101,7 +103,8 @@ class Episode:
     @property
     def executed_calls(self) -> tuple[ExecutedCall, ...]:
         """Tool calls that have answered, in order."""
-        return tuple(call for call in self._calls if call.result is not None)
+        newest = (ExecutedCall(c.name, c.arguments, r) for c, r in zip(self.pending_calls, self.answers))
+        return (*(call for call in self._calls if call.result is not None), *newest)
 
     @property
     def boxes(self) -> list[tuple[str, str]]:
@@ -164,8 +167,15 @@ class Episode:
             self._calls += [ExecutedCall(call.name, call.arguments) for call in calls]
             self._end(FinishReason.LENGTH)
         else:
-            self.pending_calls = calls
+            self.pending_calls, self.answers, self.num_begun = calls, [], 0
             self.state = State.TOOLS
+
+    def on_tool_result(self, result: str) -> None:
+        """What the next of the pending calls answered; the last one leads to `on_tool_results`."""
+        self._must_be(State.TOOLS)
+        self.answers.append(result)
+        if len(self.answers) == len(self.pending_calls):
+            self.on_tool_results(self.answers)
 
     def on_tool_results(self, results: Sequence[str]) -> None:
         """Append the observation: one text per pending call, in call order."""
@@ -173,7 +183,7 @@ class Episode:
         if len(results) != len(self.pending_calls):
             raise EngineError(f"{self.job.uid}: {len(self.pending_calls)} calls but {len(results)} results")
         self._calls += [ExecutedCall(c.name, c.arguments, r) for c, r in zip(self.pending_calls, results)]
-        self.pending_calls = ()
+        self.pending_calls, self.answers, self.num_begun = (), [], 0
         ids = self._tokenizer.encode_parts(render_tool_results(results, self.thinking))
         length = len(self.prompt_ids) + len(self._token_ids) + len(ids)
         if self._max_context is not None and length >= self._max_context:
@@ -186,10 +196,10 @@ class Episode:
         self._append = tuple(ids)
         self.state = State.READY
 
-    def abort(self, detail: str) -> None:
+    def abort(self, detail: str, kind: OutcomeKind = OutcomeKind.INFRA) -> None:
         """End by infrastructure: the sample is masked, whatever it had sampled is kept."""
-        self.failure = detail
-        self.pending_calls = ()
+        self.failure, self._failure_kind = detail, kind
+        self.pending_calls, self.answers = (), []
         self._end(FinishReason.ABORT)
 
     def used_box(self, box_id: str, isolation: str) -> None:
@@ -246,7 +256,7 @@ class Episode:
 
     def aborted_record(self) -> RolloutRecord:
         """The record of an episode that nobody grades."""
-        return self.record(Graded(None, {}, Outcome(OutcomeKind.INFRA, self.failure)))
+        return self.record(Graded(None, {}, Outcome(self._failure_kind, self.failure)))
 
     def _facts(self) -> dict[str, Any]:
         """Small facts: the job's scalar metadata, turns, calls, a malformed turn's fault and error."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from consilience.model.checkpoint import to_official
 from consilience.model.digest import weights_digest
+from consilience.rollout.drops import drop_groups, drop_report
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.store import RolloutStore
@@ -54,6 +55,7 @@ def sample_phase(
 
     New records are stored before anything trains on them, each as it arrives: a phase that was cut short goes
     on with the jobs that have no record yet, and those with the tokens that their log has.
+    Groups that lost an environment are in the store, and not among what is returned (`drops.py`).
     """
     phase = f"{step:06d}"
     if phase in store.phases():
@@ -61,7 +63,7 @@ def sample_phase(
         records = list(store.read(phase))
         store.ledger.issued(step, [r.uid for r in records])
         store.ledger.stored(r.uid for r in records)
-        return records
+        return _without_dropped(store, step, records)
     jobs = jobs_of(step)
     store.ledger.issued(step, [job.uid for job in jobs])
     partial = store.partial(phase)
@@ -80,4 +82,12 @@ def sample_phase(
         partial.close()
     store.append(phase, records)
     store.clear_partial(phase)
-    return records
+    return _without_dropped(store, step, records)
+
+
+def _without_dropped(store: RolloutStore, step: int, records: list[RolloutRecord]) -> list[RolloutRecord]:
+    kept, dropped = drop_groups(records)
+    for reason, group in dropped.items():
+        store.ledger.dropped(step, [r.uid for r in group], reason)
+    store.health = drop_report(step, dropped)
+    return kept

@@ -25,12 +25,15 @@ class FinishReason(StrEnum):
 
 
 class OutcomeKind(StrEnum):
-    """How the reward came about. `INFRA` and `FAILED` mask the sample; `TAMPER` is an alarm."""
+    """How the reward came about. `INFRA` and `FAILED` mask the sample; `TAMPER` is an alarm; `LOST` and
+    `UNKNOWN` take the sample's whole group out of training (rollout/drops.py)."""
 
     GRADED = "graded"
     FAILED = "failed"  # the reward function raised, returned a NaN or timed out
     TAMPER = "tamper"
     INFRA = "infra"
+    LOST = "lost"  # the episode's environment is gone, or none could be had
+    UNKNOWN = "unknown"  # a tool call was begun and its result never seen
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,10 +25,12 @@ class RolloutStore:
     """Writes each phase at once, beside and renamed: a file that exists is complete.
 
     survives_power  token logs of an unfinished phase survive the machine's end, not only the processes'
+    health          numbers for the metrics of the phase that was asked for last (`phases.sample_phase`)
     """
 
     def __init__(self, folder: Path | str, *, survives_power: bool = False) -> None:
         self.folder, self.survives_power = Path(folder), survives_power
+        self.health: dict[str, float] = {}
 
     @cached_property
     def ledger(self) -> PromptLedger:

@@ -14,7 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from consilience.conf.errors import ConsilienceError, EngineError
+from consilience.conf.errors import (
+    ConsilienceError,
+    EngineError,
+    OutcomeUnknown,
+    SandboxLost,
+    SandboxUnavailable,
+)
 from consilience.rollout.boxes import Box
 from consilience.rollout.engine import Completed, Prefix, Request
 from consilience.rollout.episode import Episode, State
@@ -22,9 +28,10 @@ from consilience.rollout.grading import Graded, GradeItem, Grader
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.lease import Lease
 from consilience.rollout.log_replay import replay
+from consilience.rollout.parsing import ToolCall
 from consilience.rollout.prompts import prompt_ids
 from consilience.rollout.records import Outcome, OutcomeKind, RolloutRecord
-from consilience.rollout.recovery import rebuild, restore, without_parent
+from consilience.rollout.recovery import box_for, restore, without_parent
 from consilience.rollout.token_log import TokenLog
 from consilience.rollout.tools import argument_error, run_tool
 
@@ -197,63 +204,67 @@ class WorkerRun:
             log.sync()
 
     def _call_tools(self, episode: Episode) -> None:
-        """Run the pending calls in a thread, leasing a box first if the episode has none."""
+        """Run the next pending call in a thread, leasing a box first if the episode has none."""
         uid = episode.job.uid
-        if uid in self._boxes:
-            self._tools_in(self._boxes[uid], episode)
-        elif all(argument_error(call, episode.job.tools) for call in episode.pending_calls):
-            errors = [argument_error(call, episode.job.tools) for call in episode.pending_calls]
-            self._after_tools(episode, errors)  # nothing would run, so no box is needed
+        while episode.state is State.TOOLS:
+            call = episode.pending_calls[len(episode.answers)]
+            if error := argument_error(call, episode.job.tools):
+                self._answer(episode, error)  # nothing would run, so no box is needed
+            elif uid in self._boxes:
+                return self._tool_in(self._boxes[uid], episode, call)
+            else:
+                return self._away(self.worker.lease_threads, lambda: self._lease(episode), episode)
+        if episode.is_done:
+            self._finish(episode)
         else:
-            self._away(self.worker.lease_threads, lambda: self._lease(episode), episode)
+            self._submit(episode)
 
     def _lease(self, episode: Episode, then: Callable[[], None] | None = None) -> Callable[[], None]:
         """(lease thread) A box with its job's files and what the episode did there; then its calls."""
         pool = self.worker.sandboxes
         assert pool is not None  # _build refused the job otherwise
-        box = pool.lease()
-        try:
-            for path, text in episode.job.files.items():
-                box.write(path, text.encode("utf-8"))
-            rebuild(box, episode, self.worker.max_tool_chars)
-        except BaseException:
-            pool.release(box)
-            raise
+        box = box_for(pool, episode, self.worker.max_tool_chars)
 
         def leased() -> None:
             self._boxes[episode.job.uid] = box
             episode.used_box(box.id, box.enforced.level.label)
             if then is None:
-                self._tools_in(box, episode)
+                self._call_tools(episode)
             else:
                 then()
 
         return leased
 
-    def _tools_in(self, box: Box, episode: Episode) -> None:
+    def _tool_in(self, box: Box, episode: Episode, call: ToolCall) -> None:
+        """Run a call once it is in the log that it begins, and that nobody has taken the episode over."""
         tools, max_chars = episode.job.tools, self.worker.max_tool_chars
         if self._is_closed:
             self._release_box(episode.job.uid)
             return
+        if self._log is not None:
+            self._log.intent(episode.request_uid, len(episode.answers), call.name, episode.boxes)
+            self._log.sync()
 
         def work() -> Callable[[], None]:
-            results = [run_tool(box, call, tools, max_chars=max_chars) for call in episode.pending_calls]
-            return lambda: self._after_tools(episode, results)
+            result = run_tool(box, call, tools, max_chars=max_chars)
+
+            def answered() -> None:
+                if self._is_closed:  # what was not logged in time has no result
+                    return self._release_box(episode.job.uid)
+                self._answer(episode, result)
+                if self._log is not None:
+                    self._log.sync()
+                self._call_tools(episode)
+
+            return answered
 
         self._away(self.worker.tool_threads, work, episode)
 
-    def _after_tools(self, episode: Episode, results: list[str]) -> None:
-        if self._log is not None:  # on the disk with the next step, before a token that saw them
-            self._log.results(episode.request_uid, results, episode.boxes)
-        try:
-            episode.on_tool_results(results)
-        except ConsilienceError as error:
-            self._abort(episode, f"{type(error).__name__}: {error}")
-            return
-        if episode.is_done:
-            self._finish(episode)
-        else:
-            self._submit(episode)
+    def _answer(self, episode: Episode, result: str) -> None:
+        """Take a call's result, which is in the log with the next write."""
+        if self._log is not None:
+            self._log.results(episode.request_uid, [result], episode.boxes, len(episode.answers))
+        episode.on_tool_result(result)
 
     def _away(
         self, threads: ThreadPoolExecutor, work: Callable[[], Callable[[], None]], episode: Episode
@@ -265,8 +276,8 @@ class WorkerRun:
             try:
                 event = work()
             except Exception as error:
-                detail = f"{type(error).__name__}: {error}"
-                event = lambda: self._abort(episode, detail)
+                detail, kind = f"{type(error).__name__}: {error}", _kind_of(error)
+                event = lambda: self._abort(episode, detail, kind)
             self._events.put(event)
 
         threads.submit(task)
@@ -283,8 +294,8 @@ class WorkerRun:
             idle = False
             event()
 
-    def _abort(self, episode: Episode, detail: str) -> None:
-        episode.abort(detail)
+    def _abort(self, episode: Episode, detail: str, kind: OutcomeKind = OutcomeKind.INFRA) -> None:
+        episode.abort(detail, kind)
         self.engine.release(episode.held)
         self._settle(episode, episode.aborted_record())
 
@@ -356,6 +367,13 @@ class WorkerRun:
             event()
         for uid in list(self._boxes):
             self._release_box(uid)
+
+
+def _kind_of(error: Exception) -> OutcomeKind:
+    """Which outcome an episode has whose lease or call raised this."""
+    if isinstance(error, OutcomeUnknown):
+        return OutcomeKind.UNKNOWN
+    return OutcomeKind.LOST if isinstance(error, (SandboxLost, SandboxUnavailable)) else OutcomeKind.INFRA
 
 
 def _checked(verdict: Graded) -> Graded:

@@ -254,7 +254,11 @@ class PowerCut(MemorySink):
             raise KeyboardInterrupt
 
 
-def run(folder, sampler, *, seed=0, every_s=1e9, log=None, steps=4):
+def jobs_ab(step):
+    return [SimpleNamespace(uid=f"{step}/{name}") for name in "ab"]
+
+
+def run(folder, sampler, *, seed=0, every_s=1e9, log=None, steps=4, warmup=2, jobs_of=jobs_ab):
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer-source.json").write_text("{}")
     engine = engine_of(seed)
@@ -267,8 +271,8 @@ def run(folder, sampler, *, seed=0, every_s=1e9, log=None, steps=4):
         engine,
         small_model(),
         sampler,
-        lambda step: [SimpleNamespace(uid=f"{step}/{name}") for name in "ab"],
-        GrpoSettings(steps, seed=2),
+        jobs_of,
+        GrpoSettings(steps, warmup=warmup, seed=2),
         store=RolloutStore(folder / "rollouts"),
         decode=lambda ids: " ".join(map(str, ids)),
         checkpoints=checkpoints,
@@ -296,6 +300,32 @@ def test_a_run_killed_after_sampling_reuses_the_records_and_ends_bit_for_bit_equ
         result["train_tokens"],
         result["sampled_tokens"],
     )
+
+
+class LosingSampler(CountingSampler):
+    """As before, and a group whose second sample lost its box; in step 1 there is nothing else."""
+
+    def generate(self, jobs, on_progress=None, *, durable=None):
+        found = super().generate(jobs)
+        step = self.calls[-1]
+        lost = replace(
+            record(f"{step}/d", (5, 1), None, group="lost"), outcome=Outcome(OutcomeKind.LOST, "box gone")
+        )
+        own = [record(f"{step}/c", (5, 9, 1), 1.0, group="lost"), lost]
+        return own + ([replace(r, group="lost") for r in found] if step == 1 else found)
+
+
+def test_a_group_that_lost_an_environment_is_not_trained_on_counted_and_in_the_ledger(tmp_path):
+    names = lambda step: [SimpleNamespace(uid=f"{step}/{name}") for name in "abcd"]
+    losing, log, _ = run(tmp_path / "losing", LosingSampler(), steps=2, warmup=0, jobs_of=names)
+    whole, _, _ = run(tmp_path / "whole", CountingSampler(), steps=1, warmup=0)
+    assert losing.num_steps == whole.num_steps == 2
+    a, b = losing.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert [row["dropped_samples"] for row in log.rows] == [2.0, 4.0]
+    assert [row["dropped_length"] for row in log.rows] == [2.5, 3.0]
+    assert math.isnan(log.rows[1]["reward"]) and log.rows[0]["reward"] == 0.5
+    RolloutStore(tmp_path / "losing" / "rollouts").ledger.check()
 
 
 def test_the_loop_reports_curves_tables_and_a_mismatch_near_zero(tmp_path):
