@@ -56,6 +56,7 @@ def rollout_jobs(
                     tools=tuple(name for name in declared if name in TOOLS),
                     sampling=SamplingParams(temperature, domain.max_tokens, (), seed_of(run_seed, uid)),
                     needs_sandbox=domain.needs_sandbox and is_graded,
+                    user_turns=problem.user_turns,
                 )
             )
     return jobs

@@ -92,7 +92,8 @@ def train_distill(
             records = sample_phase(store, step, sampler, jobs_of)
         clock.add_tokens("sampled", sum(r.num_sampled for r in records))
         uids = [r.uid for r in records]
-        records = [r for r in records if r.num_sampled and r.teacher and r.finish is not FinishReason.ABORT]
+        usable = [r for r in records if r.teacher and r.finish is not FinishReason.ABORT]
+        records = [sample for r in usable for sample in r.samples() if sample.num_sampled]
         with clock.phase("score"):
             scored = teachers.scheduler.score([score_request(r) for r in records])
         with clock.phase("train"):

@@ -46,13 +46,15 @@ def grpo_loss(
     clip_eps: float = CLIP_EPS,
     kl_beta: float = KL_BETA,
     mask_delta: float = MASK_DELTA,
+    share: Tensor | None = None,
 ) -> GrpoLoss:
     """Loss of one micro-batch of whole samples, already divided by the mini-batch's `num_samples`.
 
     logprob [n] log π_θ of the sampled tokens, carries the gradient; old_logprob [n] the sampler's;
     ref_logprob [n] the SFT reference's; advantage [n] A_i of the token's sample; sample_index [n] int ≥ 0,
     equal for the tokens of one sample, gaps allowed; num_samples S > 0. Tokens that were not sampled are
-    not passed in. n = 0 gives loss 0.
+    not passed in. n = 0 gives loss 0. share [n], equal for the tokens of one sample: the part of one of the S
+    that the sample is, where several samples are one episode; None: each is one.
 
     `sums`: tokens, samples, clipped (tokens whose clip binds), abs_log_ratio Σ|log r|, kl Σ KL_t,
     masked_tokens, masked_samples, and max_abs_log_ratio, the one that combines by maximum.
@@ -76,6 +78,8 @@ def grpo_loss(
     drift = add_rows_(torch.zeros_like(length), sample, -log_ratio.detach()) / length
     is_masked = (A < 0) & (drift > mask_delta)[sample]
     per_token = kl_beta * kl - torch.where(is_masked, 0.0, surrogate)
+    if share is not None:
+        per_token = per_token * share.detach().to(logprob.dtype)
     loss = (per_token / length[sample]).sum() / num_samples
 
     with torch.no_grad():

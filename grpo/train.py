@@ -33,7 +33,8 @@ from consilience.training.stage_clock import StageClock
 
 @dataclass(frozen=True)
 class GrpoSettings:
-    """steps = rollout phases; mini_batches = optimiser steps a phase; see conf/schema.py for the rest."""
+    """steps = rollout phases; mini_batches = optimiser steps a phase; normalisation: what counts as one in
+    the loss, an "episode" or each of its "turn"s; see conf/schema.py for the rest."""
 
     steps: int
     mini_batches: int = 2
@@ -47,6 +48,7 @@ class GrpoSettings:
     warmup: int = 2
     table_rows: int = 32
     seed: int = 0
+    normalisation: str = "episode"
 
 
 def train_grpo(
@@ -125,8 +127,11 @@ def train_phase(
             [records[i] for i in members],
             [float(advantages.advantage[i]) for i in members],
             settings.row_tokens,
+            settings.normalisation,
         )
-        outcome = _mini_batch(engine, reference, packed, settings, len(members))
+        is_by_turn = settings.normalisation == "turn"
+        num_samples = len(packed.lengths) if is_by_turn else len(members)
+        outcome = _mini_batch(engine, reference, packed, settings, num_samples)
         scale = warmup_constant_cosine(
             step, num_steps=settings.steps, warmup_steps=min(settings.warmup, settings.steps)
         )
@@ -166,6 +171,7 @@ def _mini_batch(
             clip_eps=settings.clip_epsilon,
             kl_beta=settings.kl_beta,
             mask_delta=settings.mask_delta,
+            share=at.arrays.get("share"),
         )
         sums = combine(sums, out.sums) if sums else dict(out.sums)
         if not at.ahead:
@@ -182,18 +188,33 @@ def _mini_batch(
 
 
 def pack_records(
-    records: Sequence[RolloutRecord], advantages: Sequence[float], row_tokens: int
+    records: Sequence[RolloutRecord],
+    advantages: Sequence[float],
+    row_tokens: int,
+    normalisation: str = "episode",
 ) -> PackedRows:
-    """Prompt and episode of each record as one sample; sampler log-probs and advantage per target."""
+    """Prompt and episode of each record as one sample; sampler log-probs and advantage per target.
+
+    A conversation whose reasoning was dropped at each user message is one sample a user turn, all with the
+    episode's advantage. Counted by "episode", each has the `share` of its tokens in the episode's, so that
+    the loss is that of one sample with all the tokens; by "turn" each is one.
+    """
+    parts = [(s, a, r) for r, a in zip(records, advantages) for s in r.samples()]
+    arrays = {
+        "old_logprob": [s.logprobs for s, _, _ in parts],
+        "advantage": [np.full(len(s.token_ids), a, np.float32) for s, a, _ in parts],
+    }
+    if normalisation == "episode" and len(parts) > len(records):
+        shares_of = [s.num_sampled / r.num_sampled for s, _, r in parts]
+        arrays["share"] = [
+            np.full(len(s.token_ids), share, np.float32) for (s, _, _), share in zip(parts, shares_of)
+        ]
     return pack_episodes(
-        [r.prompt_ids for r in records],
-        [r.token_ids for r in records],
-        [r.loss_mask for r in records],
+        [s.prompt_ids for s, _, _ in parts],
+        [s.token_ids for s, _, _ in parts],
+        [s.loss_mask for s, _, _ in parts],
         row_tokens,
-        {
-            "old_logprob": [r.logprobs for r in records],
-            "advantage": [[a] * len(r.token_ids) for a, r in zip(advantages, records)],
-        },
+        arrays,
     )
 
 

@@ -49,6 +49,20 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class UserTurn:
+    """A stream that a later user message ended: from there on its reasoning is not in the prompt any more.
+
+    Columns as in `RolloutRecord`.
+    """
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    loss_mask: tuple[int, ...]
+    weight_version: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutRecord:
     """One finished episode, append-only token stream, never re-tokenised.
 
@@ -74,6 +88,7 @@ class RolloutRecord:
         isolation      isolation level really enforced ("none" where no sandbox was needed)
         sandbox_ids    sandboxes used, in order
         metadata       small JSON-plain facts of the task (index, split, difficulty)
+        earlier        streams before this one, of a conversation whose reasoning is dropped (`samples`)
     """
 
     uid: str
@@ -94,6 +109,7 @@ class RolloutRecord:
     isolation: str = "none"
     sandbox_ids: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    earlier: tuple[UserTurn, ...] = ()
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -104,7 +120,26 @@ class RolloutRecord:
 
     @property
     def num_sampled(self) -> int:
-        return sum(self.loss_mask)
+        """Tokens of the whole episode that the model sampled."""
+        return sum(self.loss_mask) + sum(sum(turn.loss_mask) for turn in self.earlier)
+
+    def samples(self) -> list[RolloutRecord]:
+        """The training samples of the episode: one for each stream, uid "<uid>@<number>" but for the last."""
+        before = [
+            replace(
+                self,
+                uid=f"{self.uid}@{number}",
+                prompt_ids=turn.prompt_ids,
+                token_ids=turn.token_ids,
+                logprobs=turn.logprobs,
+                loss_mask=turn.loss_mask,
+                weight_version=turn.weight_version,
+                routing=None,
+                earlier=(),
+            )
+            for number, turn in enumerate(self.earlier)
+        ]
+        return [*before, replace(self, earlier=()) if before else self]
 
     def with_reward(self, reward: float | None, parts: dict[str, float], outcome: Outcome) -> RolloutRecord:
         return replace(self, reward=reward, reward_parts=parts, outcome=outcome)
@@ -112,7 +147,8 @@ class RolloutRecord:
     def to_json(self) -> str:
         """One line of JSON; NaN log-probs become null."""
         row = asdict(self)
-        row["logprobs"] = [None if math.isnan(x) else x for x in self.logprobs]
+        for columns in (row, *row["earlier"]):
+            columns["logprobs"] = [None if math.isnan(x) else x for x in columns["logprobs"]]
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
     @classmethod
@@ -121,11 +157,17 @@ class RolloutRecord:
         row = json.loads(line)
         if row.get("schema") != SCHEMA:
             raise ValueError(f"rollout record schema {row.get('schema')}, this version reads {SCHEMA}")
-        row["logprobs"] = tuple(math.nan if x is None else x for x in row["logprobs"])
-        for key in ("prompt_ids", "token_ids", "loss_mask", "weight_version", "sandbox_ids"):
-            row[key] = tuple(row[key])
+        row["earlier"] = tuple(UserTurn(**_columns(turn)) for turn in row.get("earlier", ()))
+        row |= _columns(row)
+        row["sandbox_ids"] = tuple(row["sandbox_ids"])
         if row["routing"] is not None:
             row["routing"] = tuple(tuple(tuple(k) for k in layer) for layer in row["routing"])
         row["finish"] = FinishReason(row["finish"])
         row["outcome"] = Outcome(OutcomeKind(row["outcome"]["kind"]), row["outcome"]["detail"])
         return cls(**row)
+
+
+def _columns(row: dict[str, Any]) -> dict[str, tuple]:
+    """The per-token fields of a JSON row."""
+    plain = {key: tuple(row[key]) for key in ("prompt_ids", "token_ids", "loss_mask", "weight_version")}
+    return plain | {"logprobs": tuple(math.nan if x is None else x for x in row["logprobs"])}

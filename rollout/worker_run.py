@@ -86,7 +86,8 @@ class WorkerRun:
         episode = None
         try:
             ids = self._prompt_ids(job)
-            episode = Episode(job, ids, worker.tokenizer, max_context=worker.max_context)
+            context, family = worker.max_context, worker.family
+            episode = Episode(job, ids, worker.tokenizer, max_context=context, family=family)
             if worker.max_context is not None and len(ids) >= worker.max_context:
                 raise EngineError(f"prompt of {len(ids)} tokens, the context holds {worker.max_context}")
             if job.tools and worker.sandboxes is None:
@@ -133,12 +134,8 @@ class WorkerRun:
             if begun is not None:
                 request, prefix = begun
                 self._send(episode, replace(request, prefix=prefix))
-            elif episode.state is State.TOOLS:
-                self._call_tools(episode)
-            elif episode.is_done:
-                self._finish(episode)
             else:
-                self._submit(episode)
+                self._advance(episode)
 
         if episode.boxes:  # the calls of the turns before need their workspace, and so does the grader
             self._away(self.worker.lease_threads, lambda: self._lease(episode, go_on), episode)
@@ -183,10 +180,7 @@ class WorkerRun:
             if episode is None:  # left over from a run that was broken off
                 continue
             episode.on_completed(done)
-            if episode.state is State.TOOLS:
-                self._call_tools(episode)
-            else:
-                self._finish(episode)
+            self._advance(episode)
         self._num_empty = 0 if completed else self._num_empty + 1
         if self._num_empty >= _MAX_EMPTY_STEPS:
             self._num_empty = 0
@@ -203,8 +197,8 @@ class WorkerRun:
         if ended:
             log.sync()
 
-    def _call_tools(self, episode: Episode) -> None:
-        """Run the next pending call in a thread, leasing a box first if the episode has none."""
+    def _advance(self, episode: Episode) -> None:
+        """What comes next: a pending call, in a thread and a box; or the next turn; or the grader."""
         uid = episode.job.uid
         while episode.state is State.TOOLS:
             call = episode.pending_calls[len(episode.answers)]
@@ -229,7 +223,7 @@ class WorkerRun:
             self._boxes[episode.job.uid] = box
             episode.used_box(box.id, box.enforced.level.label)
             if then is None:
-                self._call_tools(episode)
+                self._advance(episode)
             else:
                 then()
 
@@ -254,7 +248,7 @@ class WorkerRun:
                 self._answer(episode, result)
                 if self._log is not None:
                     self._log.sync()
-                self._call_tools(episode)
+                self._advance(episode)
 
             return answered
 

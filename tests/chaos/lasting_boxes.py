@@ -64,5 +64,6 @@ class LastingBoxes:
         box.folder.rename(box.folder.with_name("released-" + box.folder.name))
 
     def commands(self):
-        """Every command that ever ran, once for each time."""
-        return [line for path in self.folder.glob("*/ran") for line in path.read_text().splitlines()]
+        """(box, command) of everything that ever ran, once for each time."""
+        files = self.folder.glob("*/ran")
+        return [(path.parent.name, line) for path in files for line in path.read_text().splitlines()]

@@ -1,5 +1,9 @@
-"""Workers killed while their tools run, over boxes that live on: no command runs twice, and what is not known
-is said. The kills are `kill -9` of the process that runs the command, and at random between two steps."""
+"""Workers killed while their tools run, over boxes that live on: no command runs twice in a box, and what is
+not known is said. The kills are `kill -9` of the process that runs the command, and between two steps.
+
+A box that was given back before its record had left the worker does not live on: its calls are run again in a
+fresh one.
+"""
 
 import os
 from collections import Counter
@@ -81,8 +85,8 @@ def test_a_command_runs_once_whenever_its_worker_is_killed_and_its_unknown_outco
     (tmp_path / "calm").mkdir()
     undisturbed, _ = run(tmp_path / "calm", [job(f"j{i}", "ok") for i in range(len(kinds))])
     records, boxes = run(tmp_path, jobs, die_after=(35, 90, 150, 150, 40))
-    ran = Counter(boxes.commands())
-    assert max(ran.values()) == 1
+    assert max(Counter(boxes.commands()).values()) == 1
+    ran = Counter(command for _, command in boxes.commands())
     unknown = {uid for uid, r in records.items() if r.outcome.kind is OutcomeKind.UNKNOWN}
     assert {"j1", "j3"} <= unknown
     assert ran["die-before j1#1"] == 0 and ran["die-after j3#1"] == 1
@@ -91,6 +95,6 @@ def test_a_command_runs_once_whenever_its_worker_is_killed_and_its_unknown_outco
     known = set(records) - unknown
     assert known and any("resumed_at" in records[uid].metadata for uid in known)
     for uid in known:
-        assert ran[f"ok {uid}#0"] == ran[f"ok {uid}#1"] == 1
+        assert ran[f"ok {uid}#0"] >= 1 and ran[f"ok {uid}#1"] >= 1
         assert plain(records[uid]) == plain(undisturbed[uid])
     assert all(os.path.basename(path).startswith("released-") for path in boxes.folder.iterdir())

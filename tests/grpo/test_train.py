@@ -4,12 +4,13 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from small_trainer import AHEAD, GradientKeeper, small_model
 
 from consilience.conf.errors import EngineError
-from consilience.grpo.advantage import group_advantages
+from consilience.grpo.advantage import Advantages, group_advantages
 from consilience.grpo.train import (
     GrpoSettings,
     publish,
@@ -20,7 +21,7 @@ from consilience.grpo.train import (
 )
 from consilience.model.checkpoint import load_official, to_official
 from consilience.model.digest import weights_digest
-from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord
+from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord, UserTurn
 from consilience.rollout.store import RolloutStore
 from consilience.training.checkpoint import CheckpointMeta
 from consilience.training.metrics import MemorySink
@@ -143,6 +144,28 @@ def test_only_the_first_mini_batch_measures_the_mismatch():
     engine = engine_of(lr=0.05)
     report = phase(engine, FOUR, warmup=0)
     assert report["mismatch_max"] < 1e-4 < report["max_abs_log_ratio"]
+
+
+@pytest.mark.parametrize("normalisation", ["episode", "turn"])
+def test_a_conversation_split_by_user_turns_weighs_one_or_as_many_as_it_has(normalisation):
+    """Against its streams as records of their own: at ratio 1 the gradient is linear in the advantage."""
+    first, last = record("t@0", (5, 6, 1), 1.0), record("t", (7, 8, 9, 11, 1), 1.0, prompt=(3, 30, 31))
+    columns = (first.prompt_ids, first.token_ids, first.logprobs, first.loss_mask, first.weight_version)
+    talk = replace(last, earlier=(UserTurn(*columns),))
+    other = record("o", (20, 1), 0.0)
+
+    def gradient(records, advantages, **settings):
+        engine, kept = GradientKeeper(small_model()), np.ones(len(records), bool)
+        given = Advantages(np.array(advantages), kept, ~kept, 1, 0, 0)
+        settings = GrpoSettings(10, mini_batches=1, kl_beta=0.0, mtp_weight=0.0, **settings)
+        train_phase(engine, small_model(), records, given, settings, 5)
+        return engine.steps[0]
+
+    split = gradient([talk, other], [0.5, -0.5], normalisation=normalisation)
+    scale = [3 / 8 * 3 / 2, 5 / 8 * 3 / 2, 3 / 2] if normalisation == "episode" else [1, 1, 1]
+    apart = gradient([first, last, other], [0.5 * scale[0], 0.5 * scale[1], -0.5 * scale[2]])
+    for name in apart:
+        torch.testing.assert_close(split[name], apart[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_observations_get_no_gradient():

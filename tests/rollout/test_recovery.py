@@ -113,6 +113,31 @@ def test_agents_go_on_with_their_turns_results_and_workspaces(tmp_path, deaths):
         assert any(r.metadata.get("resumed_at") for r in records)
 
 
+def talking_policy(request, context):
+    """Thinks about the user's newest message for a while, then answers it."""
+    asked = TOKENIZER.decode(context).rsplit("<｜User｜>", 1)[1].split("<")[0]
+    return TOKENIZER.encode(f"{asked * 7}</think>re {asked}<｜end▁of▁sentence｜>")
+
+
+@pytest.mark.parametrize("effort, num_samples", [("think", 3), ("chat", 1)])
+@pytest.mark.parametrize("deaths", [(9,), (45, 50, 3, 1), (20,) * 7])
+def test_conversations_go_on_in_the_user_turn_they_were_in(tmp_path, deaths, effort, num_samples):
+    def worker(die_after=None):
+        reply = talking_policy
+        if effort == "chat":
+            reply = lambda request, context: turn("re " + TOKENIZER.decode(context)[-40:-30] * 4)
+        engine = FakeRolloutEngine(reply, max_running=3, die_after=die_after)
+        return RolloutWorker(engine, TOKENIZER, None, FakeGrader(), flush_s=0.001)
+
+    jobs = [replace(job(f"t{i}"), effort=effort, user_turns=("more", f"end{i}")) for i in range(5)]
+    whole = worker()
+    undisturbed = whole.run(jobs)
+    whole.close()
+    assert [len(r.samples()) for r in undisturbed] == [num_samples] * 5
+    records = survive(tmp_path, jobs, worker, deaths)
+    assert [plain(r) for r in records] == [plain(r) for r in undisturbed]
+
+
 def test_a_workspace_that_cannot_be_rebuilt_is_infrastructure_and_says_which_call_differed(tmp_path):
     jobs = [agent_job("a")]
     lease = take_lease(tmp_path, "w")
