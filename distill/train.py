@@ -128,7 +128,7 @@ def score_request(record: RolloutRecord) -> ScoreRequest:
     """Positions whose next token the student sampled: the state at t predicts token t + 1."""
     first = len(record.prompt_ids)
     positions = tuple(first + i - 1 for i, sampled in enumerate(record.loss_mask) if sampled)
-    return ScoreRequest(record.uid, record.teacher or "", record.prompt_ids + record.token_ids, positions)
+    return ScoreRequest(record.uid, record.teacher or "", (*record.prompt_ids, *record.token_ids), positions)
 
 
 def train_phase(

@@ -30,6 +30,8 @@ from consilience.training.schedule import warmup_constant_cosine
 from consilience.training.stage_checkpoints import StageCheckpoints
 from consilience.training.stage_clock import StageClock
 
+SHOWN_TOKENS = 4096  # of a prompt or an episode, in the table of samples
+
 
 @dataclass(frozen=True)
 class GrpoSettings:
@@ -140,6 +142,7 @@ def train_phase(
         if index == 0:  # the sampler's weights and these are the same here
             report["mismatch_max"] = outcome["max_abs_log_ratio"]
         sums = combine(sums, outcome) if sums else outcome
+        del packed  # before the next mini-batch's tokens are read
     return report | shares(sums)
 
 
@@ -255,8 +258,8 @@ def rollout_rows(
     return [
         RolloutRow(
             uid=r.uid,
-            prompt=decode(r.prompt_ids),
-            completion=decode(r.token_ids),
+            prompt=decode(r.prompt_ids[:SHOWN_TOKENS]),
+            completion=decode(r.token_ids[:SHOWN_TOKENS]),
             reward=r.reward,
             reward_parts=r.reward_parts,
             advantage=float(advantages.advantage[i]),

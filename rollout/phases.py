@@ -24,11 +24,13 @@ class Durable:
     log_folder      token logs of the workers
     keep            called with records as they arrive; they are on the disk when it returns
     survives_power  what the token logs must survive: the machine's end, or only the processes'
+    columns_folder  where workers put the per-token fields of long records; None: all travel in the record
     """
 
     log_folder: Path
     keep: Callable[[Sequence[RolloutRecord]], None]
     survives_power: bool = False
+    columns_folder: Path | None = None
 
 
 class Sampler(Protocol):
@@ -75,7 +77,8 @@ def sample_phase(
             partial.add(records)
             store.ledger.stored(r.uid for r in records)
 
-        durable = Durable(store.log_folder(phase), keep, store.survives_power)
+        columns = store.columns_folder(phase)
+        durable = Durable(store.log_folder(phase), keep, store.survives_power, columns)
         keep(sampler.generate(missing, durable=durable))
         records = [partial.records[job.uid] for job in jobs]
     finally:

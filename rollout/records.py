@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
+
+from consilience.rollout.columns import DTYPES, Column
 
 SCHEMA = 1
 
@@ -55,16 +59,20 @@ class UserTurn:
     Columns as in `RolloutRecord`.
     """
 
-    prompt_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    loss_mask: tuple[int, ...]
-    weight_version: tuple[int, ...]
+    prompt_ids: Sequence[int]
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    loss_mask: Sequence[int]
+    weight_version: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutRecord:
     """One finished episode, append-only token stream, never re-tokenised.
+
+    Its per-token fields are tuples, or, of a long one, references to a file (`columns.Column`): then the
+    record itself is light, whoever iterates a field or makes an array of it reads the file, and nothing of it
+    stays in memory behind that.
 
     Example: prompt `12 + 3 =`, the policy samples `15` and end-of-sentence:
         prompt_ids (0, 9, 17, 18, 11, 19, 12, 10), token_ids (17, 21, 1),
@@ -96,11 +104,11 @@ class RolloutRecord:
     domain: str
     effort: str
     teacher: str | None
-    prompt_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    loss_mask: tuple[int, ...]
-    weight_version: tuple[int, ...]
+    prompt_ids: Sequence[int]
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    loss_mask: Sequence[int]
+    weight_version: Sequence[int]
     finish: FinishReason
     outcome: Outcome
     reward: float | None = None
@@ -121,7 +129,12 @@ class RolloutRecord:
     @property
     def num_sampled(self) -> int:
         """Tokens of the whole episode that the model sampled."""
-        return sum(self.loss_mask) + sum(sum(turn.loss_mask) for turn in self.earlier)
+        return sum(_total(stream.loss_mask) for stream in (self, *self.earlier))
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and episode, of all its streams."""
+        return sum(len(stream.prompt_ids) + len(stream.token_ids) for stream in (self, *self.earlier))
 
     def samples(self) -> list[RolloutRecord]:
         """The training samples of the episode: one for each stream, uid "<uid>@<number>" but for the last."""
@@ -145,20 +158,21 @@ class RolloutRecord:
         return replace(self, reward=reward, reward_parts=parts, outcome=outcome)
 
     def to_json(self) -> str:
-        """One line of JSON; NaN log-probs become null."""
+        """One line of JSON; NaN log-probs become null, references stay references."""
         row = asdict(self)
         for columns in (row, *row["earlier"]):
-            columns["logprobs"] = [None if math.isnan(x) else x for x in columns["logprobs"]]
+            columns |= {key: _plain(columns[key]) for key in DTYPES}
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
     @classmethod
-    def from_json(cls, line: str) -> RolloutRecord:
-        """Inverse of `to_json`. ValueError on an unknown schema version."""
+    def from_json(cls, line: str, root: Path | None = None) -> RolloutRecord:
+        """Inverse of `to_json`; references are to files under `root`. ValueError on an unknown schema."""
         row = json.loads(line)
         if row.get("schema") != SCHEMA:
             raise ValueError(f"rollout record schema {row.get('schema')}, this version reads {SCHEMA}")
-        row["earlier"] = tuple(UserTurn(**_columns(turn)) for turn in row.get("earlier", ()))
-        row |= _columns(row)
+        root = root or Path()
+        row["earlier"] = tuple(UserTurn(**_columns(turn, root)) for turn in row.get("earlier", ()))
+        row |= _columns(row, root)
         row["sandbox_ids"] = tuple(row["sandbox_ids"])
         if row["routing"] is not None:
             row["routing"] = tuple(tuple(tuple(k) for k in layer) for layer in row["routing"])
@@ -167,7 +181,26 @@ class RolloutRecord:
         return cls(**row)
 
 
-def _columns(row: dict[str, Any]) -> dict[str, tuple]:
+def _columns(row: dict[str, Any], root: Path) -> dict[str, Any]:
     """The per-token fields of a JSON row."""
-    plain = {key: tuple(row[key]) for key in ("prompt_ids", "token_ids", "loss_mask", "weight_version")}
-    return plain | {"logprobs": tuple(math.nan if x is None else x for x in row["logprobs"])}
+    found: dict[str, Any] = {}
+    for key in DTYPES:
+        if isinstance(row[key], dict):
+            found[key] = Column.from_dict(row[key], root)
+        elif key == "logprobs":
+            found[key] = tuple(math.nan if x is None else x for x in row[key])
+        else:
+            found[key] = tuple(row[key])
+    return found
+
+
+def _plain(column: Sequence[Any]) -> Any:
+    if isinstance(column, Column):
+        return column.to_dict()
+    return [None if isinstance(x, float) and math.isnan(x) else x for x in column]
+
+
+def _total(column: Sequence[int]) -> int:
+    total = column.total if isinstance(column, Column) else sum(column)
+    assert total is not None  # an integer column
+    return total

@@ -22,6 +22,7 @@ from consilience.conf.errors import (
     SandboxUnavailable,
 )
 from consilience.rollout.boxes import Box
+from consilience.rollout.columns import ColumnFile
 from consilience.rollout.engine import Completed, Prefix, Request
 from consilience.rollout.episode import Episode, State
 from consilience.rollout.grading import Graded, GradeItem, Grader
@@ -59,6 +60,8 @@ class WorkerRun:
         self._is_closed = False
         self._prompts: dict[tuple[str, str], tuple[Sequence, tuple[int, ...]]] = {}
         self._log = None if lease is None else TokenLog(lease)
+        folder = None if lease is None else lease.columns_folder
+        self._columns = None if lease is None or folder is None else ColumnFile(folder, lease.epoch)
         self._lost_streams: set[str] = set()  # request uids whose state died with a former worker
 
     def batches(self) -> Iterator[list[RolloutRecord]]:
@@ -338,6 +341,8 @@ class WorkerRun:
 
     def _settle(self, episode: Episode, record: RolloutRecord) -> None:
         """The record is final: give back what the episode held."""
+        if self._columns is not None and record.num_tokens > self.worker.inline_tokens:
+            record = self._columns.put(record)
         self._final.append(record)
         self._num_final += 1
         self._release_box(episode.job.uid)
@@ -353,6 +358,8 @@ class WorkerRun:
         self._is_closed = True
         if self._log is not None:
             self._log.close()
+        if self._columns is not None:
+            self._columns.close()
         for episode in self._decoding.values():
             self._release_box(episode.job.uid)
         while self._num_away:
