@@ -40,28 +40,28 @@ class Column(Sequence[Any]):
     """A per-token field in a file: a sequence of numbers, light to hold, to send and to store.
 
     root, name     the file is root / name; only the name is stored, so a run's folder may move
-    offset, count  of its bytes and numbers;  crc CRC-32 of the bytes
+    offset, length  its first byte and its numbers;  crc CRC-32 of the bytes
     total          sum of an integer column, None of others
     """
 
-    __slots__ = ("count", "crc", "dtype", "name", "offset", "root", "total")
+    __slots__ = ("crc", "dtype", "length", "name", "offset", "root", "total")
 
     def __init__(
-        self, root: Path, name: str, dtype: str, offset: int, count: int, crc: int, total: int | None
+        self, root: Path, name: str, dtype: str, offset: int, length: int, crc: int, total: int | None
     ) -> None:
         self.root, self.name, self.dtype = root, name, dtype
-        self.offset, self.count, self.crc, self.total = offset, count, crc, total
+        self.offset, self.length, self.crc, self.total = offset, length, crc, total
 
     def array(self) -> np.ndarray:
-        """[count] read-only, mapped from the file, checked. RunError if that is gone or not as written."""
+        """[length] read-only, mapped from the file, checked. RunError if that is gone or not as written."""
         path = self.root / self.name
-        if not self.count:
+        if not self.length:
             return np.empty(0, self.dtype)
         try:
-            found = np.memmap(path, self.dtype, "r", self.offset, (self.count,))
+            found = np.memmap(path, self.dtype, "r", self.offset, (self.length,))
         except (OSError, ValueError) as error:
             raise RunError(f"cannot map {path}: {error}; its phase has to be sampled again") from None
-        if zlib.crc32(found) != self.crc:
+        if zlib.crc32(found.data) != self.crc:
             raise RunError(
                 f"{path} is damaged between bytes {self.offset} and {self.offset + found.nbytes}; restore it "
                 "from a copy, or remove its phase and resume the stage"
@@ -73,11 +73,11 @@ class Column(Sequence[Any]):
         return found if dtype is None and not copy else np.array(found, dtype)
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
     def __iter__(self) -> Iterator[Any]:
         found = self.array()
-        for start in range(0, self.count, _CHUNK):
+        for start in range(0, self.length, _CHUNK):
             yield from found[start : start + _CHUNK].tolist()
 
     @overload
@@ -98,14 +98,14 @@ class Column(Sequence[Any]):
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Column, (self.root, self.name, self.dtype, self.offset, self.count, self.crc, self.total)
+        return Column, (self.root, self.name, self.dtype, self.offset, self.length, self.crc, self.total)
 
     def __deepcopy__(self, memo: Any) -> Column:
         return self  # nothing in it changes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-plain reference; `from_dict` needs the root again."""
-        return {key: getattr(self, key) for key in ("name", "dtype", "offset", "count", "crc", "total")}
+        return {key: getattr(self, key) for key in ("name", "dtype", "offset", "length", "crc", "total")}
 
     @classmethod
     def from_dict(cls, row: dict[str, Any], root: Path) -> Column:
@@ -126,7 +126,7 @@ class ColumnFile:
         EngineError when the disk does not take them.
         """
         streams = [record, *record.earlier]
-        parts: list[bytes | np.ndarray] = []
+        parts: list[bytes | memoryview] = []
         moved = []
         end = self._num_bytes
         for stream in streams:
@@ -134,9 +134,9 @@ class ColumnFile:
             for field, dtype in DTYPES.items():
                 values = np.ascontiguousarray(np.asarray(getattr(stream, field), dtype))
                 total = None if values.dtype.kind == "f" else int(values.sum())
-                crc = zlib.crc32(values)
+                crc = zlib.crc32(values.data)
                 fields[field] = Column(self._root, self._name, dtype, end, len(values), crc, total)
-                parts += [values, bytes(-values.nbytes % _ALIGNMENT)]
+                parts += [values.data, bytes(-values.nbytes % _ALIGNMENT)]
                 end += values.nbytes + len(parts[-1])
             moved.append(replace(stream, **fields))
         self._write(parts)
@@ -149,7 +149,7 @@ class ColumnFile:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _write(self, parts: list[bytes | np.ndarray]) -> None:
+    def _write(self, parts: list[bytes | memoryview]) -> None:
         path = self._root / self._name
         try:
             if self._descriptor < 0:

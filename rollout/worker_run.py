@@ -341,7 +341,8 @@ class WorkerRun:
 
     def _settle(self, episode: Episode, record: RolloutRecord) -> None:
         """The record is final: give back what the episode held."""
-        if self._columns is not None and record.num_tokens > self.worker.inline_tokens:
+        is_long = record.num_tokens > self.worker.inline_tokens
+        if self._columns is not None and is_long and not self._is_closed:
             record = self._columns.put(record)
         self._final.append(record)
         self._num_final += 1

@@ -74,7 +74,7 @@ def high_water_mib():
 
 
 def reset():
-    """Memory resident now, from which on the high-water mark counts; where the kernel resets none, the mark."""
+    """Memory resident now, where the high-water mark begins anew; the mark, where a kernel keeps it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return high_water_mib()

@@ -1,4 +1,4 @@
-"""Sequences of 1 Mi tokens: memory is a mini-batch's, whatever the phase holds; the driver sees references."""
+"""Sequences of 1 Mi tokens: memory is a mini-batch's however large the phase; the driver sees references."""
 
 import json
 import os
