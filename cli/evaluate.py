@@ -143,7 +143,7 @@ def parts_that_acted(model: Any, records: list[RolloutRecord], num: int = 24) ->
     """Counters of one traced forward over the longest episodes: what V4's parts did on real rollouts."""
     longest = sorted(records, key=lambda r: -len(r.prompt_ids) - len(r.token_ids))[:num]
     trace = Trace()
-    ids = [r.prompt_ids + r.token_ids for r in longest]
+    ids = [(*r.prompt_ids, *r.token_ids) for r in longest]
     hidden_at_loss(model, pack(ids, quantum=32, max_row_tokens=row_length(max(map(len, ids)))), trace)
     loads = [load for layer, load in trace.expert_load.items() if trace.is_hash[layer]]
     return {

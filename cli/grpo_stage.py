@@ -80,6 +80,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         row_tokens=settings.row_tokens,
         micro_tokens=micro_tokens(cfg, settings.row_tokens),
         warmup=settings.warmup,
+        normalisation=settings.normalisation,
         table_rows=cfg.log.table_rows,
         seed=cfg.run.seed,
     )

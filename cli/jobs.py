@@ -61,6 +61,7 @@ def rollout_jobs(
                     tools=tuple(name for name in declared if name in TOOLS),
                     sampling=replace(common, seed=seed_of(run_seed, uid)),
                     needs_sandbox=domain.needs_sandbox and is_graded,
+                    user_turns=problem.user_turns,
                 )
             )
     return jobs

@@ -10,6 +10,7 @@ ConsilienceError
 ├── RewardError          a reward function that cannot be loaded or broke its contract
 ├── SandboxUnavailable   no isolation as strong as asked for
 ├── SandboxLost          a sandbox died or broke its protocol (infrastructure, never reward 0)
+│   └── OutcomeUnknown   a tool call was begun, its result never seen, and it may not be run twice
 ├── EngineError          a rollout or train engine that cannot continue
 └── RunError             a run folder or graph that cannot be used or resumed
 """
@@ -81,6 +82,10 @@ class SandboxUnavailable(ConsilienceError):
 
 class SandboxLost(ConsilienceError):
     """A sandbox died or broke its protocol. Infrastructure: masks the sample, is never reward 0."""
+
+
+class OutcomeUnknown(SandboxLost):
+    """A tool call that must not be run twice was begun, and nobody knows what it did."""
 
 
 class EngineError(ConsilienceError):

@@ -115,6 +115,11 @@ class GrpoConfig:
         None, "drop samples whose geometric mean of ratios is outside of [LOW,HIGH]; null: none", low=0
     )
     temperature: float = setting(1.0, "sampling temperature", above=0, high=10)
+    normalisation: str = setting(
+        "episode",
+        "what counts as one sample where a conversation is trained on user turn by user turn",
+        choices=("episode", "turn"),
+    )
     mtp_weight: float = setting(
         0.1, "weight of the loss that keeps MTP blocks, and nothing else, in step", low=0, high=10
     )

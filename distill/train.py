@@ -92,7 +92,8 @@ def train_distill(
             records = sample_phase(store, step, sampler, jobs_of)
         clock.add_tokens("sampled", sum(r.num_sampled for r in records))
         uids = [r.uid for r in records]
-        records = [r for r in records if r.num_sampled and r.teacher and r.finish is not FinishReason.ABORT]
+        usable = [r for r in records if r.teacher and r.finish is not FinishReason.ABORT]
+        records = [sample for r in usable for sample in r.samples() if sample.num_sampled]
         with clock.phase("score"):
             scored = teachers.scheduler.score([score_request(r) for r in records])
         with clock.phase("train"):
@@ -103,7 +104,8 @@ def train_distill(
             version = publish(sampler, engine.model, version + 1)
         rows.append({"step": step + 1, "kl": report["kl"], "head_loads": report["head_loads"]})
         by_sample = report.pop("kl_by_sample")
-        log.scalars(step + 1, report | {"teacher_loads": len(scored.loads), "reused": scored.num_reused})
+        report |= {"teacher_loads": len(scored.loads), "reused": scored.num_reused} | store.health
+        log.scalars(step + 1, report)
         log.rollouts(step + 1, _table(records, by_sample, decode, settings.table_rows))
         progress.advance(1, **{f"kl {name}": value for name, value in report["kl"].items()})
         checkpoints.save_if_due(step + 1, {"clock": clock.state(), "rows": rows})
@@ -126,7 +128,7 @@ def score_request(record: RolloutRecord) -> ScoreRequest:
     """Positions whose next token the student sampled: the state at t predicts token t + 1."""
     first = len(record.prompt_ids)
     positions = tuple(first + i - 1 for i, sampled in enumerate(record.loss_mask) if sampled)
-    return ScoreRequest(record.uid, record.teacher or "", record.prompt_ids + record.token_ids, positions)
+    return ScoreRequest(record.uid, record.teacher or "", (*record.prompt_ids, *record.token_ids), positions)
 
 
 def train_phase(

@@ -49,6 +49,7 @@ def grpo_loss(
     mask_delta: float = MASK_DELTA,
     weight: Tensor | None = None,
     sampler_logprob: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> GrpoLoss:
     """Loss of one micro-batch of whole samples, already divided by the mini-batch's `num_samples`.
 
@@ -56,7 +57,8 @@ def grpo_loss(
     ref_logprob [n] the SFT reference's; advantage [n] A_i of the token's sample; sample_index [n] int ≥ 0,
     equal for the tokens of one sample, gaps allowed; num_samples S > 0. Tokens that were not sampled are
     not passed in. n = 0 gives loss 0. weight [n] w_t, None: 1; sampler_logprob [n] what M_i reads where
-    old_logprob is not the sampler's.
+    old_logprob is not the sampler's. share [n], equal for the tokens of one sample: the part of one of the S
+    that the sample is, where several samples are one episode; None: each is one.
 
     `sums`: tokens, samples, clipped (tokens whose clip binds), abs_log_ratio Σ|log r|, kl Σ KL_t,
     masked_tokens, masked_samples, and max_abs_log_ratio, the one that combines by maximum.
@@ -82,6 +84,8 @@ def grpo_loss(
     is_masked = (A < 0) & (drift > mask_delta)[sample]
     surrogate = surrogate if weight is None else surrogate * weight.detach().to(logprob.dtype)
     per_token = kl_beta * kl - torch.where(is_masked, 0.0, surrogate)
+    if share is not None:
+        per_token = per_token * share.detach().to(logprob.dtype)
     loss = (per_token / length[sample]).sum() / num_samples
 
     with torch.no_grad():

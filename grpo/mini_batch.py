@@ -5,7 +5,7 @@ n sampled tokens of a micro-batch, row by row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,12 +44,14 @@ class MiniBatch:
     def of(
         cls, records: Sequence[RolloutRecord], advantages: Sequence[float], settings: Any, model: Any
     ) -> MiniBatch:
-        """Of kept samples and the advantage of each; settings are `GrpoSettings`."""
-        replay = RoutingReplay(records, model.config) if settings.replay_routing else None
-        kept = KeptReplay(records) if settings.replay_kept_sets else None
-        masks = [r.loss_mask if kept is None else known_mask(r) for r in records]
-        packed = pack_records(records, advantages, settings.row_tokens, masks)
-        return cls(packed, len(records), replay, kept)
+        """Of kept episodes and the advantage of each; settings are `GrpoSettings`."""
+        streams = [s for r in records for s in r.samples()]
+        replay = RoutingReplay(streams, model.config) if settings.replay_routing else None
+        kept = KeptReplay(streams) if settings.replay_kept_sets else None
+        mask_of = own_mask if kept is None else known_mask
+        packed = pack_records(records, advantages, settings.row_tokens, settings.normalisation, mask_of)
+        num_samples = len(streams if settings.normalisation == "turn" else records)
+        return cls(packed, num_samples, replay, kept)
 
     def routing_of(self, micro: PackedRows) -> Routing | None:
         """What a forward over these rows follows; None: it routes freely."""
@@ -130,23 +132,36 @@ def known_mask(record: RolloutRecord) -> list[int]:
     return [int(m and size > 0) for m, size in zip(record.loss_mask, record.kept.num_ids())]
 
 
+def own_mask(record: RolloutRecord) -> Sequence[int]:
+    return record.loss_mask
+
+
 def pack_records(
     records: Sequence[RolloutRecord],
     advantages: Sequence[float],
     row_tokens: int,
-    loss_mask: Sequence[Sequence[int]] | None = None,
+    normalisation: str = "episode",
+    mask_of: Callable[[RolloutRecord], Sequence[int]] = own_mask,
 ) -> PackedRows:
     """Prompt and episode of each record as one sample; sampler log-probs and advantage per target.
 
-    loss_mask: of each episode; None: the records' own
+    A conversation whose reasoning was dropped at each user message is one sample a user turn, all with the
+    episode's advantage. Counted by "episode", each has the `share` of its tokens in the episode's, so that
+    the loss is that of one sample with all the tokens; by "turn" each is one.
     """
+    parts = [(s, a, r) for r, a in zip(records, advantages) for s in r.samples()]
+    arrays = {
+        "old_logprob": [s.logprobs for s, _, _ in parts],
+        "advantage": [np.full(len(s.token_ids), a, np.float32) for s, a, _ in parts],
+    }
+    if normalisation == "episode" and len(parts) > len(records):
+        arrays["share"] = [
+            np.full(len(s.token_ids), s.num_sampled / r.num_sampled, np.float32) for s, _, r in parts
+        ]
     return pack_episodes(
-        [r.prompt_ids for r in records],
-        [r.token_ids for r in records],
-        [r.loss_mask for r in records] if loss_mask is None else loss_mask,
+        [s.prompt_ids for s, _, _ in parts],
+        [s.token_ids for s, _, _ in parts],
+        [mask_of(s) for s, _, _ in parts],
         row_tokens,
-        {
-            "old_logprob": [r.logprobs for r in records],
-            "advantage": [[a] * len(r.token_ids) for a, r in zip(advantages, records)],
-        },
+        arrays,
     )

@@ -32,10 +32,13 @@ from consilience.training.schedule import warmup_constant_cosine
 from consilience.training.stage_checkpoints import StageCheckpoints
 from consilience.training.stage_clock import StageClock
 
+SHOWN_TOKENS = 4096  # of a prompt or an episode, in the table of samples
+
 
 @dataclass(frozen=True)
 class GrpoSettings:
-    """steps = rollout phases; mini_batches = optimiser steps a phase; see conf/schema.py for the rest."""
+    """steps = rollout phases; mini_batches = optimiser steps a phase; normalisation: what counts as one in
+    the loss, an "episode" or each of its "turn"s; see conf/schema.py for the rest."""
 
     steps: int
     mini_batches: int = 2
@@ -52,6 +55,7 @@ class GrpoSettings:
     warmup: int = 2
     table_rows: int = 32
     seed: int = 0
+    normalisation: str = "episode"
 
 
 def train_grpo(
@@ -90,7 +94,7 @@ def train_grpo(
         clock.add_tokens("train", int(report["train_tokens"]))
         with clock.phase("publish"):
             version = publish(sampler, engine.model, version + 1)
-        report |= rollout_report(records, advantages)
+        report |= rollout_report(records, advantages) | store.health
         mismatch_max = max(mismatch_max, report["mismatch_max"])
         log.scalars(step + 1, report)
         log.rollouts(step + 1, rollout_rows(records, advantages, decode, settings.table_rows))
@@ -124,20 +128,26 @@ def train_phase(
     order = np.random.default_rng((settings.seed, step)).permutation(kept)
     sums: dict[str, float] = {}
     parts = [part for part in np.array_split(order, settings.mini_batches) if part.size]
-    batches = [
-        MiniBatch.of([records[i] for i in part], advantages.advantage[part].tolist(), settings, engine.model)
-        for part in parts
-    ]
+
+    def batch_of(part: np.ndarray) -> MiniBatch:
+        return MiniBatch.of(
+            [records[i] for i in part], advantages.advantage[part].tolist(), settings, engine.model
+        )
+
     if settings.corrections.is_on:  # by the weights of now, before any step
-        batches, sums = with_proximal(engine, batches, settings)
-    for index, batch in enumerate(batches):
-        outcome = _mini_batch(engine, reference, batch, settings, wants_mismatch=index == 0 and not sums)
+        batches, sums = with_proximal(engine, [batch_of(part) for part in parts], settings)
+        given = iter(batches)
+    else:  # one at a time: its tokens are read when it is its turn
+        given = (batch_of(part) for part in parts)
+    for batch in given:
+        outcome = _mini_batch(engine, reference, batch, settings, wants_mismatch=not sums)
         scale = warmup_constant_cosine(
             step, num_steps=settings.steps, warmup_steps=min(settings.warmup, settings.steps)
         )
         report["train_tokens"] += batch.packed.num_tokens
         report |= engine.step(scale, outcome.pop("expert_load"))
         sums = combine(sums, outcome) if sums else outcome
+        del batch  # before the next mini-batch's tokens are read
     report["mismatch_max"] = sums["max_sampler_gap"]
     return report | shares(sums) | mismatch_report(sums)
 
@@ -174,6 +184,7 @@ def _mini_batch(
             mask_delta=settings.mask_delta,
             weight=at.arrays.get("correction"),
             sampler_logprob=sampler,
+            share=at.arrays.get("share"),
         )
         sums = combine(sums, out.sums) if sums else dict(out.sums)
         if wants_mismatch:
@@ -196,14 +207,19 @@ def rollout_report(records: Sequence[RolloutRecord], advantages: Advantages) -> 
     return {
         "reward": float(reward),
         "correct": float(correct),
-        "length": float(np.mean([r.num_sampled for r in records])),
-        "truncated_share": float(np.mean([r.finish is FinishReason.LENGTH for r in records])),
-        "malformed_share": float(np.mean([r.finish is FinishReason.MALFORMED for r in records])),
+        "length": _mean([r.num_sampled for r in records]),
+        "truncated_share": _mean([r.finish is FinishReason.LENGTH for r in records]),
+        "malformed_share": _mean([r.finish is FinishReason.MALFORMED for r in records]),
         "failed": float(len(records) - len(scored)),
         "groups": float(advantages.num_groups),
         "groups_without_signal": float(advantages.num_without_signal),
         "kept_samples": float(advantages.num_kept),
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    """NaN of nothing: a phase whose groups were all dropped."""
+    return float(np.mean(values)) if values else float("nan")
 
 
 def spread(items: Sequence[Any], num: int) -> list[Any]:
@@ -221,8 +237,8 @@ def rollout_rows(
     return [
         RolloutRow(
             uid=r.uid,
-            prompt=decode(r.prompt_ids),
-            completion=decode(r.token_ids),
+            prompt=decode(r.prompt_ids[:SHOWN_TOKENS]),
+            completion=decode(r.token_ids[:SHOWN_TOKENS]),
             reward=r.reward,
             reward_parts=r.reward_parts,
             advantage=float(advantages.advantage[i]),

@@ -119,6 +119,7 @@ def completion_to_dict(completion: Completion) -> dict[str, Any]:
         "token_ids": list(completion.token_ids),
         "tool_calls": [[call.name, dict(call.arguments), call.result] for call in completion.tool_calls],
         "finish": completion.finish,
+        "answers": list(completion.answers),
     }
 
 
@@ -129,6 +130,7 @@ def completion_from_dict(row: Mapping[str, Any]) -> Completion:
         token_ids=tuple(row["token_ids"]),
         tool_calls=tuple(ToolCall(*call) for call in row["tool_calls"]),
         finish=row["finish"],
+        answers=tuple(row["answers"]),
     )
 
 

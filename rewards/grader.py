@@ -96,5 +96,5 @@ class RewardGrader:
 def score_item(item: GradeItem) -> ScoreItem:
     """The part of an item that a reward function sees."""
     calls = tuple(ToolCall(call.name, call.arguments, call.result) for call in item.tool_calls)
-    completion = Completion(item.text, item.thinking, item.token_ids, calls, item.finish)
+    completion = Completion(item.text, item.thinking, item.token_ids, calls, item.finish, item.answers)
     return ScoreItem(completion, item.prompt, dict(item.metadata))

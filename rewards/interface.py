@@ -34,6 +34,7 @@ class Completion:
     token_ids    sampled token ids of the whole episode, in order
     tool_calls   every tool call of the episode, in order
     finish       FinishReason value ("stop", "length", "turns", "malformed")
+    answers      of a conversation: the answer to each user message, `text` the last of them
     """
 
     text: str
@@ -41,6 +42,7 @@ class Completion:
     token_ids: tuple[int, ...]
     tool_calls: tuple[ToolCall, ...]
     finish: str
+    answers: tuple[str, ...] = ()
 
 
 class RewardFunction(Protocol):

@@ -45,6 +45,13 @@ class BoxPool(Protocol):
 
     def lease(self) -> Box: ...
 
+    def find(self, box_id: str) -> Box | None:
+        """The box that a worker which is gone had leased, if it lives on, as it is; else None.
+
+        It is the caller's from here on: whoever held it before can do nothing there any more.
+        """
+        ...
+
     def release(self, box: Box) -> None: ...
 
 
@@ -110,6 +117,9 @@ class FakeBoxes:
         self._free.acquire()
         self.num_leased += 1
         return FakeBox(f"fake-{next(self._ids)}", self._run)
+
+    def find(self, box_id: str) -> None:
+        """None: what is in memory ends with its process."""
 
     def release(self, box: Box) -> None:
         self.num_released += 1

@@ -30,6 +30,7 @@ __all__ = [
     "render_assistant",
     "render_messages",
     "render_tool_results",
+    "render_user_turn",
     "text_of",
 ]
 
@@ -39,11 +40,13 @@ class Part(NamedTuple):
 
     is_trusted  written by the encoder: special tokens in it are special tokens
     is_target   sampled by the model in this turn (SFT's loss tokens, end-of-sentence included)
+    ids         the token ids that `text` was sampled as, which stand for it as they are; None: tokenise it
     """
 
     text: str
     is_trusted: bool
     is_target: bool = False
+    ids: tuple[int, ...] | None = None
 
 
 def text_of(parts: Iterable[Part]) -> str:
@@ -113,7 +116,7 @@ def render_assistant(message: Message, thinking: bool, *, is_target: bool = True
         check_plain(reasoning, "reasoning_content")
         parts += [Part(reasoning, False, is_target), Part(p.END_THINK, True, is_target)]
     check_plain(content, "content")
-    parts.append(Part(content, False, is_target))
+    parts.append(Part(content, False, is_target, message.get("content_ids")))
     if calls := calls_of(message):
         parts += [Part(text, is_trusted, is_target) for text, is_trusted in render_calls(calls)]
     if not message.get("wo_eos"):
@@ -131,6 +134,16 @@ def render_tool_results(results: Sequence[str], thinking: bool) -> list[Part]:
         message = "no tool results to continue with; a turn without calls ends the episode"
         raise ProtocolError(ProtocolFault.MESSAGE, message)
     message = {"role": "user", "blocks": [(result, True) for result in results]}
+    return [*_render_input(message), *_transition(message, thinking, thinking)]
+
+
+def render_user_turn(text: str, thinking: bool) -> list[Part]:
+    """What follows an assistant turn's EOS when the user speaks and no reasoning is dropped.
+
+    As with tool results, appending it is the encoding of the longer conversation: in chat mode, and wherever
+    tools are declared.
+    """
+    message = {"role": "user", "blocks": [(text, False)]}
     return [*_render_input(message), *_transition(message, thinking, thinking)]
 
 

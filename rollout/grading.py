@@ -35,6 +35,7 @@ class GradeItem:
         files          the job's workspace files as they were at the start
         needs_sandbox  the verifier wants a box
         sandbox        the episode's own box if it leased one (still in the state the model left it in)
+        answers        what the model answered to each user message, the last (`text`) included
     """
 
     uid: str
@@ -50,6 +51,7 @@ class GradeItem:
     files: Mapping[str, str] = field(default_factory=dict)
     needs_sandbox: bool = False
     sandbox: Any = None
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

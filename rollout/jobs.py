@@ -20,10 +20,11 @@ class RolloutJob:
         effort         "chat", "think", or an effort level of the protocol ("low", "high", "max")
         teacher        owner teacher of the prompt, None outside distillation
         messages       conversation in message form, without the answer
+        user_turns     what the user says next, one after each answer; the answer to the last ends the episode
         metadata       what the verifier needs; never enters the prompt or the box
         files          workspace files of the agent's box, path -> text
         reward         reward function by import path or file, "" where nothing is graded
-        max_turns      assistant turns the episode may take (1 = no tool is ever run)
+        max_turns      assistant turns that may follow one user message (1 = no tool is ever run)
         max_tokens     sampled tokens the whole episode may take
         tools          names of built-in tools (rollout/tools.py) that the episode may call
         sampling       how each turn is sampled; `max_tokens` there caps one turn
@@ -44,6 +45,7 @@ class RolloutJob:
     tools: tuple[str, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     needs_sandbox: bool = False
+    user_turns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.max_turns, self.max_tokens, self.sampling.max_tokens) < 1:
@@ -63,5 +65,6 @@ class RolloutJob:
                 "sampling": SamplingParams(**sampling),
                 "messages": tuple(row["messages"]),
                 "tools": tuple(row["tools"]),
+                "user_turns": tuple(row.get("user_turns", ())),
             }
         )

@@ -23,11 +23,13 @@ class Lease:
     """The right to write frames of one epoch into `folder`; plain data, travels to the worker that uses it.
 
     survives_power  what the worker's log must survive: the machine's end, or only its own
+    columns_folder  where it puts the per-token fields of long records; None: nowhere
     """
 
     folder: Path
     epoch: int
     survives_power: bool = False
+    columns_folder: Path | None = None
 
     @property
     def is_fenced(self) -> bool:
@@ -42,7 +44,9 @@ class Lease:
             )
 
 
-def take_lease(folder: Path, owner: str, *, survives_power: bool = False) -> Lease:
+def take_lease(
+    folder: Path, owner: str, *, survives_power: bool = False, columns_folder: Path | None = None
+) -> Lease:
     """A lease of an epoch above all others in the folder, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
     epoch = max(_epochs(folder, "lease"), default=-1)
@@ -59,7 +63,7 @@ def take_lease(folder: Path, owner: str, *, survives_power: bool = False) -> Lea
         with open(descriptor, "w", encoding="utf-8") as file:  # for people; nothing reads it
             file.write(json.dumps({"epoch": epoch, "owner": owner, "host": socket.gethostname()}) + "\n")
         _sync(folder)
-        return Lease(folder, epoch, survives_power)
+        return Lease(folder, epoch, survives_power, columns_folder)
 
 
 def fence(folder: Path, epochs: list[int] | None = None) -> None:

@@ -4,11 +4,13 @@
     C claim    a whole episode so far, copied by a new owner before it goes on
     S step     the tokens one engine step sampled
     E end      a turn's finish
-    R results  what the turn's tool calls answered, and the boxes they ran in
+    I intent   a tool call of the turn begins, in the last of the boxes; on the disk before it does
+    R results  what the turn's tool calls answered from call `first` on, and the boxes they ran in
     N next     first in every segment but an epoch's first: frames of the segment before
 
-A frame's first byte says which. O, E, R and N are JSON; in C a JSON head is followed by arrays; S is arrays:
-u32 step, f64 time, i32 version, u32 n, then numbers u32[n], positions u32[n], tokens i32[n], logprobs f32[n].
+A frame's first byte says which. O, E, I, R and N are JSON; in C a JSON head is followed by arrays; S is
+arrays: u32 step, f64 time, i32 version, u32 n, then numbers u32[n], positions u32[n], tokens i32[n],
+logprobs f32[n].
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ class LoggedTurn:
     prompt_crc  CRC-32 of the int32 ids that the turn's request appended before sampling; with `seed` it says
                 whether a job that is run again is the same one
     finish      of the Completed, None while the turn was being decoded
-    results     one text a tool call, None while they had not all answered
+    results     texts that the first of the turn's tool calls answered, None while none had
     boxes       [id, isolation label] of the boxes used so far
+    num_begun   number of the newest call that was begun, from 1; above the number of results: nobody knows
+                what that call did
     """
 
     prompt_crc: int
@@ -47,6 +51,7 @@ class LoggedTurn:
     finish: str | None = None
     results: list[str] | None = None
     boxes: list[list[str]] = field(default_factory=list)
+    num_begun: int = 0
 
 
 @dataclass(slots=True)
@@ -75,8 +80,14 @@ def encode_end(number: int, finish: str) -> bytes:
     return _json(b"E", {"number": number, "finish": finish})
 
 
-def encode_results(number: int, results: Sequence[str], boxes: Sequence[Sequence[str]]) -> bytes:
-    return _json(b"R", {"number": number, "results": list(results), "boxes": [list(box) for box in boxes]})
+def encode_intent(number: int, call: int, name: str, boxes: Sequence[Sequence[str]]) -> bytes:
+    row = {"number": number, "call": call, "name": name, "boxes": [list(box) for box in boxes]}
+    return _json(b"I", row)
+
+
+def encode_results(number: int, results: Sequence[str], boxes: Sequence[Sequence[str]], first: int) -> bytes:
+    row = {"number": number, "first": first, "results": list(results), "boxes": [list(box) for box in boxes]}
+    return _json(b"R", row)
 
 
 def encode_step(numbers: Sequence[int], new: NewTokens, step: int, time_s: float) -> bytes:

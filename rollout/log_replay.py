@@ -89,10 +89,15 @@ class _Epoch:
             case b"E":
                 row = decode_json(payload)
                 self._turns[row["number"]][1].finish = row["finish"]
+            case b"I":
+                row = decode_json(payload)
+                turn = self._turns[row["number"]][1]
+                turn.num_begun, turn.boxes = row["call"] + 1, row["boxes"]
             case b"R":
                 row = decode_json(payload)
                 turn = self._turns[row["number"]][1]
-                turn.results, turn.boxes = row["results"], row["boxes"]
+                turn.results = [*(turn.results or [])[: row.get("first", 0)], *row["results"]]
+                turn.boxes = row["boxes"]
 
     def _open(self, row: dict) -> None:
         uid = row["uid"]

@@ -5,6 +5,7 @@ A message is a mapping with `role` and `content`; beside it, where they apply:
     tools, response_format             system, developer
     tool_calls, reasoning_content      assistant
     wo_eos                             assistant: the turn goes on, no end-of-sentence is written
+    content_ids                        assistant: the token ids that its content was sampled as
     tool_call_id                       tool
     task                               user, developer, assistant: a quick instruction; only its answer may
                                        follow, and that never thinks (v4_post_training.md 5.5)

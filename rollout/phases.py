@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from consilience.model.checkpoint import to_official
 from consilience.model.digest import weights_digest
+from consilience.rollout.drops import drop_groups, drop_report
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.store import RolloutStore
@@ -23,11 +24,13 @@ class Durable:
     log_folder      token logs of the workers
     keep            called with records as they arrive; they are on the disk when it returns
     survives_power  what the token logs must survive: the machine's end, or only the processes'
+    columns_folder  where workers put the per-token fields of long records; None: all travel in the record
     """
 
     log_folder: Path
     keep: Callable[[Sequence[RolloutRecord]], None]
     survives_power: bool = False
+    columns_folder: Path | None = None
 
 
 class Sampler(Protocol):
@@ -54,6 +57,7 @@ def sample_phase(
 
     New records are stored before anything trains on them, each as it arrives: a phase that was cut short goes
     on with the jobs that have no record yet, and those with the tokens that their log has.
+    Groups that lost an environment are in the store, and not among what is returned (`drops.py`).
     """
     phase = f"{step:06d}"
     if phase in store.phases():
@@ -61,7 +65,7 @@ def sample_phase(
         records = list(store.read(phase))
         store.ledger.issued(step, [r.uid for r in records])
         store.ledger.stored(r.uid for r in records)
-        return records
+        return _without_dropped(store, step, records)
     jobs = jobs_of(step)
     store.ledger.issued(step, [job.uid for job in jobs])
     partial = store.partial(phase)
@@ -73,11 +77,20 @@ def sample_phase(
             partial.add(records)
             store.ledger.stored(r.uid for r in records)
 
-        durable = Durable(store.log_folder(phase), keep, store.survives_power)
+        columns = store.columns_folder(phase)
+        durable = Durable(store.log_folder(phase), keep, store.survives_power, columns)
         keep(sampler.generate(missing, durable=durable))
         records = [partial.records[job.uid] for job in jobs]
     finally:
         partial.close()
     store.append(phase, records)
     store.clear_partial(phase)
-    return records
+    return _without_dropped(store, step, records)
+
+
+def _without_dropped(store: RolloutStore, step: int, records: list[RolloutRecord]) -> list[RolloutRecord]:
+    kept, dropped = drop_groups(records)
+    for reason, group in dropped.items():
+        store.ledger.dropped(step, [r.uid for r in group], reason)
+    store.health = drop_report(step, dropped)
+    return kept

@@ -188,8 +188,10 @@ class RolloutPool:
         if not share.pending:
             return
         if durable is not None:
-            power = durable.survives_power
-            share.lease = take_lease(durable.log_folder, f"worker {slot}", survives_power=power)
+            power, columns = durable.survives_power, durable.columns_folder
+            share.lease = take_lease(
+                durable.log_folder, f"worker {slot}", survives_power=power, columns_folder=columns
+            )
         actor = self._actors[slot]
         remote = actor.generate.options(num_returns="streaming").remote
         share.stream = remote(list(share.pending.values()), share.lease)

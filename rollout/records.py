@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
+from consilience.rollout.columns import DTYPES, Column
 from consilience.rollout.kept_sets import KeptSets
 from consilience.rollout.token_routing import TokenRouting
 
@@ -28,12 +31,15 @@ class FinishReason(StrEnum):
 
 
 class OutcomeKind(StrEnum):
-    """How the reward came about. `INFRA` and `FAILED` mask the sample; `TAMPER` is an alarm."""
+    """How the reward came about. `INFRA` and `FAILED` mask the sample; `TAMPER` is an alarm; `LOST` and
+    `UNKNOWN` take the sample's whole group out of training (rollout/drops.py)."""
 
     GRADED = "graded"
     FAILED = "failed"  # the reward function raised, returned a NaN or timed out
     TAMPER = "tamper"
     INFRA = "infra"
+    LOST = "lost"  # the episode's environment is gone, or none could be had
+    UNKNOWN = "unknown"  # a tool call was begun and its result never seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +55,28 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class UserTurn:
+    """A stream that a later user message ended: from there on its reasoning is not in the prompt any more.
+
+    Columns as in `RolloutRecord`.
+    """
+
+    prompt_ids: Sequence[int]
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    loss_mask: Sequence[int]
+    weight_version: Sequence[int]
+    routing: TokenRouting | None = None
+    kept: KeptSets | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutRecord:
     """One finished episode, append-only token stream, never re-tokenised.
+
+    Its per-token fields are tuples, or, of a long one, references to a file (`columns.Column`): then the
+    record itself is light, whoever iterates a field or makes an array of it reads the file, and nothing of it
+    stays in memory behind that.
 
     Example: prompt `12 + 3 =`, the policy samples `15` and end-of-sentence:
         prompt_ids (0, 9, 17, 18, 11, 19, 12, 10), token_ids (17, 21, 1),
@@ -77,6 +103,7 @@ class RolloutRecord:
         isolation      isolation level really enforced ("none" where no sandbox was needed)
         sandbox_ids    sandboxes used, in order
         metadata       small JSON-plain facts of the task (index, split, difficulty)
+        earlier        streams before this one, of a conversation whose reasoning is dropped (`samples`)
     """
 
     uid: str
@@ -84,11 +111,11 @@ class RolloutRecord:
     domain: str
     effort: str
     teacher: str | None
-    prompt_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    loss_mask: tuple[int, ...]
-    weight_version: tuple[int, ...]
+    prompt_ids: Sequence[int]
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    loss_mask: Sequence[int]
+    weight_version: Sequence[int]
     finish: FinishReason
     outcome: Outcome
     reward: float | None = None
@@ -98,6 +125,7 @@ class RolloutRecord:
     isolation: str = "none"
     sandbox_ids: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    earlier: tuple[UserTurn, ...] = ()
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -113,32 +141,88 @@ class RolloutRecord:
 
     @property
     def num_sampled(self) -> int:
-        return sum(self.loss_mask)
+        """Tokens of the whole episode that the model sampled."""
+        return sum(_total(stream.loss_mask) for stream in (self, *self.earlier))
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and episode, of all its streams."""
+        return sum(len(stream.prompt_ids) + len(stream.token_ids) for stream in (self, *self.earlier))
+
+    def samples(self) -> list[RolloutRecord]:
+        """The training samples of the episode: one for each stream, uid "<uid>@<number>" but for the last."""
+        before = [
+            replace(
+                self,
+                uid=f"{self.uid}@{number}",
+                prompt_ids=turn.prompt_ids,
+                token_ids=turn.token_ids,
+                logprobs=turn.logprobs,
+                loss_mask=turn.loss_mask,
+                weight_version=turn.weight_version,
+                routing=turn.routing,
+                kept=turn.kept,
+                earlier=(),
+            )
+            for number, turn in enumerate(self.earlier)
+        ]
+        return [*before, replace(self, earlier=()) if before else self]
 
     def with_reward(self, reward: float | None, parts: dict[str, float], outcome: Outcome) -> RolloutRecord:
         return replace(self, reward=reward, reward_parts=parts, outcome=outcome)
 
     def to_json(self) -> str:
-        """One line of JSON; NaN log-probs become null."""
+        """One line of JSON; NaN log-probs become null, references stay references."""
         row = asdict(self)
-        for key, heavy in (("routing", self.routing), ("kept", self.kept)):
-            row[key] = None if heavy is None else heavy.to_json()
-        row["logprobs"] = [None if math.isnan(x) else x for x in self.logprobs]
+        for stream, columns in zip((self, *self.earlier), (row, *row["earlier"])):
+            columns |= {key: _plain(columns[key]) for key in DTYPES}
+            for key, heavy in (("routing", stream.routing), ("kept", stream.kept)):
+                columns[key] = None if heavy is None else heavy.to_json()
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
     @classmethod
-    def from_json(cls, line: str) -> RolloutRecord:
-        """Inverse of `to_json`. ValueError on an unknown schema version."""
+    def from_json(cls, line: str, root: Path | None = None) -> RolloutRecord:
+        """Inverse of `to_json`; references are to files under `root`. ValueError on an unknown schema."""
         row = json.loads(line)
         if row.get("schema") != SCHEMA:
             raise ValueError(f"rollout record schema {row.get('schema')}, this version reads {SCHEMA}")
-        row["logprobs"] = tuple(math.nan if x is None else x for x in row["logprobs"])
-        for key in ("prompt_ids", "token_ids", "loss_mask", "weight_version", "sandbox_ids"):
-            row[key] = tuple(row[key])
-        if row["routing"] is not None:
-            row["routing"] = TokenRouting.from_json(row["routing"])
-        if row.get("kept") is not None:
-            row["kept"] = KeptSets.from_json(row["kept"])
+        root = root or Path()
+        row["earlier"] = tuple(
+            UserTurn(**_columns(turn, root), **_heavy(turn)) for turn in row.get("earlier", ())
+        )
+        row |= _columns(row, root) | _heavy(row)
+        row["sandbox_ids"] = tuple(row["sandbox_ids"])
         row["finish"] = FinishReason(row["finish"])
         row["outcome"] = Outcome(OutcomeKind(row["outcome"]["kind"]), row["outcome"]["detail"])
         return cls(**row)
+
+
+def _columns(row: dict[str, Any], root: Path) -> dict[str, Any]:
+    """The per-token fields of a JSON row."""
+    found: dict[str, Any] = {}
+    for key in DTYPES:
+        if isinstance(row[key], dict):
+            found[key] = Column.from_dict(row[key], root)
+        elif key == "logprobs":
+            found[key] = tuple(math.nan if x is None else x for x in row[key])
+        else:
+            found[key] = tuple(row[key])
+    return found
+
+
+def _heavy(row: dict[str, Any]) -> dict[str, Any]:
+    """What was recorded of a stream's sampling."""
+    kinds = {"routing": TokenRouting, "kept": KeptSets}
+    return {key: None if row.get(key) is None else kind.from_json(row[key]) for key, kind in kinds.items()}
+
+
+def _plain(column: Sequence[Any]) -> Any:
+    if isinstance(column, Column):
+        return column.to_dict()
+    return [None if isinstance(x, float) and math.isnan(x) else x for x in column]
+
+
+def _total(column: Sequence[int]) -> int:
+    total = column.total if isinstance(column, Column) else sum(column)
+    assert total is not None  # an integer column
+    return total

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from consilience.conf.errors import EngineError, SandboxLost
-from consilience.rollout.boxes import Box
+from consilience.conf.errors import EngineError, OutcomeUnknown, SandboxLost
+from consilience.rollout.boxes import Box, BoxPool
 from consilience.rollout.engine import Completed, Prefix, Request
 from consilience.rollout.episode import Episode, State
 from consilience.rollout.log_frames import LoggedEpisode, crc_of
 from consilience.rollout.parsing import ToolCall
-from consilience.rollout.tools import run_tool
+from consilience.rollout.tools import TOOLS, run_tool
 
 
 def restore(episode: Episode, logged: LoggedEpisode) -> tuple[Request, Prefix | None] | None:
     """Lead a fresh episode through its logged turns.
 
     Returns the request of the turn that was being decoded with what it had sampled (None: nothing yet), or
-    None where the log ends between two turns; `episode.state` then says what comes next. EngineError if the
-    log is of other prompts or seeds than the job's.
+    None where the log ends between two turns or two tool calls; `episode.state` then says what comes next.
+    EngineError if the log is of other prompts or seeds than the job's.
     """
     for number, turn in enumerate(logged.turns):
         if episode.state is not State.READY:
@@ -32,8 +32,9 @@ def restore(episode: Episode, logged: LoggedEpisode) -> tuple[Request, Prefix | 
         episode.on_completed(Completed(request.uid, ids, logprobs, versions, turn.finish))
         for box_id, isolation in turn.boxes:
             episode.used_box(box_id, isolation)
-        if turn.results is not None:
-            episode.on_tool_results(turn.results)
+        episode.num_begun = turn.num_begun
+        for result in turn.results or ():
+            episode.on_tool_result(result)
     return None
 
 
@@ -46,15 +47,58 @@ def without_parent(request: Request, episode: Episode, max_context: int | None) 
     return replace(request, prompt_ids=stream, parent=None, sampling=sampling)
 
 
-def rebuild(box: Box, episode: Episode, max_chars: int) -> None:
+def box_for(pool: BoxPool, episode: Episode, max_chars: int) -> Box:
+    """The episode's own box if it outlived its worker, else a leased one brought to the same state.
+
+    OutcomeUnknown if a call was begun that may not be run again; SandboxLost if the box is gone and cannot be
+    rebuilt. A box is given back before either.
+    """
+    box = pool.find(episode.boxes[-1][0]) if episode.boxes else None
+    survived = box is not None
+    box = box if box is not None else pool.lease()
+    try:
+        _check_begun(episode, acts_on=survived or box.enforced.network)
+        if not survived:
+            for path, text in episode.job.files.items():
+                box.write(path, text.encode("utf-8"))
+            _rebuild(box, episode, max_chars)
+    except BaseException:
+        pool.release(box)
+        raise
+    return box
+
+
+def _check_begun(episode: Episode, *, acts_on: bool) -> None:
+    """OutcomeUnknown if a call without a result may have done something that is still there (`acts_on`)."""
+    if not acts_on or episode.num_begun <= len(episode.answers):
+        return
+    call = episode.pending_calls[episode.num_begun - 1]
+    if not _is_repeatable(call.name):
+        raise OutcomeUnknown(
+            f"{call.name} was begun in box {episode.boxes[-1][0]}, its worker died before the result was "
+            "logged; it is not run a second time"
+        )
+
+
+def _rebuild(box: Box, episode: Episode, max_chars: int) -> None:
     """Run the episode's calls again in a fresh box, in order: its workspace as it was.
 
-    The old box had no network and is gone, so nothing happens twice. SandboxLost if a call answers otherwise.
+    The old box had no network and is gone, so nothing happens twice. SandboxLost where it had one, or if a
+    call answers otherwise.
     """
     for done in episode.executed_calls:
+        if box.enforced.network and not _is_repeatable(done.name):
+            raise SandboxLost(
+                f"the box of {episode.job.uid} died with its worker; {done.name} may have acted through its "
+                "network and is not run a second time"
+            )
         again = run_tool(box, ToolCall(done.name, done.arguments), episode.job.tools, max_chars=max_chars)
         if again != done.result:
             raise SandboxLost(
                 f"the box of {episode.job.uid} died with its worker and cannot be rebuilt: {done.name} "
                 f"answered {done.result!r:.80} then, {again!r:.80} now"
             )
+
+
+def _is_repeatable(name: str) -> bool:
+    return name not in TOOLS or TOOLS[name].is_repeatable  # an unknown tool answers with an error, no more

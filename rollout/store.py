@@ -1,8 +1,8 @@
 """Rollout records on disk: one `<phase>.jsonl` a phase in a stage's `rollouts/` folder.
 
 While a phase is being sampled, its records so far are frames of `<phase>.partial`, the tokens of its
-unfinished episodes lie in `token_log/<phase>/`; both go when the phase is whole. `ledger.log` says what was
-trained on.
+unfinished episodes lie in `token_log/<phase>/`; both go when the phase is whole. The per-token fields of long
+records stay where their workers put them, in `<phase>.tokens/`. `ledger.log` says what was trained on.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ class RolloutStore:
     """Writes each phase at once, beside and renamed: a file that exists is complete.
 
     survives_power  token logs of an unfinished phase survive the machine's end, not only the processes'
+    health          numbers for the metrics of the phase that was asked for last (`phases.sample_phase`)
     """
 
     def __init__(self, folder: Path | str, *, survives_power: bool = False) -> None:
         self.folder, self.survives_power = Path(folder), survives_power
+        self.health: dict[str, float] = {}
 
     @cached_property
     def ledger(self) -> PromptLedger:
@@ -38,6 +40,10 @@ class RolloutStore:
     def log_folder(self, phase: str) -> Path:
         """Where the workers of an unfinished phase log their tokens."""
         return self.folder / "token_log" / phase
+
+    def columns_folder(self, phase: str) -> Path:
+        """Where its workers put the per-token fields of long records (`columns.py`)."""
+        return self.folder / f"{phase}.tokens"
 
     def partial(self, phase: str) -> PartialPhase:
         """The records of an unfinished phase, to be added to. EngineError where its file is damaged."""
@@ -84,7 +90,7 @@ class RolloutStore:
             path = self.folder / f"{name}.jsonl"
             try:
                 with path.open(encoding="utf-8", errors="surrogatepass") as file:
-                    yield from _parse(path, file)
+                    yield from _parse(path, file)  # references are to this folder
             except OSError as error:
                 raise RunError(f"cannot read {path}: {error.strerror}") from None
 
@@ -92,7 +98,7 @@ class RolloutStore:
 def _parse(path: Path, lines: Iterator[str]) -> Iterator[RolloutRecord]:
     for number, line in enumerate(lines, 1):
         try:
-            yield RolloutRecord.from_json(line)
+            yield RolloutRecord.from_json(line, path.parent)
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} line {number} is no rollout record: {error}") from None
 

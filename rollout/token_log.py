@@ -3,7 +3,8 @@
     log.open(request…)                     a turn begins
     engine.step(); log.step(new_tokens)    buffered, then one write for all rows        (group commit)
     log.end(uid, finish); log.sync()       durable, and the lease still holds: now the turn may be shown
-    log.results(uid, texts); log.sync()    before the model sees them
+    log.intent(uid, call…); log.sync()     before the call is run
+    log.results(uid, texts…); log.sync()   before the model sees them
 
 A segment is a frame file `<epoch>-<segment>.log`; a full one is followed by the next.
 """
@@ -23,6 +24,7 @@ from consilience.rollout.log_frames import (
     crc_of,
     encode_claim,
     encode_end,
+    encode_intent,
     encode_next,
     encode_open,
     encode_results,
@@ -78,9 +80,15 @@ class TokenLog:
         """The turn is over; its tokens were logged before."""
         self._buffer.append(encode_end(self._numbers[request_uid], finish))
 
-    def results(self, request_uid: str, results: Sequence[str], boxes: Sequence[Sequence[str]]) -> None:
-        """What the turn's tool calls answered, in call order, and [id, isolation] of the episode's boxes."""
-        self._buffer.append(encode_results(self._numbers[request_uid], results, boxes))
+    def intent(self, request_uid: str, call: int, name: str, boxes: Sequence[Sequence[str]]) -> None:
+        """Tool call `call` of the turn is about to run in the last of the episode's boxes; `sync` first."""
+        self._buffer.append(encode_intent(self._numbers[request_uid], call, name, boxes))
+
+    def results(
+        self, request_uid: str, results: Sequence[str], boxes: Sequence[Sequence[str]], first: int = 0
+    ) -> None:
+        """What the turn's calls from `first` on answered, and [id, isolation] of the episode's boxes."""
+        self._buffer.append(encode_results(self._numbers[request_uid], results, boxes, first))
 
     def sync(self) -> None:
         """Everything so far is durable, and nobody had taken over when it was: it may be shown."""

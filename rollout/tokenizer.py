@@ -113,11 +113,14 @@ class Tokenizer:
         return self.encode_parts([(text, False)])
 
     def encode_parts(self, parts: Iterable[Sequence]) -> list[int]:
-        """Ids of (text, is_trusted, …) parts in order; special tokens only from trusted ones."""
+        """Ids of (text, is_trusted, …) parts in order; special tokens only from trusted ones.
+
+        A part whose fourth field is not None brings its ids along; text around it is tokenised without it.
+        """
         ids: list[int] = []
         for run in self._runs(parts):
-            if isinstance(run, int):
-                ids.append(run)
+            if isinstance(run, tuple):
+                ids += run
             else:
                 ids += self._encode_run(run)
         return ids
@@ -153,10 +156,16 @@ class Tokenizer:
             for is_known, run in runs
         )
 
-    def _runs(self, parts: Iterable[Sequence]) -> Iterator[int | str]:
-        """Special ids and the plain text between them."""
+    def _runs(self, parts: Iterable[Sequence]) -> Iterator[tuple[int, ...] | str]:
+        """Known ids and the plain text between them."""
         plain: list[str] = []
         for part in parts:
+            if len(part) > 3 and part[3] is not None:
+                if text := "".join(plain):
+                    yield text
+                plain = []
+                yield tuple(part[3])
+                continue
             if not part[1]:
                 plain.append(part[0])
                 continue
@@ -167,7 +176,7 @@ class Tokenizer:
                 if text := "".join(plain):
                     yield text
                 plain = []
-                yield self.special_ids[piece]
+                yield (self.special_ids[piece],)
         if text := "".join(plain):
             yield text
 

@@ -20,12 +20,16 @@ MAX_READ_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A name, what the prompt says about it, its text arguments (all required), and what it does."""
+    """A name, what the prompt says about it, its text arguments (all required), and what it does.
+
+    is_repeatable  run twice in a row, it leaves and answers what it would have once
+    """
 
     name: str
     description: str
     parameters: tuple[str, ...]
     run: Callable[..., str]
+    is_repeatable: bool = False
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema that the prompt's tools block shows."""
@@ -68,9 +72,9 @@ def _python(box: Box, code: str) -> str:
 TOOLS: dict[str, Tool] = {
     tool.name: tool
     for tool in (
-        Tool("read", "Read a file.", ("path",), _read),
-        Tool("write", "Write a file.", ("path", "content"), _write),
-        Tool("list", "List a folder.", ("path",), _list),
+        Tool("read", "Read a file.", ("path",), _read, is_repeatable=True),
+        Tool("write", "Write a file.", ("path", "content"), _write, is_repeatable=True),
+        Tool("list", "List a folder.", ("path",), _list, is_repeatable=True),
         Tool("shell", "Run a shell command.", ("command",), _shell),
         Tool("python", "Run Python code.", ("code",), _python),
     )

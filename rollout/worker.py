@@ -39,6 +39,7 @@ class RolloutWorker:
     flush_s           finished records leave `stream` at least this often, if there are any
     heartbeat_s       an empty batch leaves `stream` where nothing else did for so long
     max_tool_chars    characters of a tool's output that the model sees
+    inline_tokens     tokens above which a record's per-token fields go into a file, where the lease names one
     """
 
     def __init__(
@@ -57,13 +58,14 @@ class RolloutWorker:
         flush_s: float = 0.5,
         heartbeat_s: float = 2.0,
         max_tool_chars: int = 2000,
+        inline_tokens: int = 1024,
         on_close: Callable[[], None] | None = None,
     ) -> None:
         self.engine, self.tokenizer, self.sandboxes, self.grader = engine, tokenizer, sandboxes, grader
         self.family, self.max_context = family, max_context
         self.flush_s, self.heartbeat_s = flush_s, heartbeat_s
         self.grade_batch, self.max_tool_chars = grade_batch, max_tool_chars
-        self.num_grade_threads = num_grade_threads
+        self.num_grade_threads, self.inline_tokens = num_grade_threads, inline_tokens
         self._on_close = on_close
         self.tool_threads = ThreadPoolExecutor(num_tool_threads, "tool")
         self.lease_threads = ThreadPoolExecutor(num_lease_threads, "lease")

@@ -14,17 +14,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from consilience.conf.errors import ConsilienceError, EngineError
+from consilience.conf.errors import (
+    ConsilienceError,
+    EngineError,
+    OutcomeUnknown,
+    SandboxLost,
+    SandboxUnavailable,
+)
 from consilience.rollout.boxes import Box
+from consilience.rollout.columns import ColumnFile
 from consilience.rollout.engine import Completed, Prefix, Request
 from consilience.rollout.episode import Episode, State
 from consilience.rollout.grading import Graded, GradeItem, Grader
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.lease import Lease
 from consilience.rollout.log_replay import replay
+from consilience.rollout.parsing import ToolCall
 from consilience.rollout.prompts import prompt_ids
 from consilience.rollout.records import Outcome, OutcomeKind, RolloutRecord
-from consilience.rollout.recovery import rebuild, restore, without_parent
+from consilience.rollout.recovery import box_for, restore, without_parent
 from consilience.rollout.token_log import TokenLog
 from consilience.rollout.tools import argument_error, run_tool
 
@@ -52,6 +60,8 @@ class WorkerRun:
         self._is_closed = False
         self._prompts: dict[tuple[str, str], tuple[Sequence, tuple[int, ...]]] = {}
         self._log = None if lease is None else TokenLog(lease)
+        folder = None if lease is None else lease.columns_folder
+        self._columns = None if lease is None or folder is None else ColumnFile(folder, lease.epoch)
         self._lost_streams: set[str] = set()  # request uids whose state died with a former worker
 
     def batches(self) -> Iterator[list[RolloutRecord]]:
@@ -79,7 +89,8 @@ class WorkerRun:
         episode = None
         try:
             ids = self._prompt_ids(job)
-            episode = Episode(job, ids, worker.tokenizer, max_context=worker.max_context)
+            context, family = worker.max_context, worker.family
+            episode = Episode(job, ids, worker.tokenizer, max_context=context, family=family)
             if worker.max_context is not None and len(ids) >= worker.max_context:
                 raise EngineError(f"prompt of {len(ids)} tokens, the context holds {worker.max_context}")
             if job.tools and worker.sandboxes is None:
@@ -126,12 +137,8 @@ class WorkerRun:
             if begun is not None:
                 request, prefix = begun
                 self._send(episode, replace(request, prefix=prefix))
-            elif episode.state is State.TOOLS:
-                self._call_tools(episode)
-            elif episode.is_done:
-                self._finish(episode)
             else:
-                self._submit(episode)
+                self._advance(episode)
 
         if episode.boxes:  # the calls of the turns before need their workspace, and so does the grader
             self._away(self.worker.lease_threads, lambda: self._lease(episode, go_on), episode)
@@ -176,10 +183,7 @@ class WorkerRun:
             if episode is None:  # left over from a run that was broken off
                 continue
             episode.on_completed(done)
-            if episode.state is State.TOOLS:
-                self._call_tools(episode)
-            else:
-                self._finish(episode)
+            self._advance(episode)
         self._num_empty = 0 if completed else self._num_empty + 1
         if self._num_empty >= _MAX_EMPTY_STEPS:
             self._num_empty = 0
@@ -196,64 +200,68 @@ class WorkerRun:
         if ended:
             log.sync()
 
-    def _call_tools(self, episode: Episode) -> None:
-        """Run the pending calls in a thread, leasing a box first if the episode has none."""
+    def _advance(self, episode: Episode) -> None:
+        """What comes next: a pending call, in a thread and a box; or the next turn; or the grader."""
         uid = episode.job.uid
-        if uid in self._boxes:
-            self._tools_in(self._boxes[uid], episode)
-        elif all(argument_error(call, episode.job.tools) for call in episode.pending_calls):
-            errors = [argument_error(call, episode.job.tools) for call in episode.pending_calls]
-            self._after_tools(episode, errors)  # nothing would run, so no box is needed
+        while episode.state is State.TOOLS:
+            call = episode.pending_calls[len(episode.answers)]
+            if error := argument_error(call, episode.job.tools):
+                self._answer(episode, error)  # nothing would run, so no box is needed
+            elif uid in self._boxes:
+                return self._tool_in(self._boxes[uid], episode, call)
+            else:
+                return self._away(self.worker.lease_threads, lambda: self._lease(episode), episode)
+        if episode.is_done:
+            self._finish(episode)
         else:
-            self._away(self.worker.lease_threads, lambda: self._lease(episode), episode)
+            self._submit(episode)
 
     def _lease(self, episode: Episode, then: Callable[[], None] | None = None) -> Callable[[], None]:
         """(lease thread) A box with its job's files and what the episode did there; then its calls."""
         pool = self.worker.sandboxes
         assert pool is not None  # _build refused the job otherwise
-        box = pool.lease()
-        try:
-            for path, text in episode.job.files.items():
-                box.write(path, text.encode("utf-8"))
-            rebuild(box, episode, self.worker.max_tool_chars)
-        except BaseException:
-            pool.release(box)
-            raise
+        box = box_for(pool, episode, self.worker.max_tool_chars)
 
         def leased() -> None:
             self._boxes[episode.job.uid] = box
             episode.used_box(box.id, box.enforced.level.label)
             if then is None:
-                self._tools_in(box, episode)
+                self._advance(episode)
             else:
                 then()
 
         return leased
 
-    def _tools_in(self, box: Box, episode: Episode) -> None:
+    def _tool_in(self, box: Box, episode: Episode, call: ToolCall) -> None:
+        """Run a call once it is in the log that it begins, and that nobody has taken the episode over."""
         tools, max_chars = episode.job.tools, self.worker.max_tool_chars
         if self._is_closed:
             self._release_box(episode.job.uid)
             return
+        if self._log is not None:
+            self._log.intent(episode.request_uid, len(episode.answers), call.name, episode.boxes)
+            self._log.sync()
 
         def work() -> Callable[[], None]:
-            results = [run_tool(box, call, tools, max_chars=max_chars) for call in episode.pending_calls]
-            return lambda: self._after_tools(episode, results)
+            result = run_tool(box, call, tools, max_chars=max_chars)
+
+            def answered() -> None:
+                if self._is_closed:  # what was not logged in time has no result
+                    return self._release_box(episode.job.uid)
+                self._answer(episode, result)
+                if self._log is not None:
+                    self._log.sync()
+                self._advance(episode)
+
+            return answered
 
         self._away(self.worker.tool_threads, work, episode)
 
-    def _after_tools(self, episode: Episode, results: list[str]) -> None:
-        if self._log is not None:  # on the disk with the next step, before a token that saw them
-            self._log.results(episode.request_uid, results, episode.boxes)
-        try:
-            episode.on_tool_results(results)
-        except ConsilienceError as error:
-            self._abort(episode, f"{type(error).__name__}: {error}")
-            return
-        if episode.is_done:
-            self._finish(episode)
-        else:
-            self._submit(episode)
+    def _answer(self, episode: Episode, result: str) -> None:
+        """Take a call's result, which is in the log with the next write."""
+        if self._log is not None:
+            self._log.results(episode.request_uid, [result], episode.boxes, len(episode.answers))
+        episode.on_tool_result(result)
 
     def _away(
         self, threads: ThreadPoolExecutor, work: Callable[[], Callable[[], None]], episode: Episode
@@ -265,8 +273,8 @@ class WorkerRun:
             try:
                 event = work()
             except Exception as error:
-                detail = f"{type(error).__name__}: {error}"
-                event = lambda: self._abort(episode, detail)
+                detail, kind = f"{type(error).__name__}: {error}", _kind_of(error)
+                event = lambda: self._abort(episode, detail, kind)
             self._events.put(event)
 
         threads.submit(task)
@@ -283,8 +291,8 @@ class WorkerRun:
             idle = False
             event()
 
-    def _abort(self, episode: Episode, detail: str) -> None:
-        episode.abort(detail)
+    def _abort(self, episode: Episode, detail: str, kind: OutcomeKind = OutcomeKind.INFRA) -> None:
+        episode.abort(detail, kind)
         self.engine.release(episode.held)
         self._settle(episode, episode.aborted_record())
 
@@ -333,6 +341,9 @@ class WorkerRun:
 
     def _settle(self, episode: Episode, record: RolloutRecord) -> None:
         """The record is final: give back what the episode held."""
+        is_long = record.num_tokens > self.worker.inline_tokens
+        if self._columns is not None and is_long and not self._is_closed:
+            record = self._columns.put(record)
         self._final.append(record)
         self._num_final += 1
         self._release_box(episode.job.uid)
@@ -348,6 +359,8 @@ class WorkerRun:
         self._is_closed = True
         if self._log is not None:
             self._log.close()
+        if self._columns is not None:
+            self._columns.close()
         for episode in self._decoding.values():
             self._release_box(episode.job.uid)
         while self._num_away:
@@ -356,6 +369,13 @@ class WorkerRun:
             event()
         for uid in list(self._boxes):
             self._release_box(uid)
+
+
+def _kind_of(error: Exception) -> OutcomeKind:
+    """Which outcome an episode has whose lease or call raised this."""
+    if isinstance(error, OutcomeUnknown):
+        return OutcomeKind.UNKNOWN
+    return OutcomeKind.LOST if isinstance(error, (SandboxLost, SandboxUnavailable)) else OutcomeKind.INFRA
 
 
 def _checked(verdict: Graded) -> Graded:

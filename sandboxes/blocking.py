@@ -126,6 +126,9 @@ class BlockingPool:
         """Waits for a box that is ready. SandboxUnavailable when none can be opened."""
         return BlockingSandbox(self._thread.run(self._pool.lease()), self._thread)
 
+    def find(self, box_id: str) -> None:
+        """None: every box ends with the process that opened it (its runner's pipe closes)."""
+
     def release(self, sandbox: BlockingSandbox) -> None:
         if not isinstance(sandbox.inner, LeasedSandbox):
             raise ValueError(f"{sandbox.id} was not leased from a pool")

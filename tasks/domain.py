@@ -23,6 +23,7 @@ class Problem:
     files      workspace files of the agent's box, path -> text; empty where no box is needed
     demo       assistant messages of a worked solution for SFT, in protocol form, tool results
                included ({"role": "assistant"|"tool", ...}); empty where there is none
+    user_turns what the user says after each answer of the model's; empty where one answer is all
     """
 
     id: str
@@ -31,6 +32,7 @@ class Problem:
     metadata: Mapping[str, Any]
     files: Mapping[str, str] = field(default_factory=dict)
     demo: tuple[Mapping[str, Any], ...] = ()
+    user_turns: tuple[str, ...] = ()
 
 
 class Domain(Protocol):

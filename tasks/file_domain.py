@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 REWARD = "consilience.rewards.exact_match:score"
 NUM_CHECKED = 1_000  # rows read at once, so that a wrong mapping shows before a run starts
-ROLES = ("prompt", "messages", "answer", "metadata", "files", "tools", "demo")
+ROLES = ("prompt", "messages", "answer", "metadata", "files", "tools", "demo", "user_turns")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class FileParameters:
     Roles in `columns` (role -> column of the file): `prompt` (the user's words) or `messages` (a list
     of protocol messages); `answer` (metadata["answer"]); `metadata` (a mapping, or a list of columns
     to collect); `files` (path -> text); `tools` (function schemas); `demo` (an answer text, or a list
-    of assistant and tool messages). A role left out uses the column of its own name, if there is one.
+    of assistant and tool messages); `user_turns` (a list of what the user says after each answer). A role
+    left out uses the column of its own name, if there is one.
     """
 
     path: str = setting("", "JSONL (.jsonl, .json) or parquet (.parquet) file")
@@ -69,12 +70,11 @@ class FileSource:
             return None
         problem = self._problem(index)
         messages = [dict(m) for m in problem.messages]
-        return content_id("file", messages, dict(problem.files)), problem
+        said = [list(problem.user_turns)] if problem.user_turns else []
+        return content_id("file", messages, dict(problem.files), *said), problem
 
     def build(self, problem_id: str, draft: Problem) -> Problem:
-        return Problem(
-            problem_id, draft.domain, draft.messages, draft.metadata, files=draft.files, demo=draft.demo
-        )
+        return replace(draft, id=problem_id)
 
     def _problem(self, index: int) -> Problem:
         row = self.rows[index]
@@ -90,6 +90,7 @@ class FileSource:
             metadata=metadata,
             files={str(k): str(v) for k, v in files.items() if v is not None},
             demo=self._demo(value, where),
+            user_turns=self._user_turns(value, where),
         )
 
     def _messages(self, value: dict[str, Any], tools: list[Any], where: str) -> tuple[Mapping[str, Any], ...]:
@@ -113,6 +114,12 @@ class FileSource:
                 system["tools"] = tools
             messages = [system, *messages[1:]]
         return tuple(messages)
+
+    def _user_turns(self, value: dict[str, Any], where: str) -> tuple[str, ...]:
+        turns = _structured(value.get("user_turns"), list, f"{where}, column user_turns")
+        for turn in turns:
+            require(isinstance(turn, str) and turn != "", f"{where}: user turn {turn!r}; text is needed.")
+        return tuple(turns)
 
     def _metadata(self, row: Mapping[str, Any], value: dict[str, Any], where: str) -> dict[str, Any]:
         metadata: dict[str, Any] = {}

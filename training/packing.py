@@ -157,9 +157,10 @@ def pack_episodes(
                 of the episode (`pack` says of what kind)
     row_tokens  width of a row, unless a longer sample widens it
     """
-    before = [[0.0] * len(prompt) for prompt in prompts]
-    samples = [[*prompt, *episode] for prompt, episode in zip(prompts, episodes)]
-    behind = lambda values: [zeros + list(own) for zeros, own in zip(before, values)]
+    both = lambda prompt, own, dtype: np.concatenate([np.asarray(prompt, dtype), np.asarray(own, dtype)])
+    samples = [both(prompt, episode, np.int64) for prompt, episode in zip(prompts, episodes)]
+    before = [np.zeros(len(prompt)) for prompt in prompts]
+    behind = lambda values: [both(zeros, own, np.float32) for zeros, own in zip(before, values)]
     return pack(
         samples,
         behind(loss_mask),

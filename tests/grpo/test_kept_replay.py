@@ -83,7 +83,7 @@ def test_values_and_gradients_are_those_of_the_masked_softmax(monkeypatch, chunk
 
 def test_a_micro_batch_without_targets_gives_nothing():
     one = record("a", [2, 5], [np.array([2]), np.array([5])])
-    packed = pack_records([one], [1.0], 32, [[0, 0]])
+    packed = pack_records([one], [1.0], 32, mask_of=lambda _: [0, 0])
     assert KeptReplay([one]).logprob(
         torch.ones(0, 1), torch.ones(9, 1), torch.ones(0), packed, 1.0
     ).shape == (0,)

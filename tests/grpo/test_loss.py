@@ -51,6 +51,15 @@ def test_the_mask_takes_a_bad_sample_that_drifted_out_of_the_surrogate_but_not_o
     assert kept.sums["masked_samples"] == 0 and kept.loss.item() != pytest.approx(out.loss.item())
 
 
+def test_samples_of_one_episode_with_their_shares_are_one_sample_with_all_its_tokens():
+    logprob = t64(log(1.1), log(0.9), log(1.05), log(0.95), log(1.0))
+    old, ref, share = t64(0, 0, 0, 0, 0), t64(-0.1, 0, 0.1, 0, 0), t64(2 / 3, 2 / 3, 1 / 3, 1, 1)
+    A = t64(1, 1, 1, -1, -1)
+    split = grpo_loss(logprob, old, ref, A, torch.tensor([0, 0, 1, 2, 2]), 2, share=share)
+    whole = grpo_loss(logprob, old, ref, A, torch.tensor([0, 0, 0, 2, 2]), 2)
+    assert split.loss.item() == pytest.approx(whole.loss.item(), rel=1e-12)
+
+
 def batch(num_samples=6, seed=0):
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 7, (num_samples,), generator=g)

@@ -4,12 +4,13 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from small_trainer import AHEAD, GradientKeeper, small_model
 
 from consilience.conf.errors import EngineError
-from consilience.grpo.advantage import group_advantages
+from consilience.grpo.advantage import Advantages, group_advantages
 from consilience.grpo.train import (
     GrpoSettings,
     publish,
@@ -20,7 +21,7 @@ from consilience.grpo.train import (
 )
 from consilience.model.checkpoint import load_official, to_official
 from consilience.model.digest import weights_digest
-from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord
+from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord, UserTurn
 from consilience.rollout.store import RolloutStore
 from consilience.training.checkpoint import CheckpointMeta
 from consilience.training.metrics import MemorySink
@@ -145,6 +146,28 @@ def test_only_the_first_mini_batch_measures_the_mismatch():
     assert report["mismatch_max"] < 1e-4 < report["max_abs_log_ratio"]
 
 
+@pytest.mark.parametrize("normalisation", ["episode", "turn"])
+def test_a_conversation_split_by_user_turns_weighs_one_or_as_many_as_it_has(normalisation):
+    """Against its streams as records of their own: at ratio 1 the gradient is linear in the advantage."""
+    first, last = record("t@0", (5, 6, 1), 1.0), record("t", (7, 8, 9, 11, 1), 1.0, prompt=(3, 30, 31))
+    columns = (first.prompt_ids, first.token_ids, first.logprobs, first.loss_mask, first.weight_version)
+    talk = replace(last, earlier=(UserTurn(*columns),))
+    other = record("o", (20, 1), 0.0)
+
+    def gradient(records, advantages, **settings):
+        engine, kept = GradientKeeper(small_model()), np.ones(len(records), bool)
+        given = Advantages(np.array(advantages), kept, ~kept, 1, 0, 0)
+        settings = GrpoSettings(10, mini_batches=1, kl_beta=0.0, mtp_weight=0.0, **settings)
+        train_phase(engine, small_model(), records, given, settings, 5)
+        return engine.steps[0]
+
+    split = gradient([talk, other], [0.5, -0.5], normalisation=normalisation)
+    scale = [3 / 8 * 3 / 2, 5 / 8 * 3 / 2, 3 / 2] if normalisation == "episode" else [1, 1, 1]
+    apart = gradient([first, last, other], [0.5 * scale[0], 0.5 * scale[1], -0.5 * scale[2]])
+    for name in apart:
+        torch.testing.assert_close(split[name], apart[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_observations_get_no_gradient():
     """A last token that was not sampled is neither rewarded nor waited for: any other will do."""
     kept = record("b", (7, 8, 1), 0.0)
@@ -254,7 +277,11 @@ class PowerCut(MemorySink):
             raise KeyboardInterrupt
 
 
-def run(folder, sampler, *, seed=0, every_s=1e9, log=None, steps=4):
+def jobs_ab(step):
+    return [SimpleNamespace(uid=f"{step}/{name}") for name in "ab"]
+
+
+def run(folder, sampler, *, seed=0, every_s=1e9, log=None, steps=4, warmup=2, jobs_of=jobs_ab):
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer-source.json").write_text("{}")
     engine = engine_of(seed)
@@ -267,8 +294,8 @@ def run(folder, sampler, *, seed=0, every_s=1e9, log=None, steps=4):
         engine,
         small_model(),
         sampler,
-        lambda step: [SimpleNamespace(uid=f"{step}/{name}") for name in "ab"],
-        GrpoSettings(steps, seed=2),
+        jobs_of,
+        GrpoSettings(steps, warmup=warmup, seed=2),
         store=RolloutStore(folder / "rollouts"),
         decode=lambda ids: " ".join(map(str, ids)),
         checkpoints=checkpoints,
@@ -296,6 +323,32 @@ def test_a_run_killed_after_sampling_reuses_the_records_and_ends_bit_for_bit_equ
         result["train_tokens"],
         result["sampled_tokens"],
     )
+
+
+class LosingSampler(CountingSampler):
+    """As before, and a group whose second sample lost its box; in step 1 there is nothing else."""
+
+    def generate(self, jobs, on_progress=None, *, durable=None):
+        found = super().generate(jobs)
+        step = self.calls[-1]
+        lost = replace(
+            record(f"{step}/d", (5, 1), None, group="lost"), outcome=Outcome(OutcomeKind.LOST, "box gone")
+        )
+        own = [record(f"{step}/c", (5, 9, 1), 1.0, group="lost"), lost]
+        return own + ([replace(r, group="lost") for r in found] if step == 1 else found)
+
+
+def test_a_group_that_lost_an_environment_is_not_trained_on_counted_and_in_the_ledger(tmp_path):
+    names = lambda step: [SimpleNamespace(uid=f"{step}/{name}") for name in "abcd"]
+    losing, log, _ = run(tmp_path / "losing", LosingSampler(), steps=2, warmup=0, jobs_of=names)
+    whole, _, _ = run(tmp_path / "whole", CountingSampler(), steps=1, warmup=0)
+    assert losing.num_steps == whole.num_steps == 2
+    a, b = losing.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert [row["dropped_samples"] for row in log.rows] == [2.0, 4.0]
+    assert [row["dropped_length"] for row in log.rows] == [2.5, 3.0]
+    assert math.isnan(log.rows[1]["reward"]) and log.rows[0]["reward"] == 0.5
+    RolloutStore(tmp_path / "losing" / "rollouts").ledger.check()
 
 
 def test_the_loop_reports_curves_tables_and_a_mismatch_near_zero(tmp_path):

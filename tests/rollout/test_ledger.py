@@ -1,6 +1,9 @@
+import json
+
 import pytest
 
 from consilience.conf.errors import RunError
+from consilience.rollout.frame_file import read_frames
 from consilience.rollout.ledger import PromptLedger
 
 
@@ -35,6 +38,8 @@ def test_each_sample_is_trained_on_once_and_a_resume_undoes_what_the_weights_for
         (lambda ledger: ledger.trained(0, ["b"]), "not stored"),
         (lambda ledger: ledger.trained(1, ["a"]), "not its own"),
         (lambda ledger: ledger.trained(0, ["a", "a"]), "a sample twice"),
+        (lambda ledger: ledger.dropped(0, ["b"], "x"), "dropped b, which is not stored"),
+        (lambda ledger: [ledger.dropped(0, ["a"], "x"), ledger.trained(0, ["a"])], "which was dropped"),
         (
             lambda ledger: [ledger.trained(0, ["a"]), ledger.trained(0, ["a"])],
             "trained on in step 0 and again",
@@ -52,6 +57,25 @@ def test_what_would_lose_or_double_a_sample_is_refused_before_it_is_written(tmp_
     again.stored(["b"])
     again.trained(0, again.missing())
     again.check()
+
+
+def test_dropped_samples_are_not_missing_and_stay_dropped_after_a_resume(tmp_path):
+    ledger = opened(tmp_path)
+    ledger.issued(0, ["a", "b", "c"])
+    ledger.stored(["a", "b", "c"])
+    ledger.dropped(0, ["a", "b"], "a: lost: box 7 is gone")
+    ledger.dropped(0, ["b", "a"], "again")
+    ledger.trained(0, ["c"])
+    ledger.check()
+    ledger.close()
+    again = opened(tmp_path)
+    again.resumed(0)
+    assert again.missing() == ["c"]
+    events = [json.loads(payload) for payload in read_frames(again.path).payloads]
+    dropped = [event for event in events if event["event"] == "dropped"]
+    assert dropped == [
+        {"event": "dropped", "step": 0, "uids": ["a", "b"], "reason": "a: lost: box 7 is gone"}
+    ]
 
 
 def test_events_that_say_nothing_new_are_not_written(tmp_path):

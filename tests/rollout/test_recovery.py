@@ -113,6 +113,31 @@ def test_agents_go_on_with_their_turns_results_and_workspaces(tmp_path, deaths):
         assert any(r.metadata.get("resumed_at") for r in records)
 
 
+def talking_policy(request, context):
+    """Thinks about the user's newest message for a while, then answers it."""
+    asked = TOKENIZER.decode(context).rsplit("<｜User｜>", 1)[1].split("<")[0]
+    return TOKENIZER.encode(f"{asked * 7}</think>re {asked}<｜end▁of▁sentence｜>")
+
+
+@pytest.mark.parametrize("effort, num_samples", [("think", 3), ("chat", 1)])
+@pytest.mark.parametrize("deaths", [(9,), (45, 50, 3, 1), (20,) * 7])
+def test_conversations_go_on_in_the_user_turn_they_were_in(tmp_path, deaths, effort, num_samples):
+    def worker(die_after=None):
+        reply = talking_policy
+        if effort == "chat":
+            reply = lambda request, context: turn("re " + TOKENIZER.decode(context)[-40:-30] * 4)
+        engine = FakeRolloutEngine(reply, max_running=3, die_after=die_after)
+        return RolloutWorker(engine, TOKENIZER, None, FakeGrader(), flush_s=0.001)
+
+    jobs = [replace(job(f"t{i}"), effort=effort, user_turns=("more", f"end{i}")) for i in range(5)]
+    whole = worker()
+    undisturbed = whole.run(jobs)
+    whole.close()
+    assert [len(r.samples()) for r in undisturbed] == [num_samples] * 5
+    records = survive(tmp_path, jobs, worker, deaths)
+    assert [plain(r) for r in records] == [plain(r) for r in undisturbed]
+
+
 def test_a_workspace_that_cannot_be_rebuilt_is_infrastructure_and_says_which_call_differed(tmp_path):
     jobs = [agent_job("a")]
     lease = take_lease(tmp_path, "w")
@@ -122,8 +147,44 @@ def test_a_workspace_that_cannot_be_rebuilt_is_infrastructure_and_says_which_cal
     assert replay(tmp_path).episodes["a"].turns[0].results
     changed = [replace(jobs[0], files={"start": "something else"})]
     ((record,), _) = dead_after(agent_worker(), changed, take_lease(tmp_path, "w"))
-    assert (record.finish, record.outcome.kind) == (FinishReason.ABORT, OutcomeKind.INFRA)
+    assert (record.finish, record.outcome.kind) == (FinishReason.ABORT, OutcomeKind.LOST)
     assert "read answered 'next-a'" in record.outcome.detail
+
+
+class NetworkBoxes(FakeBoxes):
+    """Boxes whose commands may reach beyond them."""
+
+    def lease(self):
+        box = super().lease()
+        box.enforced = replace(box.enforced, network=True)
+        return box
+
+
+@pytest.mark.parametrize("tool", ["read", "shell"])
+def test_a_call_that_may_have_acted_through_a_network_is_not_repeated_in_another_box(tmp_path, tool):
+    arguments = {"read": {"path": "start"}, "shell": {"command": "post"}}[tool]
+
+    def policy(request, context):
+        done = "<tool_result>" in TOKENIZER.decode(context)
+        return turn("done") if done else turn("", ToolCall(tool, arguments))
+
+    ran = []
+
+    def run(box, argv, stdin):
+        ran.append(argv[-1])
+        return 0, b"sent"
+
+    def worker(die_after=None):
+        engine = FakeRolloutEngine(policy, die_after=die_after)
+        return RolloutWorker(engine, TOKENIZER, NetworkBoxes(2, run), FakeGrader(), flush_s=0.001)
+
+    jobs = [job("a", tools=("read", "shell"), max_turns=3, files={"start": "x"})]
+    size = len(policy(jobs[0], ()))
+    (record,) = survive(tmp_path, jobs, worker, [size + 1])
+    kind, num = {"read": (OutcomeKind.GRADED, 0), "shell": (OutcomeKind.LOST, 1)}[tool]
+    assert (record.outcome.kind, len(ran)) == (kind, num)
+    if tool == "shell":
+        assert "may have acted through its network" in record.outcome.detail
 
 
 def test_a_log_of_another_prompt_is_noted_and_not_used(tmp_path):

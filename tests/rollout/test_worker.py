@@ -123,7 +123,7 @@ def test_a_lost_box_ends_its_own_episode_only():
     with make(reply, boxes) as worker:
         records = worker.run([job("bad", tools=("shell",), max_turns=2), job("good")])
     bad, good = records
-    assert (bad.outcome.kind, bad.finish, bad.reward) == (OutcomeKind.INFRA, FinishReason.ABORT, None)
+    assert (bad.outcome.kind, bad.finish, bad.reward) == (OutcomeKind.LOST, FinishReason.ABORT, None)
     assert "the box died" in bad.outcome.detail and bad.num_sampled > 0 and len(bad.sandbox_ids) == 1
     assert good.reward == 4.0 and boxes.num_released == 1
 
@@ -139,7 +139,7 @@ class NoBoxes:
 def test_a_lease_that_fails_is_infrastructure_never_reward_zero():
     with make(two_step_policy, NoBoxes()) as worker:
         (record,) = worker.run([agent_job("a")])
-    assert record.outcome.kind is OutcomeKind.INFRA and "bwrap_user" in record.outcome.detail
+    assert record.outcome.kind is OutcomeKind.LOST and "bwrap_user" in record.outcome.detail
 
 
 def test_calls_that_cannot_run_are_answered_without_leasing_a_box():

@@ -31,6 +31,13 @@ def _all_of(domain, split):
             return found
 
 
+def test_user_turns_are_what_the_user_says_after_each_answer(tmp_path):
+    rows = [{"prompt": f"p{i}", "user_turns": [f"then {i}", "thanks"], "answer": "x"} for i in range(40)]
+    domain = load_domain({"name": "m", "kind": "file", "path": write(tmp_path, rows)})
+    found = everything(domain, 40)
+    assert {p.user_turns for p in found} == {(f"then {i}", "thanks") for i in range(40)}
+
+
 def test_columns_become_prompt_and_answer(tmp_path):
     path = write(tmp_path, [{"question": f"{i} + 1 =", "solution": i + 1} for i in range(40)])
     settings = {
