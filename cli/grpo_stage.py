@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from consilience.cli.jobs import fresh_problems, rollout_jobs
-from consilience.cli.ray_session import domains_of, rollout_pool, worker_share
+from consilience.cli.ray_session import domains_of, rollout_pool, rollout_streams, worker_share
 from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import (
     curves_of,
@@ -19,7 +19,9 @@ from consilience.cli.training_stage import (
     shared,
     start_from,
 )
-from consilience.grpo.train import GrpoSettings, train_grpo
+from consilience.conf.schema_training import GrpoConfig
+from consilience.grpo.async_train import train_grpo_ahead
+from consilience.grpo.train import GrpoSettings, GrpoStage, train_grpo
 from consilience.model.quantization import Quantization
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.tokenizer import Tokenizer
@@ -79,20 +81,15 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         store = rollout_store(context)
-        result = train_grpo(
-            parts["engine"],
-            reference,
-            pool,
-            jobs_of,
-            schedule,
-            store=store,
-            decode=tokenizer.decode,
-            **shared(parts),
-        )
+        places = shared(parts)
+        first = places.pop("start")
+        stage = GrpoStage(parts["engine"], reference, schedule, store, tokenizer.decode, **places)
+        result = _train(stage, pool, jobs_of, settings, first)
         folder = parts["checkpoints"].save(settings.steps, {"clock": parts["clock"].state()})
     counted = {key: result[key] for key in ("train_tokens", "sampled_tokens")}
     counted["mismatch_max"] = max(
-        (row["mismatch_max"] for row in read_metrics(context.folder.metrics)), default=None
+        (row["mismatch_max"] for row in read_metrics(context.folder.metrics) if "mismatch_max" in row),
+        default=None,
     )
     curves = curves_of(context, CURVES)
     return result_of(context, parts, folder, counted) | {
@@ -100,6 +97,16 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         "checks": _acting({title: series[context.name][1] for title, series in curves.items()}),
         "sandbox": _isolation(store.read()),
     }
+
+
+def _train(stage: GrpoStage, pool: Any, jobs_of: Any, settings: GrpoConfig, start: int) -> dict[str, Any]:
+    """The driver that `grpo.mode` names."""
+    if settings.mode == "sync":
+        return train_grpo(stage, pool, jobs_of, start=start)
+    is_whole = settings.mode == "one_step_off"
+    with rollout_streams(pool, recompute=settings.state_on_publish == "recompute") as streams:
+        max_age = 1 if is_whole else settings.max_age
+        return train_grpo_ahead(stage, streams, jobs_of, max_age=max_age, is_whole=is_whole, start=start)
 
 
 def _acting(values: Mapping[str, Sequence[float | None]]) -> list[dict[str, Any]]:

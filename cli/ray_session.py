@@ -18,6 +18,7 @@ from consilience.cli.side_by_side import SharedWorkers
 from consilience.conf.schema import Config
 from consilience.model.config import ModelConfig
 from consilience.rollout.ray_cluster import RayCluster, start_ray, stop_ray
+from consilience.rollout.ray_streams import RayStreams
 from consilience.rollout.ray_workers import RolloutPool
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.sandboxes.protocol import Isolation, Limits, SandboxSpec
@@ -89,15 +90,21 @@ def rollout_pool(
     }
     # Every checkpoint folder has its own copy of the tokenizer; workers are kept while it is the same one.
     same = kwargs | {"tokenizer_path": Tokenizer.load(tokenizer).digest}
-    wanted = (num_workers, cfg.rollout.threads_per_worker, cfg.rollout.stall_s, same)
+    is_continuous = cfg.grpo.mode != "sync"
+    wanted = (num_workers, cfg.rollout.threads_per_worker, cfg.rollout.stall_s, is_continuous, same)
     if _open.get("wanted") != wanted:
         close_pool()
         _cluster(cfg, _cores(cfg))
         factory = "consilience.cli.worker_factory:build_worker"
         limits = {"num_threads": cfg.rollout.threads_per_worker, "stall_s": cfg.rollout.stall_s}
-        _open["pool"] = RolloutPool(num_workers, factory, kwargs, **limits)
+        _open["pool"] = RolloutPool(num_workers, factory, kwargs, is_continuous=is_continuous, **limits)
         _open["wanted"] = wanted
     return _open["pool"]
+
+
+def rollout_streams(pool: RolloutPool, *, recompute: bool) -> RayStreams:
+    """Workers of the pool that sample all the time, until it is closed (`grpo.mode`)."""
+    return RayStreams(pool, recompute=recompute)
 
 
 def close_pool() -> None:

@@ -24,7 +24,7 @@ from consilience.rollout.admission import one_prefill
 from consilience.rollout.captured_decode import Decoder
 from consilience.rollout.engine import Completed, EngineState, NewTokens, Request
 from consilience.rollout.publishing import verify
-from consilience.rollout.request_check import check_request
+from consilience.rollout.request_check import check_length, check_request
 from consilience.rollout.sampling import sample
 from consilience.rollout.speculative import NUM_UNIFORMS, SpeculativeState
 from consilience.rollout.stream import Stream, temperatures
@@ -115,19 +115,14 @@ class NativeEngine:
 
     def _check(self, request: Request, uids: set[str], parents: set[str]) -> None:
         """EngineError unless the request can run; `uids`, `parents` are those of the same submission."""
-        uid, prompt, sampling, parent = request.uid, request.prompt_ids, request.sampling, request.parent
+        uid, parent = request.uid, request.parent
         if uid in self._uids or uid in uids:
             raise EngineError(f"request {uid} is already in the engine; uids are unique")
         check_request(request, self.model.config.vocab_size)
         if parent is not None and (parent not in self._held or parent in parents):
             raise EngineError(f"request {uid} continues {parent}, which is not held")
         before = 0 if parent is None else self._length_held(self._held[parent])
-        length = before + len(prompt) + (sampling.max_tokens if parent is None else 1)
-        if length > self.max_length:
-            raise EngineError(
-                f"request {uid} needs {length} tokens, the engine holds {self.max_length}; "
-                "raise rollout.max_length or lower max_tokens"
-            )
+        check_length(request, before, self.max_length)
 
     def _length_held(self, held: tuple[int, int]) -> int:
         """Tokens of a held stream: those its state has consumed and the last one, not yet fed."""
@@ -166,6 +161,17 @@ class NativeEngine:
                 self._state.free(slot)
                 self._free_slots.append(slot)
                 self._uids.discard(uid)
+
+    def clear(self) -> tuple[list[Request], list[str]]:
+        """See `RolloutEngine.clear`."""
+        unfinished, held = [*(s.as_request() for s in self._running), *self._waiting], list(self._held)
+        parked = [slot for slot, _ in (*self._held.values(), *self._resuming.values())]
+        for slot in (*range(len(self._running)), *parked):
+            self._state.free(slot)
+        self._free_slots += parked
+        for those in (self._running, self._waiting, self._held, self._resuming, self._uids, self._new):
+            those.clear()
+        return unfinished, held
 
     def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
         """See `RolloutEngine.publish`. Running streams go on with the new weights and the old state."""

@@ -38,3 +38,13 @@ def check_request(request: Request, vocab_size: int) -> None:
             f"request {uid} goes on from {found} tokens, with {len(prefix.logprobs)} log-probabilities and "
             f"{len(prefix.weight_version)} versions; each token has one of each"
         )
+
+
+def check_length(request: Request, before: int, max_length: int) -> None:
+    """EngineError unless the request fits behind `before` tokens; one that continues a stream may be cut."""
+    length = before + len(request.prompt_ids) + (request.sampling.max_tokens if request.parent is None else 1)
+    if length > max_length:
+        raise EngineError(
+            f"request {request.uid} needs {length} tokens, the engine holds {max_length}; "
+            "raise rollout.max_length or lower max_tokens"
+        )

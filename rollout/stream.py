@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -72,6 +72,11 @@ class Stream:
             if not self.num_left:
                 break
         return len(self.tokens) - before
+
+    def as_request(self) -> Request:
+        """The request that goes on where this stream stands."""
+        prefix = Prefix(tuple(self.tokens), tuple(self.logprobs), tuple(self.versions))
+        return replace(self.request, prefix=prefix)
 
     def completed(self) -> Completed:
         finish = "stop" if self.is_stopped else "length"

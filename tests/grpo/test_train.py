@@ -12,6 +12,7 @@ from consilience.conf.errors import EngineError
 from consilience.grpo.advantage import group_advantages
 from consilience.grpo.train import (
     GrpoSettings,
+    GrpoStage,
     publish,
     rollout_report,
     rollout_rows,
@@ -263,11 +264,9 @@ def run(folder, sampler, *, seed=0, every_s=1e9, log=None, steps=4):
     )
     start, cursor = checkpoints.resume()
     log = log or MemorySink()
-    result = train_grpo(
+    stage = GrpoStage(
         engine,
         small_model(),
-        sampler,
-        lambda step: [SimpleNamespace(uid=f"{step}/{name}") for name in "ab"],
         GrpoSettings(steps, seed=2),
         store=RolloutStore(folder / "rollouts"),
         decode=lambda ids: " ".join(map(str, ids)),
@@ -275,8 +274,9 @@ def run(folder, sampler, *, seed=0, every_s=1e9, log=None, steps=4):
         log=log,
         clock=StageClock(earlier=cursor.get("clock")),
         progress=SilentProgress(),
-        start=start,
     )
+    jobs_of = lambda step: [SimpleNamespace(uid=f"{step}/{name}") for name in "ab"]
+    result = train_grpo(stage, sampler, jobs_of, start=start)
     return engine, log, result
 
 
