@@ -24,7 +24,7 @@ from consilience.rollout.ray_workers import RolloutPool, _Share, split_by_group
 if TYPE_CHECKING:
     from torch import Tensor
 
-_END_TIMEOUT_S = 30.0
+_END_TIMEOUT_S = 10.0
 
 
 class RayStreams:

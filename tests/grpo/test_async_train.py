@@ -1,4 +1,4 @@
-"""Sampling ahead of the trainer: the synchronous run at age 0, one version back at one step off, or bounded."""
+"""Sampling ahead of the trainer: the synchronous run at age 0, one version back, or a bounded age."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""New weights under running requests: their state is kept, or computed again as if it had always been theirs."""
+"""New weights under running requests: their state is kept, or computed again as if always theirs."""
 
 from dataclasses import replace
 

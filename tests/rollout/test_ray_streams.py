@@ -1,4 +1,4 @@
-"""Real Ray workers that sample all the time: new weights while they do, a death, a frozen worker's silence."""
+"""Real Ray workers that sample all the time: new weights while they do, a death, a frozen one."""
 
 import os
 import signal
@@ -25,7 +25,8 @@ DIGEST = weights_digest(WEIGHTS)
 def jobs_of(step):
     return [
         RolloutJob(
-            f"s/{step}/{i // 4}/{i % 4}", f"s/{step}/{i // 4}", "d", "chat", ({"role": "user", "content": "x"},),
+            f"s/{step}/{i // 4}/{i % 4}", f"s/{step}/{i // 4}", "d", "chat",
+             ({"role": "user", "content": "x"},),
             reward="x", sampling=SamplingParams(seed=16 * step + i),
         )
         for i in range(16)
@@ -73,7 +74,7 @@ def test_two_workers_sample_ahead_take_weights_meanwhile_and_one_may_die(cluster
 
 def test_a_frozen_worker_is_named_and_its_samples_go_on_from_the_log(cluster, tmp_path):
     def freeze(step):
-        if step == 1:
+        if step == 0:
             os.kill(pool.pids[0], signal.SIGSTOP)
 
     with RolloutPool(1, FACTORY, SLOW, stall_s=5.0, is_continuous=True) as pool:
