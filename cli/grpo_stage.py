@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from consilience.cli.jobs import fresh_problems, rollout_jobs
-from consilience.cli.ray_session import domains_of, rollout_pool, rollout_streams, worker_share
+from consilience.cli.ray_session import ahead, domains_of, rollout_pool, worker_share
 from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import (
     curves_of,
@@ -103,10 +103,8 @@ def _train(stage: GrpoStage, pool: Any, jobs_of: Any, settings: GrpoConfig, star
     """The driver that `grpo.mode` names."""
     if settings.mode == "sync":
         return train_grpo(stage, pool, jobs_of, start=start)
-    is_whole = settings.mode == "one_step_off"
-    with rollout_streams(pool, recompute=settings.state_on_publish == "recompute") as streams:
-        max_age = 1 if is_whole else settings.max_age
-        return train_grpo_ahead(stage, streams, jobs_of, max_age=max_age, is_whole=is_whole, start=start)
+    with ahead(pool, settings) as (streams, how):
+        return train_grpo_ahead(stage, streams, jobs_of, start=start, **how)
 
 
 def _acting(values: Mapping[str, Sequence[float | None]]) -> list[dict[str, Any]]:

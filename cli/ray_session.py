@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import ray
 
 from consilience.cli.side_by_side import SharedWorkers
 from consilience.conf.schema import Config
+from consilience.conf.schema_training import DistillConfig, GrpoConfig
 from consilience.model.config import ModelConfig
 from consilience.rollout.ray_cluster import RayCluster, start_ray, stop_ray
 from consilience.rollout.ray_streams import RayStreams
@@ -90,7 +92,7 @@ def rollout_pool(
     }
     # Every checkpoint folder has its own copy of the tokenizer; workers are kept while it is the same one.
     same = kwargs | {"tokenizer_path": Tokenizer.load(tokenizer).digest}
-    is_continuous = cfg.grpo.mode != "sync"
+    is_continuous = {cfg.grpo.mode, cfg.distill.mode} != {"sync"}
     wanted = (num_workers, cfg.rollout.threads_per_worker, cfg.rollout.stall_s, is_continuous, same)
     if _open.get("wanted") != wanted:
         close_pool()
@@ -102,9 +104,12 @@ def rollout_pool(
     return _open["pool"]
 
 
-def rollout_streams(pool: RolloutPool, *, recompute: bool) -> RayStreams:
-    """Workers of the pool that sample all the time, until it is closed (`grpo.mode`)."""
-    return RayStreams(pool, recompute=recompute)
+@contextmanager
+def ahead(pool: RolloutPool, given: GrpoConfig | DistillConfig) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """What a stage whose `mode` is not sync samples with, and how far ahead: max_age, is_whole."""
+    is_whole = given.mode == "one_step_off"
+    with RayStreams(pool, recompute=given.state_on_publish == "recompute") as streams:
+        yield streams, {"max_age": 1 if is_whole else given.max_age, "is_whole": is_whole}
 
 
 def close_pool() -> None:

@@ -4,8 +4,8 @@
     asynchronous   weights change between two engine steps: requests go on with the new ones, and each token
                    carries the version that sampled it
 
-The loss needs no other form: the old log-probabilities of its ratio are the sampler's, recorded token by token
-under the version that drew it. Step p trains on phase p; with a max_age of 0 this is the run of `train.py`.
+The loss needs no other form: the old log-probabilities of its ratio are the sampler's, recorded token by
+token under the version that drew it. Step p trains on phase p; at a max_age of 0 this is `train.py`'s run.
 """
 
 from __future__ import annotations

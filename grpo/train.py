@@ -18,7 +18,7 @@ from consilience.grpo.advantage import Advantages, group_advantages
 from consilience.grpo.loss import combine, grpo_loss, shares
 from consilience.model.forward_trace import Trace
 from consilience.model.kernels.linear_logprob import linear_logprob
-from consilience.rollout.ahead import ages
+from consilience.rollout.ahead import staleness
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.phases import Sampler, publish, sample_phase
 from consilience.rollout.records import FinishReason, RolloutRecord
@@ -222,17 +222,6 @@ def pack_records(
             "advantage": [[a] * len(r.token_ids) for a, r in zip(advantages, records)],
         },
     )
-
-
-def staleness(records: Sequence[RolloutRecord], version: int) -> dict[str, Any]:
-    """Ages of the sampled tokens in versions, for weights `version`; tokens that each version sampled."""
-    counts = ages(records, version)
-    total = sum(counts.values())
-    return {
-        "age_max": float(max(counts, default=0)),
-        "age_mean": sum(age * count for age, count in counts.items()) / total if total else 0.0,
-        "tokens_by_version": {str(version - age): count for age, count in counts.items()},
-    }
 
 
 def rollout_report(records: Sequence[RolloutRecord], advantages: Advantages) -> dict[str, float]:

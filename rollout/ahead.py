@@ -11,10 +11,10 @@ earlier, dropping what is late would train on them more often.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.phases import Durable, OpenPhase, Publisher, stored_phase
+from consilience.rollout.phases import Durable, OpenPhase, Publisher, Sampler, sample_phase, stored_phase
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.store import RolloutStore
 
@@ -90,6 +90,30 @@ class PhasesAhead:
             self._whole[step] = self._open.pop(step).finish()
 
 
+class PhasesInTurn:
+    """The verbs of `PhasesAhead` where each phase is sampled when it is asked for."""
+
+    max_age = 0
+
+    def __init__(
+        self, store: RolloutStore, sampler: Sampler, jobs_of: Callable[[int], list[RolloutJob]]
+    ) -> None:
+        self._store, self._sampler, self._jobs_of = store, sampler, jobs_of
+
+    def admit(self, version: int) -> None:
+        """Nothing is begun ahead."""
+
+    def take(self, step: int) -> list[RolloutRecord]:
+        """See `sample_phase`."""
+        return sample_phase(self._store, step, self._sampler, self._jobs_of)
+
+    def complete_all(self) -> None:
+        """Nothing is being sampled."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def ages(records: Sequence[RolloutRecord], version: int) -> dict[int, int]:
     """Age in versions -> sampled tokens of that age, for a trainer whose weights are `version`."""
     counts: dict[int, int] = {}
@@ -98,3 +122,14 @@ def ages(records: Sequence[RolloutRecord], version: int) -> dict[int, int]:
             if is_sampled:
                 counts[version - sampled_by] = counts.get(version - sampled_by, 0) + 1
     return dict(sorted(counts.items()))
+
+
+def staleness(records: Sequence[RolloutRecord], version: int) -> dict[str, Any]:
+    """Ages of the sampled tokens in versions, for weights `version`; tokens that each version sampled."""
+    counts = ages(records, version)
+    total = sum(counts.values())
+    return {
+        "age_max": float(max(counts, default=0)),
+        "age_mean": sum(age * count for age, count in counts.items()) / total if total else 0.0,
+        "tokens_by_version": {str(version - age): count for age, count in counts.items()},
+    }
