@@ -3,9 +3,9 @@
     python bench/async_grpo.py [--rounds 3] [--steps 6] [--max-age 2]
 
 The stage itself runs, through Ray: tiny model, 64 samples of up to 160 tokens a step, a reward that means
-nothing (a hash of the answer), so that every group has a signal. Modes take turns, in reversed order every other
-round; wall seconds from the stage's clock (workers started before), so run it on a machine that does nothing
-else. A step takes at least the longer of sampling and training; sync takes their sum.
+nothing (a hash of the answer), so that every group has a signal. Modes take turns, in reversed order every
+other round; wall seconds from the stage's clock (workers started before), so run it on a machine that does
+nothing else. A step takes at least the longer of sampling and training; sync takes their sum.
 """
 
 from __future__ import annotations

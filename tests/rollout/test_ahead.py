@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -146,6 +147,21 @@ def test_a_slow_worker_delays_the_trainer_and_changes_neither_ages_nor_lengths(t
     step_0 = [LENGTHS[16 * int(step) + int(i)] for step, _, i in (u.partition("/") for u in arrived[:16])]
     if max_age:  # a trainer that takes what is ready first would see this in its first step
         assert sum(step_0) / 16 < 0.5 * sum(LENGTHS) / len(LENGTHS)
+
+
+def test_workers_sample_the_next_step_while_the_trainer_is_busy(tmp_path):
+    with slow_worker() as worker, LocalStreams(worker) as streams:
+        phases = PhasesAhead(RolloutStore(tmp_path), streams, long_jobs, start=0, num_steps=8, max_age=1)
+        streams.publish(WEIGHTS, DIGEST, 0)
+        phases.admit(0)
+        phases.take(0)
+        before, patience = worker.state().sampled_tokens, time.monotonic() + 60
+        streams.publish(WEIGHTS, DIGEST, 1)
+        phases.admit(1)
+        while worker.state().sampled_tokens < before + 16:  # and nobody listens to them
+            assert time.monotonic() < patience
+            time.sleep(0.001)
+        phases.close()
 
 
 def test_errors_of_the_worker_reach_the_trainer(tmp_path):
