@@ -157,20 +157,21 @@ class Server:
         self.is_over = True
 
     def advance(self) -> list[RolloutRecord]:
-        """One engine step and whatever else has come; finished records, not more often than `flush_s`."""
+        """One engine step and what else has come; finished records every `flush_s`, a run's last at once."""
         for run in self._runs:
             run.take_events(may_wait=False)
         if any(run.is_decoding for run in self._runs):
             completed = self._engine.step()
             for run in self._runs:
                 run.take_step(completed)
+        is_due = time.monotonic() - self._flushed_at >= self._worker.flush_s
         for run in list(self._runs):
             run.grade_some()
             self._final += run.take_final()
             if run.is_over:
                 self._runs.remove(run)
                 run.close()
-        is_due = time.monotonic() - self._flushed_at >= self._worker.flush_s or not self._runs
+                is_due = True  # somebody may be waiting for the last of a phase
         if not self._final or not is_due:
             return []
         self._flushed_at = time.monotonic()

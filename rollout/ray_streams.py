@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from consilience.conf.errors import EngineError
 from consilience.rollout.jobs import RolloutJob
@@ -96,7 +97,10 @@ class RayStreams:
                 if lease.folder.exists():
                     fence(lease.folder, [lease.epoch])
             self._leases[slot].clear()
-            ray.get(actor.open.remote(self._recompute))
+            try:
+                ray.get(actor.open.remote(self._recompute))
+            except RayActorError as death:
+                raise EngineError(f"rollout worker {slot} died before it had a stream: {death}") from None
             self._slots[slot].stream = actor.serve.options(num_returns="streaming").remote()
             self._served[slot] = actor
             phases = {id(self._durable_of[uid]): self._durable_of[uid] for uid in self._slots[slot].pending}
