@@ -1,23 +1,15 @@
 """Attention on one GPU: sliding, HCA and CSA, forward and backward, beside the floors of the same run.
 
-    PYTHONPATH=. python bench/attention_gpu.py [--arms triton,gluon,variant] [--ways] [--sweep]
+    PYTHONPATH=. python bench/attention_gpu.py [--arms triton,gluon] [--ways] [--sweep]
 
-Arms: `triton`, the default kernels; `gluon`, forward and the backward's weights with hand-placed copies (on
-Hopper); `variant`, as `gluon` but P in registers, and rows of picks made together with dQ. `--ways`: other
-ways of reading entries, packed samples and small widths, default kernels alone.
+Arms: `gluon`, forward and the backward's weights with hand-placed copies (the default on Hopper); `triton`,
+what all others get. `--ways`: other ways of reading entries, packed samples and small widths, by Triton.
 
 Flash's widths: 64 heads of 512, window 128, 512 picks of entries of 4 tokens, entries of 128 tokens; `small`:
 16 heads of 128, 256 picks. bf16, random normal data (picks at random or leaning to recent entries). First the
 errors to fp64; then arms in turns. TFLOP/s count 4 (forward) and 10 (backward) · H · C a key that a query
 sees, bytes Q, O (and dO, dQ) and the keys once. "of floor" is the larger of FLOP over this run's matrix rate
 and bytes over its copy rate, over the time; "of copy" is bytes over the time, over the copy rate.
-
-Predicted for the Gluon forward, cycles a tile of 64 keys: first product 1,536 (bound by shared memory),
-softmax and P 900, second product 1,024, waits 250: 3,700, and 3,500 a query. At 1.6 GHz: CSA 32k 400 TFLOP/s,
-with 1,024 picks 445, CSA 4k 375; sliding 4k 0.21 ms, HCA 4k 0.28. If a fence waits for copies on their way
-(MEMBAR behind LDGSTS), `gluon` loses about 1,500 a tile, and `variant`, 4,300 a tile, wins. The backward's
-weights: 2,048 of products, 900 beside them, 4,000 a query: 1.3 ms at CSA 8k where Triton's take 3.1.
-Rows of picks and dQ move 1.6 MB a query through L2: together 11 ms at CSA 32k, apart 13.7.
 """
 
 from __future__ import annotations
@@ -48,7 +40,6 @@ from consilience.model.kernels import (
     triton_attention_backward,
     triton_attention_gluon,
     triton_attention_keys,
-    triton_attention_rows,
 )
 from consilience.model.kernels.attention_keys import Keys
 from consilience.model.kernels.attention_problem import Problem, problem_of
@@ -122,13 +113,11 @@ def cost(call: Call) -> tuple[float, float, float]:
 
 # ---- arms ---------------------------------------------------------------------------------------
 
-ARMS = ["triton", "gluon", "variant"]
+ARMS = ["triton", "gluon"]
 
 
 def choose(arm: str) -> None:
     attention_problem.HAND_PLACED = arm != "triton"
-    attention_problem.ROWS_BESIDE_QUERY = arm == "variant"
-    triton_attention_gluon.IS_SHARED = arm != "variant"
 
 
 def serves(arm: str, call: Call) -> bool:
@@ -294,8 +283,6 @@ SWEEP = [
     (triton_attention_keys.ROWS, "_rows", [
         KEYS(64, 256, 0, 8, 2), KEYS(64, 256, 0, 4, 2), KEYS(64, 256, 0, 8, 4), KEYS(128, 256, 0, 8, 2),
         KEYS(64, 128, 0, 4, 3), KEYS(128, 128, 0, 4, 3)]),
-    (triton_attention_rows.TILES, "_query_and_rows", [
-        KEYS(64, 256, 0, 8, 2), KEYS(64, 256, 0, 8, 3), KEYS(64, 128, 0, 4, 2), KEYS(64, 128, 0, 4, 3)]),
 ]  # fmt: skip
 
 
@@ -327,7 +314,7 @@ def sweep() -> None:
 
 
 def setting_ms(given: Problem, kernel: str) -> str:
-    attention_problem.ROWS_BESIDE_QUERY = kernel == "_query_and_rows"
+    attention_problem.HAND_PLACED = False
     try:
         out, lse = triton_attention.forward(given)
         if kernel == "_forward":

@@ -7,9 +7,9 @@ The model of train_step_gpu.py: 4 layers, 16 experts, bf16, random weights and p
 
 speed     a step of `NativeEngine` from call to call, its host's work and copies included, prompts' forward
           not; `generate` between its tokens, the first two left out. "captured again" is the A/A arm,
-          "grouped_mm" has torch's products of many rows in place of triton_few_experts.py. "of copy": the
-          bytes a step must read (weights but the embedding, experts as random routes choose them, and the
-          state's) over the rate of a copy in the same run.
+          "recorded" hands out every token's experts, "grouped_mm" has torch's products of many rows in place
+          of triton_few_experts.py. "of copy": the bytes a step must read (weights but the embedding, experts
+          as random routes choose them, and the state's) over the rate of a copy in the same run.
 logprobs  d = log-probability by the trainer's forward and `linear_logprob` less the sampled one: largest and
           mean |d|, and mean(e^d - 1 - d), the divergence of the sampler from the trainer. Exact mode: 0.
 
@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from gpu_timing import Table, arguments, copy_rate, median_text
 from torch import Tensor
-from train_step_gpu import spread_hash, fill, flash_width
+from train_step_gpu import fill, flash_width, spread_hash
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 150
@@ -143,6 +143,7 @@ def our_arms(given: argparse.Namespace) -> dict[str, dict]:
         "eager": {"captures": False},
         "captured": {},
         "captured again": {},
+        "captured, recorded": {"records_routing": True},
         "captured, grouped_mm": {},
         "exact": {"exact": True},
     }
@@ -177,7 +178,7 @@ def time_ours(given: argparse.Namespace) -> Iterator[dict]:
                     del engine
                 except Exception as error:
                     row["error"] = f"{type(error).__name__}: {error}"[:300]
-                if name == "captured" and "eager" in drawn and name in drawn:
+                if name in ("captured", "captured, recorded") and "eager" in drawn and name in drawn:
                     row["equal"] = drawn[name] == drawn["eager"]
                 yield row
 

@@ -4,9 +4,8 @@
 
 N 4, bf16 streams, random data. Each arm is a CUDA graph, so that launches from Python cost nothing; inputs
 are larger than L2. The goal of a forward is 112 KB a token at 70 % of the copy rate (D 4096), that of a
-backward 120 KB by the same rule; our backward moves 195. Other arms: the backward before this one
-(triton_hyper_connections_before.py), the same in steps (write, read, gradients added by autograd), the
-definition in PyTorch, eager and compiled.
+backward 120 KB by the same rule; our backward moves 195. Other arms: the same in steps (write, read,
+gradients added by autograd), the definition in PyTorch, eager and compiled.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton_hyper_connections_before as first
 from gpu_timing import Arm, Table, arguments, copy_rate, median_text, peak_bytes, relative_errors, time_arms
 from torch import Tensor
 
@@ -104,28 +102,6 @@ def ours(written: gpu.Written, module: HyperConnection) -> tuple[Tensor, ...]:
     return gpu.write_read(written, reader(module))
 
 
-class _Before(gpu._Connection):
-    """The same forward with the first backward."""
-
-    @staticmethod
-    def backward(ctx, *gradients):  # type: ignore[override]
-        streams, output, post, comb, fn, base, scale, new, pre, mixes, inverse = ctx.saved_tensors
-        d_new, d_input, d_post, d_comb = (g.contiguous() for g in gradients)
-        rounds, eps, _ = ctx.settings
-        d_pre = first.d_pre(new, d_input)
-        d_raw, d_norm, d_base, d_scale = first.d_mixes(
-            mixes, inverse, base, scale, (d_pre, d_post, d_comb), streams.shape[2], rounds, eps
-        )
-        read = (d_input, pre, fn, d_raw, d_norm)
-        d_fn = first.d_fn(new, d_raw)
-        found = first.d_streams(streams, (output, post, comb, d_new), read)
-        return *found, d_fn, d_base, d_scale, None, None, None
-
-
-def before(written: gpu.Written, module: HyperConnection) -> tuple[Tensor, ...]:
-    return _Before.apply(*written, *reader(module))  # type: ignore[return-value]
-
-
 def in_steps(written: gpu.Written, module: HyperConnection) -> tuple[Tensor, ...]:
     new = gpu.write(*written)
     return new, *gpu.read(new, reader(module))
@@ -152,7 +128,6 @@ compiled = torch.compile(plain, dynamic=False)
 FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "ours, fused": ours,
     "ours again (A/A)": ours,
-    "ours, first backward": before,
     "ours in steps: write, read": in_steps,
     "PyTorch, eager": plain,
     "PyTorch, compiled": compiled,
@@ -178,15 +153,22 @@ def _replay(graph: torch.cuda.CUDAGraph, _arm: Arm) -> None:
     graph.replay()
 
 
-def passes(
+def forward_pass(
     function: Callable[..., tuple[Tensor, ...]], written: gpu.Written, module: HyperConnection
-) -> dict[str, Arm]:
-    """Forward without gradients; backward alone, of a forward that ran before."""
+) -> Arm:
+    """Forward without gradients, captured."""
 
     def run_forward() -> None:
         with torch.no_grad():
             function(written, module)
 
+    return captured(run_forward)
+
+
+def passes(
+    function: Callable[..., tuple[Tensor, ...]], written: gpu.Written, module: HyperConnection
+) -> dict[str, Arm]:
+    """Forward without gradients; backward alone, of a forward that ran before."""
     leaves = [*written, *module.parameters()]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -200,7 +182,10 @@ def passes(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         run_backward()
-    return {"forward": captured(run_forward), "backward": partial(_replay, graph, run_backward)}
+    return {
+        "forward": forward_pass(function, written, module),
+        "backward": partial(_replay, graph, run_backward),
+    }
 
 
 def kilobytes(width: int) -> dict[str, float]:
@@ -215,7 +200,6 @@ def show_errors(table: Table, num_tokens: int = 256, width: int = 4096) -> None:
     exact_module = connection(width).double()
     for name, function in {
         "ours, fused": ours,
-        "ours, first backward": before,
         "PyTorch, eager": plain,
     }.items():
         values = function(written, module)
@@ -273,13 +257,8 @@ def kernels(num_tokens: int, width: int) -> dict[str, tuple[Arm, float]]:
         d_logits = lambda: logits.d_logits(new, d_input, mixes, base, scale, d_post, d_comb, rounds, eps)
         read = parameters.Read(d_input, pre, fn, d_logits(), mixes, inverse, scale)
         write = (output, post, comb, d_new)
-        d_pre = first.d_pre(new, d_input)
-        upstream = (d_pre, d_post, d_comb)
-        d_mixes = lambda: first.d_mixes(mixes, inverse, base, scale, upstream, width, rounds, eps)
-        d_raw, d_norm, *_ = d_mixes()
     num_splits = -(-width // forward.SPLIT)
     columns = (N + N * N) * 4 / 1e3  # of a token's gradients of post and comb, once
-    old_read = (d_input, pre, fn, d_raw, d_norm)
     return {
         "write_project": (project, (2 * N + 1) * row),
         "coefficients": (coefficients, 25 * 4 * (num_splits + 2) / 1e3),
@@ -288,13 +267,6 @@ def kernels(num_tokens: int, width: int) -> dict[str, tuple[Arm, float]]:
         "d_parameters": (lambda: parameters.d_parameters(new, read), N * row),
         "d_streams": (  # with sum_columns
             lambda: backward.d_streams(streams, write, read),
-            (3 * N + 3) * row + (2 * num_splits + 1) * columns,
-        ),
-        "first d_pre": (lambda: first.d_pre(new, d_input), (N + 1) * row),
-        "first d_mixes": (d_mixes, 80 * 4 / 1e3),
-        "first d_fn": (lambda: first.d_fn(new, d_raw), N * row),
-        "first d_streams": (
-            lambda: first.d_streams(streams, write, old_read),
             (3 * N + 3) * row + (2 * num_splits + 1) * columns,
         ),
     }
@@ -339,7 +311,7 @@ def show_variants(width: int = 4096) -> None:
     print(f"\nCompiled variants after {lengths} tokens: {counts}")
     for num_tokens in (1, 8, 64):
         written = draw(num_tokens, width)
-        arms = {name: passes(FUNCTIONS[name], written, module)["forward"] for name in list(FUNCTIONS)[:4]}
+        arms = {name: forward_pass(FUNCTIONS[name], written, module) for name in list(FUNCTIONS)[:3]}
         times = time_arms(arms, rounds=15)
         cells = ", ".join(f"{name} {median_text(ts, 1e3, 1)}" for name, ts in times.items())
         print(f"{num_tokens} tokens, forward, us: {cells}", flush=True)

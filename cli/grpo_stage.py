@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from consilience.cli.jobs import fresh_problems, rollout_jobs
@@ -21,6 +22,7 @@ from consilience.cli.training_stage import (
 )
 from consilience.conf.schema_training import GrpoConfig
 from consilience.grpo.async_train import train_grpo_ahead
+from consilience.grpo.corrections import Corrections
 from consilience.grpo.train import GrpoSettings, GrpoStage, train_grpo
 from consilience.model.quantization import Quantization
 from consilience.rollout.records import RolloutRecord
@@ -35,6 +37,8 @@ CURVES = {
     "GRPO: masked share": "masked_share",
 }
 """Chart title -> name in metrics.jsonl."""
+
+CORRECTIONS = [field.name for field in fields(Corrections)]
 
 
 def run_grpo(context: StageContext) -> Mapping[str, Any]:
@@ -61,6 +65,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
             samples=settings.group_size,
             temperature=settings.temperature,
             run_seed=cfg.run.seed,
+            cut={name: getattr(settings, name) for name in ("top_k", "top_p", "min_p")},
         )
 
     schedule = GrpoSettings(
@@ -69,6 +74,9 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         clip_epsilon=settings.clip_epsilon,
         kl_beta=settings.kl_beta,
         mask_delta=settings.mask_delta,
+        replay_routing=settings.replay_routing,
+        replay_kept_sets=settings.replay_kept_sets,
+        corrections=Corrections(**{name: getattr(settings, name) for name in CORRECTIONS}),
         temperature=settings.temperature,
         mtp_weight=settings.mtp_weight,
         row_tokens=settings.row_tokens,

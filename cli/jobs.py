@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from consilience.conf.schema import Config
 from consilience.rollout.engine import SamplingParams
@@ -29,12 +31,15 @@ def rollout_jobs(
     run_seed: int,
     teacher: str | None = None,
     is_graded: bool = True,
+    cut: Mapping[str, Any] | None = None,
 ) -> list[RolloutJob]:
     """`samples` jobs for each problem; uid "<prefix>/<n>/<sample>", group "<prefix>/<n>".
 
     n counts the problems of this call. Ungraded jobs (distillation) name no reward.
+    cut: top_k, top_p, min_p of the sampling, where given.
     """
     jobs = []
+    common = SamplingParams(temperature, domain.max_tokens, **(cut or {}))
     for n, problem in enumerate(problems):
         group = f"{prefix}/{n}"
         declared = [t["function"]["name"] for m in problem.messages for t in m.get("tools") or ()]
@@ -54,7 +59,7 @@ def rollout_jobs(
                     max_turns=domain.max_turns,
                     max_tokens=domain.max_tokens,
                     tools=tuple(name for name in declared if name in TOOLS),
-                    sampling=SamplingParams(temperature, domain.max_tokens, (), seed_of(run_seed, uid)),
+                    sampling=replace(common, seed=seed_of(run_seed, uid)),
                     needs_sandbox=domain.needs_sandbox and is_graded,
                 )
             )

@@ -7,6 +7,7 @@ started them opened (`share_cluster`): they attach by RAY_ADDRESS, and closing e
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,8 @@ def rollout_pool(
         "max_rows": cfg.rollout.max_batch,
         "max_length": cfg.rollout.max_length,
         "speculative": cfg.rollout.speculative,
+        "prefixes": _prefixes(cfg),
+        "records_routing": cfg.grpo.replay_routing,
         "exact": cfg.engine.exact,
         "quantization": cfg.engine.quantization,
         "sandbox": sandbox_spec(cfg),
@@ -110,6 +113,13 @@ def ahead(pool: RolloutPool, given: GrpoConfig | DistillConfig) -> Iterator[tupl
     is_whole = given.mode == "one_step_off"
     with RayStreams(pool, recompute=given.state_on_publish == "recompute") as streams:
         yield streams, {"max_age": 1 if is_whole else given.max_age, "is_whole": is_whole}
+
+
+def _prefixes(cfg: Config) -> dict[str, Any] | None:
+    """Fields of a `PrefixCaching`, its folder absolute: workers have folders of their own. None: off."""
+    settings = dataclasses.asdict(cfg.rollout.prefix_store)
+    path = settings.pop("path")
+    return None if path is None else {"folder": str(Path(path).resolve()), **settings}
 
 
 def close_pool() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from consilience.rollout.worker import RolloutWorker
@@ -22,8 +23,10 @@ def build_worker(
     needs_boxes: bool,
     family: str,
     speculative: bool = False,
+    prefixes: Mapping[str, Any] | None = None,
     exact: bool = False,
     quantization: str = "off",
+    records_routing: bool = False,
 ) -> RolloutWorker:
     """A RolloutWorker over the native engine with random weights; real ones arrive by `publish`.
 
@@ -31,7 +34,9 @@ def build_worker(
     sandbox    SandboxSpec of agent boxes and of the judge's box
     family     checkpoint family whose prompts the model knows (v4_model.md 13.3)
     speculative  the prediction block drafts; EngineError if the model has none
+    prefixes  fields of a `PrefixCaching`, or None: no prefix store
     exact, quantization  how the model computes, as the trainer's does (`engine.exact`, `engine.quantization`)
+    records_routing  records carry the experts that each token visited
     rewards    (reward path, needs sandbox) pairs to load before the first episode
     Raises what a part that can never work raises: RewardError, SandboxUnavailable.
     """
@@ -43,6 +48,7 @@ def build_worker(
     from consilience.model.transformer import Transformer
     from consilience.rewards.grader import RewardGrader
     from consilience.rollout.native_engine import NativeEngine
+    from consilience.rollout.prefix_reuse import PrefixCaching
     from consilience.rollout.tokenizer import Tokenizer
     from consilience.sandboxes.blocking import BlockingPool
 
@@ -50,7 +56,8 @@ def build_worker(
     policy = initialize(Transformer(ModelConfig.from_json_dict(model)), seed=0)
     policy.quantize(Quantization.from_name(quantization))
     settings = {"max_rows": max_rows, "max_length": max_length, "speculative": speculative, "exact": exact}
-    engine = NativeEngine(policy, **settings)
+    caching = None if prefixes is None else PrefixCaching(**{**prefixes, "folder": Path(prefixes["folder"])})
+    engine = NativeEngine(policy, **settings, records_routing=records_routing, prefixes=caching)
     grader = RewardGrader(timeout_s=reward_timeout_s, num_processes=reward_processes, sandbox=sandbox)
     boxes = BlockingPool(sandbox, max(warm, 1), uses_per_box) if needs_boxes else None
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from consilience.conf.errors import ConfigError
 from consilience.conf.fields import nearest, read_record
-from consilience.conf.schema import Config, DomainConfig, SftConfig
+from consilience.conf.schema import Config, DomainConfig, GrpoConfig, SftConfig
 from consilience.conf.token_count import token_count
 
 PER_DOMAIN_GROUPS = ("sft", "grpo", "rollout", "optimizer")
@@ -32,6 +32,11 @@ def check_rules(cfg: Config) -> Config:
     _check_engine(cfg)
     _check_files(cfg)
     _check_plan(cfg)
+    if cfg.rollout.speculative and cfg.rollout.prefix_store.path is not None:
+        raise ConfigError(
+            "rollout.prefix_store.path is set and rollout.speculative too, but prefixes on disk hold no "
+            "state of the MTP block; set one of them to null or false"
+        )
     if not NAME.fullmatch(cfg.run.name):
         raise ConfigError(
             f"run.name is '{cfg.run.name}', but it names a folder: letters, digits, '_', '.', '-', at most 64"
@@ -147,6 +152,8 @@ def _check_sizes(cfg: Config) -> None:
         )
         for name in ("base", "sft"):
             _check_rows(getattr(own, name), key + name)
+        _check_corrections(own.grpo, key + "grpo")
+        _check_truncation(own, key)
         if own.grpo.mini_batches > own.grpo.prompts_per_step:
             _too_many_parts(key + "grpo", own.grpo.mini_batches, own.grpo.prompts_per_step)
     if cfg.distill.mini_batches > cfg.distill.prompts_per_step:
@@ -155,6 +162,40 @@ def _check_sizes(cfg: Config) -> None:
         raise ConfigError(
             f"evaluate.num_problems is {cfg.evaluate.num_problems}, but task.num_test offers "
             f"{cfg.task.num_test}; raise task.num_test"
+        )
+
+
+def _check_corrections(grpo: GrpoConfig, key: str) -> None:
+    weights = ("token_truncate", "token_mask", "sequence_truncate")
+    given = [name for name in weights if getattr(grpo, name) is not None]
+    if len(given) > 1:
+        raise ConfigError(
+            f"{key}.{given[0]} and {key}.{given[1]} both weight by the same ratios; set one of them to null"
+        )
+    for name in ("token_mask", "sequence_mask", "geometric_mask"):
+        bounds = getattr(grpo, name)
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise ConfigError(f"{key}.{name} is {list(bounds)}; write [LOW,HIGH] with LOW below HIGH")
+
+
+def _check_truncation(cfg: Config, key: str) -> None:
+    grpo = cfg.grpo
+    cuts = [n for n, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)) if getattr(grpo, n) != off]
+    if cuts and not grpo.replay_kept_sets:
+        raise ConfigError(
+            f"{key}grpo.{cuts[0]} is {getattr(grpo, cuts[0])}: GRPO weights tokens by probability ratios, "
+            "which mean nothing between a truncated sampler and a trainer that does not know what was kept; "
+            f"set {key}grpo.replay_kept_sets=true, or leave top_k, top_p and min_p at 0, 1 and 0"
+        )
+    if grpo.replay_kept_sets and not cuts:
+        raise ConfigError(
+            f"{key}grpo.replay_kept_sets is true, but nothing is cut; set {key}grpo.top_p below 1, top_k or "
+            "min_p, or leave it false"
+        )
+    if cuts and cfg.rollout.speculative:
+        raise ConfigError(
+            f"{key}grpo.{cuts[0]} is {getattr(grpo, cuts[0])}, but drafts are judged by the whole "
+            "distribution; set rollout.speculative=false"
         )
 
 

@@ -119,6 +119,27 @@ class SpecialistConfig:
 
 
 @dataclass(frozen=True)
+class PrefixStoreConfig:
+    """States of prompts on disk: what one engine has computed, any other takes from there."""
+
+    path: str | None = setting(
+        None, "folder, shared by all workers that can reach it; null: off", speed_only=True
+    )
+    window: str = setting(
+        "whole",
+        "sliding windows kept: one a block, one every period_tokens, or none (computed again)",
+        choices=("whole", "checkpointed", "recomputed"),
+        speed_only=True,
+    )
+    period_tokens: int = setting(
+        2048, "between windows of 'checkpointed', whole blocks of 128", unit="tokens", low=1, speed_only=True
+    )
+    limit_bytes: int = setting(
+        16 << 30, "the folder's size; oldest entries go first", unit="bytes", low=1 << 20, speed_only=True
+    )
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """The workers that sample."""
 
@@ -140,6 +161,7 @@ class RolloutConfig:
     speculative: bool = setting(
         False, "the MTP block drafts, the model verifies: same distribution, other tokens for a seed"
     )
+    prefix_store: PrefixStoreConfig = setting(PrefixStoreConfig, "prompts' states on disk")
 
 
 @dataclass(frozen=True)

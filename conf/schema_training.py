@@ -108,6 +108,33 @@ class GrpoConfig:
         unit="nats",
         above=0,
     )
+    replay_routing: bool = setting(
+        False, "record the experts that each token visits while sampling, and train on the same ones"
+    )
+    top_k: int = setting(0, "draw from the K most probable tokens; 0: all", unit="tokens", low=0)
+    top_p: float = setting(1.0, "draw from the fewest tokens with this probability", above=0, high=1)
+    min_p: float = setting(
+        0.0, "draw from tokens with at least this share of the highest probability", low=0, high=1
+    )
+    replay_kept_sets: bool = setting(
+        False,
+        "record which tokens top_k, top_p and min_p kept, and renormalise the trainer over the same ones",
+    )
+    token_truncate: float | None = setting(
+        None, "weight tokens by their ratio trainer / sampler, at most this; null: no weight", above=0
+    )
+    token_mask: tuple[float, float] | None = setting(
+        None, "weight tokens by that ratio, those outside of [LOW,HIGH] by 0; null: no weight", low=0
+    )
+    sequence_truncate: float | None = setting(
+        None, "weight samples by the product of their tokens' ratios, at most this; null: no weight", above=0
+    )
+    sequence_mask: tuple[float, float] | None = setting(
+        None, "drop samples whose product of ratios is outside of [LOW,HIGH]; null: none", low=0
+    )
+    geometric_mask: tuple[float, float] | None = setting(
+        None, "drop samples whose geometric mean of ratios is outside of [LOW,HIGH]; null: none", low=0
+    )
     temperature: float = setting(1.0, "sampling temperature", above=0, high=10)
     mtp_weight: float = setting(
         0.1, "weight of the loss that keeps MTP blocks, and nothing else, in step", low=0, high=10

@@ -4,11 +4,12 @@
     s_t  = min(r_t A, clip(r_t, 1 − ε, 1 + ε) A)
     KL_t = r_t (ρ_t − log ρ_t − 1),  ρ_t = π_ref / π_θ   (K3 times the ratio: value and gradient unbiased)
     M_i  = 0 if A_i < 0 and mean_t log(π_old / π_θ) > δ, else 1
-    loss = −1/S Σ_i 1/|o_i| Σ_t (s_t M_i − β KL_t)
+    loss = −1/S Σ_i 1/|o_i| Σ_t (w_t s_t M_i − β KL_t)
 
-M acts on the surrogate only. It and 1/|o_i| need whole sequences, so a sample is never split across
-micro-batches; with S, the kept samples of the mini-batch, handed in from outside, the number of
-micro-batches changes no gradient.
+w_t is 1, or what `corrections.py` makes of a sampler that disagrees; π_old in r_t is then the trainer's own,
+while M_i keeps the sampler's. M and w act on the surrogate only. M and 1/|o_i| need whole sequences, so a
+sample is never split across micro-batches; with S, the kept samples of the mini-batch, handed in from
+outside, the number of micro-batches changes no gradient.
 
 Shapes: n sampled tokens of all samples, flat; S kept samples of the mini-batch.
 """
@@ -46,13 +47,16 @@ def grpo_loss(
     clip_eps: float = CLIP_EPS,
     kl_beta: float = KL_BETA,
     mask_delta: float = MASK_DELTA,
+    weight: Tensor | None = None,
+    sampler_logprob: Tensor | None = None,
 ) -> GrpoLoss:
     """Loss of one micro-batch of whole samples, already divided by the mini-batch's `num_samples`.
 
     logprob [n] log π_θ of the sampled tokens, carries the gradient; old_logprob [n] the sampler's;
     ref_logprob [n] the SFT reference's; advantage [n] A_i of the token's sample; sample_index [n] int ≥ 0,
     equal for the tokens of one sample, gaps allowed; num_samples S > 0. Tokens that were not sampled are
-    not passed in. n = 0 gives loss 0.
+    not passed in. n = 0 gives loss 0. weight [n] w_t, None: 1; sampler_logprob [n] what M_i reads where
+    old_logprob is not the sampler's.
 
     `sums`: tokens, samples, clipped (tokens whose clip binds), abs_log_ratio Σ|log r|, kl Σ KL_t,
     masked_tokens, masked_samples, and max_abs_log_ratio, the one that combines by maximum.
@@ -73,8 +77,10 @@ def grpo_loss(
     log_rho = ref - logprob
     kl = ratio * (torch.expm1(log_rho) - log_rho)
 
-    drift = add_rows_(torch.zeros_like(length), sample, -log_ratio.detach()) / length
+    since = log_ratio if sampler_logprob is None else logprob - sampler_logprob.detach().to(logprob.dtype)
+    drift = add_rows_(torch.zeros_like(length), sample, -since.detach()) / length
     is_masked = (A < 0) & (drift > mask_delta)[sample]
+    surrogate = surrogate if weight is None else surrogate * weight.detach().to(logprob.dtype)
     per_token = kl_beta * kl - torch.where(is_masked, 0.0, surrogate)
     loss = (per_token / length[sample]).sum() / num_samples
 

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 from consilience.grpo.advantage import Advantages, group_advantages
+from consilience.grpo.corrections import Corrections
 from consilience.grpo.loss import combine, grpo_loss, shares
+from consilience.grpo.mini_batch import MiniBatch, micro_batches, with_proximal
+from consilience.grpo.mismatch import mismatch_report
 from consilience.model.forward_trace import Trace
-from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.rollout.ahead import staleness
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.phases import Sampler, publish, sample_phase
@@ -26,7 +28,7 @@ from consilience.rollout.store import RolloutStore
 from consilience.training.engine import TrainEngine
 from consilience.training.forward import hidden_at_loss, mtp_loss
 from consilience.training.metrics import MetricsSink, RolloutRow
-from consilience.training.packing import PackedRows, pack_episodes, split_micro_batches
+from consilience.training.packing import PackedRows
 from consilience.training.progress import Progress
 from consilience.training.schedule import warmup_constant_cosine
 from consilience.training.stage_checkpoints import StageCheckpoints
@@ -41,6 +43,9 @@ class GrpoSettings:
     mini_batches: int = 2
     clip_epsilon: float = 0.2
     kl_beta: float = 1e-3
+    replay_routing: bool = False
+    replay_kept_sets: bool = False
+    corrections: Corrections = Corrections()
     mask_delta: float = 0.1
     mtp_weight: float = 0.1
     temperature: float = 1.0
@@ -145,56 +150,61 @@ def train_phase(
         return report | dict.fromkeys(("clip_share", "mean_abs_log_ratio", "masked_share", "mean_kl"), 0.0)
     order = np.random.default_rng((settings.seed, step)).permutation(kept)
     sums: dict[str, float] = {}
-    for index, members in enumerate(np.array_split(order, settings.mini_batches)):
-        if not members.size:
-            continue
-        packed = pack_records(
-            [records[i] for i in members],
-            [float(advantages.advantage[i]) for i in members],
-            settings.row_tokens,
-        )
-        outcome = _mini_batch(engine, reference, packed, settings, len(members))
+    parts = [part for part in np.array_split(order, settings.mini_batches) if part.size]
+    batches = [
+        MiniBatch.of([records[i] for i in part], advantages.advantage[part].tolist(), settings, engine.model)
+        for part in parts
+    ]
+    if settings.corrections.is_on:  # by the weights of now, before any step
+        batches, sums = with_proximal(engine, batches, settings)
+    for index, batch in enumerate(batches):
+        outcome = _mini_batch(engine, reference, batch, settings, wants_mismatch=index == 0 and not sums)
         scale = warmup_constant_cosine(
             step, num_steps=settings.steps, warmup_steps=min(settings.warmup, settings.steps)
         )
-        report["train_tokens"] += packed.num_tokens
+        report["train_tokens"] += batch.packed.num_tokens
         report |= engine.step(scale, outcome.pop("expert_load"))
-        if index == 0:  # the sampler's weights and these are the same here
-            report["mismatch_max"] = outcome["max_abs_log_ratio"]
         sums = combine(sums, outcome) if sums else outcome
-    return report | shares(sums)
+    report["mismatch_max"] = sums["max_sampler_gap"]
+    return report | shares(sums) | mismatch_report(sums)
 
 
 def _mini_batch(
-    engine: TrainEngine, reference: Any, packed: PackedRows, settings: GrpoSettings, num_samples: int
+    engine: TrainEngine, reference: Any, batch: MiniBatch, settings: GrpoSettings, *, wants_mismatch: bool
 ) -> dict[str, Any]:
-    """Gradients of one mini-batch; returns the loss sums and the experts' load."""
-    trace = Trace()
+    """Gradients of one mini-batch; returns the loss sums and the experts' load.
+
+    wants_mismatch: no step was taken since the weights were the sampler's; measure how it differs
+    """
+    packed, trace = batch.packed, Trace()
     sums: dict[str, float] = {}
 
     def loss_fn(model: Any, micro: PackedRows):
         nonlocal sums
         with torch.no_grad():
             there = hidden_at_loss(reference, micro)
-            ref = linear_logprob(
-                there.hidden, reference.head.weight, there.target_ids, temperature=settings.temperature
-            ).logprob  # type: ignore[union-attr, arg-type]
-        at = hidden_at_loss(model, micro, trace, wants_mtp=settings.mtp_weight > 0, is_detached=True)
-        logprob = linear_logprob(
-            at.hidden, model.head.weight, at.target_ids, temperature=settings.temperature
-        ).logprob
+            ref = batch.logprob(there, reference.head.weight, micro, settings.temperature)
+        routing = batch.routing_of(micro)
+        wants_mtp = settings.mtp_weight > 0
+        at = hidden_at_loss(model, micro, trace, routing, wants_mtp=wants_mtp, is_detached=True)
+        logprob = batch.logprob(at, model.head.weight, micro, settings.temperature)
+        sampler = at.arrays["old_logprob"]
         out = grpo_loss(
             logprob,
-            at.arrays["old_logprob"],
+            at.arrays.get("proximal_logprob", sampler),
             ref,
             at.arrays["advantage"],
             at.sample_index,
-            num_samples,
+            batch.num_samples,
             clip_eps=settings.clip_epsilon,
             kl_beta=settings.kl_beta,
             mask_delta=settings.mask_delta,
+            weight=at.arrays.get("correction"),
+            sampler_logprob=sampler,
         )
         sums = combine(sums, out.sums) if sums else dict(out.sums)
+        if wants_mismatch:
+            sums = combine(sums, batch.mismatch(logprob.detach() - sampler, micro, routing))
         if not at.ahead:
             return out.loss, {}
         # The blocks follow the trunk: its own samples are their targets, and nothing else learns from it.
@@ -202,26 +212,8 @@ def _mini_batch(
         sums = combine(sums, {"mtp_loss": float(ahead.detach())})
         return out.loss + settings.mtp_weight * ahead / packed.num_loss_tokens, {}
 
-    # A row widened for a long episode is a micro-batch of its own.
-    budget = max(settings.micro_tokens, packed.token_ids.shape[1])
-    engine.forward_backward(loss_fn, split_micro_batches(packed, budget), {})
+    engine.forward_backward(loss_fn, micro_batches(packed, settings), {})
     return sums | {"expert_load": trace.expert_load}
-
-
-def pack_records(
-    records: Sequence[RolloutRecord], advantages: Sequence[float], row_tokens: int
-) -> PackedRows:
-    """Prompt and episode of each record as one sample; sampler log-probs and advantage per target."""
-    return pack_episodes(
-        [r.prompt_ids for r in records],
-        [r.token_ids for r in records],
-        [r.loss_mask for r in records],
-        row_tokens,
-        {
-            "old_logprob": [r.logprobs for r in records],
-            "advantage": [[a] * len(r.token_ids) for a, r in zip(advantages, records)],
-        },
-    )
 
 
 def rollout_report(records: Sequence[RolloutRecord], advantages: Advantages) -> dict[str, float]:

@@ -254,15 +254,19 @@ class MoE(nn.Module):
         """
         if self.gate.is_hash:
             routing = None
-        is_plain = trace is None and routing is None and not self.shared_experts.quantization.linears
+        is_plain = trace is None and not self.shared_experts.quantization.linears
+        is_plain = is_plain and (routing is None or routing.into is not None)
         if is_plain and is_available(hidden, self.gate.weight):
-            return decode_moe(self, hidden, token_ids)
+            return decode_moe(self, hidden, token_ids, routing)
         shape = (hidden.shape[0], self.gate.topk)
         fixed = None if routing is None else routing.prescribed(self.layer, shape, hidden.device)
         route = partial(gpu_moe.route, self.gate) if self._is_on_gpu(hidden) else self.gate
         weights, experts, scores = route(hidden, token_ids, fixed)
         if routing is not None and fixed is None:
             routing.take_down(self.layer, experts)
+        elif routing is not None and fixed is not None and routing.compares:
+            fresh = top_experts(scores.detach() + self.gate.bias, self.gate.topk)
+            routing.compare(self.layer, fresh, fixed)
         num_tokens, topk = experts.shape
         piece = piece_of(num_tokens, topk * hidden.shape[1] * hidden.element_size())
         parameters = (*self.experts.parameters(), *self.shared_experts.parameters())

@@ -1,6 +1,12 @@
-"""Which of the waiting requests are prefilled together."""
+"""Which of the waiting requests are prefilled together, and in what shape."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from consilience.rollout.engine import Request
 
@@ -22,3 +28,41 @@ def one_prefill(candidates: list[Request], most_tokens: int) -> list[Request]:
             break
         chosen.append(request)
     return chosen
+
+
+def starts_with_a_token(request: Request) -> bool:
+    """Whether a draw follows the prefill: not where tokens were drawn before, or none is wanted."""
+    return request.prefix is None and request.sampling.max_tokens > 0
+
+
+def by_prompt(batch: Sequence[Request]) -> tuple[list[int], list[int], list[int]]:
+    """The first request of each distinct prompt of a group, the other requests, and whom each of all follows.
+
+    Places in `batch`, the first two in the order of prompts; the third [requests] counts the first ones.
+    """
+    leaders: dict[tuple, int] = {}
+    owner = []
+    for request in batch:
+        key = (request.group, request.prompt_ids) if request.group is not None else (request.uid,)
+        owner.append(leaders.setdefault(key, len(leaders)))
+    order = sorted(range(len(batch)), key=lambda i: (owner[i], i))
+    first = [i for n, i in enumerate(order) if n == 0 or owner[i] != owner[order[n - 1]]]
+    taken = set(first)
+    return first, [i for i in order if i not in taken], owner
+
+
+def padded_ids(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """tokens [R, T] int64, right-padded with 0, and lengths [R], beside the model; T is 1 at least."""
+    ids = np.zeros((len(prompts), max(1, *map(len, prompts))), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+    return torch.from_numpy(ids).to(device), torch.tensor([len(p) for p in prompts], device=device)
+
+
+def common_length(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Length of what all prompts begin with; at least the last token of each is left over."""
+    low, high = min(prompts), max(prompts)
+    common = 0
+    while common < min(len(low), len(high)) - 1 and low[common] == high[common]:
+        common += 1
+    return common

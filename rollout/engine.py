@@ -13,19 +13,32 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from consilience.rollout.kept_sets import KeptSets
+    from consilience.rollout.token_routing import TokenRouting
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request is sampled. V4 recommends temperature 1 and no truncation.
 
     temperature 0 means greedy. `seed` makes the request's tokens a function of (seed, position,
-    weights) alone, whatever it is batched with.
+    weights) alone, whatever it is batched with. top_k (0: all), top_p (1: all) and min_p (0: all) cut
+    the distribution (`truncation.py`); log-probabilities are then those among the kept tokens, which
+    `Completed.kept` names.
     """
 
     temperature: float = 1.0
     max_tokens: int = 256
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether some tokens cannot be drawn; a greedy draw has no distribution to cut."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +60,8 @@ class Request:
     parent       uid of a held request whose stream this one continues (tool results), or None
     group        requests with equal prompts and equal group share one prefill
     hold         keep the decode state after the turn, so that a later request may continue it;
-                 a held stream is dropped by `release`
+                 a held stream is dropped by `release`. With `max_tokens` 0 it is a turn of no tokens: the
+                 native engine computes the prompt's state and holds it, to be forked and continued
     """
 
     uid: str
@@ -57,6 +71,19 @@ class Request:
     group: str | None = None
     hold: bool = False
     prefix: Prefix | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """A branch that was taken off a stream (quick instructions, report 5.1.2).
+
+    num_tokens  tokens of the parent's stream at that moment, prompt and sampled: the branch has these, then
+                its own prompt, then what it samples. The parent has none of the branch's
+    """
+
+    uid: str
+    parent: str
+    num_tokens: int
 
 
 @dataclass(slots=True)
@@ -83,13 +110,20 @@ class NewTokens:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """A finished turn. finish is "stop" (a stop id, included as the last token) or "length"."""
+    """A finished turn. finish is "stop" (a stop id, included as the last token) or "length".
+
+    routing  of the newest tokens that the engine fed for this stream, the turn's last one left out, which is
+             not fed; a prefix is fed and so recorded again. None: not recorded
+    kept     one set a token of token_ids, where the request's distribution is cut; none for a prefix's
+    """
 
     uid: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     weight_version: tuple[int, ...]
     finish: str
+    routing: TokenRouting | None = None
+    kept: KeptSets | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +131,9 @@ class EngineState:
     """Counters a driver shows and checks. Times in seconds, sizes in tokens.
 
     drafted_tokens, accepted_tokens  of speculative decoding: drafts made, and those that stood
+    prefix_hits, prefix_misses  prompts that a prefix store had the beginning of, or not
+    prefix_tokens     tokens that did not have to be computed for it
+    prefix_corrupted  damaged entries that were found and removed
     """
 
     weight_version: int
@@ -110,6 +147,10 @@ class EngineState:
     decode_s: float
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    prefix_hits: int = 0
+    prefix_misses: int = 0
+    prefix_tokens: int = 0
+    prefix_corrupted: int = 0
 
 
 class RolloutEngine(Protocol):

@@ -12,16 +12,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
 from consilience.conf.errors import EngineError, ProtocolError
 from consilience.rollout.encoding import ParsedTurn, ToolCall, parse_turn, render_tool_results
-from consilience.rollout.engine import Completed, Request, SamplingParams
+from consilience.rollout.engine import Completed, Request
 from consilience.rollout.grading import ExecutedCall, Graded, GradeItem
 from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.kept_sets import KeptSets, joined
 from consilience.rollout.protocol import END_THINK, THINK
 from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord
+from consilience.rollout.token_routing import TokenRouting, stitched
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.sandboxes.protocol import Isolation
 
@@ -72,6 +75,8 @@ class Episode:
         self._logprobs: list[float] = []
         self._loss_mask: list[int] = []
         self._versions: list[int] = []
+        self._routing: list[tuple[int, TokenRouting]] = []  # where each turn's ends, and it
+        self._kept: list[tuple[int, KeptSets]] = []  # where each turn's begin, and they
         self._num_sampled = self._num_turns = 0
         self._append: tuple[int, ...] = prompt_ids  # what the next request adds before sampling
         self._calls: list[ExecutedCall] = []
@@ -113,8 +118,8 @@ class Episode:
         self._must_be(State.READY)
         job, turn = self.job, self._num_turns
         may_continue = bool(job.tools) and turn + 1 < job.max_turns
-        sampling = SamplingParams(
-            temperature=job.sampling.temperature,
+        sampling = replace(
+            job.sampling,
             max_tokens=min(job.sampling.max_tokens, job.max_tokens - self._num_sampled),
             stop_ids=self._stop_ids,
             seed=(job.sampling.seed + turn * _SEED_STRIDE) % _MAX_SEED,
@@ -140,6 +145,10 @@ class Episode:
         self._logprobs += done.logprobs
         self._versions += done.weight_version
         self._loss_mask += [1] * len(done.token_ids)
+        if done.kept is not None:
+            self._kept.append((len(self._token_ids) - len(done.token_ids), done.kept))
+        if done.routing is not None:  # the turn's last token is not fed, or by the next turn
+            self._routing.append((len(self.stream_ids) - 1, done.routing))
         self._num_sampled += len(done.token_ids)
         self._num_turns += 1
         text = self._tokenizer.decode(done.token_ids)
@@ -239,6 +248,8 @@ class Episode:
             outcome=graded.outcome,
             reward=reward,
             reward_parts=dict(graded.parts),
+            routing=stitched(len(self.stream_ids), self._routing),
+            kept=joined(len(self._token_ids), self._kept),
             isolation=_weakest([*self._levels, *judged]),
             sandbox_ids=(*self._box_ids, *(i for i in graded.sandbox_ids if i not in self._box_ids)),
             metadata=self._facts(),

@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,16 +22,17 @@ from consilience.model.checkpoint import load_official
 from consilience.model.exact import exact_mode
 from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
-from consilience.rollout.admission import one_prefill
+from consilience.rollout.admission import by_prompt, one_prefill, starts_with_a_token
 from consilience.rollout.captured_decode import Decoder
-from consilience.rollout.engine import Completed, EngineState, NewTokens, Request
+from consilience.rollout.engine import Completed, EngineState, Fork, NewTokens, Request
+from consilience.rollout.parked_streams import ParkedStreams
+from consilience.rollout.prefill import Prefill
+from consilience.rollout.prefix_reuse import PrefixCaching, PrefixReuse
 from consilience.rollout.publishing import verify
 from consilience.rollout.request_check import check_length, check_request
-from consilience.rollout.sampling import sample
+from consilience.rollout.routing_capture import RoutingCapture, fed_rows
 from consilience.rollout.speculative import NUM_UNIFORMS, SpeculativeState
-from consilience.rollout.stream import Stream, temperatures
-
-MIN_SHARED_PREFIX = 32  # tokens; below this a fork costs more than it saves
+from consilience.rollout.stream import Stream, cuts, draw_each, hand_out, take_each, temperatures
 
 
 class NativeEngine:
@@ -41,6 +44,8 @@ class NativeEngine:
     speculative  the model's MTP block drafts: fewer steps, the same distribution, other tokens for a seed
     exact      decode in exact mode: the trainer's log-probabilities, to the last bit (`model/exact.py`)
     captures   on a GPU in bf16, capture decoding steps in CUDA graphs (`captured_decode.py`)
+    records_routing  hand out the experts that each token visited (`Completed.routing`)
+    prefixes   keep prompts' states on disk, take them from there (`prefix_reuse.py`); not with `speculative`
     """
 
     def __init__(
@@ -54,6 +59,8 @@ class NativeEngine:
         speculative: bool = False,
         exact: bool = False,
         captures: bool = True,
+        records_routing: bool = False,
+        prefixes: PrefixCaching | None = None,
     ) -> None:
         self.model = model.eval()
         self.exact = exact
@@ -61,7 +68,6 @@ class NativeEngine:
         self.max_length = max_length
         self.prefill_tokens = prefill_tokens
         weight = model.head.weight
-        self._prefix_slot = 2 * max_rows
         num_slots, num_rows = 2 * max_rows + 1, max_rows + 1
         self._speculative = SpeculativeState(model, num_slots, max_length, num_rows) if speculative else None
         self._state = self._speculative or DecodeState.allocate(
@@ -72,20 +78,21 @@ class NativeEngine:
             device=weight.device,
             dtype=weight.dtype,
         )
-        self._prefix: tuple[int, ...] = ()
+        self._capture = RoutingCapture(model.config, weight.device, records_routing)
         self._running: list[Stream] = []
         state = self._state.trunk if isinstance(self._state, SpeculativeState) else self._state
-        self._decoder = Decoder(model, state, max_rows, max_length, captures)
+        self._decoder = Decoder(model, state, max_rows, max_length, captures, self._capture)
+        self._reuse = prefixes and PrefixReuse(model, self._state, prefixes, exact, prefill_tokens)
+        self._prefill = Prefill(model, self._state, self._capture, self._reuse, num_slots - 1)
         self._last = self._decoder.tokens  # [max_rows] sampled, not yet fed
-        self._held: dict[str, tuple[int, int]] = {}  # uid -> (slot, last token, not yet fed)
-        self._resuming: dict[str, tuple[int, int]] = {}  # uid of a waiting continuation -> the same
-        self._free_slots = list(range(max_rows, 2 * max_rows))
+        self._parked = ParkedStreams(self._state, range(max_rows, 2 * max_rows))
         self._waiting: deque[Request] = deque()
         self._uids: set[str] = set()
         self._version = version
         self._digest = ""
+        self._era = 0  # weights so far
         self._new: list[tuple[Stream, int, int]] = []  # of this step: stream, tokens before, tokens
-        self._counts = {"prefill_tokens": 0, "sampled_tokens": 0}
+        self._num_sampled = 0
         self._seconds = {"prefill_s": 0.0, "decode_s": 0.0}
 
     # ---- the protocol -------------------------------------------------------------------------
@@ -96,37 +103,67 @@ class NativeEngine:
         A fresh request must fit with all its `max_tokens`; a continuation samples as far as its
         stream has room, at least one token, and then ends with "length".
         """
-        uids: set[str] = set()
-        parents: set[str] = set()
+        uids, held = set(self._uids), dict(self._parked.held)
         for request in requests:
-            self._check(request, uids, parents)
+            parent = request.parent
+            if parent is not None and parent not in held:
+                raise EngineError(f"request {request.uid} continues {parent}, which is not held")
+            self._check(request, uids, 0 if parent is None else held.pop(parent)[1].length)
             uids.add(request.uid)
-            if request.parent is not None:
-                parents.add(request.parent)
-        self._uids |= uids
+        self._uids = uids
         for request in requests:
             # Continuations first: they free held rows, which new prompts may be waiting for.
             if request.parent is not None:
-                self._resuming[request.uid] = self._held.pop(request.parent)
+                self._parked.claim(request.parent, request.uid)
                 self._uids.discard(request.parent)
                 self._waiting.appendleft(request)
             else:
                 self._waiting.append(request)
 
-    def _check(self, request: Request, uids: set[str], parents: set[str]) -> None:
-        """EngineError unless the request can run; `uids`, `parents` are those of the same submission."""
-        uid, parent = request.uid, request.parent
-        if uid in self._uids or uid in uids:
-            raise EngineError(f"request {uid} is already in the engine; uids are unique")
-        check_request(request, self.model.config.vocab_size)
-        if parent is not None and (parent not in self._held or parent in parents):
-            raise EngineError(f"request {uid} continues {parent}, which is not held")
-        before = 0 if parent is None else self._length_held(self._held[parent])
+    def _check(self, request: Request, uids: set[str], before: int) -> None:
+        """EngineError unless the request can run beside `uids`, behind `before` tokens."""
+        if request.uid in uids:
+            raise EngineError(f"request {request.uid} is already in the engine; uids are unique")
+        check_request(request, self.model.config.vocab_size, is_speculative=bool(self._speculative))
         check_length(request, before, self.max_length)
 
-    def _length_held(self, held: tuple[int, int]) -> int:
-        """Tokens of a held stream: those its state has consumed and the last one, not yet fed."""
-        return int(self._state.position[held[0]]) + 1
+    def fork(self, parent: str, branches: Sequence[Request]) -> list[Fork]:
+        """Branch off the stream of a running or held request as it stands now: quick instructions.
+
+        A branch goes on behind all that the parent has, the last sampled token included, and its own
+        `prompt_ids`; it decodes beside the parent, which goes on as if there were none. All or none:
+        EngineError if the parent neither runs nor is held, if rows are too few, and as `submit`.
+        """
+        running = {s.request.uid: (row, s) for row, s in enumerate(self._running)}
+        if parent not in running and parent not in self._parked.held:
+            raise EngineError(f"request {parent} neither runs nor is held; only such streams are forked")
+        row, stream = running[parent] if parent in running else self._parked.held[parent]
+        if len(branches) > self._num_free:
+            raise EngineError(f"{len(branches)} branches of {parent}: {self._num_free} rows are free")
+        uids = set(self._uids)
+        for branch in branches:
+            if branch.parent not in (None, parent):
+                raise EngineError(
+                    f"request {branch.uid} is a branch of {parent} and continues {branch.parent}"
+                )
+            self._check(replace(branch, parent=parent), uids, stream.length)
+            uids.add(branch.uid)
+        self._uids = uids
+        self._parked.fork(row, stream.copy(), [branch.uid for branch in branches])
+        self._waiting.extendleft(replace(branch, parent=parent) for branch in branches)
+        return [Fork(branch.uid, parent, stream.length) for branch in branches]
+
+    def save_streams(self) -> int:
+        """Before a planned pause: store the states of all that runs or is held; how many were stored whole.
+
+        A new engine goes on from them without a prefill, with the same request and its prefix, or a fresh one
+        whose prompt begins with a held stream. States that old weights had a part in are left out.
+        EngineError without a prefix store.
+        """
+        if self._reuse is None:
+            raise EngineError("streams are saved in a prefix store; set rollout.prefix_store.path")
+        streams = [*enumerate(self._running), *self._parked]
+        return sum(self._reuse.save(row, s.ids[:-1]) for row, s in streams if s.era == self._era)
 
     @torch.no_grad()
     def step(self) -> list[Completed]:
@@ -156,22 +193,18 @@ class NativeEngine:
     def release(self, uids: Sequence[str]) -> None:
         """See `RolloutEngine.release`."""
         for uid in uids:
-            if uid in self._held:
-                slot, _ = self._held.pop(uid)
-                self._state.free(slot)
-                self._free_slots.append(slot)
+            if uid in self._parked.held:
+                self._parked.release(uid)
                 self._uids.discard(uid)
 
     def clear(self) -> tuple[list[Request], list[str]]:
         """See `RolloutEngine.clear`."""
-        unfinished, held = [*(s.as_request() for s in self._running), *self._waiting], list(self._held)
-        parked = [slot for slot, _ in (*self._held.values(), *self._resuming.values())]
-        for slot in (*range(len(self._running)), *parked):
-            self._state.free(slot)
-        self._free_slots += parked
-        for those in (self._running, self._waiting, self._held, self._resuming, self._uids, self._new):
+        unfinished = [*(s.as_request() for s in self._running), *self._waiting]
+        for row in range(len(self._running)):
+            self._state.free(row)
+        for those in (self._running, self._waiting, self._uids, self._new):
             those.clear()
-        return unfinished, held
+        return unfinished, self._parked.clear()
 
     def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
         """See `RolloutEngine.publish`. Running streams go on with the new weights and the old state."""
@@ -183,7 +216,11 @@ class NativeEngine:
                 f"published weights do not fit the model, the old ones stay: {error}"
             ) from error
         self._decoder.forget()
-        self._version, self._digest, self._prefix = version, digest, ()
+        self._era += digest != self._digest
+        if self._reuse:
+            self._reuse.use_weights(digest)
+        self._prefill.forget()
+        self._version, self._digest = version, digest
 
     def state(self) -> EngineState:
         return EngineState(
@@ -191,20 +228,21 @@ class NativeEngine:
             digest=self._digest,
             num_waiting=len(self._waiting),
             num_running=len(self._running),
-            num_held=len(self._held) + len(self._resuming),
-            prefill_tokens=self._counts["prefill_tokens"],
-            sampled_tokens=self._counts["sampled_tokens"],
+            num_held=len(self._parked),
+            prefill_tokens=self._prefill.num_tokens,
+            sampled_tokens=self._num_sampled,
             prefill_s=self._seconds["prefill_s"],
             decode_s=self._seconds["decode_s"],
             drafted_tokens=self._speculative.drafted if self._speculative else 0,
             accepted_tokens=self._speculative.accepted if self._speculative else 0,
+            **(self._reuse.counts() if self._reuse else {}),
         )
 
     # ---- admission ----------------------------------------------------------------------------
 
     @property
     def _num_free(self) -> int:
-        return self.max_rows - len(self._running) - len(self._held) - len(self._resuming)
+        return self.max_rows - len(self._running) - len(self._parked)
 
     def _admit(self) -> list[Completed]:
         """Prefill waiting requests into free rows; what finished with its very first token."""
@@ -214,12 +252,11 @@ class NativeEngine:
             if resumed:
                 batch = self._choose(resumed)
                 self._prefill_resumed(batch)
-            elif self._waiting[0].prefix is not None:
-                begun = [r for r in list(self._waiting)[: self._num_free] if r.prefix is not None]
-                self._prefill_begun(self._choose(begun))
             else:
-                fresh = [r for r in list(self._waiting)[: self._num_free] if r.prefix is None]
-                self._prefill_new(self._choose(fresh))
+                is_new = starts_with_a_token(self._waiting[0])
+                first = list(self._waiting)[: self._num_free]
+                batch = self._choose([r for r in first if starts_with_a_token(r) == is_new])
+                self._prefill_new(batch) if is_new else self._prefill_begun(batch)
             done += self._retire()
         return done
 
@@ -232,105 +269,65 @@ class NativeEngine:
 
     def _prefill_resumed(self, batch: list[Request]) -> None:
         first = len(self._running)
-        parked = [self._resuming.pop(r.uid) for r in batch]
-        slots = [slot for slot, _ in parked]
-        room = [self.max_length - self._length_held(p) - len(r.prompt_ids) for r, p in zip(batch, parked)]
-        self._state.move(slots, list(range(first, first + len(batch))))
-        self._free_slots += slots
+        parents = [self._parked.stream_of(r.uid) for r in batch]
+        room = [self.max_length - p.length - len(r.prompt_ids) for r, p in zip(batch, parents)]
+        self._parked.resume([r.uid for r in batch], first)
         for row, (request, rest) in enumerate(zip(batch, room), first):
             most = len(request.prompt_ids) + min(request.sampling.max_tokens, rest)
             self._state.reserve(row, int(self._state.position[row]) + 1 + most)
-        logits = self._extend(first, [(last, *r.prompt_ids) for r, (_, last) in zip(batch, parked)])
-        self._start(batch, logits, room)
+        logits = self._prefill.proceed(first, [(p.ids[-1], *r.prompt_ids) for r, p in zip(batch, parents)])
+        self._start(batch, logits, room, parents)
+        hand_out(self._running[first:], self._prefill.fed)
 
     def _prefill_begun(self, batch: list[Request]) -> None:
-        """Compute again the state of requests that had sampled something: all but the last token is fed."""
+        """The state of requests that had sampled something, or never will: all but the last token is fed."""
         first = len(self._running)
         self._reserve(first, batch)
-        streams = [(*r.prompt_ids, *r.prefix.token_ids) for r in batch]  # type: ignore[union-attr]
-        self._extend(first, [stream[:-1] for stream in streams])
+        streams = [(*r.prompt_ids, *(r.prefix.token_ids if r.prefix else ())) for r in batch]
+        self._prefill.complete(first, [stream[:-1] for stream in streams], leave=0)
         last = torch.tensor([stream[-1] for stream in streams], device=self._last.device)
         self._last[first : first + len(batch)] = last
         for request in batch:
-            self._begin(request, request.sampling.max_tokens, len(request.prompt_ids))
-            self._running[-1].go_on_from(request.prefix)  # type: ignore[arg-type]
+            self._begin(request, request.sampling.max_tokens)
+            if request.prefix is not None:
+                self._running[-1].go_on_from(request.prefix)
+        hand_out(self._running[first:], self._prefill.fed)
 
     def _prefill_new(self, batch: list[Request]) -> None:
         """Prefill one row per distinct prompt, then fork it for the rest of its group."""
         first = len(self._running)
-        leaders: dict[tuple, int] = {}
-        owner = []
-        for request in batch:
-            key = (request.group, request.prompt_ids) if request.group is not None else (request.uid,)
-            owner.append(leaders.setdefault(key, len(leaders)))
-        order = sorted(range(len(batch)), key=lambda i: (owner[i], i))
-        is_leader = [i for n, i in enumerate(order) if n == 0 or owner[i] != owner[order[n - 1]]]
-        followers = [i for i in order if i not in set(is_leader)]
+        is_leader, followers, owner = by_prompt(batch)
         prompts = [batch[i].prompt_ids for i in is_leader]
-        shared = self._shared_prefix(prompts)
         everyone = [batch[i] for i in is_leader + followers]
-        if shared:
-            rows = list(range(first, first + len(prompts)))
-            self._state.fork([self._prefix_slot] * len(prompts), rows)
+        self._prefill.share(first, prompts)
         self._reserve(first, everyone[: len(prompts)])
-        logits = self._extend(first, [p[shared:] for p in prompts])
+        logits = self._prefill.complete(first, prompts)
         sources, behind = [first + owner[i] for i in followers], first + len(prompts)
         self._state.fork(sources, list(range(behind, first + len(batch))))
         self._reserve(behind, everyone[len(prompts) :])
-        rows = torch.tensor([*range(len(prompts)), *(owner[i] for i in followers)], device=logits.device)
+        rows = [*range(len(prompts)), *(owner[i] for i in followers)]
         self._start(everyone, logits[rows], [r.sampling.max_tokens for r in everyone])
+        hand_out(self._running[first:], self._prefill.fed, rows, self._prefill.fed_before(prompts))
 
     def _reserve(self, first: int, requests: list[Request]) -> None:
         """Blocks for everything that requests in rows first.. may become."""
         for row, request in enumerate(requests, first):
             self._state.reserve(row, len(request.prompt_ids) + request.sampling.max_tokens)
 
-    def _shared_prefix(self, prompts: list[tuple[int, ...]]) -> int:
-        """Length of the cached prefix all prompts share (at least one token is always left to extend)."""
-        low, high = min(prompts), max(prompts)
-        common = 0
-        while common < min(len(low), len(high)) - 1 and low[common] == high[common]:
-            common += 1
-        kept = len(self._prefix)
-        if kept and all(len(p) > kept and p[:kept] == self._prefix for p in prompts):
-            return kept
-        if common < MIN_SHARED_PREFIX or len(prompts) < 2:
-            return 0
-        self._prefix = ()
-        self._state.free(self._prefix_slot)
-        self._state.reserve(self._prefix_slot, common)
-        self._extend(self._prefix_slot, [low[:common]])
-        self._prefix = low[:common]
-        return common
-
-    def _extend(self, first: int, prompts: list[tuple[int, ...]]) -> Tensor:
-        """Feed `prompts` to rows first.., return logits [rows, V] at each row's last token."""
-        lengths = torch.tensor([len(p) for p in prompts], device=self._last.device)
-        longest = int(lengths.max())
-        ids = np.zeros((len(prompts), longest), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
-        tokens = torch.from_numpy(ids).to(self._last.device)
-        if self._speculative:
-            hidden = self._speculative.feed(first, tokens, lengths)
-        else:
-            view = self._state.view(first, first + len(prompts))
-            hidden = self.model.hidden(tokens, state=view, lengths=lengths)
-        self._counts["prefill_tokens"] += int(lengths.sum())
-        rows = torch.arange(len(prompts), device=hidden.device)
-        return self.model.head(hidden[rows, lengths - 1])
-
-    def _start(self, batch: list[Request], logits: Tensor, room: list[int]) -> None:
+    def _start(
+        self, batch: list[Request], logits: Tensor, room: list[int], parents: Sequence[Stream] = ()
+    ) -> None:
         """Run `batch` from its first logits [rows, V]; `room` = tokens each row's stream can still take."""
         first = len(self._running)
-        lengths = self._state.position[first : first + len(batch)].tolist()
-        for request, most, length in zip(batch, room, lengths):
-            self._begin(request, min(request.sampling.max_tokens, most), length)
+        for request, most, parent in zip(batch, room, parents or [None] * len(batch)):
+            self._begin(request, min(request.sampling.max_tokens, most), parent)
         self._sample(logits, first)
 
-    def _begin(self, request: Request, max_tokens: int, num_before: int) -> None:
+    def _begin(self, request: Request, max_tokens: int, parent: Stream | None = None) -> None:
         numbers = NUM_UNIFORMS if self._speculative else 1
-        self._running.append(Stream.start(request, max_tokens, numbers, num_before))
+        before, era = (parent.ids, parent.era) if parent else ((), self._era)
+        stream = Stream.start(request, max_tokens, numbers, (*before, *request.prompt_ids), era)
+        self._running.append(stream)
 
     # ---- decoding -----------------------------------------------------------------------------
 
@@ -341,36 +338,41 @@ class NativeEngine:
         streams = self._running
         heats = [s.request.sampling.temperature for s in streams]
         longest = max(s.length for s in streams)
-        chosen, logprobs = self._decoder.step(heats, [s.coming(1)[0, 0] for s in streams], longest)
-        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams))
+        uniforms, cut = [s.coming(1)[0, 0] for s in streams], cuts(streams)
+        chosen, logprobs = self._decoder.step(heats, uniforms, longest, cut)
+        bits = () if cut is None else self._decoder.bits(len(streams))
+        fed = self._decoder.fed(len(streams))
+        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams), fed, bits)
         return self._retire()
 
     def _sample(self, logits: Tensor, first: int) -> None:
         """Draw one token for running rows first.. from logits [rows, V]."""
         streams = self._running[first:]
-        uniform = torch.from_numpy(np.array([s.coming(1)[0, 0] for s in streams]))
-        chosen, logprobs = sample(logits, temperatures(streams), uniform)
+        chosen, logprobs, bits = draw_each(streams, logits)
         self._last[first : first + len(streams)] = chosen
-        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams))
+        self._take(streams, chosen[:, None], logprobs[:, None], [1] * len(streams), (), bits)
 
     def _sample_ahead(self, speculative: SpeculativeState) -> None:
         """One or two tokens for every running row."""
         streams = self._running
+        routing = self._capture.routing(2 * len(streams))
         found = speculative.round(
             self._last[: len(streams)],
             temperatures(streams),
             torch.from_numpy(np.stack([s.coming(2) for s in streams])),
             torch.tensor([s.num_left > 1 for s in streams], device=self._last.device),
+            routing,
         )
-        kept = self._take(streams, found.tokens, found.logprobs, found.num_found.tolist())
+        counts = found.num_found.tolist()
+        fed = fed_rows(routing, found.tokens.shape, counts)
+        kept = self._take(streams, found.tokens, found.logprobs, counts, fed)
         self._last[: len(streams)] = speculative.settle(found, kept)
 
-    def _take(self, streams: list[Stream], tokens: Tensor, logprobs: Tensor, counts: list[int]) -> list[int]:
-        """Give stream i the first counts[i] of tokens[i]; how many each one took."""
-        rows = zip(streams, tokens.tolist(), logprobs.tolist(), counts)
-        taken = [s.take(ids[:n], values[:n], self._version) for s, ids, values, n in rows]
+    def _take(self, streams: list[Stream], *found: Any) -> list[int]:
+        """Give the streams what was `found`, as `take_each` takes it; how many tokens each one took."""
+        taken = take_each(streams, self._version, *found)
         self._new += [(s, len(s.tokens) - n, n) for s, n in zip(streams, taken)]
-        self._counts["sampled_tokens"] += sum(taken)
+        self._num_sampled += sum(taken)
         return taken
 
     def _retire(self) -> list[Completed]:
@@ -380,7 +382,7 @@ class NativeEngine:
         for row, stream in enumerate(self._running):
             if not stream.num_left:
                 holes.append(row)
-                done.append(stream.completed())
+                done.append(stream.completed(self._capture.stored(stream.routing)))
         if holes:
             self._close_rows(holes)
         return done
@@ -388,11 +390,7 @@ class NativeEngine:
     def _close_rows(self, holes: list[int]) -> None:
         """Park or drop the streams in rows `holes` (ascending), then close the gaps from the back."""
         held = [row for row in holes if self._running[row].request.hold]
-        slots = [self._free_slots.pop() for _ in held]
-        self._state.move(held, slots)
-        for row, slot in zip(held, slots):
-            stream = self._running[row]
-            self._held[stream.request.uid] = (slot, stream.tokens[-1])
+        self._parked.hold(held, [self._running[row] for row in held])
         self._uids -= {self._running[row].request.uid for row in holes if not self._running[row].request.hold}
         remaining, gone = len(self._running) - len(holes), set(holes)
         movers = [row for row in range(remaining, len(self._running)) if row not in gone]

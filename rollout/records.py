@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from consilience.rollout.kept_sets import KeptSets
+from consilience.rollout.token_routing import TokenRouting
+
 SCHEMA = 1
 
 
@@ -63,7 +66,10 @@ class RolloutRecord:
         logprobs       [N] log-probability under the sampler; NaN where the token was not sampled
         loss_mask      [N] 1 for sampled tokens, 0 for observations
         weight_version [N] version of the weights that sampled the token; -1 for observations
-        routing        [N][layers][k] expert indices, or None
+        routing        experts that each token of prompt and episode visited in the sampler, missing ones
+                       marked (`token_routing.py`); None: not recorded
+        kept           tokens that each sampled one was drawn from, where sampling was truncated
+                       (`kept_sets.py`); None: it was not
         finish         FinishReason
         reward         scalar the trainer uses, None unless the outcome is scored
         reward_parts   named parts the reward function returned
@@ -87,7 +93,8 @@ class RolloutRecord:
     outcome: Outcome
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
-    routing: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    routing: TokenRouting | None = None
+    kept: KeptSets | None = None
     isolation: str = "none"
     sandbox_ids: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -98,6 +105,11 @@ class RolloutRecord:
         lengths = (len(self.logprobs), len(self.loss_mask), len(self.weight_version))
         if lengths != (n, n, n):
             raise ValueError(f"{self.uid}: {n} tokens but {lengths} logprobs, loss_mask, weight_version")
+        whole = len(self.prompt_ids) + n
+        if self.routing is not None and self.routing.num_tokens != whole:
+            raise ValueError(f"{self.uid}: {whole} tokens, routing of {self.routing.num_tokens}")
+        if self.kept is not None and self.kept.num_tokens != n:
+            raise ValueError(f"{self.uid}: {n} tokens, kept sets of {self.kept.num_tokens}")
 
     @property
     def num_sampled(self) -> int:
@@ -109,6 +121,8 @@ class RolloutRecord:
     def to_json(self) -> str:
         """One line of JSON; NaN log-probs become null."""
         row = asdict(self)
+        for key, heavy in (("routing", self.routing), ("kept", self.kept)):
+            row[key] = None if heavy is None else heavy.to_json()
         row["logprobs"] = [None if math.isnan(x) else x for x in self.logprobs]
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
@@ -122,7 +136,9 @@ class RolloutRecord:
         for key in ("prompt_ids", "token_ids", "loss_mask", "weight_version", "sandbox_ids"):
             row[key] = tuple(row[key])
         if row["routing"] is not None:
-            row["routing"] = tuple(tuple(tuple(k) for k in layer) for layer in row["routing"])
+            row["routing"] = TokenRouting.from_json(row["routing"])
+        if row.get("kept") is not None:
+            row["kept"] = KeptSets.from_json(row["kept"])
         row["finish"] = FinishReason(row["finish"])
         row["outcome"] = Outcome(OutcomeKind(row["outcome"]["kind"]), row["outcome"]["detail"])
         return cls(**row)

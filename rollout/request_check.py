@@ -8,16 +8,30 @@ from consilience.conf.errors import EngineError
 from consilience.rollout.engine import Request
 
 
-def check_request(request: Request, vocab_size: int) -> None:
+def check_request(request: Request, vocab_size: int, *, is_speculative: bool = False) -> None:
     """EngineError on an empty prompt, a temperature or seed that is none, foreign token ids, a prefix that
-    cannot be one."""
+    cannot be one.
+
+    0 tokens may be asked for where a fresh prompt's state is held, to be forked; it has 2 tokens at least.
+    """
     uid, prompt, sampling, prefix = request.uid, request.prompt_ids, request.sampling, request.prefix
-    if not prompt or sampling.max_tokens < 1:
+    is_prefill = request.hold and request.parent is None and prefix is None
+    if not prompt or sampling.max_tokens < (0 if is_prefill and len(prompt) > 1 else 1):
         raise EngineError(f"request {uid} has an empty prompt or asks for no tokens")
     if not math.isfinite(sampling.temperature) or sampling.temperature < 0 or sampling.seed < 0:
         raise EngineError(
             f"request {uid}: temperature {sampling.temperature}, seed {sampling.seed}; a temperature is "
             "0 (greedy) or a positive number, a seed 0 or more"
+        )
+    if sampling.top_k < 0 or not 0 < sampling.top_p <= 1 or not 0 <= sampling.min_p <= 1:
+        raise EngineError(
+            f"request {uid}: top_k {sampling.top_k}, top_p {sampling.top_p}, min_p {sampling.min_p}; "
+            "top_k is 0 (all) or more, top_p above 0 and at most 1 (all), min_p 0 (all) to 1"
+        )
+    if is_speculative and sampling.is_cut:
+        raise EngineError(
+            f"request {uid}: drafts are judged by the whole distribution, top_k, top_p and min_p cut it; set "
+            "rollout.speculative=false or leave them out"
         )
     ids = prompt if prefix is None else prompt + prefix.token_ids
     if min(ids) < 0 or max(ids) >= vocab_size:

@@ -25,6 +25,7 @@ from torch import Tensor
 from consilience.conf.errors import ConfigError
 from consilience.model.layout import chunk_layout
 from consilience.model.mtp import MTPBlock
+from consilience.model.routing import Routing
 from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
 from consilience.rollout.sampling import accept, draw, tempered
@@ -115,14 +116,17 @@ class SpeculativeState:
 
     # ---- tokens --------------------------------------------------------------------------------
 
-    def feed(self, first: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def feed(self, first: int, tokens: Tensor, lengths: Tensor, routing: Routing | None = None) -> Tensor:
         """Feed rows first.. their next tokens [R, T], of which lengths [R] count: hidden states [R, T, D].
+
+        routing takes the trunk's experts down.
 
         The block reads every pair that is complete now; the stream of each row's last token waits.
         """
         num_rows = len(tokens)
         here = slice(first, first + num_rows)
-        streams, _ = self.model.streams(tokens, state=self.trunk.view(here.start, here.stop), lengths=lengths)
+        view = self.trunk.view(here.start, here.stop)
+        streams, _ = self.model.streams(tokens, state=view, lengths=lengths, routing=routing)
         joined = torch.cat((self._waiting[here], streams.unflatten(0, tokens.shape)), dim=1)
         next_ids = torch.cat((self._between[here, None], tokens), dim=1)  # of joined's streams but the last
         count = self._num_waiting[here]
@@ -132,11 +136,19 @@ class SpeculativeState:
         self._num_waiting[here] = 1
         return self._hidden(streams, tokens)
 
-    def round(self, last: Tensor, temperature: Tensor, uniforms: Tensor, has_room: Tensor) -> Round:
+    def round(
+        self,
+        last: Tensor,
+        temperature: Tensor,
+        uniforms: Tensor,
+        has_room: Tensor,
+        routing: Routing | None = None,
+    ) -> Round:
         """One round of rows 0 … R - 1, whose sampled but not yet fed tokens are `last` [R].
 
         temperature [R]; uniforms [R, 2, NUM_UNIFORMS] of the next two tokens; has_room bool [R]: whether
-        the row may get two (else the draft decides the one token, but is not fed). `settle` must follow.
+        the row may get two (else the draft decides the one token, but is not fed); routing takes the trunk's
+        experts down, of two tokens a row. `settle` must follow.
         """
         here, rows = slice(0, len(last)), torch.arange(len(last), device=last.device)
         count = self._num_waiting[here]
@@ -145,7 +157,8 @@ class SpeculativeState:
         _, q = tempered(self.model.head(read[rows, count - 1]), temperature)
         draft = draw(q, uniforms[:, 0, 0])
         tokens, num_fed = torch.stack((last, draft), dim=1), 1 + has_room.long()
-        streams, _ = self.model.streams(tokens, state=self.view(0, len(last)), lengths=num_fed)
+        view = self.view(0, len(last))
+        streams, _ = self.model.streams(tokens, state=view, lengths=num_fed, routing=routing)
         logits = self.model.head(self._hidden(streams, tokens))
         logprobs, p = tempered(logits.flatten(0, 1), temperature.repeat_interleave(2))
         logprobs, p = logprobs.view_as(logits), p.view_as(logits)

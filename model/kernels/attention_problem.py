@@ -16,8 +16,7 @@ from torch import Tensor
 from consilience.model.kernels.attention_keys import Keys
 
 NONE, RANGE, MASK, GATHER = range(4)  # which entries a query sees: none, its range, picks by mask, by list
-HAND_PLACED = False  # whether Hopper's Gluon kernels take the calls that they can: not the default yet
-ROWS_BESIDE_QUERY = False  # whether the gradient rows of picks are made together with dQ: not the default yet
+HAND_PLACED = True  # whether Hopper's Gluon kernels take the calls that they can
 MASK_BELOW: float | None = None  # entries a pick, up to which they are masked; None: as `_mask_below` says
 
 

@@ -8,13 +8,16 @@ R rows, D model width, E experts, K experts a row.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from consilience.model import exact
 from consilience.model.kernels.compiled import call, library
+
+if TYPE_CHECKING:
+    from consilience.model.routing import Routing
 
 MOST_ROWS = 128  # beyond, a matrix library catches up
 SIDE, MOST_OUTS = 32, 256  # as in row_lanes.h
@@ -27,8 +30,11 @@ def is_available(hidden: Tensor, weight: Tensor) -> bool:
     return fits and not isinstance(library("decode_moe"), str)
 
 
-def decode_moe(moe: Any, hidden: Tensor, token_ids: Tensor) -> Tensor:
-    """What a `MoE` gives for hidden [R, D], token_ids [R]: routed and shared experts, [R, D]."""
+def decode_moe(moe: Any, hidden: Tensor, token_ids: Tensor, routing: Routing | None = None) -> Tensor:
+    """What a `MoE` gives for hidden [R, D], token_ids [R]: routed and shared experts, [R, D].
+
+    routing takes the choices down.
+    """
     gate, experts, shared = moe.gate, moe.experts, moe.shared_experts
     num_rows, width = hidden.shape
     num_experts, inner, _ = experts.w1.shape
@@ -36,10 +42,10 @@ def decode_moe(moe: Any, hidden: Tensor, token_ids: Tensor) -> Tensor:
     hidden = hidden.contiguous()
     chosen = torch.empty(num_rows, topk, dtype=torch.int64)
     shares = hidden.new_empty(num_rows, topk)
-    routing = (num_rows + 1) * num_experts + SIDE * (width + MOST_OUTS)
+    choosing = (num_rows + 1) * num_experts + SIDE * (width + MOST_OUTS)
     pairs = num_rows * topk
     mixing = max(pairs * (2 * inner + width + 1) + 2 * num_experts, 2 * SIDE * (width + own))
-    work = hidden.new_empty(max(routing, mixing))
+    work = hidden.new_empty(max(choosing, mixing))
     table, bias, ids = (
         (gate.tid2eid, None, token_ids.contiguous()) if gate.is_hash else (None, gate.bias, None)
     )
@@ -51,4 +57,6 @@ def decode_moe(moe: Any, hidden: Tensor, token_ids: Tensor) -> Tensor:
     weights = (w1, w2, w3, shared.w1.weight, shared.w2.weight, shared.w3.weight)
     sizes = (*sizes, inner, own, experts.limit)
     call("decode_moe", "moe_forward", *sizes, hidden, chosen, shares, *weights, out, work, places)
+    if routing is not None:
+        routing.take_down(moe.layer, chosen)
     return out

@@ -96,7 +96,6 @@ static long lay_out(const sizes_t *s, float *memory, work_t *w) {
     PLACE(index_weight, R * s->h);
     PLACE(shares, R * s->K);
     PLACE(picks, R * s->topk * pointer);
-    PLACE(chosen, R * s->K * pointer);
     PLACE(places, places * pointer);
     PLACE(scratch, scratch_of(s));
     return n;
@@ -188,11 +187,12 @@ static void experts(const sizes_t *s, const numbers_t *f, const weights_t *g, co
 }
 
 /* streams [R, N, D] -> out, and the state one token further. picks: does the indexer choose; ids [R] tokens;
- * memory: what `block_work` says. */
+ * chosen [R, K]: where the experts go; memory: what `block_work` says. */
 void block_step(const sizes_t *s, const numbers_t *f, const weights_t *g, const state_t *t, long picks,
-                const float *streams, const long *ids, float *out, float *memory) {
+                const float *streams, const long *ids, float *out, long *chosen, float *memory) {
     work_t w;
     lay_out(s, memory, &w);
+    w.chosen = chosen;
     read_streams(s, f, &g->hc_attn, streams, &w);
     attention(s, f, g, t, (int)picks, &w);
     hc_write_forward(s->R, s->N, s->D, streams, w.output, w.post, w.comb, w.streams);

@@ -43,8 +43,11 @@ _places: WeakKeyDictionary[Any, list[tuple[dict[str, Tensor | None], str] | None
 
 
 def is_available(block: Any, streams: Tensor, layout: Layout) -> bool:
-    """Whether a `Block` can go through the kernel: a step in fp32 on the CPU, nothing traced or rounded."""
-    if not decode_attention.is_available(layout, streams) or layout.routing is not None:
+    """Whether a `Block` can go through the kernel: a step in fp32 on the CPU, nothing traced, prescribed or
+    rounded; experts may be recorded."""
+    routing = layout.routing
+    is_plain = routing is None or routing.into is not None
+    if not is_plain or not decode_attention.is_available(layout, streams):
         return False
     attention, experts = block.attn, block.ffn.experts
     fits = streams.shape[0] <= MOST_ROWS and attention.quantization == OFF == experts.quantization
@@ -68,7 +71,11 @@ def step(block: Any, streams: Tensor, token_ids: Tensor, layout: Layout, state: 
     settings = (torch.tensor(sizes), torch.tensor(_numbers(block), dtype=torch.float32))
     places = (_addresses(_weights(block)), _addresses((*given, *kept)))
     work = streams.new_empty(_work(sizes))
-    call("decode_step", "block_step", *settings, *places, picks, streams, token_ids.contiguous(), out, work)
+    chosen = torch.empty(streams.shape[0], block.ffn.gate.topk, dtype=torch.int64)
+    given = (picks, streams, token_ids.contiguous())
+    call("decode_step", "block_step", *settings, *places, *given, out, chosen, work)
+    if layout.routing is not None and not block.ffn.gate.is_hash:
+        layout.routing.take_down(block.ffn.layer, chosen)
     return out
 
 

@@ -25,6 +25,9 @@ FAST, POLISH = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
 COEFFICIENTS = (FAST,) * 8 + (POLISH,) * 2
 FEWEST_ROWS = 128
 """Below it half a product is no less work than all of it: tiles have 128 rows."""
+FEWEST_TILES = 528
+"""Four tiles of the upper triangles for each SM of an H100: with fewer, whole products were faster
+(`bench/newton_schulz_gpu.py`: 136, 129 and 288 lose 19, 23 and 3 %, 528 and more win 5 to 25 %)."""
 MOST_ENTRIES = 2**29
 """Entries that go through at once: four buffers take up to 4 GiB, and few tiles would leave the chip idle."""
 
@@ -39,10 +42,17 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     is_wide = matrices.shape[1] <= matrices.shape[2]
     wide = matrices if is_wide else matrices.mT
     found = torch.empty_like(wide, memory_format=torch.contiguous_format)
+    tiles_a_side = -(-short // FEWEST_ROWS)
+    num_tiles = len(wide) * tiles_a_side * (tiles_a_side + 1) // 2
+    iterate = iterate_halves if num_tiles >= FEWEST_TILES else _iterate_wholes
     num_parts = min(len(wide), -(-wide.numel() // MOST_ENTRIES))
     for part, target in zip(wide.tensor_split(num_parts), found.tensor_split(num_parts)):
-        target.copy_(iterate_halves(part))
+        target.copy_(iterate(part))
     return found if is_wide else found.mT
+
+
+def _iterate_wholes(wide: Tensor) -> Tensor:
+    return newton_schulz_plainly(wide.to(torch.bfloat16))
 
 
 def iterate_halves(wide: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from consilience.model.kernels import attention_problem, triton_attention_rows
+from consilience.model.kernels import attention_problem
 from consilience.model.kernels.attention_problem import Problem
 from consilience.model.kernels.triton_attention import (
     LENGTHS,
@@ -291,17 +291,14 @@ def backward(
     near = KeyGradient(problem, is_far=False, num_queries=chunks[0][1])
     far = KeyGradient(problem, is_far=True, num_queries=chunks[0][1]) if problem.num_entries else None
     for begin, end in chunks:
-        weights, made = _weigh(problem, (out, lse), grad, d_sink, begin, end), None
-        if attention_problem.ROWS_BESIDE_QUERY and triton_attention_rows.is_available(problem):
-            made = triton_attention_rows.query_and_rows(problem, weights, grad, d_query, begin, end)
-        else:
-            _sum_query(problem, weights, d_query, begin, end)
+        weights = _weigh(problem, (out, lse), grad, d_sink, begin, end)
+        _sum_query(problem, weights, d_query, begin, end)
         near.add_range(weights[0], grad, begin, end)
         if far is not None and gathers:
-            far.add_rows(far.rows_of(weights[1], grad, begin, end) if made is None else made, begin, end)
+            far.add_rows(weights[1], grad, begin, end)
         elif far is not None:
             far.add_range(weights[1], grad, begin, end)
-        del weights, made
+        del weights
     d_entries = None if problem.entries is None else torch.zeros_like(problem.entries)
     if far is not None:
         d_entries = far.total()

@@ -44,12 +44,8 @@ SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=
 # A warp copies half a row of keys at a time, 16 bytes a lane.
 COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0]))
 # Two warp groups of 64 rows: each half of the tile's keys, and half of the channels.
-HALVED = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
-# Or each group all of the tile's keys: P stays in registers, the first product is computed twice.
-WHOLE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16]))
+LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16]))
-LEFT = gl.constexpr(gl.DotOperandLayout(0, SUMS.value, 2))
-IS_SHARED = True  # whether P goes through shared memory
 
 
 @gluon.jit
@@ -92,9 +88,8 @@ def _sum_own(x):
 def _forward(
     query, window, entries, picks, oldest, first, stop, sink, out, lse, scale,
     num_queries, num_window, num_entries, num_picks, num_heads, offset, num_blocks, size,
-    MODE: gl.constexpr, IS_SHARED: gl.constexpr,
+    MODE: gl.constexpr,
 ):  # fmt: skip
-    LOGITS: gl.constexpr = HALVED if IS_SHARED else WHOLE
     q_buffer = gl.allocate_shared_memory(query.dtype, [HEADS, WIDTH], out.layout)
     k_buffer = gl.allocate_shared_memory(query.dtype, [2, TILE, WIDTH], out.layout)
     is_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -145,6 +140,32 @@ def _forward(
                 q_buffer, keys.permute([1, 0]), gl.zeros([HEADS, TILE], gl.float32, LOGITS),
                 use_acc=False, is_async=True,
             )  # fmt: skip
+            place = (index - near_tiles) * TILE + column
+            seen = window_start + index * TILE + column >= low
+            seen &= window_start + index * TILE + column <= token + offset
+            if MODE != NONE:
+                seen_far = place < count
+                if MODE == GATHER:
+                    seen_far = gl.load(own_picks + 2 * place, mask=(place >= 0) & seen_far, other=-1) >= 0
+                seen = (seen & (index < near_tiles)) | (seen_far & (index >= near_tiles))
+            logits = warpgroup_mma_wait(0, deps=(product,))
+            if index + 1 == tiles:
+                gl.thread_barrier()
+                _copy_query(q_buffer, query, following, is_full)
+            logits = gl.where(seen[None, :], logits * factor, float("-inf"))
+            higher = gl.maximum(top, gl.max(logits, 1))
+            wide = gl.exp2(logits - higher[:, None])
+            shrink = gl.exp2(top - higher)
+            top = higher
+            sums = sums * gl.convert_layout(shrink, gl.SliceLayout(1, sums.type.layout))[:, None] + _sum_own(
+                wide
+            )
+            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
+            p = wide.to(query.dtype)
+            p_buffer.store(p)
+            fence_async_shared()
+            gl.thread_barrier()
+            acc = warpgroup_mma(p_buffer, keys, acc, is_async=True)
             # The other buffer is free: all warps have waited for its products, one for its output.
             if index == 0:
                 tma.store_wait(0)
@@ -161,41 +182,14 @@ def _forward(
                 + ahead * TILE
             )
             rows = gl.minimum(gl.maximum(start + row, 0), num_window - 1)
-            place = (index - near_tiles) * TILE + column
-            seen = window_start + index * TILE + column >= low
-            seen &= window_start + index * TILE + column <= token + offset
             if MODE != NONE:
                 is_far = (ahead >= near_tiles) & (ahead < tiles)
                 far = (ahead - near_tiles) * TILE + row
-                seen_far = place < count
                 if MODE == GATHER:
                     far = gl.maximum(gl.load(own_picks + 2 * far, mask=(far < count) & is_far, other=0), 0)
-                    seen_far = gl.load(own_picks + 2 * place, mask=(place >= 0) & seen_far, other=-1) >= 0
                 else:
                     far = gl.minimum(begin + far, num_entries - 1)
                 rows = gl.where(is_far, far, rows)
-                seen = (seen & (index < near_tiles)) | (seen_far & (index >= near_tiles))
-            logits = warpgroup_mma_wait(0, deps=(product,))
-            if index + 1 == tiles:
-                gl.thread_barrier()
-                _copy_query(q_buffer, query, following, is_full)
-            logits = gl.where(seen[None, :], logits * factor, float("-inf"))
-            higher = gl.maximum(top, gl.max(logits, 1))
-            wide = gl.exp2(logits - higher[:, None])
-            shrink = gl.exp2(top - higher)
-            top = higher
-            sums = sums * gl.convert_layout(shrink, gl.SliceLayout(1, sums.type.layout))[:, None] + _sum_own(
-                wide
-            )
-            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
-            p = wide.to(query.dtype)
-            if IS_SHARED:
-                p_buffer.store(p)
-                fence_async_shared()
-                gl.thread_barrier()
-                acc = warpgroup_mma(p_buffer, keys, acc, is_async=True)
-            else:
-                acc = warpgroup_mma(gl.convert_layout(p, LEFT), keys, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             buffer = 1 - buffer
         total = gl.convert_layout(gl.sum(sums, 1), gl.SliceLayout(1, LOGITS)) + gl.exp2(sink_logit - top)
@@ -237,6 +231,7 @@ def flat(x: Tensor) -> TensorDescriptor:
 def tensors_of(problem: Problem) -> tuple[Any, ...]:
     """query … sink as these kernels take them: of the picks, 32-bit words, low before high."""
     _, window, entries, picks, *rest = problem.tensors
+    entries = entries if problem.num_entries else window  # of one type, whichever is read
     return flat(problem.query), window, entries, picks.view(torch.int32), *rest
 
 
@@ -248,6 +243,6 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     num_blocks = rows * num_queries * (num_heads // HEADS.value)
     _forward[(min(num_blocks, chip_of(out).multi_processor_count),)](
         *tensors_of(problem), flat(out), lse, problem.scale, *problem.lengths,
-        num_blocks, problem.size, MODE=problem.mode, IS_SHARED=IS_SHARED, num_warps=WARPS,
+        num_blocks, problem.size, MODE=problem.mode, num_warps=WARPS,
     )  # fmt: skip
     return out, lse

@@ -205,8 +205,8 @@ class KeyGradient:
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
-    def rows_of(self, weights: Tensor, grad: Tensor, begin: int, end: int) -> Tensor:
-        """[B · n · K, C]: what the queries begin … end - 1 give to each entry that they picked."""
+    def add_rows(self, weights: Tensor, grad: Tensor, begin: int, end: int) -> None:
+        """Add what the queries begin … end - 1 give to each entry that they picked."""
         problem, tile = self.problem, self.row_tile
         rows, num_queries, num_heads, width = problem.query.shape
         _, _, _, picks, _, first, stop, _ = problem.tensors
@@ -218,12 +218,6 @@ class KeyGradient:
             PADDED=weights.shape[4], WIDTH=width, BLOCK_K=tile.keys, BLOCK_C=channels,
             PRECISION=_precision(grad), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        return made
-
-    def add_rows(self, made: Tensor, begin: int, end: int) -> None:
-        """Add `rows_of` the queries begin … end - 1 to their entries."""
-        picks = self.problem.tensors[3]
-        rows, width = picks.shape[0], made.shape[1]
         entry = torch.arange(rows, device=picks.device)[:, None, None] * self.num_keys + picks[:, begin:end]
         # Places without a pick come last.
         last = rows * self.num_keys

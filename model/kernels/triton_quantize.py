@@ -162,6 +162,18 @@ def _inverse(scale, amax):
 
 
 @triton.jit
+def _turned_codes(v, scale, inverse, FORMAT: tl.constexpr):
+    """Codes transposed, made from bits: times 2^-120 a value has its code's exponent and mantissa.
+
+    The hardware's pairs of codes may not be taken apart here: ptxas 12.8 reads a register that was never
+    written where halves of `cvt.e4m3x2` go into words of other codes.
+    """
+    bits = (_rounded(v, scale, FORMAT) * inverse * 7.52316384526264e-37).to(tl.int32, bitcast=True)
+    code = ((bits >> 20) & 0x7F) | ((bits >> 24) & 0x80)
+    return tl.trans(code.to(tl.uint8)).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
 def write_codes(
     v, codes, scales, turned, turned_scales, r, c, num_columns, padded_rows,
     FORMAT: tl.constexpr, HAS_CODES: tl.constexpr, HAS_TURNED: tl.constexpr,
@@ -179,13 +191,16 @@ def write_codes(
         tl.store(scales + tl.program_id(0) * padded_rows + r, scale)
     if HAS_TURNED:
         amax = tl.max(size, 0)
-        scale, inverse = _inverse(_scale_bits(amax, FORMAT), amax)
-        q = (v * inverse[None, :]).to(tl.float8e4nv)
-        tl.store(turned + c[:, None] * padded_rows + r[None, :], tl.trans(q))
+        bits = _scale_bits(amax, FORMAT)
+        scale, inverse = _inverse(bits, amax)
+        q = _turned_codes(v, bits[None, :], inverse[None, :], FORMAT)
+        tl.store(turned + c[:, None] * padded_rows + r[None, :], q)
         tl.store(turned_scales + tl.program_id(1) * num_columns + c, scale)
 
 
-@triton.jit
+# A single row would be a constant, its tile's other rows zeros at compile time, and ptxas 12.8 converts these
+# into a register with a half that was never written.
+@triton.jit(do_not_specialize=["num_rows"])
 def _codes(
     x, codes, scales, turned, turned_scales, num_rows, num_columns, padded_rows,
     FORMAT: tl.constexpr, HAS_CODES: tl.constexpr, HAS_TURNED: tl.constexpr, SIDE: tl.constexpr,
@@ -220,7 +235,8 @@ def _tile_codes(
         tl.store(codes + at, q)
         tl.store(scales + tl.program_id(1) * stride + tl.program_id(0), scale)
         if HAS_TURNED:
-            tl.store(turned + c[:, None] * num_rows + r[None, :], tl.trans(q))
+            q = _turned_codes(v, bits, inverse, FORMAT)
+            tl.store(turned + c[:, None] * num_rows + r[None, :], q)
             tl.store(turned_scales + tl.program_id(0) * turned_stride + tl.program_id(1), scale)
 
 

@@ -22,7 +22,7 @@ CODES = {"num_warps": 8, "maxnreg": 128}  # two programs an SM
 BACKWARD = {"num_warps": 16, "maxnreg": 128}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # as in `triton_quantize._codes`
 def _forward(
     gate, up, codes, scales, turned, turned_scales, num_rows, num_columns, padded_rows, limit,
     FORMAT: tl.constexpr, HAS_TURNED: tl.constexpr, SIDE: tl.constexpr,
@@ -39,7 +39,7 @@ def _forward(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward(
     grad, gate, up, gate_codes, gate_scales, gate_turned, gate_turned_scales, up_codes, up_scales,
     up_turned, up_turned_scales, num_rows, num_columns, padded_rows, limit, FORMAT: tl.constexpr, HAS_CODES:

@@ -75,6 +75,20 @@ def test_recomputing_is_told_by_one_word_or_several():
     assert compose(["engine.recompute=[mhc,router]"]).engine.recompute == ("mhc", "router")
 
 
+def test_truncated_sampling_needs_its_sets_recorded_and_no_drafts():
+    cut = ["grpo.top_p=0.9", "grpo.top_k=50", "grpo.replay_kept_sets=true"]
+    assert compose(cut).grpo.top_p == 0.9
+    with pytest.raises(ConfigError, match=r"drafts are judged .* set rollout\.speculative=false"):
+        compose([*cut, "rollout.speculative=true"])
+
+
+def test_at_most_one_weight_corrects_the_sampler():
+    both = ["grpo.token_truncate=2", "grpo.geometric_mask=[0.999,1.002]"]
+    assert compose(both).grpo.geometric_mask == (0.999, 1.002)
+    with pytest.raises(ConfigError, match="both weight by the same ratios; set one of them to null"):
+        compose([*both, "grpo.token_mask=[0.5,5]"])
+
+
 def test_a_number_may_name_a_run():
     assert compose(["run.name=2024"]).run.name == "2024"
 
@@ -87,6 +101,11 @@ def test_a_number_may_name_a_run():
         ("optimizer.lr=1", "did you mean 'base.lr'?"),
         ("grpo.steps.more=1", "is a value and has no parts"),
         ("grpo.steps=0", "at least 1 steps"),
+        ("grpo.top_p=0.9", "set grpo.replay_kept_sets=true, or leave top_k, top_p and min_p at 0, 1 and 0"),
+        ("grpo.replay_kept_sets=true", "but nothing is cut; set grpo.top_p below 1"),
+        ("specialist.settings.math.grpo.min_p=0.1", "set specialist.settings.math.grpo.replay_kept_sets"),
+        ("grpo.sequence_mask=[2,1]", "write [LOW,HIGH] with LOW below HIGH"),
+        ("grpo.token_mask=[1]", "exactly 2 are needed"),
         ("grpo.steps=three", "a whole number is needed"),
         ("grpo.steps=1,2", "grpo.steps=1,2"),
         ("model=tinny", "did you mean 'tiny'?"),
@@ -140,6 +159,11 @@ def test_a_setting_that_does_not_go_with_another_is_refused(override, said):
         from_plain(OmegaConf.to_container(plain, resolve=True))
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_drafts_and_prefixes_on_disk_do_not_go_together():
+    with pytest.raises(ConfigError, match="no state of the MTP block; set one of them to null or false"):
+        compose(["rollout.speculative=true", "rollout.prefix_store.path=/tmp/x"])
 
 
 def test_two_teachers_of_one_domain_are_refused():

@@ -238,10 +238,12 @@ class CountingSampler:
         step = int(jobs[0].uid.split("/")[0])
         self.calls.append(step)
         policy = self.weights_model
-        return [
+        records = [
             record(f"{step}/a", (5, 6 + step, 1), 1.0, policy=policy),
             record(f"{step}/b", (7, 8, 9, 1), 0.0, policy=policy),
         ]
+        version = self.announced[-1][1]
+        return [replace(r, weight_version=(version,) * len(r.token_ids)) for r in records]
 
 
 class PowerCut(MemorySink):
@@ -302,6 +304,10 @@ def test_the_loop_reports_curves_tables_and_a_mismatch_near_zero(tmp_path):
     sampler = CountingSampler()
     engine, log, result = run(tmp_path / "r", sampler, steps=2)
     assert result["mismatch_max"] < 1e-4
+    for row in log.rows:  # the sampler's mismatch, at every step
+        assert abs(row["sampler_kl_k1"]) < 1e-4 and 0 <= row["sampler_kl_k3"] < 1e-8
+        assert row["sampler_gap_max"] == row["mismatch_max"] and row["sampler_out_of_bounds"] == 0.0
+    assert len(log.rows) == 2
     assert result["curves"]["reward"] == [0.5, 0.5] and result["curves"]["clip_share"][0] == 0.0
     assert [version for _, version in sampler.announced] == [0, 1, 2]
     assert sampler.announced[-1][0] == weights_digest(to_official(engine.model))

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 
 from consilience.conf.errors import EngineError
@@ -12,6 +13,7 @@ from consilience.rollout.grading import Graded
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.prompts import prompt_ids
 from consilience.rollout.records import FinishReason, Outcome, OutcomeKind
+from consilience.rollout.token_routing import TokenRouting
 
 TOKENIZER = byte_tokenizer()
 GRADED = Graded(1.0, {"reward": 1.0}, Outcome(OutcomeKind.GRADED))
@@ -34,12 +36,13 @@ def agent(**fields):
     return episode("think", tools=("read",), max_turns=3, **fields)
 
 
-def complete(e, text, finish="stop", version=1):
+def complete(e, text, finish="stop", version=1, routing_of=lambda num_fed: None):
     """Submit the next turn and let the engine answer `text` (EOS added where it stopped)."""
     request = e.next_request()
     ids = TOKENIZER.encode(text + (p.EOS if finish == "stop" else ""))
     logprobs = tuple(-0.5 for _ in ids)
-    e.on_completed(Completed(request.uid, tuple(ids), logprobs, (version,) * len(ids), finish))
+    routing = routing_of(len(request.prompt_ids) + len(ids) - 1)
+    e.on_completed(Completed(request.uid, tuple(ids), logprobs, (version,) * len(ids), finish, routing))
     return request, ids
 
 
@@ -77,6 +80,28 @@ def test_tool_results_are_observations_in_one_append_only_stream():
     assert (item.text, item.thinking, item.tool_calls[0].result) == ("12", "so", "12")
     assert item.token_ids == tuple(ids + more)
     assert e.held == [first.uid, second.uid]
+
+
+def test_routing_of_the_turns_is_that_of_the_stream_and_the_last_token_has_none():
+    def of_expert(number, more=0):
+        return lambda num_fed: TokenRouting.of((3,), np.full((num_fed + more, 1, 2), number, np.uint8))
+
+    e = agent()
+    complete(e, "look</think>" + dsml("a"), routing_of=of_expert(1))
+    before = len(e.stream_ids)
+    e.on_tool_results(["12"])
+    complete(e, "so</think>12", routing_of=of_expert(2, more=1))  # the last token of the turn before is fed
+    record = e.record(GRADED)
+    found = record.routing.experts()[:, 0, 0].tolist()
+    length = len(record.prompt_ids) + len(record.token_ids)
+    assert found == [1] * (before - 1) + [2] * (length - before) + [-1]
+    lost = agent()  # the first turn comes from a log, which has no routing
+    complete(lost, "look</think>" + dsml("a"))
+    lost.on_tool_results(["12"])
+    complete(lost, "so</think>12", routing_of=of_expert(2, more=1))
+    assert (
+        lost.record(GRADED).routing.experts()[:, 0, 0].tolist() == [-1] * (before - 1) + found[before - 1 :]
+    )
 
 
 @pytest.mark.parametrize(

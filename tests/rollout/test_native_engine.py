@@ -11,7 +11,8 @@ from consilience.model.checkpoint import to_official
 from consilience.model.digest import weights_digest
 from consilience.model.transformer import Transformer
 from consilience.rollout.engine import Request, SamplingParams
-from consilience.rollout.native_engine import MIN_SHARED_PREFIX, NativeEngine
+from consilience.rollout.native_engine import NativeEngine
+from consilience.rollout.prefill import MIN_SHARED_PREFIX
 
 torch.set_num_threads(1)
 

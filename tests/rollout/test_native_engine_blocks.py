@@ -131,4 +131,4 @@ def test_a_random_coming_and_going_never_overflows_and_changes_no_token():
                     held.append(completed.uid)
             assert blocks_in_use(e) <= (4 + 1) * 6
     # What is left is the prefix that prompts shared last.
-    assert blocks_in_use(e) == -(-len(e._prefix) // 12) and e.state().num_held == 0
+    assert blocks_in_use(e) == -(-len(e._prefill.shared) // 12) and e.state().num_held == 0

@@ -15,7 +15,8 @@ from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer
 from consilience.rollout import speculative
 from consilience.rollout.engine import Request, SamplingParams
-from consilience.rollout.native_engine import MIN_SHARED_PREFIX, NativeEngine
+from consilience.rollout.native_engine import NativeEngine
+from consilience.rollout.prefill import MIN_SHARED_PREFIX
 from consilience.rollout.sampling import accept, draw
 
 torch.set_num_threads(1)

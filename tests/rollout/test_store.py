@@ -1,10 +1,13 @@
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from consilience.conf.errors import RunError
 from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord
 from consilience.rollout.store import RolloutStore
+from consilience.rollout.token_routing import TokenRouting
 
 
 def record(uid, text="é\udc80"):
@@ -23,6 +26,15 @@ def test_records_come_back_as_they_were_phase_by_phase(tmp_path):
     assert [r.to_json() for r in store.read()] == [r.to_json() for r in first + second]
     (back,) = store.read("step-0001")
     assert math.isnan(back.logprobs[1]) and back.outcome == Outcome(OutcomeKind.GRADED)
+
+
+def test_routing_lies_beside_the_tokens_and_must_be_of_their_number(tmp_path):
+    routing = TokenRouting.of((1, 2), np.arange(20, dtype=np.uint8).reshape(5, 2, 2))
+    store = RolloutStore(tmp_path)
+    store.append("p", [replace(record("a"), routing=routing), record("b")])
+    assert [r.routing for r in store.read("p")] == [routing, None]
+    with pytest.raises(ValueError, match="a: 5 tokens, routing of 4"):
+        replace(record("a"), routing=TokenRouting.of((1, 2), np.zeros((4, 2, 2), np.uint8)))
 
 
 def test_a_phase_written_again_replaces_the_old_one_and_leaves_nothing_beside(tmp_path):

@@ -60,6 +60,7 @@ def test_this_machine_runs_the_compiled_step_where_nothing_is_traced_or_rounded(
         assert not decode_step.is_available(block, streams.double(), layout)
         assert not decode_step.is_available(block, streams, replace(layout, trace=Trace()))
         assert not decode_step.is_available(block, streams, replace(layout, routing=Routing()))
+        assert not decode_step.is_available(block, streams, replace(layout, routing=Routing.fixed({})))
         with exact_mode():
             assert not decode_step.is_available(block, streams, layout)
         model.quantize(replace(FP4, indexer=False))

@@ -135,6 +135,17 @@ def test_kernels_make_the_twin_s_products(rows, needs, triton_device):
     assert close(x.grad, each[0][1] + each[1][1]) if needs[0] else x.grad is None
 
 
+def of_sums(device):
+    """Error of a product's sums, relative to its norm.
+
+    Hopper's tensor cores align 32 products of FP8 codes and the sum so far to the largest of them and cut off
+    what lies 13 bits below. Of normal values, variance s, the largest is about 4 s: 33 errors of up to
+    2^-13 · 4 s in each of 4 steps, beside a sum of 128 products of norm 11.3 s, are 2.3 · 2^-13. Triton's
+    interpreter sums in fp32.
+    """
+    return 2**-11 if device == "cuda" else 2**-20
+
+
 @pytest.mark.triton
 def test_masters_in_fp32_get_gradients_that_were_not_rounded(triton_device):
     x, weight = (
@@ -144,9 +155,8 @@ def test_masters_in_fp32_get_gradients_that_were_not_rounded(triton_device):
     grad = draw(128, 128, seed=2, dtype=torch.bfloat16)
     by_kernels(x.to(triton_device), weight)[0].backward(grad.to(triton_device))
     truth = expected_of(x, weight.cpu(), grad)[2]
-    # 14 bits are what the tensor cores keep of a sum of 128; Triton's interpreter keeps 24.
     assert weight.grad.dtype == torch.float32
-    assert (weight.grad.cpu().double() - truth).norm() <= 2**-12 * truth.norm()
+    assert (weight.grad.cpu().double() - truth).norm() <= of_sums(triton_device) * truth.norm()
 
 
 @pytest.mark.triton
@@ -180,12 +190,11 @@ def test_the_product_in_triton_is_that_of_the_decoded_values(shape, is_tiled, tr
     truth = stored(a) @ stored(b, (128, 128) if is_tiled else (1, 128)).t()
     found = triton_scaled_mm.scaled_mm(*left, *right, torch.float32, is_tiled=is_tiled).cpu()
     again = triton_scaled_mm.scaled_mm(*left, *right, torch.float32, is_tiled=is_tiled).cpu()
-    # As above; the interpreter's sums are fp32.
-    assert (found.double() - truth).norm() <= 2**-12 * truth.norm()
+    limit = of_sums(triton_device)
+    assert (found.double() - truth).norm() <= limit * truth.norm()
     assert torch.equal(found, again)
     if triton_device == "cuda":
         for dtype in (torch.float32, torch.bfloat16):
             of_cublas = fp8_linear.product(left, right, dtype, is_tiled=is_tiled).cpu()
-            assert (of_cublas.double() - truth).norm() <= (
-                2**-12 + 2**-9 * (dtype != torch.float32)
-            ) * truth.norm()
+            rounding = 2**-9 * (dtype != torch.float32)
+            assert (of_cublas.double() - truth).norm() <= (limit + rounding) * truth.norm()

@@ -119,9 +119,7 @@ KINDS = ["window", "range", "picks"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("heads", "size", "offset"), [(64, 128, 0), (128, 100, 130)])
-@pytest.mark.parametrize("is_shared", [True, False])
-def test_forward_equals_dense_attention(kind, heads, size, offset, is_shared, modules, monkeypatch):
-    monkeypatch.setattr(modules[0], "IS_SHARED", is_shared)
+def test_forward_equals_dense_attention(kind, heads, size, offset, modules):
     problem = make(kind, heads=heads, size=size, offset=offset)
     assert modules[0].is_available(problem)
     out, denominator = modules[0].forward(problem)

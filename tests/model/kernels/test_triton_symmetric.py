@@ -119,6 +119,9 @@ def test_matrices_on_a_gpu_go_through_in_parts_and_tall_ones_lying(triton_device
 
     monkeypatch.setattr(ns, "can_use_triton", lambda *_: True)
     g = torch.randn(2, 176, 128, generator=torch.Generator().manual_seed(4)).to(triton_device)
+    few = ns.newton_schulz(g)
+    assert torch.equal(few, ns.newton_schulz_plainly(g.bfloat16()).float())
+    monkeypatch.setattr(ns, "FEWEST_TILES", 1)
     together = ns.newton_schulz(g)
     assert together.dtype == torch.float32 and together.shape == g.shape
     monkeypatch.setattr(ns, "MOST_ENTRIES", 176 * 128)

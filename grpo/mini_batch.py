@@ -1,0 +1,152 @@
+"""The samples of one optimiser step, packed, with what the trainer repeats of the sampler's doing.
+
+n sampled tokens of a micro-batch, row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consilience.conf.errors import EngineError
+from consilience.grpo.kept_replay import KeptReplay
+from consilience.grpo.loss import combine
+from consilience.grpo.mismatch import mismatch_sums
+from consilience.grpo.routing_replay import RoutingReplay
+from consilience.model.kernels.linear_logprob import linear_logprob
+from consilience.model.routing import Routing
+from consilience.rollout.records import RolloutRecord
+from consilience.training.engine import TrainEngine
+from consilience.training.forward import LossPositions, hidden_at_loss
+from consilience.training.packing import PackedRows, pack_episodes, split_micro_batches
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """One optimiser step's samples.
+
+    packed   prompts and episodes; by target the sampler's log-prob, the advantage, and where the sampler is
+             corrected the trainer's log-prob of before the phase and the weight
+    routing, kept  what is replayed, if it is
+    """
+
+    packed: PackedRows
+    num_samples: int
+    routing: RoutingReplay | None = None
+    kept: KeptReplay | None = None
+
+    @classmethod
+    def of(
+        cls, records: Sequence[RolloutRecord], advantages: Sequence[float], settings: Any, model: Any
+    ) -> MiniBatch:
+        """Of kept samples and the advantage of each; settings are `GrpoSettings`."""
+        replay = RoutingReplay(records, model.config) if settings.replay_routing else None
+        kept = KeptReplay(records) if settings.replay_kept_sets else None
+        masks = [r.loss_mask if kept is None else known_mask(r) for r in records]
+        packed = pack_records(records, advantages, settings.row_tokens, masks)
+        return cls(packed, len(records), replay, kept)
+
+    def routing_of(self, micro: PackedRows) -> Routing | None:
+        """What a forward over these rows follows; None: it routes freely."""
+        return None if self.routing is None else self.routing.of(micro)
+
+    def logprob(self, at: LossPositions, head: Tensor, micro: PackedRows, temperature: float) -> Tensor:
+        """[n] log-probabilities of the sampled tokens as the sampler defines them: among all, or the kept."""
+        if self.kept is None:
+            return linear_logprob(at.hidden, head, at.target_ids, temperature=temperature).logprob
+        return self.kept.logprob(at.hidden, head, at.target_ids, micro, temperature)
+
+    def mismatch(self, log_ratio: Tensor, micro: PackedRows, routing: Routing | None) -> dict[str, float]:
+        """Sums for `mismatch_report`, after a forward of `micro` whose log π − log μ is log_ratio [n]."""
+        sums = mismatch_sums(log_ratio)
+        return sums if self.routing is None or routing is None else sums | self.routing.sums(routing, micro)
+
+
+def with_proximal(
+    engine: TrainEngine, batches: Sequence[MiniBatch], settings: Any
+) -> tuple[list[MiniBatch], dict[str, float]]:
+    """The batches with "proximal_logprob", what the weights of now give, and "correction", its weight by
+    `settings.corrections`; and the sums of the sampler's mismatch over all of them. No gradient is made."""
+    done, sums = [], {}
+
+    for batch in batches:
+        found = {name: np.zeros_like(batch.packed.loss_mask) for name in ("proximal_logprob", "correction")}
+        first = 0
+        for micro in micro_batches(batch.packed, settings):
+            (values, part) = _proximal(engine, batch, micro, settings)
+            sums = combine(sums, part) if sums else part
+            rows = slice(first, first + len(micro.token_ids))
+            for name, value in values.items():
+                found[name][rows][micro.loss_mask > 0] = value.cpu().numpy()
+            first = rows.stop
+        done.append(replace(batch, packed=replace(batch.packed, arrays=batch.packed.arrays | found)))
+    return done, sums
+
+
+def _proximal(
+    engine: TrainEngine, batch: MiniBatch, micro: PackedRows, settings: Any
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """proximal_logprob [n] and correction [n] of one micro-batch, and its sums of the mismatch."""
+    values: dict[str, Tensor] = {}
+    sums: dict[str, float] = {}
+
+    def measure(model: Any, rows: PackedRows):
+        with torch.no_grad():
+            routing = batch.routing_of(rows)
+            at = hidden_at_loss(model, rows, routing=routing)
+            logprob = batch.logprob(at, model.head.weight, rows, settings.temperature)
+        log_ratio = logprob - at.arrays["old_logprob"]
+        values["proximal_logprob"] = logprob
+        values["correction"] = settings.corrections.weights(log_ratio, at.sample_index)
+        sums.update(batch.mismatch(log_ratio, rows, routing))
+        return logprob.new_zeros(()), {}
+
+    engine.forward_backward(measure, [micro], {})  # in the engine's own arithmetic; there is no gradient
+    return values, sums
+
+
+def micro_batches(packed: PackedRows, settings: Any) -> list[PackedRows]:
+    """Rows for one forward each; a row widened for a long episode is a micro-batch of its own."""
+    return split_micro_batches(packed, max(settings.micro_tokens, packed.token_ids.shape[1]))
+
+
+def known_mask(record: RolloutRecord) -> list[int]:
+    """The loss mask without tokens whose kept set nobody knows: those from before a worker's death.
+
+    EngineError where the record has no sets at all and nobody died.
+    """
+    if record.kept is None and "resumed_at" in record.metadata:
+        return [0] * len(record.token_ids)
+    if record.kept is None:
+        raise EngineError(
+            f"{record.uid}: no kept sets, but grpo.replay_kept_sets asks for them; sample with an engine "
+            "that records them, or without top_k, top_p and min_p"
+        )
+    return [int(m and size > 0) for m, size in zip(record.loss_mask, record.kept.num_ids())]
+
+
+def pack_records(
+    records: Sequence[RolloutRecord],
+    advantages: Sequence[float],
+    row_tokens: int,
+    loss_mask: Sequence[Sequence[int]] | None = None,
+) -> PackedRows:
+    """Prompt and episode of each record as one sample; sampler log-probs and advantage per target.
+
+    loss_mask: of each episode; None: the records' own
+    """
+    return pack_episodes(
+        [r.prompt_ids for r in records],
+        [r.token_ids for r in records],
+        [r.loss_mask for r in records] if loss_mask is None else loss_mask,
+        row_tokens,
+        {
+            "old_logprob": [r.logprobs for r in records],
+            "advantage": [[a] * len(r.token_ids) for a, r in zip(advantages, records)],
+        },
+    )
