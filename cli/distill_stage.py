@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from consilience.cli.jobs import fresh_problems, rollout_jobs
-from consilience.cli.ray_session import domains_of, rollout_pool
+from consilience.cli.ray_session import ahead, domains_of, rollout_pool
 from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import (
     device_of,
@@ -67,17 +68,19 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
     with open_stage(context, start, settings.lr) as parts:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
-        result = train_distill(
-            parts["engine"],
-            pool,
-            lambda step: distill_jobs(cfg, domains, registry, step),
-            side,
-            schedule,
-            store=rollout_store(context),
-            decode=tokenizer.decode,
-            earlier=parts["cursor"].get("rows", ()),
-            **shared(parts),
-        )
+        with nullcontext((pool, {})) if settings.mode == "sync" else ahead(pool, settings) as (sampler, how):
+            result = train_distill(
+                parts["engine"],
+                sampler,
+                lambda step: distill_jobs(cfg, domains, registry, step),
+                side,
+                schedule,
+                store=rollout_store(context),
+                decode=tokenizer.decode,
+                earlier=parts["cursor"].get("rows", ()),
+                **shared(parts),
+                **how,
+            )
         cursor = {"clock": parts["clock"].state(), "rows": result["rows"]}
         folder = parts["checkpoints"].save(settings.steps, cursor)
     counted = {key: result[key] for key in ("train_tokens", "sampled_tokens", "kl", "head_loads")}

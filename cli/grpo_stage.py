@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from consilience.cli.jobs import fresh_problems, rollout_jobs
-from consilience.cli.ray_session import domains_of, rollout_pool, worker_share
+from consilience.cli.ray_session import ahead, domains_of, rollout_pool, worker_share
 from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import (
     curves_of,
@@ -20,8 +20,10 @@ from consilience.cli.training_stage import (
     shared,
     start_from,
 )
+from consilience.conf.schema_training import GrpoConfig
+from consilience.grpo.async_train import train_grpo_ahead
 from consilience.grpo.corrections import Corrections
-from consilience.grpo.train import GrpoSettings, train_grpo
+from consilience.grpo.train import GrpoSettings, GrpoStage, train_grpo
 from consilience.model.quantization import Quantization
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.tokenizer import Tokenizer
@@ -88,20 +90,15 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         store = rollout_store(context)
-        result = train_grpo(
-            parts["engine"],
-            reference,
-            pool,
-            jobs_of,
-            schedule,
-            store=store,
-            decode=tokenizer.decode,
-            **shared(parts),
-        )
+        places = shared(parts)
+        first = places.pop("start")
+        stage = GrpoStage(parts["engine"], reference, schedule, store, tokenizer.decode, **places)
+        result = _train(stage, pool, jobs_of, settings, first)
         folder = parts["checkpoints"].save(settings.steps, {"clock": parts["clock"].state()})
     counted = {key: result[key] for key in ("train_tokens", "sampled_tokens")}
     counted["mismatch_max"] = max(
-        (row["mismatch_max"] for row in read_metrics(context.folder.metrics)), default=None
+        (row["mismatch_max"] for row in read_metrics(context.folder.metrics) if "mismatch_max" in row),
+        default=None,
     )
     curves = curves_of(context, CURVES)
     return result_of(context, parts, folder, counted) | {
@@ -109,6 +106,14 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         "checks": _acting({title: series[context.name][1] for title, series in curves.items()}),
         "sandbox": _isolation(store.read()),
     }
+
+
+def _train(stage: GrpoStage, pool: Any, jobs_of: Any, settings: GrpoConfig, start: int) -> dict[str, Any]:
+    """The driver that `grpo.mode` names."""
+    if settings.mode == "sync":
+        return train_grpo(stage, pool, jobs_of, start=start)
+    with ahead(pool, settings) as (streams, how):
+        return train_grpo_ahead(stage, streams, jobs_of, start=start, **how)
 
 
 def _acting(values: Mapping[str, Sequence[float | None]]) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import ray
 
 from consilience.cli.side_by_side import SharedWorkers
 from consilience.conf.schema import Config
+from consilience.conf.schema_training import DistillConfig, GrpoConfig
 from consilience.model.config import ModelConfig
 from consilience.rollout.ray_cluster import RayCluster, start_ray, stop_ray
+from consilience.rollout.ray_streams import RayStreams
 from consilience.rollout.ray_workers import RolloutPool
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.sandboxes.protocol import Isolation, Limits, SandboxSpec
@@ -92,15 +95,24 @@ def rollout_pool(
     }
     # Every checkpoint folder has its own copy of the tokenizer; workers are kept while it is the same one.
     same = kwargs | {"tokenizer_path": Tokenizer.load(tokenizer).digest}
-    wanted = (num_workers, cfg.rollout.threads_per_worker, cfg.rollout.stall_s, same)
+    is_continuous = {cfg.grpo.mode, cfg.distill.mode} != {"sync"}
+    wanted = (num_workers, cfg.rollout.threads_per_worker, cfg.rollout.stall_s, is_continuous, same)
     if _open.get("wanted") != wanted:
         close_pool()
         _cluster(cfg, _cores(cfg))
         factory = "consilience.cli.worker_factory:build_worker"
         limits = {"num_threads": cfg.rollout.threads_per_worker, "stall_s": cfg.rollout.stall_s}
-        _open["pool"] = RolloutPool(num_workers, factory, kwargs, **limits)
+        _open["pool"] = RolloutPool(num_workers, factory, kwargs, is_continuous=is_continuous, **limits)
         _open["wanted"] = wanted
     return _open["pool"]
+
+
+@contextmanager
+def ahead(pool: RolloutPool, given: GrpoConfig | DistillConfig) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """What a stage whose `mode` is not sync samples with, and how far ahead: max_age, is_whole."""
+    is_whole = given.mode == "one_step_off"
+    with RayStreams(pool, recompute=given.state_on_publish == "recompute") as streams:
+        yield streams, {"max_age": 1 if is_whole else given.max_age, "is_whole": is_whole}
 
 
 def _prefixes(cfg: Config) -> dict[str, Any] | None:

@@ -71,6 +71,27 @@ class SftConfig:
     init: str | None = setting(None, "checkpoint folder to start from; null: the stage before it")
 
 
+# How a stage that samples goes beside its training; GRPO and distillation have the same three.
+_MODE = setting(
+    "sync",
+    "sync: sample, then train; one_step_off: sample the next step meanwhile, each by one version of the "
+    "weights; async: sample up to max_age steps ahead, with new weights between two tokens",
+    choices=("sync", "one_step_off", "async"),
+)
+_MAX_AGE = setting(
+    1,
+    "async: oldest token that a step trains on; older ones cannot arise, nothing is dropped",
+    unit="versions",
+    low=0,
+    high=1000,
+)
+_STATE_ON_PUBLISH = setting(
+    "keep",
+    "async: decode state of running requests when weights change: kept, or computed again with the new",
+    choices=("keep", "recompute"),
+)
+
+
 @dataclass(frozen=True)
 class GrpoConfig:
     """Group relative policy optimisation as the report's section on specialists states it."""
@@ -127,6 +148,9 @@ class GrpoConfig:
     warmup: int = setting(2, "steps of linear warm-up", unit="steps", low=0)
     row_tokens: int = setting(512, "length of a packed row", unit="tokens", low=16)
     init: str | None = setting(None, "checkpoint folder to start from; null: the domain's SFT stage")
+    mode: str = _MODE
+    max_age: int = _MAX_AGE
+    state_on_publish: str = _STATE_ON_PUBLISH
 
 
 @dataclass(frozen=True)
@@ -157,6 +181,9 @@ class DistillConfig:
     )
     row_tokens: int = setting(512, "length of a packed row", unit="tokens", low=16)
     init: str | None = setting(None, "checkpoint folder of the student's start; null: the base stage")
+    mode: str = _MODE
+    max_age: int = _MAX_AGE
+    state_on_publish: str = _STATE_ON_PUBLISH
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ import torch
 from consilience.distill.loss import denominators, distill_loss
 from consilience.distill.minibatch import draw_minibatches, segments_by_teacher
 from consilience.model.forward_trace import Trace
+from consilience.rollout.ahead import PhasesAhead, PhasesInTurn, RolloutStreams, staleness
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.phases import Sampler, publish, sample_phase
+from consilience.rollout.phases import Sampler, publish
 from consilience.rollout.records import FinishReason, RolloutRecord
 from consilience.rollout.store import RolloutStore
 from consilience.teachers.heads import HeadCache
@@ -65,7 +66,7 @@ class TeacherSide:
 
 def train_distill(
     engine: TrainEngine,
-    sampler: Sampler,
+    sampler: Sampler | RolloutStreams,
     jobs_of: Callable[[int], list[RolloutJob]],
     teachers: TeacherSide,
     settings: DistillSettings,
@@ -78,20 +79,32 @@ def train_distill(
     progress: Progress,
     start: int = 0,
     earlier: Sequence[dict[str, Any]] = (),
+    max_age: int | None = None,
+    is_whole: bool = False,
 ) -> dict[str, Any]:
     """Run the phases from `start`; `earlier` are the per-phase rows a resumed run already has.
 
     Phases already sampled are read from `store`, states already scored from the hidden store, so a
     killed run repeats neither. Returns kl and head_loads rows for the report, and counters.
+
+    max_age   sample ahead through `RolloutStreams`, tokens of at most this age; None: one after the other
+    is_whole  publish only when nothing is being sampled (one step off, with a max_age of 1)
     """
     rows = list(earlier)
+    phases: PhasesAhead | PhasesInTurn
+    if max_age is None:
+        phases = PhasesInTurn(store, sampler, jobs_of)  # type: ignore[arg-type]
+    else:
+        streams: RolloutStreams = sampler  # type: ignore[assignment]
+        phases = PhasesAhead(store, streams, jobs_of, start=start, num_steps=settings.steps, max_age=max_age)
     store.ledger.resumed(start)
     version = publish(sampler, engine.model, start)
+    phases.admit(version)
     for step in range(start, settings.steps):
         with clock.phase("rollout"):
-            records = sample_phase(store, step, sampler, jobs_of)
+            records = phases.take(step)
         clock.add_tokens("sampled", sum(r.num_sampled for r in records))
-        uids = [r.uid for r in records]
+        uids, age = [r.uid for r in records], staleness(records, step)
         usable = [r for r in records if r.teacher and r.finish is not FinishReason.ABORT]
         records = [sample for r in usable for sample in r.samples() if sample.num_sampled]
         with clock.phase("score"):
@@ -100,11 +113,19 @@ def train_distill(
             report = train_phase(engine, records, scored, teachers, settings, step)
         store.ledger.trained(step, uids)
         clock.add_tokens("train", int(report["train_tokens"]))
+        if is_whole:
+            with clock.phase("rollout"):
+                phases.complete_all()
         with clock.phase("publish"):
             version = publish(sampler, engine.model, version + 1)
+        phases.admit(version)
         rows.append({"step": step + 1, "kl": report["kl"], "head_loads": report["head_loads"]})
         by_sample = report.pop("kl_by_sample")
-        report |= {"teacher_loads": len(scored.loads), "reused": scored.num_reused} | store.health
+        report |= (
+            {"teacher_loads": len(scored.loads), "reused": scored.num_reused}
+            | age
+            | store.health.pop(step, {})
+        )
         log.scalars(step + 1, report)
         log.rollouts(step + 1, _table(records, by_sample, decode, settings.table_rows))
         progress.advance(1, **{f"kl {name}": value for name, value in report["kl"].items()})

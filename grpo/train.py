@@ -1,13 +1,14 @@
 """GRPO for one specialist, as V3.2 and V4 state it (post-training notes 2.3).
 
 Each rollout phase: sample G answers to each of P prompts with the current weights, score them, centre
-the rewards in each group, take at least two optimiser steps on the kept samples, publish.
+the rewards in each group, take at least two optimiser steps on the kept samples, publish. `async_train.py`
+samples ahead of that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from consilience.grpo.loss import combine, grpo_loss, shares
 from consilience.grpo.mini_batch import MiniBatch, micro_batches, with_proximal
 from consilience.grpo.mismatch import mismatch_report
 from consilience.model.forward_trace import Trace
+from consilience.rollout.ahead import staleness
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.phases import Sampler, publish, sample_phase
 from consilience.rollout.records import FinishReason, RolloutRecord
@@ -58,58 +60,84 @@ class GrpoSettings:
     normalisation: str = "episode"
 
 
-def train_grpo(
-    engine: TrainEngine,
-    reference: Any,
-    sampler: Sampler,
-    jobs_of: Callable[[int], list[RolloutJob]],
-    settings: GrpoSettings,
-    *,
-    store: RolloutStore,
-    decode: Callable[[Sequence[int]], str],
-    checkpoints: StageCheckpoints,
-    log: MetricsSink,
-    clock: StageClock,
-    progress: Progress,
-    start: int = 0,
-) -> dict[str, Any]:
-    """Run the phases from `start`; returns the stage's curves and counters.
+@dataclass
+class GrpoStage:
+    """A GRPO stage while it runs: what a driver does with a step's records, however they were sampled.
 
-    A phase whose rollouts are already in `store` (the run was cut short after sampling) is trained on
+    curves        name -> value of each step of this attempt
+    mismatch_max  largest |log ratio| of weights that were sampler's and trainer's both; None: there were none
+    """
+
+    engine: TrainEngine
+    reference: Any
+    settings: GrpoSettings
+    store: RolloutStore
+    decode: Callable[[Sequence[int]], str]
+    checkpoints: StageCheckpoints
+    log: MetricsSink
+    clock: StageClock
+    progress: Progress
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    mismatch_max: float | None = None
+
+    def learn(self, step: int, records: Sequence[RolloutRecord]) -> dict[str, Any]:
+        """All optimiser steps of one step, then its ledger entry; what there is to report of it."""
+        self.clock.add_tokens("sampled", sum(r.num_sampled for r in records))
+        advantages = _advantages(records)
+        with self.clock.phase("train"):
+            report = train_phase(self.engine, self.reference, records, advantages, self.settings, step)
+        self.store.ledger.trained(step, [r.uid for r in records])
+        self.clock.add_tokens("train", int(report["train_tokens"]))
+        report |= rollout_report(records, advantages) | staleness(records, step)
+        report |= self.store.health.pop(step, {})
+        if report["age_max"] > 0:  # part of the difference is what the weights have learnt since
+            report["drift_max"] = report.pop("mismatch_max")
+        else:
+            self.mismatch_max = max(self.mismatch_max or 0.0, report["mismatch_max"])
+        return report
+
+    def note(self, step: int, records: Sequence[RolloutRecord], report: dict[str, Any]) -> None:
+        """Metrics, the table of samples, progress, and a checkpoint where one is due."""
+        rows = rollout_rows(records, _advantages(records), self.decode, self.settings.table_rows)
+        self.log.scalars(step + 1, report)
+        self.log.rollouts(step + 1, rows)
+        for name in ("reward", "clip_share", "mean_abs_log_ratio", "masked_share", "correct"):
+            self.curves.setdefault(name, []).append(report.get(name, float("nan")))
+        self.progress.advance(1, reward=report["reward"], correct=report["correct"])
+        self.checkpoints.save_if_due(step + 1, {"clock": self.clock.state()})
+
+    def result(self) -> dict[str, Any]:
+        """The stage's curves and counters. RunError unless all that was issued has been trained on."""
+        self.store.ledger.check()
+        tokens = self.clock.state()["tokens"]
+        return {
+            "train_tokens": tokens.get("train", 0),
+            "sampled_tokens": tokens.get("sampled", 0),
+            "mismatch_max": self.mismatch_max,
+            "curves": self.curves,
+        }
+
+
+def train_grpo(
+    stage: GrpoStage, sampler: Sampler, jobs_of: Callable[[int], list[RolloutJob]], *, start: int = 0
+) -> dict[str, Any]:
+    """Run the phases from `start`, one after the other; returns the stage's curves and counters.
+
+    A phase whose rollouts are already in the store (the run was cut short after sampling) is trained on
     those: the sampler's work is neither lost nor done twice. EngineError stops the run before a
     parameter changes.
     """
-    curves: dict[str, list[float]] = {}
-    mismatch_max = 0.0
+    store, clock = stage.store, stage.clock
     store.ledger.resumed(start)
-    version = publish(sampler, engine.model, start)
-    for step in range(start, settings.steps):
+    version = publish(sampler, stage.engine.model, start)
+    for step in range(start, stage.settings.steps):
         with clock.phase("rollout"):
             records = sample_phase(store, step, sampler, jobs_of)
-        clock.add_tokens("sampled", sum(r.num_sampled for r in records))
-        advantages = group_advantages([r.reward for r in records], [r.group for r in records])
-        with clock.phase("train"):
-            report = train_phase(engine, reference, records, advantages, settings, step)
-        store.ledger.trained(step, [r.uid for r in records])
-        clock.add_tokens("train", int(report["train_tokens"]))
+        report = stage.learn(step, records)
         with clock.phase("publish"):
-            version = publish(sampler, engine.model, version + 1)
-        report |= rollout_report(records, advantages) | store.health
-        mismatch_max = max(mismatch_max, report["mismatch_max"])
-        log.scalars(step + 1, report)
-        log.rollouts(step + 1, rollout_rows(records, advantages, decode, settings.table_rows))
-        for name in ("reward", "clip_share", "mean_abs_log_ratio", "masked_share", "correct"):
-            curves.setdefault(name, []).append(report.get(name, float("nan")))
-        progress.advance(1, reward=report["reward"], correct=report["correct"])
-        checkpoints.save_if_due(step + 1, {"clock": clock.state()})
-    store.ledger.check()
-    tokens = clock.state()["tokens"]
-    return {
-        "train_tokens": tokens.get("train", 0),
-        "sampled_tokens": tokens.get("sampled", 0),
-        "mismatch_max": mismatch_max,
-        "curves": curves,
-    }
+            version = publish(sampler, stage.engine.model, version + 1)
+        stage.note(step, records, report)
+    return stage.result()
 
 
 def train_phase(
@@ -220,6 +248,10 @@ def rollout_report(records: Sequence[RolloutRecord], advantages: Advantages) -> 
 def _mean(values: Sequence[float]) -> float:
     """NaN of nothing: a phase whose groups were all dropped."""
     return float(np.mean(values)) if values else float("nan")
+
+
+def _advantages(records: Sequence[RolloutRecord]) -> Advantages:
+    return group_advantages([r.reward for r in records], [r.group for r in records])
 
 
 def spread(items: Sequence[Any], num: int) -> list[Any]:

@@ -154,7 +154,7 @@ class EngineState:
 
 
 class RolloutEngine(Protocol):
-    """Submit, step, new_tokens, publish, state (and release for held streams)."""
+    """Submit, step, new_tokens, publish, state (release for held streams, clear for all of them)."""
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests. EngineError on a duplicate uid, an empty prompt or a prompt over the limit, or a
@@ -171,6 +171,11 @@ class RolloutEngine(Protocol):
 
     def release(self, uids: Sequence[str]) -> None:
         """Drop held streams."""
+        ...
+
+    def clear(self) -> tuple[list[Request], list[str]]:
+        """Forget every stream: (unfinished requests, each with what it had sampled as its prefix; uids of the
+        held streams). A request that continued another names that one still, though it is gone too."""
         ...
 
     def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:

@@ -11,13 +11,13 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from consilience.conf.errors import EngineError
-from consilience.rollout.engine import Completed, EngineState, NewTokens, Request
+from consilience.rollout.engine import Completed, EngineState, NewTokens, Prefix, Request
 from consilience.rollout.publishing import verify
 
 if TYPE_CHECKING:
@@ -150,6 +150,15 @@ class FakeRolloutEngine:
             if self._held.pop(uid, None) is not None:
                 self._known.discard(uid)
 
+    def clear(self) -> tuple[list[Request], list[str]]:
+        running = [
+            replace(s.request, prefix=_begun(s)) if s.versions else s.request for s in self._running.values()
+        ]
+        unfinished, held = [*running, *self._waiting], list(self._held)
+        for those in (self._running, self._waiting, self._held, self._known):
+            those.clear()
+        return unfinished, held
+
     def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
         verify(weights, digest)
         self._digest, self._version = digest, version
@@ -167,6 +176,12 @@ class FakeRolloutEngine:
             prefill_s=0.0,
             decode_s=self._num_steps * self._step_s,
         )
+
+
+def _begun(stream: _Stream) -> Prefix:
+    count = len(stream.versions)
+    logprobs = tuple(_logprob(t) for t in range(count))
+    return Prefix(stream.reply[:count], logprobs, tuple(stream.versions))
 
 
 def _logprob(position: int) -> float:

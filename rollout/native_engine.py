@@ -197,6 +197,15 @@ class NativeEngine:
                 self._parked.release(uid)
                 self._uids.discard(uid)
 
+    def clear(self) -> tuple[list[Request], list[str]]:
+        """See `RolloutEngine.clear`."""
+        unfinished = [*(s.as_request() for s in self._running), *self._waiting]
+        for row in range(len(self._running)):
+            self._state.free(row)
+        for those in (self._running, self._waiting, self._uids, self._new):
+            those.clear()
+        return unfinished, self._parked.clear()
+
     def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
         """See `RolloutEngine.publish`. Running streams go on with the new weights and the old state."""
         verify(weights, digest)

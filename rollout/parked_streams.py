@@ -68,3 +68,13 @@ class ParkedStreams:
         slot, _ = self.held.pop(uid)
         self._rows.free(slot)
         self._free.append(slot)
+
+    def clear(self) -> list[str]:
+        """Drop every stream; uids of those that were held."""
+        uids, slots = list(self.held), [slot for slot, _ in self]
+        for slot in slots:
+            self._rows.free(slot)
+        self._free += slots
+        self.held.clear()
+        self._claimed.clear()
+        return uids

@@ -33,21 +33,79 @@ class Durable:
     columns_folder: Path | None = None
 
 
-class Sampler(Protocol):
+class Publisher(Protocol):
+    """Whoever samples with weights that a trainer publishes."""
+
+    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None: ...
+
+
+class Sampler(Publisher, Protocol):
     """What a training loop needs of the rollout workers (`ray_workers.RolloutPool`)."""
 
     def generate(
         self, jobs: Sequence[RolloutJob], on_progress: Any = None, *, durable: Durable | None = None
     ) -> list[RolloutRecord]: ...
 
-    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None: ...
 
-
-def publish(sampler: Sampler, model: nn.Module, version: int) -> int:
+def publish(sampler: Publisher, model: nn.Module, version: int) -> int:
     """Give the workers the model's weights under their digest; returns the version."""
     weights = to_official(model)  # type: ignore[arg-type]
     sampler.publish(weights, weights_digest(weights), version)
     return version
+
+
+class OpenPhase:
+    """A phase between its first job and its whole file; records enter the store as they arrive.
+
+    missing  jobs without a record; those of a phase that was cut short go on with the tokens their log has
+    durable  what the sampler of these jobs needs to keep them
+    """
+
+    def __init__(self, store: RolloutStore, step: int, jobs_of: Callable[[int], list[RolloutJob]]) -> None:
+        self._store, self._step, self._name = store, step, _name_of(step)
+        self._jobs = jobs_of(step)
+        store.ledger.issued(step, [job.uid for job in self._jobs])
+        self._partial = store.partial(self._name)
+        columns = store.columns_folder(self._name)
+        self.durable = Durable(store.log_folder(self._name), self.keep, store.survives_power, columns)
+        try:
+            store.ledger.stored(self._partial.records)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def missing(self) -> list[RolloutJob]:
+        return [job for job in self._jobs if job.uid not in self._partial.records]
+
+    def keep(self, records: Sequence[RolloutRecord]) -> None:
+        """Store these records; on the disk when it returns."""
+        self._partial.add(records)
+        self._store.ledger.stored(r.uid for r in records)
+
+    def finish(self) -> list[RolloutRecord]:
+        """Its records in job order, as the store's file of this phase; what groups that lost an environment had is
+        in the file and not returned. KeyError while one is missing."""
+        records = [self._partial.records[job.uid] for job in self._jobs]
+        self.close()
+        self._store.append(self._name, records)
+        self._store.clear_partial(self._name)
+        return _without_dropped(self._store, self._step, records)
+
+    def close(self) -> None:
+        """Leave it as it is, to be gone on with by another process. Safe to call twice."""
+        self._partial.close()
+
+
+def stored_phase(store: RolloutStore, step: int) -> list[RolloutRecord] | None:
+    """The records of a phase that was whole when a run was cut short, None for any other."""
+    if _name_of(step) not in store.phases():
+        return None
+    store.clear_partial(_name_of(step))
+    records = list(store.read(_name_of(step)))
+    store.ledger.issued(step, [r.uid for r in records])
+    store.ledger.stored(r.uid for r in records)
+    return _without_dropped(store, step, records)
 
 
 def sample_phase(
@@ -55,42 +113,26 @@ def sample_phase(
 ) -> list[RolloutRecord]:
     """The records of phase `step`: those in the store if the run was cut short after sampling, else new ones.
 
-    New records are stored before anything trains on them, each as it arrives: a phase that was cut short goes
-    on with the jobs that have no record yet, and those with the tokens that their log has.
+    New records are stored before anything trains on them, each as it arrives.
     Groups that lost an environment are in the store, and not among what is returned (`drops.py`).
     """
-    phase = f"{step:06d}"
-    if phase in store.phases():
-        store.clear_partial(phase)
-        records = list(store.read(phase))
-        store.ledger.issued(step, [r.uid for r in records])
-        store.ledger.stored(r.uid for r in records)
-        return _without_dropped(store, step, records)
-    jobs = jobs_of(step)
-    store.ledger.issued(step, [job.uid for job in jobs])
-    partial = store.partial(phase)
+    if (records := stored_phase(store, step)) is not None:
+        return records
+    phase = OpenPhase(store, step, jobs_of)
     try:
-        store.ledger.stored(partial.records)
-        missing = [job for job in jobs if job.uid not in partial.records]
-
-        def keep(records: Sequence[RolloutRecord]) -> None:
-            partial.add(records)
-            store.ledger.stored(r.uid for r in records)
-
-        columns = store.columns_folder(phase)
-        durable = Durable(store.log_folder(phase), keep, store.survives_power, columns)
-        keep(sampler.generate(missing, durable=durable))
-        records = [partial.records[job.uid] for job in jobs]
+        phase.keep(sampler.generate(phase.missing, durable=phase.durable))
+        return phase.finish()
     finally:
-        partial.close()
-    store.append(phase, records)
-    store.clear_partial(phase)
-    return _without_dropped(store, step, records)
+        phase.close()
 
 
 def _without_dropped(store: RolloutStore, step: int, records: list[RolloutRecord]) -> list[RolloutRecord]:
     kept, dropped = drop_groups(records)
     for reason, group in dropped.items():
         store.ledger.dropped(step, [r.uid for r in group], reason)
-    store.health = drop_report(step, dropped)
+    store.health[step] = drop_report(step, dropped)
     return kept
+
+
+def _name_of(step: int) -> str:
+    return f"{step:06d}"

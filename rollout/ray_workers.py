@@ -26,6 +26,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
 
 from consilience.conf.errors import ConfigError, ConsilienceError, EngineError
+from consilience.rollout.continuous import Inbox, serve
 from consilience.rollout.engine import EngineState
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.lease import Lease, fence, take_lease
@@ -63,6 +64,8 @@ class _Mailbox:
     def __init__(self, factory: str, kwargs: Mapping[str, Any]) -> None:
         self._factory, self._kwargs = factory, kwargs
         self._worker: RolloutWorker
+        self._inbox: Inbox | None = None  # of a stream that never ends
+        self._recompute = False
 
     def build(self) -> tuple[str, int]:
         faulthandler.register(signal.SIGUSR1, all_threads=True)  # a stalled worker says where it is
@@ -72,8 +75,29 @@ class _Mailbox:
     def generate(self, jobs: Sequence[RolloutJob], lease: Lease | None) -> Iterator[list[RolloutRecord]]:
         yield from self._worker.stream(jobs, lease)
 
+    def open(self, recompute: bool) -> None:
+        self._inbox, self._recompute = Inbox(), recompute
+
+    def serve(self) -> Iterator[list[RolloutRecord]]:
+        assert self._inbox is not None  # opened before
+        try:
+            yield from serve(self._worker, self._inbox)
+        finally:
+            self._inbox = None
+
+    def hand_over(self, jobs: Sequence[RolloutJob], lease: Lease | None) -> None:
+        if self._inbox is not None:
+            self._inbox.submit(jobs, lease)
+
+    def end(self) -> None:
+        if self._inbox is not None:
+            self._inbox.end()
+
     def publish(self, packed: Mapping[str, Any], digest: str, version: int) -> None:
-        self._worker.publish(unpack(packed), digest, version)
+        if (inbox := self._inbox) is not None:
+            inbox.publish(unpack(packed), digest, version, recompute=self._recompute)
+        else:
+            self._worker.publish(unpack(packed), digest, version)
 
     def state(self) -> EngineState:
         return self._worker.state()
@@ -89,6 +113,7 @@ class RolloutPool:
     num_threads   cores of one worker (its CPU share in Ray and its OMP threads)
     max_restarts  dead workers that one call replaces before it gives up
     start_timeout_s  how long a worker may wait for its cores and its build; EngineError after that
+    is_continuous workers can be told things while they sample (`ray_streams.py`)
     stall_s       silence after which a worker counts as dead; it is named in `stalls`, asked for its stacks
                   (in its own error output) and killed. A worker speaks every few seconds, between two steps
     ConfigError on a factory that cannot be named or loaded; whatever the factory raises arrives typed.
@@ -105,6 +130,7 @@ class RolloutPool:
         max_restarts: int = 3,
         start_timeout_s: float = 300.0,
         stall_s: float = 900.0,
+        is_continuous: bool = False,
     ) -> None:
         if num_workers < 1:
             raise ConfigError(f"num_workers is {num_workers}, at least 1")
@@ -112,6 +138,8 @@ class RolloutPool:
         self._factory, self._kwargs = factory, dict(kwargs or {})
         self._num_threads, self._max_restarts = num_threads, max_restarts
         self._start_timeout_s, self._stall_s = start_timeout_s, stall_s
+        self._post = {"concurrency_group": "post"} if is_continuous else {}
+        self._groups: dict[str, Any] = {"concurrency_groups": {"post": 1}} if is_continuous else {}
         self._current: tuple[Any, str, int] | None = None  # (ref of packed weights, digest, version)
         self._actors: list[Any] = []
         self._processes: list[tuple[str, int]] = []  # (host, pid) by slot
@@ -241,7 +269,7 @@ class RolloutPool:
         """
         verify(weights, digest)
         current = (ray.put(pack(weights)), digest, version)
-        answers = [actor.publish.remote(*current) for actor in self._actors]
+        answers = [actor.publish.options(**self._post).remote(*current) for actor in self._actors]
         dead = []
         for slot, answer in enumerate(answers):
             try:
@@ -271,7 +299,9 @@ class RolloutPool:
             "max_restarts": 0,  # a restarted actor would have no weights; we replace it ourselves
             "runtime_env": {"env_vars": worker_environment(self._num_threads)},
         }
-        return ray.remote(_Mailbox).options(**options).remote(self._factory, self._kwargs)
+        # A thread of its own for messages also moves the rest out of the main thread: only where needed.
+        make = ray.remote(**self._groups) if self._groups else ray.remote
+        return make(_Mailbox).options(**options).remote(self._factory, self._kwargs)  # type: ignore[union-attr]
 
     def _replace(self, slot: int, lease: Lease | None = None) -> None:
         """A fresh worker in `slot`, with the current weights before any job; the old one has no say now."""

@@ -30,7 +30,7 @@ class RolloutStore:
 
     def __init__(self, folder: Path | str, *, survives_power: bool = False) -> None:
         self.folder, self.survives_power = Path(folder), survives_power
-        self.health: dict[str, float] = {}
+        self.health: dict[int, dict[str, float]] = {}
 
     @cached_property
     def ledger(self) -> PromptLedger:

@@ -97,6 +97,11 @@ class Stream:
                 break
         return len(self.tokens) - before
 
+    def as_request(self) -> Request:
+        """The request that goes on where this stream stands."""
+        prefix = Prefix(tuple(self.tokens), tuple(self.logprobs), tuple(self.versions))
+        return replace(self.request, prefix=prefix)
+
     def completed(self, routing: TokenRouting | None = None) -> Completed:
         finish = "stop" if self.is_stopped else "length"
         columns = (tuple(self.tokens), tuple(self.logprobs), tuple(self.versions))

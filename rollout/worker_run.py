@@ -65,23 +65,50 @@ class WorkerRun:
         self._lost_streams: set[str] = set()  # request uids whose state died with a former worker
 
     def batches(self) -> Iterator[list[RolloutRecord]]:
+        self.begin()
+        last = time.monotonic()  # an empty batch now and then says that this worker lives
+        while not self.is_over:
+            self.take_events(may_wait=True)
+            if self._decoding:
+                self.take_step(self.engine.step())
+            self.grade_some()
+            waited = time.monotonic() - last
+            if waited > (self.worker.flush_s if self._final else self.worker.heartbeat_s):
+                last = time.monotonic()
+                yield self.take_final()
+        if self._final:
+            yield self.take_final()
+
+    def begin(self) -> None:
+        """Send the first requests, or those that go on with what a former owner logged."""
         episodes = [episode for job in self.jobs if (episode := self._build(job)) is not None]
         begun = self._take_over(episodes)
         for episode in episodes:
             self._begin(episode, begun.get(episode.job.uid))
-        last = time.monotonic()  # an empty batch now and then says that this worker lives
-        while self._num_final < len(self.jobs):
-            self._take_events()
-            if self._decoding:
-                self._step()
-            self._grade_some()
-            waited = time.monotonic() - last
-            if waited > (self.worker.flush_s if self._final else self.worker.heartbeat_s):
-                batch, self._final = self._final, []
-                last = time.monotonic()
-                yield batch
-        if self._final:
-            yield self._final
+
+    @property
+    def is_over(self) -> bool:
+        """Every job has its record."""
+        return self._num_final == len(self.jobs)
+
+    @property
+    def is_decoding(self) -> bool:
+        return bool(self._decoding)
+
+    def take_final(self) -> list[RolloutRecord]:
+        """Records that became final since the last call."""
+        batch, self._final = self._final, []
+        return batch
+
+    def forget_streams(self, unfinished: Sequence[Request], held: Sequence[str]) -> None:
+        """The engine was cleared: send this run's requests again, each with all of its stream."""
+        self._lost_streams.update(held)
+        for request in unfinished:
+            episode = self._decoding.pop(request.uid, None)
+            if episode is not None:
+                if request.parent is not None:
+                    self._lost_streams.add(request.parent)
+                self._send(episode, request)
 
     def _build(self, job: RolloutJob) -> Episode | None:
         """A fresh episode; a job that cannot be encoded ends as INFRA, None."""
@@ -174,8 +201,10 @@ class WorkerRun:
             return
         self._decoding[request.uid] = episode
 
-    def _step(self) -> None:
-        completed = self.engine.step()
+    def take_step(self, completed: Sequence[Completed]) -> None:
+        """What the engine's last step did for this run, on the disk first where there is a log."""
+        if not self._decoding:
+            return
         if self._log is not None:
             self._write_step(self._log, completed)
         for done in completed:
@@ -279,9 +308,9 @@ class WorkerRun:
 
         threads.submit(task)
 
-    def _take_events(self) -> None:
+    def take_events(self, *, may_wait: bool) -> None:
         """Run what threads handed back; wait for one only when there is nothing else to do."""
-        idle = not self._decoding and not self._can_grade()
+        idle = may_wait and not self._decoding and not self._can_grade()
         while self._num_away and (idle or not self._events.empty()):
             try:
                 event = self._events.get(timeout=self.worker.flush_s)
@@ -311,7 +340,7 @@ class WorkerRun:
     def _can_grade(self) -> bool:
         return bool(self._to_grade) and self._num_grading < self.worker.num_grade_threads
 
-    def _grade_some(self) -> None:
+    def grade_some(self) -> None:
         """Hand finished episodes to a free grading thread."""
         grader, size = self.worker.grader, self.worker.grade_batch
         while grader is not None and self._can_grade():

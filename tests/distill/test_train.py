@@ -218,7 +218,7 @@ class PowerCut(MemorySink):
             raise KeyboardInterrupt
 
 
-def run(folder, registry, sampler, *, seed=0, every_s=1e9, log=None, teachers=None):
+def run(folder, registry, sampler, *, seed=0, every_s=1e9, log=None, teachers=None, **how):
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer-source.json").write_text("{}")
     engine = TorchEngine(model(seed), OptimizerSettings(lr=0.01))
@@ -241,8 +241,36 @@ def run(folder, registry, sampler, *, seed=0, every_s=1e9, log=None, teachers=No
         progress=SilentProgress(),
         start=start,
         earlier=cursor.get("rows", ()),
+        **how,
     )
     return engine, log, result
+
+
+class Ahead(CountingSampler):
+    """Streams that answer when they are listened to."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun = []
+
+    def hand_over(self, jobs, durable):
+        self.begun.append((jobs[0].step, len(self.announced)))
+        self._due = [*getattr(self, "_due", []), (jobs, durable)]
+
+    def hear(self):
+        jobs, durable = self._due.pop(0)
+        durable.keep(self.generate(jobs, durable=durable))
+
+
+def test_a_student_may_sample_ahead_and_with_nothing_ahead_it_is_the_same_run(registry, tmp_path):
+    whole, log, result = run(tmp_path / "whole", registry, CountingSampler())
+    same, its_log, its_result = run(tmp_path / "same", registry, Ahead(), max_age=0)
+    a, b = whole.model.state_dict(), same.model.state_dict()
+    assert all(torch.equal(a[n], b[n]) for n in a) and (its_log.rows, its_result) == (log.rows, result)
+    sampler = Ahead()
+    _, log, _ = run(tmp_path / "ahead", registry, sampler, max_age=1, is_whole=True)
+    assert sampler.begun == [(0, 1), (1, 1), (2, 2)]  # (phase, publications before it)
+    assert [row["step"] for row in log.rows] == [1, 2, 3] and all("age_max" in row for row in log.rows)
 
 
 def test_a_killed_run_resumes_without_sampling_again_and_ends_bit_for_bit_equal(registry, tmp_path):

@@ -13,6 +13,7 @@ from consilience.conf.errors import EngineError
 from consilience.grpo.advantage import Advantages, group_advantages
 from consilience.grpo.train import (
     GrpoSettings,
+    GrpoStage,
     publish,
     rollout_report,
     rollout_rows,
@@ -260,10 +261,12 @@ class CountingSampler:
         step = int(jobs[0].uid.split("/")[0])
         self.calls.append(step)
         policy = self.weights_model
-        return [
+        records = [
             record(f"{step}/a", (5, 6 + step, 1), 1.0, policy=policy),
             record(f"{step}/b", (7, 8, 9, 1), 0.0, policy=policy),
         ]
+        version = self.announced[-1][1]
+        return [replace(r, weight_version=(version,) * len(r.token_ids)) for r in records]
 
 
 class PowerCut(MemorySink):
@@ -290,11 +293,9 @@ def run(folder, sampler, *, seed=0, every_s=1e9, log=None, steps=4, warmup=2, jo
     )
     start, cursor = checkpoints.resume()
     log = log or MemorySink()
-    result = train_grpo(
+    stage = GrpoStage(
         engine,
         small_model(),
-        sampler,
-        jobs_of,
         GrpoSettings(steps, warmup=warmup, seed=2),
         store=RolloutStore(folder / "rollouts"),
         decode=lambda ids: " ".join(map(str, ids)),
@@ -302,8 +303,9 @@ def run(folder, sampler, *, seed=0, every_s=1e9, log=None, steps=4, warmup=2, jo
         log=log,
         clock=StageClock(earlier=cursor.get("clock")),
         progress=SilentProgress(),
-        start=start,
     )
+    jobs_of = lambda step: [SimpleNamespace(uid=f"{step}/{name}") for name in "ab"]
+    result = train_grpo(stage, sampler, jobs_of, start=start)
     return engine, log, result
 
 

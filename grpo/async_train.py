@@ -1,0 +1,57 @@
+"""GRPO that samples ahead: the workers decode while the trainer learns, and no token is older than `max_age`.
+
+    one step off   weights change when nothing is being sampled: each phase is sampled whole by one version
+    asynchronous   weights change between two engine steps: requests go on with the new ones, and each token
+                   carries the version that sampled it
+
+The loss needs no other form: the old log-probabilities of its ratio are the sampler's, recorded token by
+token under the version that drew it. Step p trains on phase p; at a max_age of 0 this is `train.py`'s run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from consilience.grpo.train import GrpoStage
+from consilience.rollout.ahead import PhasesAhead, RolloutStreams
+from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.phases import publish
+
+
+def train_grpo_ahead(
+    stage: GrpoStage,
+    streams: RolloutStreams,
+    jobs_of: Callable[[int], list[RolloutJob]],
+    *,
+    max_age: int,
+    is_whole: bool = False,
+    start: int = 0,
+) -> dict[str, Any]:
+    """Run the steps from `start`; returns what `train_grpo` does, and may be cut short as that may.
+
+    max_age   oldest token a step trains on, in versions; jobs are admitted accordingly, none is discarded
+    is_whole  publish only when nothing is being sampled (one step off, with a max_age of 1)
+    """
+    clock, model = stage.clock, stage.engine.model
+    stage.store.ledger.resumed(start)
+    phases = PhasesAhead(
+        stage.store, streams, jobs_of, start=start, num_steps=stage.settings.steps, max_age=max_age
+    )
+    try:
+        version = publish(streams, model, start)
+        phases.admit(version)
+        for step in range(start, stage.settings.steps):
+            with clock.phase("wait"):
+                records = phases.take(step)
+            report = stage.learn(step, records)
+            if is_whole:
+                with clock.phase("wait"):
+                    phases.complete_all()
+            with clock.phase("publish"):
+                version = publish(streams, model, version + 1)
+            phases.admit(version)
+            stage.note(step, records, report)
+    finally:
+        phases.close()
+    return stage.result()

@@ -1,0 +1,79 @@
+"""`RolloutStreams` in this process: one worker in a thread. For tests, and for trainers without Ray."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from consilience.rollout.continuous import Inbox, serve
+from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.lease import fence, take_lease
+from consilience.rollout.phases import Durable
+from consilience.rollout.publishing import verify
+from consilience.rollout.records import RolloutRecord
+from consilience.rollout.worker import RolloutWorker
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class LocalStreams:
+    """Use it as a context manager: leaving ends the thread, not the worker.
+
+    recompute  running requests compute their state again when weights arrive; else they keep it
+    """
+
+    def __init__(self, worker: RolloutWorker, *, recompute: bool = False) -> None:
+        self._worker, self._recompute = worker, recompute
+        self._inbox = Inbox()
+        self._durable_of: dict[str, Durable] = {}
+        self._heard: queue.SimpleQueue[list[RolloutRecord] | BaseException] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="rollout", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> LocalStreams:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._thread.is_alive():
+            self._inbox.end()
+            self._thread.join()
+
+    def hand_over(self, jobs: Sequence[RolloutJob], durable: Durable) -> None:
+        """See `RolloutStreams.hand_over`."""
+        fence(durable.log_folder)  # whoever still writes there belongs to a driver that is gone
+        lease = take_lease(durable.log_folder, "local", survives_power=durable.survives_power)
+        self._durable_of |= dict.fromkeys((job.uid for job in jobs), durable)
+        self._inbox.submit(jobs, lease)
+
+    def hear(self) -> None:
+        """See `RolloutStreams.hear`. Errors are the worker's."""
+        heard = self._heard.get()
+        if isinstance(heard, BaseException):
+            raise heard
+        keep(heard, self._durable_of)
+
+    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
+        """See `RolloutStreams.publish`. WeightsRefused unless `digest` is theirs."""
+        verify(weights, digest)
+        self._inbox.publish(weights, digest, version, recompute=self._recompute)
+
+    def _serve(self) -> None:
+        """(its thread)"""
+        try:
+            for batch in serve(self._worker, self._inbox):
+                self._heard.put(batch)
+        except BaseException as error:
+            self._heard.put(error)
+
+
+def keep(records: Sequence[RolloutRecord], durable_of: dict[str, Durable]) -> None:
+    """Give each phase its records at once; a record of a job that nobody waits for is dropped."""
+    shares: dict[int, tuple[Durable, list[RolloutRecord]]] = {}
+    for record in records:
+        if (durable := durable_of.pop(record.uid, None)) is not None:
+            shares.setdefault(id(durable), (durable, []))[1].append(record)
+    for durable, part in shares.values():
+        durable.keep(part)

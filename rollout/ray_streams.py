@@ -1,0 +1,117 @@
+"""`RolloutStreams` over a pool of Ray workers: each has one stream that never ends (`continuous.py`).
+
+A worker that dies, or says nothing for the pool's `stall_s` while it is listened to, is replaced as the pool
+does it; the new one gets the current weights, then the jobs without a record, under leases of their own. A
+friend of `RolloutPool`: it waits and replaces with the pool's own means.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from consilience.conf.errors import EngineError
+from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.lease import Lease, fence, take_lease
+from consilience.rollout.local_streams import keep
+from consilience.rollout.phases import Durable
+from consilience.rollout.ray_workers import RolloutPool, _Share, split_by_group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_END_TIMEOUT_S = 10.0
+
+
+class RayStreams:
+    """Takes the pool until it is closed; the pool must be continuous. Use it as a context manager.
+
+    recompute  running requests compute their state again when weights arrive; else they keep it
+    """
+
+    def __init__(self, pool: RolloutPool, *, recompute: bool = False) -> None:
+        self._pool, self._recompute = pool, recompute
+        self._slots = [_Share({}) for _ in pool._actors]
+        self._leases: list[list[Lease]] = [[] for _ in pool._actors]
+        self._served: list[Any] = [None] * len(pool._actors)  # the actor whose stream a slot has
+        self._durable_of: dict[str, Durable] = {}
+        self._num_deaths = 0  # since weights were published last
+        self._attach()
+
+    def __enter__(self) -> RayStreams:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for actor, share in zip(self._served, self._slots):
+            with suppress(Exception):  # a dead worker has ended too
+                ray.get(actor.end.options(concurrency_group="post").remote(), timeout=_END_TIMEOUT_S)
+                while ray.wait([share.stream], timeout=_END_TIMEOUT_S)[0]:
+                    ray.get(next(share.stream))
+
+    def hand_over(self, jobs: Sequence[RolloutJob], durable: Durable) -> None:
+        """See `RolloutStreams.hand_over`. Groups stay together."""
+        fence(durable.log_folder)  # whoever still writes there belongs to a driver that is gone
+        self._durable_of |= dict.fromkeys((job.uid for job in jobs), durable)
+        for slot, share in enumerate(split_by_group(jobs, len(self._slots))):
+            self._give(slot, share, durable)
+
+    def hear(self) -> None:
+        """See `RolloutStreams.hear`. EngineError: too many deaths since weights were published last."""
+        for share in self._slots:
+            share.heard_at = time.monotonic()  # nobody listened before, so nobody was silent
+        slot = None
+        while slot is None:
+            slot, batch, death = self._pool._hear(self._slots)
+        if batch is not None:
+            for record in batch:
+                self._slots[slot].pending.pop(record.uid, None)
+            keep(batch, self._durable_of)
+        elif death:
+            self._num_deaths += 1
+            if self._num_deaths > self._pool._max_restarts:
+                raise EngineError(
+                    f"a rollout worker died, {self._num_deaths} deaths in one step; last: {death}"
+                )
+            self._pool._replace(slot)
+            self._attach()
+        else:
+            raise EngineError(f"the stream of rollout worker {slot} ended by itself")
+
+    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
+        """See `RolloutStreams.publish` and `RolloutPool.publish`."""
+        self._pool.publish(weights, digest, version)
+        self._num_deaths = 0
+        self._attach()
+
+    def _attach(self) -> None:
+        """A stream for every worker that has none, with the jobs that its slot had."""
+        for slot, actor in enumerate(self._pool._actors):
+            if actor is self._served[slot]:
+                continue
+            for lease in self._leases[slot]:  # the one before has no say from here on
+                if lease.folder.exists():
+                    fence(lease.folder, [lease.epoch])
+            self._leases[slot].clear()
+            try:
+                ray.get(actor.open.remote(self._recompute))
+            except RayActorError as death:
+                raise EngineError(f"rollout worker {slot} died before it had a stream: {death}") from None
+            self._slots[slot].stream = actor.serve.options(num_returns="streaming").remote()
+            self._served[slot] = actor
+            phases = {id(self._durable_of[uid]): self._durable_of[uid] for uid in self._slots[slot].pending}
+            for durable in phases.values():
+                jobs = [j for u, j in self._slots[slot].pending.items() if self._durable_of[u] is durable]
+                self._give(slot, jobs, durable)
+
+    def _give(self, slot: int, jobs: Sequence[RolloutJob], durable: Durable) -> None:
+        if not jobs:
+            return
+        lease = take_lease(durable.log_folder, f"worker {slot}", survives_power=durable.survives_power)
+        self._leases[slot] = [held for held in self._leases[slot] if held.folder.exists()] + [lease]
+        self._slots[slot].pending |= {job.uid: job for job in jobs}
+        self._served[slot].hand_over.options(concurrency_group="post").remote(list(jobs), lease)
