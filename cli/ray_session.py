@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from consilience.cli.side_by_side import SharedWorkers
+from consilience.conf.rules import sampler_quantization
 from consilience.conf.schema import Config
 from consilience.model.config import ModelConfig
 from consilience.rollout.ray_cluster import RayCluster, start_ray, stop_ray
@@ -78,7 +79,7 @@ def rollout_pool(
         "max_length": cfg.rollout.max_length,
         "speculative": cfg.rollout.speculative,
         "exact": cfg.engine.exact,
-        "quantization": cfg.engine.quantization,
+        "quantization": sampler_quantization(cfg),
         "sandbox": sandbox_spec(cfg),
         "warm": cfg.sandbox.warm,
         "uses_per_box": cfg.sandbox.uses_per_box,
@@ -89,12 +90,16 @@ def rollout_pool(
     }
     # Every checkpoint folder has its own copy of the tokenizer; workers are kept while it is the same one.
     same = kwargs | {"tokenizer_path": Tokenizer.load(tokenizer).digest}
-    wanted = (num_workers, cfg.rollout.threads_per_worker, cfg.rollout.stall_s, same)
+    limits = {
+        "num_threads": cfg.rollout.threads_per_worker,
+        "stall_s": cfg.rollout.stall_s,
+        "transport": cfg.rollout.transport,
+    }
+    wanted = (num_workers, limits, same)
     if _open.get("wanted") != wanted:
         close_pool()
         _cluster(cfg, _cores(cfg))
         factory = "consilience.cli.worker_factory:build_worker"
-        limits = {"num_threads": cfg.rollout.threads_per_worker, "stall_s": cfg.rollout.stall_s}
         _open["pool"] = RolloutPool(num_workers, factory, kwargs, **limits)
         _open["wanted"] = wanted
     return _open["pool"]

@@ -86,7 +86,7 @@ def train_distill(
     """
     rows = list(earlier)
     store.ledger.resumed(start)
-    version = publish(sampler, engine.model, start)
+    version = publish(sampler, engine.model, start, store)
     for step in range(start, settings.steps):
         with clock.phase("rollout"):
             records = sample_phase(store, step, sampler, jobs_of)
@@ -100,7 +100,7 @@ def train_distill(
         store.ledger.trained(step, uids)
         clock.add_tokens("train", int(report["train_tokens"]))
         with clock.phase("publish"):
-            version = publish(sampler, engine.model, version + 1)
+            version = publish(sampler, engine.model, version + 1, store)
         rows.append({"step": step + 1, "kl": report["kl"], "head_loads": report["head_loads"]})
         by_sample = report.pop("kl_by_sample")
         log.scalars(step + 1, report | {"teacher_loads": len(scored.loads), "reused": scored.num_reused})

@@ -73,7 +73,7 @@ def train_grpo(
     curves: dict[str, list[float]] = {}
     mismatch_max = 0.0
     store.ledger.resumed(start)
-    version = publish(sampler, engine.model, start)
+    version = publish(sampler, engine.model, start, store)
     for step in range(start, settings.steps):
         with clock.phase("rollout"):
             records = sample_phase(store, step, sampler, jobs_of)
@@ -84,7 +84,7 @@ def train_grpo(
         store.ledger.trained(step, [r.uid for r in records])
         clock.add_tokens("train", int(report["train_tokens"]))
         with clock.phase("publish"):
-            version = publish(sampler, engine.model, version + 1)
+            version = publish(sampler, engine.model, version + 1, store)
         report |= rollout_report(records, advantages)
         mismatch_max = max(mismatch_max, report["mismatch_max"])
         log.scalars(step + 1, report)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from consilience.rollout.publishing import Announced
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -132,8 +134,9 @@ class RolloutEngine(Protocol):
         """Drop held streams."""
         ...
 
-    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
-        """Replace the weights between two steps. WeightsRefused unless `digest` is theirs."""
+    def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None:
+        """Replace the weights between two steps. WeightsRefused unless they are what was announced
+        (`publishing.verify`): all of them, or none is loaded."""
         ...
 
     def state(self) -> EngineState: ...

@@ -23,7 +23,8 @@ from consilience.model.transformer import Transformer
 from consilience.rollout.admission import one_prefill
 from consilience.rollout.captured_decode import Decoder
 from consilience.rollout.engine import Completed, EngineState, NewTokens, Request
-from consilience.rollout.publishing import verify
+from consilience.rollout.proof import Evidence, model_evidence
+from consilience.rollout.publishing import Announced, digest_of, verify
 from consilience.rollout.request_check import check_request
 from consilience.rollout.sampling import sample
 from consilience.rollout.speculative import NUM_UNIFORMS, SpeculativeState
@@ -57,8 +58,7 @@ class NativeEngine:
     ) -> None:
         self.model = model.eval()
         self.exact = exact
-        self.max_rows = max_rows
-        self.max_length = max_length
+        self.max_rows, self.max_length = max_rows, max_length
         self.prefill_tokens = prefill_tokens
         weight = model.head.weight
         self._prefix_slot = 2 * max_rows
@@ -82,8 +82,7 @@ class NativeEngine:
         self._free_slots = list(range(max_rows, 2 * max_rows))
         self._waiting: deque[Request] = deque()
         self._uids: set[str] = set()
-        self._version = version
-        self._digest = ""
+        self._version, self._digest = version, ""
         self._new: list[tuple[Stream, int, int]] = []  # of this step: stream, tokens before, tokens
         self._counts = {"prefill_tokens": 0, "sampled_tokens": 0}
         self._seconds = {"prefill_s": 0.0, "decode_s": 0.0}
@@ -167,17 +166,19 @@ class NativeEngine:
                 self._free_slots.append(slot)
                 self._uids.discard(uid)
 
-    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
+    def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None:
         """See `RolloutEngine.publish`. Running streams go on with the new weights and the old state."""
-        verify(weights, digest)
+        verify(weights, announced)
         try:
             load_official(self.model, weights)
         except CheckpointError as error:
-            raise WeightsRefused(
-                f"published weights do not fit the model, the old ones stay: {error}"
-            ) from error
+            raise WeightsRefused(f"weights that do not fit the model, the old ones stay: {error}") from None
         self._decoder.forget()
-        self._version, self._digest, self._prefix = version, digest, ()
+        self._version, self._digest, self._prefix = version, digest_of(announced), ()
+
+    def evidence(self, prompts: Sequence[Sequence[int]], exact: bool) -> Evidence:
+        """See `proof.py`. Running streams do not notice."""
+        return model_evidence(self.model, prompts, exact)
 
     def state(self) -> EngineState:
         return EngineState(
@@ -188,8 +189,7 @@ class NativeEngine:
             num_held=len(self._held) + len(self._resuming),
             prefill_tokens=self._counts["prefill_tokens"],
             sampled_tokens=self._counts["sampled_tokens"],
-            prefill_s=self._seconds["prefill_s"],
-            decode_s=self._seconds["decode_s"],
+            **self._seconds,
             drafted_tokens=self._speculative.drafted if self._speculative else 0,
             accepted_tokens=self._speculative.accepted if self._speculative else 0,
         )

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from consilience.model.checkpoint import to_official
-from consilience.model.digest import weights_digest
 from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.publishing import Announced, announce
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.store import RolloutStore
 
@@ -37,13 +37,19 @@ class Sampler(Protocol):
         self, jobs: Sequence[RolloutJob], on_progress: Any = None, *, durable: Durable | None = None
     ) -> list[RolloutRecord]: ...
 
-    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None: ...
+    def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None: ...
 
 
-def publish(sampler: Sampler, model: nn.Module, version: int) -> int:
-    """Give the workers the model's weights under their digest; returns the version."""
+def publish(sampler: Sampler, model: nn.Module, version: int, store: RolloutStore) -> int:
+    """Give the workers the model's weights as a publication; returns the version.
+
+    The publication is in the store before any worker has the weights, so that every token's version can be
+    traced to bytes, whoever dies. Errors are those of `PublicationLog.record` and of the sampler.
+    """
     weights = to_official(model)  # type: ignore[arg-type]
-    sampler.publish(weights, weights_digest(weights), version)
+    publication = announce(weights, version, store.quantization)
+    store.publications.record(publication)
+    sampler.publish(weights, publication, version)
     return version
 
 

@@ -2,7 +2,7 @@
 
 While a phase is being sampled, its records so far are frames of `<phase>.partial`, the tokens of its
 unfinished episodes lie in `token_log/<phase>/`; both go when the phase is whole. `ledger.log` says what was
-trained on.
+trained on, `publications.log` which weights each version is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from consilience.conf.errors import RunError
 from consilience.rollout.frame_file import FrameFile
 from consilience.rollout.ledger import PromptLedger
+from consilience.rollout.publication_log import PublicationLog
 from consilience.rollout.records import RolloutRecord
 
 
@@ -25,10 +26,19 @@ class RolloutStore:
     """Writes each phase at once, beside and renamed: a file that exists is complete.
 
     survives_power  token logs of an unfinished phase survive the machine's end, not only the processes'
+    quantization    how the workers compute with what is published
     """
 
-    def __init__(self, folder: Path | str, *, survives_power: bool = False) -> None:
+    def __init__(
+        self, folder: Path | str, *, survives_power: bool = False, quantization: str = "off"
+    ) -> None:
         self.folder, self.survives_power = Path(folder), survives_power
+        self.quantization = quantization
+
+    @cached_property
+    def publications(self) -> PublicationLog:
+        """The stage's record of published weights, opened when first asked for."""
+        return PublicationLog(self.folder / "publications.log")
 
     @cached_property
     def ledger(self) -> PromptLedger:
