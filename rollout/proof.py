@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,6 +42,7 @@ from consilience.rollout.publishing import (
 from consilience.rollout.sampling import tempered
 
 NUM_PROMPTS, PROMPT_TOKENS = 4, 160  # longer than V4's window and its widest compression, 128
+SINGLE_TOKENS = 8  # at the end of a prompt, each a decoding step: two of CSA's compressed entries begin there
 CHANGED_VERSION = -1  # no token ever carries it
 CHANGE = 0.05  # of a tensor's root mean square; a tensor of zeros changes by it
 
@@ -96,15 +98,16 @@ def model_evidence(model: Transformer, prompts: Sequence[Sequence[int]], exact: 
 
 @torch.no_grad()
 def decoded_logprobs(model: Transformer, prompts: Sequence[Sequence[int]]) -> Logprobs:
-    """Log-probability of every token after a prompt's first, as sampling computes it: the first half of each
-    prompt is prefilled, the rest decoded token by token. Prompts of equal length, 2 tokens at least."""
+    """Log-probability of every token after a prompt's first, as sampling computes it: two chunks, then single
+    tokens, on a decode state. Prompts of equal length, 2 tokens at least."""
     weight = model.head.weight
     tokens = torch.tensor([list(p) for p in prompts], device=weight.device)
     num_rows, length = tokens.shape
     state = DecodeState.allocate(model.config, num_rows, length, device=weight.device, dtype=weight.dtype)
-    half = length // 2
+    singles = max(1, length - 1 - SINGLE_TOKENS)
+    borders = sorted({0, -(-singles // 2), *range(singles, length)})
     columns = []
-    for first, last in [(0, half), *((t, t + 1) for t in range(half, length - 1))]:
+    for first, last in pairwise(borders):
         hidden = model.hidden(tokens[:, first:last], state=state)
         for at in range(first, last):
             logits = model.head(hidden[:, at - first])
@@ -158,11 +161,11 @@ def prove(
     """
     weights = to_official(model)
     sampler.publish(weights, publication, publication.version)
-    device = next(iter(sampler.evidence(prompts[:1], True).values())).device
-    twin = copy.deepcopy(model).to(device).requires_grad_(False)
+    evidence = sampler.evidence(prompts, True)
+    twin = copy.deepcopy(model).to(next(iter(evidence.values())).device).requires_grad_(False)
     twin.quantize(Quantization.from_name(publication.quantization))
     expected = trainer_logprobs(twin, prompts, True)
-    _check(sampler, publication, prompts, expected, tolerance)
+    _check(evidence, publication, expected, tolerance)
 
     changed = changed_weights(weights)
     load_official(twin, changed)
@@ -173,28 +176,23 @@ def prove(
             "the proof is blind: changed weights have the log-probabilities of the real ones"
         )
     sampler.publish(changed, other, CHANGED_VERSION)
-    _check(sampler, other, prompts, expected_changed, tolerance)
+    _check(sampler.evidence(prompts, True), other, expected_changed, tolerance)
 
     sampler.publish(weights, publication, publication.version)
-    found = _check(sampler, publication, prompts, expected, tolerance)
+    evidence = sampler.evidence(prompts, True)
+    _check(evidence, publication, expected, tolerance)
     own = np.asarray(trainer_logprobs(model, prompts, is_exact))
-    sampled = [np.asarray(e.logprobs) for e in sampler.evidence(prompts, is_exact).values()]
-    gaps = np.abs(np.stack(sampled) - own)
-    return Proof(len(found), len(publication.tensors), own.size, float(gaps.mean()), float(gaps.max()))
+    sampled = evidence if is_exact else sampler.evidence(prompts, False)
+    gaps = np.abs(np.stack([np.asarray(e.logprobs) for e in sampled.values()]) - own)
+    return Proof(len(evidence), len(publication.tensors), own.size, float(gaps.mean()), float(gaps.max()))
 
 
 def _check(
-    sampler: ProvableSampler,
-    publication: Publication,
-    prompts: Prompts,
-    expected: Logprobs,
-    tolerance: float,
-) -> Mapping[str, Evidence]:
-    evidence = sampler.evidence(prompts, True)
+    evidence: Mapping[str, Evidence], publication: Publication, expected: Logprobs, tolerance: float
+) -> None:
     for worker, found in evidence.items():
         compare(found.tensors, publication, worker)
         compare_logprobs(found.logprobs, expected, publication.version, worker, tolerance)
-    return evidence
 
 
 def compare_logprobs(
