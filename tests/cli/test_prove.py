@@ -32,10 +32,19 @@ def policy(seed=0, quantization="off"):
     return model
 
 
+def config(**groups):
+    plain = {
+        "task": {"domains": {"code": {"kind": "code", "max_tokens": 32}}},
+        "engine": {"device": "cpu", "threads": 1},
+        "rollout": {"max_length": 64, "num_workers": 2},
+    }
+    return from_plain({**plain, **groups})
+
+
 def context(root, **groups):
-    cfg = from_plain({"engine": {"device": "cpu", "threads": 1}, "rollout": {"max_length": 64}, **groups})
     run = RunFolder(root)
-    return StageContext("grpo/math", "math", cfg, run.stage("grpo-math").create(), run, {}, SilentProgress())
+    folder = run.stage("grpo-code").create()
+    return StageContext("grpo/code", "code", config(**groups), folder, run, {}, SilentProgress())
 
 
 @pytest.mark.parametrize("quantization", ["off", "fp4_fp8"])
@@ -56,7 +65,7 @@ def test_a_stage_records_what_it_proved(tmp_path):
     assert json.loads((given.folder.path / "proofs.jsonl").read_text()) == row
     (publication,) = read_publications(given.folder.rollouts / "publications.log")
     assert publication.version == 6  # the changed weights are no version that a token can have
-    off = context(tmp_path / "off", rollout={"proof": "off"})
+    off = context(tmp_path / "off", rollout={"proof": "off", "max_length": 64})
     assert proving.prove_start(off, NativeSampler(policy(3)), policy(), 6, store.publications) == {}
 
 
@@ -78,7 +87,7 @@ def test_a_quantised_sampler_under_an_unquantised_trainer_is_proven_and_its_mism
 
 
 def test_samples_of_another_model_than_the_trained_one_are_refused_unless_they_are_measured(tmp_path):
-    other = {"quantization": "fp4", "proof": "off"}
+    other = {"quantization": "fp4", "proof": "off", "max_length": 64}
     with pytest.raises(
         ConfigError, match=r"rollout\.quantization is fp4, engine\.quantization off.*proof=start"
     ):
@@ -92,19 +101,13 @@ def test_the_command_proves_real_workers_of_a_checkpoint(tmp_path, capsys):
 
     tokenizer = byte_tokenizer()
     tokenizer.save(tmp_path / "tokenizer.json")
-    config = replace(small_trainer.CONFIG, vocab_size=tokenizer.padded_vocab_size(16))
-    model = small_trainer.small_model(0, config)
+    sizes = replace(small_trainer.CONFIG, vocab_size=tokenizer.padded_vocab_size(16))
+    model = small_trainer.small_model(0, sizes)
     meta = CheckpointMeta(
         stage="base", seed=1, step=2, special_tokens=dict(tokenizer.special_ids), family="official"
     )
     save_checkpoint(tmp_path / "c", model, tmp_path / "tokenizer.json", meta)
-    cfg = from_plain(
-        {
-            "engine": {"device": "cpu", "threads": 1},
-            "rollout": {"max_length": 64, "num_workers": 2},
-            "generate": {"checkpoint": str(tmp_path / "c")},
-        }
-    )
+    cfg = config(generate={"checkpoint": str(tmp_path / "c")})
     try:
         assert proving.prove(cfg) == 0
     finally:
