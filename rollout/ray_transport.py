@@ -23,6 +23,7 @@ from consilience.conf.errors import ConfigError, EngineError
 from consilience.rollout.publishing import Publication, announce, pack
 from consilience.rollout.shared_segment import SharedSegment, is_available, map_segment
 from consilience.rollout.weight_broadcast import BroadcastBroken, BroadcastGroup, GroupAddress, open_store
+from consilience.rollout.weight_bytes import check_fits, places
 
 _LOG = logging.getLogger(__name__)
 GROUP_TIMEOUT_S = 60.0  # for a broadcast group to form, and for one bucket of a broadcast
@@ -89,6 +90,7 @@ class BroadcastTransport:
     def ship(
         self, weights: Mapping[str, Tensor], publication: Publication, actors: Sequence[Any]
     ) -> Shipment:
+        check_fits(weights, places(publication)[0])  # before any worker waits for bytes
         if self._group is None or self._members != list(actors):
             self._form(actors)
         group = self._group

@@ -9,7 +9,7 @@ import torch
 
 from consilience.conf.errors import EngineError, WeightsRefused
 from consilience.model.checkpoint import to_official
-from consilience.model.exact import exact_mode
+from consilience.model.exact import exact_mode, log_softmax
 from consilience.model.quantization import Quantization
 from consilience.rollout.fake_engine import FakeRolloutEngine
 from consilience.rollout.fake_worker import build_fake_worker
@@ -41,12 +41,8 @@ def logprobs(model, prompts, exact):
     with exact_mode(exact):
         ids = torch.tensor([list(p) for p in prompts])
         logits = model.head(model.hidden(ids)).float()
-        flat = torch.stack([torch.log_softmax(logits[i], -1) for i in range(len(ids))]) if not exact else None
-        if exact:
-            from consilience.model.exact import log_softmax
-
-            flat = log_softmax(logits.flatten(0, 1)).view_as(logits)
-        chosen = flat[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+        each = log_softmax(logits.flatten(0, 1)).view_as(logits)
+        chosen = each[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
     return tuple(map(tuple, chosen.tolist()))
 
 

@@ -73,6 +73,8 @@ def test_every_worker_gets_every_version_damage_is_named_and_a_replaced_worker_c
 
 def test_a_worker_that_dies_while_a_broadcast_is_under_way_is_replaced_and_the_others_catch_up(cluster):
     with RolloutPool(2, FACTORY, transport="broadcast") as pool:
+        with pytest.raises(WeightsRefused, match="tensor b: found nothing"):
+            pool.publish({"w": weights(0)["w"]}, announce(weights(0), 0), 0)
         pool._transport._timeout_s = 5.0  # pyright: ignore[reportAttributeAccessIssue]
         pool.publish(weights(0), announce(weights(0), 0), 0)
         os.kill(pool.pids[1], signal.SIGKILL)
