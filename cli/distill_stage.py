@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from consilience.cli.jobs import fresh_problems, rollout_jobs
+from consilience.cli.prove import prove_start
 from consilience.cli.ray_session import ahead, domains_of, rollout_pool
 from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import (
@@ -68,6 +69,8 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
     with open_stage(context, start, settings.lr) as parts:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
+        store = rollout_store(context)
+        proven = prove_start(context, pool, parts["engine"].model, parts["start"], store.publications)
         with nullcontext((pool, {})) if settings.mode == "sync" else ahead(pool, settings) as (sampler, how):
             result = train_distill(
                 parts["engine"],
@@ -75,7 +78,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
                 lambda step: distill_jobs(cfg, domains, registry, step),
                 side,
                 schedule,
-                store=rollout_store(context),
+                store=store,
                 decode=tokenizer.decode,
                 earlier=parts["cursor"].get("rows", ()),
                 **shared(parts),
@@ -85,7 +88,8 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         folder = parts["checkpoints"].save(settings.steps, cursor)
     counted = {key: result[key] for key in ("train_tokens", "sampled_tokens", "kl", "head_loads")}
     return result_of(context, parts, folder, counted) | {
-        "self_kl": _self_kl(folder, rollout_store(context), settings.row_tokens),
+        "self_kl": _self_kl(folder, store, settings.row_tokens),
+        **proven,
     }
 
 

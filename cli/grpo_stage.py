@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from consilience.cli.jobs import fresh_problems, rollout_jobs
+from consilience.cli.prove import prove_start
 from consilience.cli.ray_session import ahead, domains_of, rollout_pool, worker_share
 from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import (
@@ -90,6 +91,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         store = rollout_store(context)
+        proven = prove_start(context, pool, parts["engine"].model, parts["start"], store.publications)
         places = shared(parts)
         first = places.pop("start")
         stage = GrpoStage(parts["engine"], reference, schedule, store, tokenizer.decode, **places)
@@ -105,6 +107,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         "curves": curves,
         "checks": _acting({title: series[context.name][1] for title, series in curves.items()}),
         "sandbox": _isolation(store.read()),
+        **proven,
     }
 
 

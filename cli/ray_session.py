@@ -17,6 +17,7 @@ from typing import Any
 import ray
 
 from consilience.cli.side_by_side import SharedWorkers
+from consilience.conf.rules import sampler_quantization
 from consilience.conf.schema import Config
 from consilience.conf.schema_training import DistillConfig, GrpoConfig
 from consilience.model.config import ModelConfig
@@ -84,7 +85,7 @@ def rollout_pool(
         "prefixes": _prefixes(cfg),
         "records_routing": cfg.grpo.replay_routing,
         "exact": cfg.engine.exact,
-        "quantization": cfg.engine.quantization,
+        "quantization": sampler_quantization(cfg),
         "sandbox": sandbox_spec(cfg),
         "warm": cfg.sandbox.warm,
         "uses_per_box": cfg.sandbox.uses_per_box,
@@ -95,14 +96,18 @@ def rollout_pool(
     }
     # Every checkpoint folder has its own copy of the tokenizer; workers are kept while it is the same one.
     same = kwargs | {"tokenizer_path": Tokenizer.load(tokenizer).digest}
-    is_continuous = {cfg.grpo.mode, cfg.distill.mode} != {"sync"}
-    wanted = (num_workers, cfg.rollout.threads_per_worker, cfg.rollout.stall_s, is_continuous, same)
+    limits = {
+        "num_threads": cfg.rollout.threads_per_worker,
+        "stall_s": cfg.rollout.stall_s,
+        "transport": cfg.rollout.transport,
+        "is_continuous": {cfg.grpo.mode, cfg.distill.mode} != {"sync"},
+    }
+    wanted = (num_workers, limits, same)
     if _open.get("wanted") != wanted:
         close_pool()
         _cluster(cfg, _cores(cfg))
         factory = "consilience.cli.worker_factory:build_worker"
-        limits = {"num_threads": cfg.rollout.threads_per_worker, "stall_s": cfg.rollout.stall_s}
-        _open["pool"] = RolloutPool(num_workers, factory, kwargs, is_continuous=is_continuous, **limits)
+        _open["pool"] = RolloutPool(num_workers, factory, kwargs, **limits)
         _open["wanted"] = wanted
     return _open["pool"]
 

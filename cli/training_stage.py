@@ -13,6 +13,7 @@ import torch
 from consilience.cli.prompt_family import prompt_family
 from consilience.cli.stage import StageContext
 from consilience.conf.errors import ConfigError
+from consilience.conf.rules import sampler_quantization
 from consilience.conf.schema import Config, OptimizerConfig
 from consilience.model.quantization import Quantization
 from consilience.model.recompute import recompute_policy, set_recompute
@@ -31,7 +32,8 @@ TOKENIZER = "tokenizer.json"
 def rollout_store(context: StageContext) -> RolloutStore:
     """The stage's records, with its run's care for power cuts."""
     is_power = context.cfg.rollout.durability == "power"
-    return RolloutStore(context.folder.rollouts, survives_power=is_power)
+    quantization = sampler_quantization(context.cfg)
+    return RolloutStore(context.folder.rollouts, survives_power=is_power, quantization=quantization)
 
 
 def optimizer_settings(given: OptimizerConfig, lr: float) -> OptimizerSettings:

@@ -30,6 +30,7 @@ def check_rules(cfg: Config) -> Config:
     _check_model(cfg)
     _check_sandbox(cfg)
     _check_engine(cfg)
+    _check_sampler(cfg)
     _check_files(cfg)
     _check_plan(cfg)
     if cfg.rollout.speculative and cfg.rollout.prefix_store.path is not None:
@@ -42,6 +43,11 @@ def check_rules(cfg: Config) -> Config:
             f"run.name is '{cfg.run.name}', but it names a folder: letters, digits, '_', '.', '-', at most 64"
         )
     return cfg
+
+
+def sampler_quantization(cfg: Config) -> str:
+    """How the rollout workers compute: `rollout.quantization`, or as the trainer does."""
+    return cfg.rollout.quantization or cfg.engine.quantization
 
 
 def check_domain(cfg: Config, name: str, key: str) -> None:
@@ -235,6 +241,15 @@ def _check_engine(cfg: Config) -> None:
     if not words or ("none" in words and len(words) > 1):
         raise ConfigError(
             f"engine.recompute is {list(words)}; write none alone, or what the backward computes again"
+        )
+
+
+def _check_sampler(cfg: Config) -> None:
+    sampler, trainer = sampler_quantization(cfg), cfg.engine.quantization
+    if cfg.rollout.proof == "off" and sampler != trainer:
+        raise ConfigError(
+            f"rollout.quantization is {sampler}, engine.quantization {trainer}: samples then come from "
+            "another model than the one that trains, which must be measured; set rollout.proof=start"
         )
 
 

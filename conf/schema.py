@@ -158,6 +158,23 @@ class RolloutConfig:
     stall_s: float = setting(
         900.0, "a worker silent for so long is named, ended and replaced", unit="s", low=10, speed_only=True
     )
+    transport: str = setting(
+        "auto",
+        "how weights reach the workers; auto: shared memory where all of them can map it, else Ray's store",
+        choices=("auto", "shared_memory", "object_store", "broadcast"),
+        speed_only=True,
+    )
+    proof: str = setting(
+        "start",
+        "start: each stage first proves that its workers compute with the trainer's weights, or stops",
+        choices=("start", "off"),
+        speed_only=True,
+    )
+    quantization: str | None = setting(
+        None,
+        "how workers compute, as in engine.quantization; null: as the trainer; else the mismatch is logged",
+        choices=("off", "fp4", "fp8", "fp4_fp8"),
+    )
     speculative: bool = setting(
         False, "the MTP block drafts, the model verifies: same distribution, other tokens for a seed"
     )

@@ -144,7 +144,7 @@ class GrpoConfig:
     mtp_weight: float = setting(
         0.1, "weight of the loss that keeps MTP blocks, and nothing else, in step", low=0, high=10
     )
-    lr: float = setting(3e-4, "peak learning rate", above=0, high=10)
+    lr: float = setting(3e-4, "peak learning rate; 0: no weight moves", low=0, high=10)
     warmup: int = setting(2, "steps of linear warm-up", unit="steps", low=0)
     row_tokens: int = setting(512, "length of a packed row", unit="tokens", low=16)
     init: str | None = setting(None, "checkpoint folder to start from; null: the domain's SFT stage")
@@ -168,7 +168,7 @@ class DistillConfig:
         1024, "tokens whose logits exist at once", unit="tokens", low=1, speed_only=True
     )
     temperature: float = setting(1.0, "sampling temperature of the student", above=0, high=10)
-    lr: float = setting(1e-3, "peak learning rate", above=0, high=10)
+    lr: float = setting(1e-3, "peak learning rate; 0: no weight moves", low=0, high=10)
     warmup: int = setting(2, "steps of linear warm-up", unit="steps", low=0)
     decay: float = setting(0.1, "learning rate at the last step, as a share of the peak", low=0, high=1)
     normalisation: str = setting(

@@ -98,7 +98,7 @@ def train_distill(
         streams: RolloutStreams = sampler  # type: ignore[assignment]
         phases = PhasesAhead(store, streams, jobs_of, start=start, num_steps=settings.steps, max_age=max_age)
     store.ledger.resumed(start)
-    version = publish(sampler, engine.model, start)
+    version = publish(sampler, engine.model, start, store)
     phases.admit(version)
     for step in range(start, settings.steps):
         with clock.phase("rollout"):
@@ -117,7 +117,7 @@ def train_distill(
             with clock.phase("rollout"):
                 phases.complete_all()
         with clock.phase("publish"):
-            version = publish(sampler, engine.model, version + 1)
+            version = publish(sampler, engine.model, version + 1, store)
         phases.admit(version)
         rows.append({"step": step + 1, "kl": report["kl"], "head_loads": report["head_loads"]})
         by_sample = report.pop("kl_by_sample")

@@ -39,7 +39,7 @@ def train_grpo_ahead(
         stage.store, streams, jobs_of, start=start, num_steps=stage.settings.steps, max_age=max_age
     )
     try:
-        version = publish(streams, model, start)
+        version = publish(streams, model, start, stage.store)
         phases.admit(version)
         for step in range(start, stage.settings.steps):
             with clock.phase("wait"):
@@ -49,7 +49,7 @@ def train_grpo_ahead(
                 with clock.phase("wait"):
                     phases.complete_all()
             with clock.phase("publish"):
-                version = publish(streams, model, version + 1)
+                version = publish(streams, model, version + 1, stage.store)
             phases.admit(version)
             stage.note(step, records, report)
     finally:

@@ -129,13 +129,13 @@ def train_grpo(
     """
     store, clock = stage.store, stage.clock
     store.ledger.resumed(start)
-    version = publish(sampler, stage.engine.model, start)
+    version = publish(sampler, stage.engine.model, start, store)
     for step in range(start, stage.settings.steps):
         with clock.phase("rollout"):
             records = sample_phase(store, step, sampler, jobs_of)
         report = stage.learn(step, records)
         with clock.phase("publish"):
-            version = publish(sampler, stage.engine.model, version + 1)
+            version = publish(sampler, stage.engine.model, version + 1, store)
         stage.note(step, records, report)
     return stage.result()
 

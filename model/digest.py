@@ -1,4 +1,4 @@
-"""The weights digest: one sha256 that a publisher announces and every receiver recomputes."""
+"""Digests of weights, of all and of each tensor: a publisher announces, every receiver recomputes them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,18 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return raw.data
 
 
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 (64 hex digits) over dtype, shape and little-endian bytes of one tensor, whatever its name."""
+    digest = hashlib.sha256(f"{dtype_name(tensor)}\0{tuple(tensor.shape)}\0".encode())
+    digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """ "float32", "bfloat16", …"""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """sha256 (64 hex digits) over names in sorted order, each with dtype, shape and little-endian bytes.
 
@@ -28,7 +40,7 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name]
-        header = f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}".encode()
+        header = f"{name}\0{dtype_name(tensor)}\0{tuple(tensor.shape)}".encode()
         digest.update(len(header).to_bytes(8, "little"))
         digest.update(header)
         digest.update(tensor_bytes(tensor))

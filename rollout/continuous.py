@@ -1,7 +1,7 @@
 """A rollout worker whose stream never ends: new jobs and new weights reach it between two engine steps.
 
     inbox.submit(jobs of a phase, its lease) ─┐
-    inbox.publish(weights, digest, version) ──┴─► serve ─► batches of finished records
+    inbox.publish(weights, announced, version) ──┴─► serve ─► batches of finished records
 
 Messages act in the order in which they were sent: no job is begun with weights older than those sent before.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from consilience.conf.errors import EngineError, WeightsRefused
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.lease import Lease
+from consilience.rollout.publishing import Announced
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.worker_run import WorkerRun
 
@@ -43,7 +44,7 @@ class Inbox:
         self._put(lambda server: server.begin(jobs, lease))
 
     def publish(
-        self, weights: Mapping[str, Tensor], digest: str, version: int, *, recompute: bool = False
+        self, weights: Mapping[str, Tensor], announced: Announced, version: int, *, recompute: bool = False
     ) -> None:
         """New weights before the next step; returns when the engine has them. WeightsRefused: it has not.
 
@@ -53,7 +54,7 @@ class Inbox:
         with self._changed:
             self._waiting.add(done)
         try:
-            self._put(lambda server: server.publish(weights, digest, version, recompute, done))
+            self._put(lambda server: server.publish(weights, announced, version, recompute, done))
             done.result()
         finally:
             self._waiting.discard(done)
@@ -137,13 +138,13 @@ class Server:
     def publish(
         self,
         weights: Mapping[str, Tensor],
-        digest: str,
+        announced: Announced,
         version: int,
         recompute: bool,
         done: Future[None],
     ) -> None:
         try:
-            self._engine.publish(weights, digest, version)
+            self._engine.publish(weights, announced, version)
         except WeightsRefused as error:  # the old ones stay, and who sent them hears it
             done.set_exception(error)
             return

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from consilience.rollout.kept_sets import KeptSets
+    from consilience.rollout.publishing import Announced
     from consilience.rollout.token_routing import TokenRouting
 
 
@@ -178,8 +179,9 @@ class RolloutEngine(Protocol):
         held streams). A request that continued another names that one still, though it is gone too."""
         ...
 
-    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
-        """Replace the weights between two steps. WeightsRefused unless `digest` is theirs."""
+    def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None:
+        """Replace the weights between two steps. WeightsRefused unless they are what was announced
+        (`publishing.verify`): all of them, or none is loaded."""
         ...
 
     def state(self) -> EngineState: ...

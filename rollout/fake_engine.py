@@ -18,7 +18,8 @@ import numpy as np
 
 from consilience.conf.errors import EngineError
 from consilience.rollout.engine import Completed, EngineState, NewTokens, Prefix, Request
-from consilience.rollout.publishing import verify
+from consilience.rollout.proof import Evidence
+from consilience.rollout.publishing import Announced, TensorRecord, digest_of, tensor_records, verify
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +67,7 @@ class FakeRolloutEngine:
         self._num_steps = self._prefilled = self._sampled = 0
         self._new = NewTokens(0)
         self.published: list[tuple[str, int]] = []
+        self._tensors: dict[str, TensorRecord] = {}
 
     def submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -159,10 +161,17 @@ class FakeRolloutEngine:
             those.clear()
         return unfinished, held
 
-    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
-        verify(weights, digest)
-        self._digest, self._version = digest, version
-        self.published.append((digest, version))
+    def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None:
+        verify(weights, announced)
+        self._digest, self._version = digest_of(announced), version
+        self._tensors = tensor_records(weights)
+        self.published.append((self._digest, version))
+
+    def evidence(self, prompts: Sequence[Sequence[int]], exact: bool) -> Evidence:
+        """The tensors last published, and log-probabilities of its own kind."""
+        del exact
+        logprobs = tuple(tuple(_logprob(t) for t in range(len(p) - 1)) for p in prompts)
+        return Evidence(dict(self._tensors), logprobs, "cpu")
 
     def state(self) -> EngineState:
         return EngineState(

@@ -11,7 +11,7 @@ from consilience.rollout.continuous import Inbox, serve
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.lease import fence, take_lease
 from consilience.rollout.phases import Durable
-from consilience.rollout.publishing import verify
+from consilience.rollout.publishing import Announced, verify
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.worker import RolloutWorker
 
@@ -55,10 +55,10 @@ class LocalStreams:
             raise heard
         keep(heard, self._durable_of)
 
-    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
-        """See `RolloutStreams.publish`. WeightsRefused unless `digest` is theirs."""
-        verify(weights, digest)
-        self._inbox.publish(weights, digest, version, recompute=self._recompute)
+    def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None:
+        """See `RolloutStreams.publish`. WeightsRefused unless they are what was announced."""
+        verify(weights, announced)
+        self._inbox.publish(weights, announced, version, recompute=self._recompute)
 
     def _serve(self) -> None:
         """(its thread)"""

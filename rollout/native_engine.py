@@ -28,7 +28,8 @@ from consilience.rollout.engine import Completed, EngineState, Fork, NewTokens, 
 from consilience.rollout.parked_streams import ParkedStreams
 from consilience.rollout.prefill import Prefill
 from consilience.rollout.prefix_reuse import PrefixCaching, PrefixReuse
-from consilience.rollout.publishing import verify
+from consilience.rollout.proof import Evidence, model_evidence
+from consilience.rollout.publishing import Announced, digest_of, verify
 from consilience.rollout.request_check import check_length, check_request
 from consilience.rollout.routing_capture import RoutingCapture, fed_rows
 from consilience.rollout.speculative import NUM_UNIFORMS, SpeculativeState
@@ -64,8 +65,7 @@ class NativeEngine:
     ) -> None:
         self.model = model.eval()
         self.exact = exact
-        self.max_rows = max_rows
-        self.max_length = max_length
+        self.max_rows, self.max_length = max_rows, max_length
         self.prefill_tokens = prefill_tokens
         weight = model.head.weight
         num_slots, num_rows = 2 * max_rows + 1, max_rows + 1
@@ -88,8 +88,7 @@ class NativeEngine:
         self._parked = ParkedStreams(self._state, range(max_rows, 2 * max_rows))
         self._waiting: deque[Request] = deque()
         self._uids: set[str] = set()
-        self._version = version
-        self._digest = ""
+        self._version, self._digest = version, ""
         self._era = 0  # weights so far
         self._new: list[tuple[Stream, int, int]] = []  # of this step: stream, tokens before, tokens
         self._num_sampled = 0
@@ -206,21 +205,24 @@ class NativeEngine:
             those.clear()
         return unfinished, self._parked.clear()
 
-    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
+    def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None:
         """See `RolloutEngine.publish`. Running streams go on with the new weights and the old state."""
-        verify(weights, digest)
+        verify(weights, announced)
         try:
             load_official(self.model, weights)
         except CheckpointError as error:
-            raise WeightsRefused(
-                f"published weights do not fit the model, the old ones stay: {error}"
-            ) from error
+            raise WeightsRefused(f"weights that do not fit the model, the old ones stay: {error}") from None
         self._decoder.forget()
+        digest = digest_of(announced)
         self._era += digest != self._digest
         if self._reuse:
             self._reuse.use_weights(digest)
         self._prefill.forget()
         self._version, self._digest = version, digest
+
+    def evidence(self, prompts: Sequence[Sequence[int]], exact: bool) -> Evidence:
+        """See `proof.py`. Running streams do not notice."""
+        return model_evidence(self.model, prompts, exact)
 
     def state(self) -> EngineState:
         return EngineState(
@@ -231,8 +233,7 @@ class NativeEngine:
             num_held=len(self._parked),
             prefill_tokens=self._prefill.num_tokens,
             sampled_tokens=self._num_sampled,
-            prefill_s=self._seconds["prefill_s"],
-            decode_s=self._seconds["decode_s"],
+            **self._seconds,
             drafted_tokens=self._speculative.drafted if self._speculative else 0,
             accepted_tokens=self._speculative.accepted if self._speculative else 0,
             **(self._reuse.counts() if self._reuse else {}),

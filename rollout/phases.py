@@ -10,9 +10,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from consilience.model.checkpoint import to_official
-from consilience.model.digest import weights_digest
 from consilience.rollout.drops import drop_groups, drop_report
 from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.publishing import Announced, announce
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.store import RolloutStore
 
@@ -36,7 +36,7 @@ class Durable:
 class Publisher(Protocol):
     """Whoever samples with weights that a trainer publishes."""
 
-    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None: ...
+    def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None: ...
 
 
 class Sampler(Publisher, Protocol):
@@ -47,10 +47,16 @@ class Sampler(Publisher, Protocol):
     ) -> list[RolloutRecord]: ...
 
 
-def publish(sampler: Publisher, model: nn.Module, version: int) -> int:
-    """Give the workers the model's weights under their digest; returns the version."""
+def publish(sampler: Publisher, model: nn.Module, version: int, store: RolloutStore) -> int:
+    """Give the workers the model's weights as a publication; returns the version.
+
+    The publication is in the store before any worker has the weights, so that every token's version can be
+    traced to bytes, whoever dies. Errors are those of `PublicationLog.record` and of the sampler.
+    """
     weights = to_official(model)  # type: ignore[arg-type]
-    sampler.publish(weights, weights_digest(weights), version)
+    publication = announce(weights, version, store.quantization)
+    store.publications.record(publication)
+    sampler.publish(weights, publication, version)
     return version
 
 
@@ -84,8 +90,8 @@ class OpenPhase:
         self._store.ledger.stored(r.uid for r in records)
 
     def finish(self) -> list[RolloutRecord]:
-        """Its records in job order, as the store's file of this phase; what groups that lost an environment had is
-        in the file and not returned. KeyError while one is missing."""
+        """Its records in job order, once they are the store's file of this phase; groups that lost an
+        environment are in the file and not returned. KeyError while one is missing."""
         records = [self._partial.records[job.uid] for job in self._jobs]
         self.close()
         self._store.append(self._name, records)

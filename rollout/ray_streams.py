@@ -20,6 +20,7 @@ from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.lease import Lease, fence, take_lease
 from consilience.rollout.local_streams import keep
 from consilience.rollout.phases import Durable
+from consilience.rollout.publishing import Announced
 from consilience.rollout.ray_workers import RolloutPool, _Share, split_by_group
 
 if TYPE_CHECKING:
@@ -82,9 +83,9 @@ class RayStreams:
         else:
             raise EngineError(f"the stream of rollout worker {slot} ended by itself")
 
-    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
+    def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None:
         """See `RolloutStreams.publish` and `RolloutPool.publish`."""
-        self._pool.publish(weights, digest, version)
+        self._pool.publish(weights, announced, version)
         self._num_deaths = 0
         self._attach()
 

@@ -2,7 +2,7 @@
 
     jobs ─ split by group ─► actor 0 ─► batches of finished records ─┐
                         └──► actor 1 ─► …                            ├─► records in job order
-    weights ─ one ray.put ─► every actor (digest checked on both sides)
+    weights ─ shared memory, object store or broadcast ─► every actor (each tensor's digest checked there)
 
 An actor that dies, or that says nothing for `stall_s`, is replaced: its lease is fenced, the new one gets the
 current weights first, then exactly those jobs whose records had not arrived, which go on from the token log.
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
 
 from consilience.conf.errors import ConfigError, ConsilienceError, EngineError
@@ -31,9 +32,13 @@ from consilience.rollout.engine import EngineState
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.lease import Lease, fence, take_lease
 from consilience.rollout.phases import Durable
-from consilience.rollout.publishing import pack, unpack, verify
+from consilience.rollout.proof import Evidence
+from consilience.rollout.publishing import Announced, Publication, announce, verify
 from consilience.rollout.ray_cluster import RayCluster, ray_cluster, start_ray, stop_ray, worker_environment
+from consilience.rollout.ray_transport import Shipment, choose_transport
 from consilience.rollout.records import RolloutRecord
+from consilience.rollout.weight_broadcast import BroadcastBroken
+from consilience.rollout.weight_transport import WeightReceiver
 from consilience.rollout.worker import RolloutWorker
 
 if TYPE_CHECKING:
@@ -66,6 +71,7 @@ class _Mailbox:
         self._worker: RolloutWorker
         self._inbox: Inbox | None = None  # of a stream that never ends
         self._recompute = False
+        self._receiver = WeightReceiver()
 
     def build(self) -> tuple[str, int]:
         faulthandler.register(signal.SIGUSR1, all_threads=True)  # a stalled worker says where it is
@@ -93,11 +99,28 @@ class _Mailbox:
         if self._inbox is not None:
             self._inbox.end()
 
-    def publish(self, packed: Mapping[str, Any], digest: str, version: int) -> None:
+    def can_map(self, payload: Any, publication: Publication) -> str:
+        try:
+            verify(self._receiver.open(payload, publication), publication)
+        except ConsilienceError as error:
+            return str(error)
+        return ""
+
+    def has_gpu(self) -> bool:
+        return torch.cuda.is_available()
+
+    def join(self, address: Any, rank: int) -> None:
+        self._receiver.join(address, rank)
+
+    def publish(self, payload: Any, publication: Publication) -> None:
+        weights, version = self._receiver.open(payload, publication), publication.version
         if (inbox := self._inbox) is not None:
-            inbox.publish(unpack(packed), digest, version, recompute=self._recompute)
+            inbox.publish(weights, publication, version, recompute=self._recompute)
         else:
-            self._worker.publish(unpack(packed), digest, version)
+            self._worker.publish(weights, publication, version)
+
+    def evidence(self, prompts: Sequence[Sequence[int]], exact: bool) -> Evidence:
+        return self._worker.evidence(prompts, exact)
 
     def state(self) -> EngineState:
         return self._worker.state()
@@ -116,6 +139,7 @@ class RolloutPool:
     is_continuous workers can be told things while they sample (`ray_streams.py`)
     stall_s       silence after which a worker counts as dead; it is named in `stalls`, asked for its stacks
                   (in its own error output) and killed. A worker speaks every few seconds, between two steps
+    transport     how weights reach the workers, see `ray_transport.choose_transport`
     ConfigError on a factory that cannot be named or loaded; whatever the factory raises arrives typed.
     Use it as a context manager, or call `close`.
     """
@@ -131,6 +155,7 @@ class RolloutPool:
         start_timeout_s: float = 300.0,
         stall_s: float = 900.0,
         is_continuous: bool = False,
+        transport: str = "auto",
     ) -> None:
         if num_workers < 1:
             raise ConfigError(f"num_workers is {num_workers}, at least 1")
@@ -140,7 +165,7 @@ class RolloutPool:
         self._start_timeout_s, self._stall_s = start_timeout_s, stall_s
         self._post = {"concurrency_group": "post"} if is_continuous else {}
         self._groups: dict[str, Any] = {"concurrency_groups": {"post": 1}} if is_continuous else {}
-        self._current: tuple[Any, str, int] | None = None  # (ref of packed weights, digest, version)
+        self._current: tuple[Shipment, Publication] | None = None
         self._actors: list[Any] = []
         self._processes: list[tuple[str, int]] = []  # (host, pid) by slot
         self.num_replaced = 0
@@ -150,6 +175,8 @@ class RolloutPool:
                 self._actors.append(self._spawn())
             answers = [actor.build.remote() for actor in self._actors]
             self._processes = [self._get(answer, self._start_timeout_s) for answer in answers]
+            hosts = [host for host, _ in self._processes]
+            self._transport = choose_transport(transport, self._actors, hosts, self._get, self._post)
         except BaseException:
             self.close()
             raise
@@ -261,24 +288,55 @@ class RolloutPool:
                 os.kill(pid, signal.SIGKILL)  # Ray asks a process to end, which a stopped one does not hear
         return line
 
-    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
-        """Give every worker new weights; returns once all have them.
+    @property
+    def transport(self) -> str:
+        """What carries the weights: "shared_memory", "object_store" or "broadcast"."""
+        return self._transport.name
 
-        WeightsRefused, before anything is sent, if `digest` is not theirs, or from a worker that received
-        other bytes (the old weights then stay the ones a replaced worker gets).
+    def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None:
+        """Give every worker new weights; returns once all have verified and loaded them.
+
+        WeightsRefused from a worker that received other bytes than were announced, or, before anything is
+        sent, if a bare digest is not theirs (the old weights then stay the ones a replaced worker gets).
         """
-        verify(weights, digest)
-        current = (ray.put(pack(weights)), digest, version)
-        answers = [actor.publish.options(**self._post).remote(*current) for actor in self._actors]
-        dead = []
+        if isinstance(announced, Publication):
+            publication = announced
+        else:
+            verify(weights, announced)
+            publication = announce(weights, version)
+        shipment = self._transport.ship(weights, publication, self._actors)
+        answers = [
+            actor.publish.options(**self._post).remote(shipment.payload, publication)
+            for actor in self._actors
+        ]
+        with contextlib.suppress(BroadcastBroken):  # the workers' own answers say so too
+            shipment.send()
+        dead, late = [], []
         for slot, answer in enumerate(answers):
             try:
                 self._get(answer)
+            except BroadcastBroken:
+                late.append(slot)
             except _DEATHS:
                 dead.append(slot)
-        self._current = current
+        self._current = (shipment, publication)
         for slot in dead:
             self._replace(slot)
+        for slot in late:
+            self._catch_up(slot)
+
+    def _catch_up(self, slot: int) -> None:
+        """Give the worker in `slot` the current weights by themselves."""
+        assert self._current is not None
+        shipment, publication = self._current
+        payload = shipment.again(self._processes[slot][0])
+        self._get(self._actors[slot].publish.options(**self._post).remote(payload, publication))
+
+    def evidence(self, prompts: Sequence[Sequence[int]], exact: bool) -> dict[str, Evidence]:
+        """What each worker holds and computes (`proof.py`), by its name."""
+        answers = [actor.evidence.remote(prompts, exact) for actor in self._actors]
+        names = [f"rollout worker {i} (process {p} on {h})" for i, (h, p) in enumerate(self._processes)]
+        return {name: self._get(answer) for name, answer in zip(names, answers)}
 
     def states(self) -> list[EngineState]:
         """Each worker's engine counters, by slot."""
@@ -314,7 +372,7 @@ class RolloutPool:
         try:
             self._processes[slot] = self._get(actor.build.remote(), self._start_timeout_s)
             if self._current is not None:
-                self._get(actor.publish.remote(*self._current))
+                self._catch_up(slot)
         except _DEATHS as death:
             raise EngineError(f"a replaced rollout worker died at its start: {_last_line(death)}") from None
 

@@ -2,7 +2,8 @@
 
 While a phase is being sampled, its records so far are frames of `<phase>.partial`, the tokens of its
 unfinished episodes lie in `token_log/<phase>/`; both go when the phase is whole. The per-token fields of long
-records stay where their workers put them, in `<phase>.tokens/`. `ledger.log` says what was trained on.
+records stay where their workers put them, in `<phase>.tokens/`. `ledger.log` says what was trained on,
+`publications.log` which weights each version is.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from consilience.conf.errors import RunError
 from consilience.rollout.frame_file import FrameFile
 from consilience.rollout.ledger import PromptLedger
+from consilience.rollout.publication_log import PublicationLog
 from consilience.rollout.records import RolloutRecord
 
 
@@ -25,12 +27,21 @@ class RolloutStore:
     """Writes each phase at once, beside and renamed: a file that exists is complete.
 
     survives_power  token logs of an unfinished phase survive the machine's end, not only the processes'
-    health          numbers for the metrics of the phase that was asked for last (`phases.sample_phase`)
+    quantization    how the workers compute with what is published
+    health          step -> numbers for its metrics, of phases that were asked for (`phases.py`)
     """
 
-    def __init__(self, folder: Path | str, *, survives_power: bool = False) -> None:
+    def __init__(
+        self, folder: Path | str, *, survives_power: bool = False, quantization: str = "off"
+    ) -> None:
         self.folder, self.survives_power = Path(folder), survives_power
+        self.quantization = quantization
         self.health: dict[int, dict[str, float]] = {}
+
+    @cached_property
+    def publications(self) -> PublicationLog:
+        """The stage's record of published weights, opened when first asked for."""
+        return PublicationLog(self.folder / "publications.log")
 
     @cached_property
     def ledger(self) -> PromptLedger:

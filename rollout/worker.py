@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from consilience.conf.errors import EngineError
 from consilience.rollout.boxes import BoxPool
 from consilience.rollout.engine import EngineState, RolloutEngine
 from consilience.rollout.grading import Grader
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.lease import Lease
+from consilience.rollout.proof import Evidence
+from consilience.rollout.publishing import Announced
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.rollout.worker_run import WorkerRun
@@ -88,9 +91,16 @@ class RolloutWorker:
         finally:
             run.close()
 
-    def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
-        """New weights for the next step. WeightsRefused unless `digest` is theirs."""
-        self.engine.publish(weights, digest, version)
+    def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None:
+        """New weights for the next step. WeightsRefused unless they are what was announced."""
+        self.engine.publish(weights, announced, version)
+
+    def evidence(self, prompts: Sequence[Sequence[int]], exact: bool) -> Evidence:
+        """What the engine holds and computes (`proof.py`). EngineError if it cannot tell."""
+        tell = getattr(self.engine, "evidence", None)
+        if tell is None:
+            raise EngineError(f"{type(self.engine).__name__} cannot prove its weights; set rollout.proof=off")
+        return tell(prompts, exact)
 
     def state(self) -> EngineState:
         return self.engine.state()

@@ -208,12 +208,13 @@ class V4Optimizer:
         return {**by_muon, **self.groups.adamw_decayed, **self.groups.adamw}
 
     def step(self, lr_scale: float = 1.0, expert_loads: Mapping[str, Tensor] | None = None) -> float:
-        """One update from the gradients in place; returns the learning rate used.
+        """One update from the gradients in place; returns the learning rate used. With one of 0 from the
+        start nothing moves, router biases neither.
 
         expert_loads  name of a gate bias -> [E] tokens each expert received in this step
         """
         lr = self.lr * lr_scale
-        if expert_loads:
+        if expert_loads and self.lr:
             self._move_biases(expert_loads)
         self.muon.step(lr)
         if self.adamw is not None:

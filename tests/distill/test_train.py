@@ -18,6 +18,7 @@ from consilience.distill.train import (
 )
 from consilience.model.checkpoint import to_official
 from consilience.model.digest import weights_digest
+from consilience.rollout.publishing import verify
 from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord
 from consilience.rollout.store import RolloutStore
 from consilience.teachers.heads import HeadCache
@@ -198,9 +199,9 @@ class CountingSampler:
     def __init__(self):
         self.calls, self.announced = [], []
 
-    def publish(self, weights, digest, version):
-        assert digest == weights_digest(weights)
-        self.announced.append((digest, version))
+    def publish(self, weights, announced, version):
+        verify(weights, announced)
+        self.announced.append((announced.digest, version))
 
     def generate(self, jobs, on_progress=None, *, durable=None):
         self.calls.append(jobs[0].step)

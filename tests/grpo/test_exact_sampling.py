@@ -87,7 +87,10 @@ def mismatch(*given):
     return report_of(*given)["mismatch_max"]
 
 
-@pytest.mark.parametrize(("quantization", "temperature"), [("off", 1.0), ("off", 0.8), ("fp4", 1.0)])
+@pytest.mark.parametrize(
+    ("quantization", "temperature"),
+    [("off", 1.0), ("off", 0.8), ("fp4", 1.0), ("fp8", 1.0), ("fp4_fp8", 1.0)],
+)
 def test_sampler_and_trainer_do_not_differ_by_a_bit_in_exact_mode(quantization, temperature):
     records = sampled(quantization, True, temperature)
     assert mismatch(records, quantization, True, temperature) == 0.0

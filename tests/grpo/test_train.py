@@ -22,6 +22,7 @@ from consilience.grpo.train import (
 )
 from consilience.model.checkpoint import load_official, to_official
 from consilience.model.digest import weights_digest
+from consilience.rollout.publishing import verify
 from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord, UserTurn
 from consilience.rollout.store import RolloutStore
 from consilience.training.checkpoint import CheckpointMeta
@@ -252,9 +253,9 @@ class CountingSampler:
         self.calls, self.announced = [], []
         self.weights_model = small_model()
 
-    def publish(self, weights, digest, version):
-        assert digest == weights_digest(weights)
-        self.announced.append((digest, version))
+    def publish(self, weights, announced, version):
+        verify(weights, announced)
+        self.announced.append((announced.digest, version))
         load_official(self.weights_model, weights)
 
     def generate(self, jobs, on_progress=None, *, durable=None):
@@ -369,15 +370,17 @@ def test_the_loop_reports_curves_tables_and_a_mismatch_near_zero(tmp_path):
     assert (step, row.uid, row.prompt, row.advantage) == (1, "0/a", "3 9 17 18", 0.5)
 
 
-def test_publish_announces_the_digest_of_the_weights_it_hands_over():
+def test_publish_records_and_announces_the_digest_of_the_weights_it_hands_over(tmp_path):
     handed = []
 
     class Sampler(CountingSampler):
-        def publish(self, weights, digest, version):
-            handed.append((weights, digest, version))
+        def publish(self, weights, announced, version):
+            known = [p.digest for p in store.publications.publications]  # before a worker has them
+            handed.append((weights, announced.digest, version, known))
 
-    policy = small_model(4)
-    assert publish(Sampler(), policy, 7) == 7
-    (weights, digest, version) = handed[0]
+    policy, store = small_model(4), RolloutStore(tmp_path, quantization="fp4")
+    assert publish(Sampler(), policy, 7, store) == 7
+    (weights, digest, version, known) = handed[0]
+    assert known == [digest] and store.publications.trace(7).quantization == "fp4"
     assert digest == weights_digest(weights) == weights_digest(to_official(policy)) and version == 7
     assert torch.equal(weights["head.weight"], policy.head.weight)

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from consilience.model.digest import tensor_bytes, weights_digest
+from consilience.model.digest import tensor_bytes, tensor_digest, weights_digest
 
 torch.set_num_threads(1)
 
@@ -73,3 +73,13 @@ def test_every_stored_type_has_bytes(dtype):
     tensor = torch.ones(3, 2).to(dtype)
     assert len(tensor_bytes(tensor)) == 6 * tensor.element_size()
     assert len(weights_digest({"w": tensor})) == 64
+
+
+def test_the_digest_of_a_tensor_covers_type_shape_and_bits_but_no_name():
+    body = bytes([0, 0, 128, 63, 0, 0, 0, 64])
+    one = torch.tensor([1.0, 2.0])
+    assert tensor_digest(one) == hashlib.sha256(b"float32\0(2,)\0" + body).hexdigest()
+    others = [one[None], one.view(torch.int32), one.double(), torch.tensor([1.0, 2.0000002])]
+    assert len({tensor_digest(t) for t in (one, *others)}) == 5
+    grid = torch.randn(4, 5)
+    assert tensor_digest(grid.t().contiguous().t()) == tensor_digest(grid)

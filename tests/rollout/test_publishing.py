@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from consilience.conf.errors import WeightsRefused
-from consilience.model.digest import weights_digest
-from consilience.rollout.publishing import PackedTensor, pack, unpack, verify
+from consilience.model.digest import tensor_digest, weights_digest
+from consilience.rollout.publishing import PackedTensor, announce, compare, pack, unpack, verify
 
 WEIGHTS = {
     "b": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -70,3 +70,45 @@ def test_bytes_that_do_not_fill_their_shape_are_refused():
         unpack({"b": PackedTensor(item.dtype, (5, 5), item.data)})
     with pytest.raises(WeightsRefused, match="float12"):
         unpack({"b": PackedTensor("float12", (2, 3), item.data)})
+
+
+def test_a_publication_names_the_tensor_that_is_not_as_announced():
+    publication = announce(WEIGHTS, 7, "fp4")
+    verify(WEIGHTS, publication)
+    assert (publication.version, publication.digest, publication.quantization) == (
+        7,
+        weights_digest(WEIGHTS),
+        "fp4",
+    )
+    for name, byte, bit in (("b", 23, 7), ("a", 5, 0), ("table", 13, 3), ("scalar", 1, 6)):
+        wrong = flip(WEIGHTS[name], byte, bit)
+        found, right = tensor_digest(wrong)[:12], tensor_digest(WEIGHTS[name])[:12]
+        with pytest.raises(
+            WeightsRefused, match=rf"tensor {name}: found .*{found}.*expected .*{right}.*1 of 5"
+        ):
+            verify({**WEIGHTS, name: wrong}, publication)
+    with pytest.raises(WeightsRefused, match=r"tensor b: found float32 \[3, 2\] .*expected float32 \[2, 3\]"):
+        verify({**WEIGHTS, "b": WEIGHTS["b"].reshape(3, 2)}, publication)
+    with pytest.raises(WeightsRefused, match=r"tensor a: found int16"):
+        verify({**WEIGHTS, "a": WEIGHTS["a"].view(torch.int16)}, publication)
+
+
+def test_a_part_of_a_publication_is_refused_and_so_is_more_than_it():
+    publication = announce(WEIGHTS, 7)
+    part = {n: t for n, t in WEIGHTS.items() if n not in ("empty", "table")}
+    with pytest.raises(
+        WeightsRefused, match=r"tensor empty is missing, expected float32 \[0, 4\].*2 of 5 missing"
+    ):
+        verify(part, publication)
+    with pytest.raises(WeightsRefused, match="found tensor extra"):
+        verify({**WEIGHTS, "extra": torch.ones(1)}, publication)
+    with pytest.raises(WeightsRefused, match="worker 3: version 7: tensor"):
+        compare({}, publication, "worker 3")
+
+
+def test_what_is_announced_stays_what_it_was_when_the_weights_move_on():
+    moving = {"w": torch.ones(4)}
+    publication = announce(moving, 1)
+    moving["w"][2] += 2**-20
+    with pytest.raises(WeightsRefused, match="tensor w"):
+        verify(moving, publication)

@@ -1,0 +1,98 @@
+"""`consilience prove`, and the same proof at the start of stages that sample (`rollout/proof.py`).
+
+What was proven is a line of the stage's `proofs.jsonl`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from consilience.cli.generate import find_checkpoint
+from consilience.cli.prompt_family import prompt_family
+from consilience.cli.ray_session import rollout_pool
+from consilience.cli.stage import StageContext
+from consilience.cli.training_stage import device_of
+from consilience.conf.rules import sampler_quantization
+from consilience.conf.schema import Config
+from consilience.model.checkpoint import to_official
+from consilience.model.exact import exact_mode
+from consilience.model.kernels.linear_logprob import linear_logprob
+from consilience.model.quantization import Quantization
+from consilience.model.transformer import Transformer
+from consilience.rollout.proof import Logprobs, Prompts, Proof, ProvableSampler, fixed_prompts
+from consilience.rollout.proof import prove as prove_sampler
+from consilience.rollout.publication_log import PublicationLog
+from consilience.rollout.publishing import announce
+from consilience.training.checkpoint import load_checkpoint
+from consilience.training.forward import hidden_at_loss
+from consilience.training.packing import pack
+
+PROOFS = "proofs.jsonl"
+
+
+def prove(cfg: Config) -> int:
+    """Prove that rollout workers compute with the weights of a checkpoint, under changed ones too."""
+    folder = find_checkpoint(cfg)
+    loaded, meta = load_checkpoint(folder)
+    model = cast("Transformer", loaded)
+    model.to(device_of(cfg)).quantize(Quantization.from_name(cfg.engine.quantization))
+    family = prompt_family(cfg, folder, meta)
+    pool = rollout_pool(cfg, model.config, folder / "tokenizer.json", {}, family)
+    proof = _prove(cfg, pool, model, meta.step)
+    print(f"checkpoint: {folder}")
+    print(
+        f"{proof.num_workers} workers ({pool.transport}) hold the {proof.num_tensors} tensors of digest "
+        f"{meta.digest[:12]}…; {proof.num_tokens} log-probabilities are the trainer's to the last bit, under "
+        f"changed weights too\n"
+        f"as sampled (exact={str(cfg.engine.exact).lower()}, quantization {sampler_quantization(cfg)}) and "
+        f"as trained ({cfg.engine.quantization}): mean |difference| {proof.mismatch_mean:.3g}, largest "
+        f"{proof.mismatch_max:.3g} nats"
+    )
+    return 0
+
+
+def prove_start(
+    context: StageContext, pool: ProvableSampler, model: Any, version: int, log: PublicationLog
+) -> Mapping[str, Any]:
+    """The proof before a stage samples, if `rollout.proof` asks for it; what the stage's result says of it.
+
+    WeightsRefused where it fails: the stage does not go on.
+    """
+    if context.cfg.rollout.proof == "off":
+        return {}
+    proof = _prove(context.cfg, pool, model, version, log)
+    row = {"version": version, **dataclasses.asdict(proof)}
+    row["quantization"] = [context.cfg.engine.quantization, sampler_quantization(context.cfg)]
+    with Path(context.folder.path / PROOFS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    return {"proof": row}
+
+
+def _prove(
+    cfg: Config, pool: ProvableSampler, model: Transformer, version: int, log: PublicationLog | None = None
+) -> Proof:
+    publication = announce(to_official(model), version, sampler_quantization(cfg))
+    if log is not None:
+        log.record(publication)
+    prompts = fixed_prompts(model.config.vocab_size, cfg.rollout.max_length)
+    return prove_sampler(pool, model, publication, trainer_logprobs, prompts, is_exact=cfg.engine.exact)
+
+
+@torch.no_grad()
+def trainer_logprobs(model: Any, prompts: Prompts, exact: bool) -> Logprobs:
+    """What training computes of the prompts, packed as its rows are (`rollout.proof.TrainerLogprobs`)."""
+    length = len(prompts[0])
+    packed = pack(prompts, quantum=32, max_row_tokens=-(-2 * length // 32) * 32)
+    with exact_mode(exact):
+        at = hidden_at_loss(model, packed)
+        logprob = linear_logprob(at.hidden, model.head.weight, at.target_ids).logprob
+    rows: list[list[float]] = [[] for _ in prompts]
+    for sample, value in zip(at.sample_index.tolist(), logprob.tolist()):
+        rows[sample].append(value)
+    return tuple(map(tuple, rows))
