@@ -7,7 +7,7 @@ import pytest
 import torch
 from native_sampler import NativeSampler
 
-from consilience.grpo.train import GrpoSettings, train_grpo
+from consilience.grpo.train import GrpoSettings, GrpoStage, train_grpo
 from consilience.model.config import TINY
 from consilience.model.initialize import initialize
 from consilience.model.quantization import Quantization
@@ -39,11 +39,9 @@ def run(folder, lr, *, exact=True, trainer="off", sampler="off"):
     engine = TorchEngine(policy(trainer), OptimizerSettings(lr=lr), exact=exact)
     workers, log = NativeSampler(policy(sampler), exact=exact), MemorySink()
     store = RolloutStore(folder / "rollouts", quantization=sampler)
-    train_grpo(
+    stage = GrpoStage(
         engine,
         policy(trainer),
-        workers,
-        lambda step: [SimpleNamespace(uid=f"{step}/{g}/{i}") for g in range(2) for i in range(3)],
         GrpoSettings(STEPS, seed=2),
         store=store,
         decode=str,
@@ -54,6 +52,8 @@ def run(folder, lr, *, exact=True, trainer="off", sampler="off"):
         clock=StageClock(),
         progress=SilentProgress(),
     )
+    jobs_of = lambda step: [SimpleNamespace(uid=f"{step}/{g}/{i}") for g in range(2) for i in range(3)]
+    train_grpo(stage, workers, jobs_of)
     return log.rows, store.publications.publications, {v for r in store.read() for v in r.weight_version}
 
 
