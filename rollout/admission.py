@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,16 @@ def one_prefill(candidates: list[Request], most_tokens: int) -> list[Request]:
         if chosen and longest * len(prompts) > most_tokens:
             break
         chosen.append(request)
+    return chosen
+
+
+def take_first(waiting: deque[Request], candidates: list[Request], most_tokens: int) -> list[Request]:
+    """Those of the candidates that `one_prefill` takes; they are no longer among the waiting."""
+    chosen = one_prefill(candidates, most_tokens)
+    taken = {r.uid for r in chosen}
+    rest = [r for r in waiting if r.uid not in taken]
+    waiting.clear()
+    waiting.extend(rest)
     return chosen
 
 

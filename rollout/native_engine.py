@@ -22,10 +22,10 @@ from consilience.model.checkpoint import load_official
 from consilience.model.exact import exact_mode
 from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
-from consilience.rollout.admission import by_prompt, one_prefill, starts_with_a_token
+from consilience.rollout.admission import by_prompt, starts_with_a_token, take_first
 from consilience.rollout.captured_decode import Decoder
 from consilience.rollout.engine import Completed, EngineState, Fork, NewTokens, Request
-from consilience.rollout.parked_streams import ParkedStreams
+from consilience.rollout.parked_streams import ParkedStreams, moves_into
 from consilience.rollout.prefill import Prefill
 from consilience.rollout.prefix_reuse import PrefixCaching, PrefixReuse
 from consilience.rollout.proof import Evidence, model_evidence
@@ -251,22 +251,16 @@ class NativeEngine:
         while self._waiting and (self._waiting[0].parent is not None or self._num_free > 0):
             resumed = [r for r in self._waiting if r.parent is not None]
             if resumed:
-                batch = self._choose(resumed)
+                batch = take_first(self._waiting, resumed, self.prefill_tokens)
                 self._prefill_resumed(batch)
             else:
                 is_new = starts_with_a_token(self._waiting[0])
                 first = list(self._waiting)[: self._num_free]
-                batch = self._choose([r for r in first if starts_with_a_token(r) == is_new])
+                alike = [r for r in first if starts_with_a_token(r) == is_new]
+                batch = take_first(self._waiting, alike, self.prefill_tokens)
                 self._prefill_new(batch) if is_new else self._prefill_begun(batch)
             done += self._retire()
         return done
-
-    def _choose(self, candidates: list[Request]) -> list[Request]:
-        """Those of the candidates that go first; they wait no longer."""
-        chosen = one_prefill(candidates, self.prefill_tokens)
-        taken = {r.uid for r in chosen}
-        self._waiting = deque(r for r in self._waiting if r.uid not in taken)
-        return chosen
 
     def _prefill_resumed(self, batch: list[Request]) -> None:
         first = len(self._running)
@@ -393,13 +387,11 @@ class NativeEngine:
         held = [row for row in holes if self._running[row].request.hold]
         self._parked.hold(held, [self._running[row] for row in held])
         self._uids -= {self._running[row].request.uid for row in holes if not self._running[row].request.hold}
-        remaining, gone = len(self._running) - len(holes), set(holes)
-        movers = [row for row in range(remaining, len(self._running)) if row not in gone]
-        targets = [row for row in holes if row < remaining]
+        movers, targets = moves_into(holes, len(self._running))
         for row in holes:
             self._state.free(row)
         self._state.move(movers, targets)
         self._last[targets] = self._last[movers]
         for source, target in zip(movers, targets):
             self._running[target] = self._running[source]
-        del self._running[remaining:]
+        del self._running[len(self._running) - len(holes) :]

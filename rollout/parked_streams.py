@@ -78,3 +78,10 @@ class ParkedStreams:
         self.held.clear()
         self._claimed.clear()
         return uids
+
+
+def moves_into(holes: Sequence[int], num_rows: int) -> tuple[list[int], list[int]]:
+    """Rows from the back of `num_rows` and the holes (ascending) that they fill, so that no gap is left."""
+    remaining, gone = num_rows - len(holes), set(holes)
+    movers = [row for row in range(remaining, num_rows) if row not in gone]
+    return movers, [row for row in holes if row < remaining]
