@@ -16,6 +16,8 @@ from consilience.conf.errors import ConfigError
 from consilience.conf.schema import Config, OptimizerConfig
 from consilience.model.quantization import Quantization
 from consilience.model.recompute import recompute_policy, set_recompute
+from consilience.rollout.deadlines import STALLS
+from consilience.rollout.phase_health import HEALTH
 from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.tasks.domain import Domain
@@ -31,7 +33,7 @@ TOKENIZER = "tokenizer.json"
 def rollout_store(context: StageContext) -> RolloutStore:
     """The stage's records, with its run's care for power cuts."""
     is_power = context.cfg.rollout.durability == "power"
-    return RolloutStore(context.folder.rollouts, survives_power=is_power)
+    return RolloutStore(context.folder.rollouts, survives_power=is_power, stalls=context.run.path / STALLS)
 
 
 def optimizer_settings(given: OptimizerConfig, lr: float) -> OptimizerSettings:
@@ -161,6 +163,12 @@ def own_domain(context: StageContext) -> str:
 
 def micro_tokens(cfg: Config, row_tokens: int) -> int:
     return cfg.engine.micro_batch_rows * row_tokens
+
+
+def health_of(context: StageContext) -> dict[str, float]:
+    """What went wrong in the stage's rollouts and was mended: sums over its steps."""
+    rows = surviving(read_metrics(context.folder.metrics))
+    return {name: sum(row.get(name) or 0.0 for row in rows) for name in HEALTH}
 
 
 def curves_of(context: StageContext, titles: Mapping[str, str]) -> dict[str, Any]:

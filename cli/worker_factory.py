@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from consilience.rollout.deadlines import Limits
 from consilience.rollout.worker import RolloutWorker
 
 
@@ -24,6 +25,7 @@ def build_worker(
     speculative: bool = False,
     exact: bool = False,
     quantization: str = "off",
+    limits: Limits | None = None,
 ) -> RolloutWorker:
     """A RolloutWorker over the native engine with random weights; real ones arrive by `publish`.
 
@@ -33,6 +35,7 @@ def build_worker(
     speculative  the prediction block drafts; EngineError if the model has none
     exact, quantization  how the model computes, as the trainer's does (`engine.exact`, `engine.quantization`)
     rewards    (reward path, needs sandbox) pairs to load before the first episode
+    limits     how long an episode's threads may take
     Raises what a part that can never work raises: RewardError, SandboxUnavailable.
     """
     import torch
@@ -73,5 +76,6 @@ def build_worker(
         grader,
         family=family,
         max_context=max_length,
+        limits=limits,
         on_close=close,
     )

@@ -137,6 +137,26 @@ class RolloutConfig:
     stall_s: float = setting(
         900.0, "a worker silent for so long is named, ended and replaced", unit="s", low=10, speed_only=True
     )
+    publish_limit_s: float = setting(
+        600.0, "the same, while it takes over new weights", unit="s", low=1, speed_only=True
+    )
+    tool_limit_s: float = setting(
+        600.0,
+        "all tool calls of one turn; then the sample is given out again",
+        unit="s",
+        low=1,
+        speed_only=True,
+    )
+    lease_limit_s: float = setting(
+        1800.0, "a box and its files; then the sample is given out again", unit="s", low=1, speed_only=True
+    )
+    most_redispatches: int = setting(
+        2,
+        "times that a stalled sample is given out again; then it is dropped with its group",
+        unit="times",
+        low=0,
+        speed_only=True,
+    )
     speculative: bool = setting(
         False, "the MTP block drafts, the model verifies: same distribution, other tokens for a seed"
     )

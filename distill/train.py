@@ -103,7 +103,8 @@ def train_distill(
             version = publish(sampler, engine.model, version + 1)
         rows.append({"step": step + 1, "kl": report["kl"], "head_loads": report["head_loads"]})
         by_sample = report.pop("kl_by_sample")
-        log.scalars(step + 1, report | {"teacher_loads": len(scored.loads), "reused": scored.num_reused})
+        report |= {"teacher_loads": len(scored.loads), "reused": scored.num_reused} | store.health
+        log.scalars(step + 1, report)
         log.rollouts(step + 1, _table(records, by_sample, decode, settings.table_rows))
         progress.advance(1, **{f"kl {name}": value for name, value in report["kl"].items()})
         checkpoints.save_if_due(step + 1, {"clock": clock.state(), "rows": rows})

@@ -85,7 +85,7 @@ def train_grpo(
         clock.add_tokens("train", int(report["train_tokens"]))
         with clock.phase("publish"):
             version = publish(sampler, engine.model, version + 1)
-        report |= rollout_report(records, advantages)
+        report |= rollout_report(records, advantages) | store.health
         mismatch_max = max(mismatch_max, report["mismatch_max"])
         log.scalars(step + 1, report)
         log.rollouts(step + 1, rollout_rows(records, advantages, decode, settings.table_rows))

@@ -1,6 +1,7 @@
 """The prompt ledger of a stage: each sample belongs to one step, and the weights have seen it once.
 
     issued (step)  ─►  stored  ─►  trained (step)          resumed (step): later trainings did not happen
+                            └►  dropped (step)          given up with their groups, never trained on
 
 One frame file of JSON events, each on the disk when the call returns.
 """
@@ -28,6 +29,7 @@ class PromptLedger:
         self._issued: dict[str, int] = {}  # uid -> step
         self._stored: set[str] = set()
         self._trained: dict[str, int] = {}
+        self._dropped: set[str] = set()
         self._file, payloads = FrameFile.reopen(path)
         for payload in payloads:
             self._apply(json.loads(payload))
@@ -53,11 +55,25 @@ class PromptLedger:
         for uid in uids:
             if uid not in self._stored or self._issued[uid] != step:
                 raise RunError(f"step {step} trained on {uid}, which is not stored or not its own")
+            if uid in self._dropped:
+                raise RunError(f"step {step} trained on {uid}, which was dropped")
             if uid in self._trained:
                 raise RunError(f"{uid} was trained on in step {self._trained[uid]} and again in step {step}")
         if len(set(uids)) != len(uids):
             raise RunError(f"step {step} trained on a sample twice")
         self._write("trained", step, list(uids))
+
+    def dropped(self, step: int, uids: Iterable[str]) -> None:
+        """Step `step` goes on without them: they or one of their group never came back from the workers."""
+        new = [uid for uid in uids if uid not in self._dropped]
+        for uid in new:
+            if uid not in self._stored or self._issued[uid] != step:
+                raise RunError(f"step {step} dropped {uid}, which is not stored or not its own")
+            if uid in self._trained:
+                raise RunError(
+                    f"step {step} dropped {uid}, which was trained on in step {self._trained[uid]}"
+                )
+        self._write("dropped", step, new)
 
     def resumed(self, step: int) -> None:
         """The weights are those before step `step`."""
@@ -65,11 +81,11 @@ class PromptLedger:
             self._write("resumed", step, None)
 
     def missing(self) -> list[str]:
-        """Samples issued and not trained on, in the order in which they were issued."""
-        return [uid for uid in self._issued if uid not in self._trained]
+        """Samples issued, not dropped and not trained on, in the order in which they were issued."""
+        return [uid for uid in self._issued if uid not in self._trained and uid not in self._dropped]
 
     def check(self) -> None:
-        """RunError unless everything that was issued has been trained on."""
+        """RunError unless everything that was issued has been trained on or dropped."""
         missing = self.missing()
         if missing:
             raise RunError(
@@ -97,5 +113,7 @@ class PromptLedger:
                 self._stored.update(uids)
             case "trained":
                 self._trained |= dict.fromkeys(uids, step)
+            case "dropped":
+                self._dropped.update(uids)
             case "resumed":
                 self._trained = {uid: at for uid, at in self._trained.items() if at < step}

@@ -9,9 +9,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from consilience.conf.errors import EngineError
 from consilience.model.checkpoint import to_official
 from consilience.model.digest import weights_digest
+from consilience.rollout.deadlines import read_stalls
+from consilience.rollout.dispatch import drop_groups
 from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.phase_health import phase_health
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.store import RolloutStore
 
@@ -54,6 +58,8 @@ def sample_phase(
 
     New records are stored before anything trains on them, each as it arrives: a phase that was cut short goes
     on with the jobs that have no record yet, and those with the tokens that their log has.
+    Samples that were dropped are in the store with their reason; they and their groups are not returned.
+    EngineError where that leaves nothing.
     """
     phase = f"{step:06d}"
     if phase in store.phases():
@@ -61,7 +67,7 @@ def sample_phase(
         records = list(store.read(phase))
         store.ledger.issued(step, [r.uid for r in records])
         store.ledger.stored(r.uid for r in records)
-        return records
+        return _without_dropped(store, step, records)
     jobs = jobs_of(step)
     store.ledger.issued(step, [job.uid for job in jobs])
     partial = store.partial(phase)
@@ -74,10 +80,23 @@ def sample_phase(
             store.ledger.stored(r.uid for r in records)
 
         durable = Durable(store.log_folder(phase), keep, store.survives_power)
-        keep(sampler.generate(missing, durable=durable))
-        records = [partial.records[job.uid] for job in jobs]
+        made = {r.uid: r for r in sampler.generate(missing, durable=durable)}
+        records = [partial.records.get(job.uid) or made[job.uid] for job in jobs]
+        if jobs and not drop_groups(records)[0]:
+            raise EngineError(
+                f"step {step}: every group has a sample that never came back; see stalls.jsonl and run "
+                "again: what has a record is kept, the others are tried anew"
+            )
+        keep(records)
     finally:
         partial.close()
     store.append(phase, records)
     store.clear_partial(phase)
-    return records
+    return _without_dropped(store, step, records)
+
+
+def _without_dropped(store: RolloutStore, step: int, records: list[RolloutRecord]) -> list[RolloutRecord]:
+    store.health = phase_health(records, read_stalls(store.stalls) if store.stalls else ())
+    kept, dropped = drop_groups(records)
+    store.ledger.dropped(step, [r.uid for r in dropped])
+    return kept

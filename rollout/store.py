@@ -25,10 +25,15 @@ class RolloutStore:
     """Writes each phase at once, beside and renamed: a file that exists is complete.
 
     survives_power  token logs of an unfinished phase survive the machine's end, not only the processes'
+    stalls          file in which the run's workers note what was over its limit
+    health          numbers of the phase that was asked for last (`phase_health`)
     """
 
-    def __init__(self, folder: Path | str, *, survives_power: bool = False) -> None:
-        self.folder, self.survives_power = Path(folder), survives_power
+    def __init__(
+        self, folder: Path | str, *, survives_power: bool = False, stalls: Path | None = None
+    ) -> None:
+        self.folder, self.survives_power, self.stalls = Path(folder), survives_power, stalls
+        self.health: dict[str, float] = {}
 
     @cached_property
     def ledger(self) -> PromptLedger:

@@ -7,17 +7,19 @@ step are on disk before anything reads them, and episodes that a former owner be
 from __future__ import annotations
 
 import math
-import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from consilience.conf.errors import ConsilienceError, EngineError
 from consilience.rollout.boxes import Box
+from consilience.rollout.deadlines import Stall, dump_stacks
+from consilience.rollout.dispatch import STALLED
 from consilience.rollout.engine import Completed, Prefix, Request
 from consilience.rollout.episode import Episode, State
+from consilience.rollout.errands import Errands
 from consilience.rollout.grading import Graded, GradeItem, Grader
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.lease import Lease
@@ -27,6 +29,7 @@ from consilience.rollout.records import Outcome, OutcomeKind, RolloutRecord
 from consilience.rollout.recovery import rebuild, restore, without_parent
 from consilience.rollout.token_log import TokenLog
 from consilience.rollout.tools import argument_error, run_tool
+from consilience.rollout.watched_threads import Task
 
 if TYPE_CHECKING:
     from consilience.rollout.worker import RolloutWorker
@@ -42,9 +45,10 @@ class WorkerRun:
             raise EngineError("two jobs share a uid; uids are unique over a run")
         self.worker, self.engine, self.jobs = worker, worker.engine, jobs
         self._decoding: dict[str, Episode] = {}
+        self._episodes: dict[str, Episode] = {}  # by job uid
         self._boxes: dict[str, Box] = {}  # job uid -> leased box
-        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._num_away = 0  # tasks given to threads whose event has not come back
+        threads = (worker.tool_threads, worker.lease_threads, worker.grade_threads)
+        self._errands = Errands(threads, self._on_late, worker.flush_s)
         self._to_grade: list[Episode] = []
         self._num_grading = 0
         self._final: list[RolloutRecord] = []
@@ -53,15 +57,17 @@ class WorkerRun:
         self._prompts: dict[tuple[str, str], tuple[Sequence, tuple[int, ...]]] = {}
         self._log = None if lease is None else TokenLog(lease)
         self._lost_streams: set[str] = set()  # request uids whose state died with a former worker
+        self._given_up: set[str] = set()  # job uids whose thread was late; what it still says is not heard
 
     def batches(self) -> Iterator[list[RolloutRecord]]:
         episodes = [episode for job in self.jobs if (episode := self._build(job)) is not None]
         begun = self._take_over(episodes)
+        self._episodes = {episode.job.uid: episode for episode in episodes}
         for episode in episodes:
             self._begin(episode, begun.get(episode.job.uid))
         last = time.monotonic()  # an empty batch now and then says that this worker lives
         while self._num_final < len(self.jobs):
-            self._take_events()
+            self._errands.take(is_idle=not self._decoding and not self._can_grade())
             if self._decoding:
                 self._step()
             self._grade_some()
@@ -134,7 +140,7 @@ class WorkerRun:
                 self._submit(episode)
 
         if episode.boxes:  # the calls of the turns before need their workspace, and so does the grader
-            self._away(self.worker.lease_threads, lambda: self._lease(episode, go_on), episode)
+            self._send_away("lease", lambda: self._lease(episode, go_on), episode)
         else:
             go_on()
 
@@ -205,7 +211,7 @@ class WorkerRun:
             errors = [argument_error(call, episode.job.tools) for call in episode.pending_calls]
             self._after_tools(episode, errors)  # nothing would run, so no box is needed
         else:
-            self._away(self.worker.lease_threads, lambda: self._lease(episode), episode)
+            self._send_away("lease", lambda: self._lease(episode), episode)
 
     def _lease(self, episode: Episode, then: Callable[[], None] | None = None) -> Callable[[], None]:
         """(lease thread) A box with its job's files and what the episode did there; then its calls."""
@@ -222,6 +228,9 @@ class WorkerRun:
 
         def leased() -> None:
             self._boxes[episode.job.uid] = box
+            if episode.job.uid in self._given_up:
+                self._release_box(episode.job.uid)
+                return
             episode.used_box(box.id, box.enforced.level.label)
             if then is None:
                 self._tools_in(box, episode)
@@ -240,9 +249,11 @@ class WorkerRun:
             results = [run_tool(box, call, tools, max_chars=max_chars) for call in episode.pending_calls]
             return lambda: self._after_tools(episode, results)
 
-        self._away(self.worker.tool_threads, work, episode)
+        self._send_away("tool", work, episode)
 
     def _after_tools(self, episode: Episode, results: list[str]) -> None:
+        if episode.job.uid in self._given_up:
+            return
         if self._log is not None:  # on the disk with the next step, before a token that saw them
             self._log.results(episode.request_uid, results, episode.boxes)
         try:
@@ -255,35 +266,43 @@ class WorkerRun:
         else:
             self._submit(episode)
 
-    def _away(
-        self, threads: ThreadPoolExecutor, work: Callable[[], Callable[[], None]], episode: Episode
-    ) -> None:
+    def _send_away(self, stage: str, work: Callable[[], Callable[[], None]], episode: Episode) -> None:
         """Run `work` in a thread, then what it returns in this one; any exception ends the episode only."""
-        self._num_away += 1
 
-        def task() -> None:
+        def guarded() -> Callable[[], None]:
             try:
-                event = work()
+                return work()
             except Exception as error:
                 detail = f"{type(error).__name__}: {error}"
-                event = lambda: self._abort(episode, detail)
-            self._events.put(event)
+                return lambda: self._abort(episode, detail)
 
-        threads.submit(task)
+        worker, limits = self.worker, self.worker.limits
+        threads, limit_s = (
+            (worker.tool_threads, limits.tool_s)
+            if stage == "tool"
+            else (worker.lease_threads, limits.lease_s)
+        )
+        self._errands.send(threads, stage, limit_s, guarded, [episode.job.uid])
 
-    def _take_events(self) -> None:
-        """Run what threads handed back; wait for one only when there is nothing else to do."""
-        idle = not self._decoding and not self._can_grade()
-        while self._num_away and (idle or not self._events.empty()):
-            try:
-                event = self._events.get(timeout=self.worker.flush_s)
-            except queue.Empty:
-                return
-            self._num_away -= 1
-            idle = False
-            event()
+    def _on_late(self, task: Task) -> None:
+        """End the episodes of a thread that is late, each with the stall in its record."""
+        self._num_grading -= task.stage == "grade"
+        waited_s = round(task.waited_s, 3)
+        stall = Stall(task.stage, waited_s, task.limit_s, stacks=dump_stacks(self.worker.stacks))
+        outcome = Outcome(OutcomeKind.INFRA, f"stalled in '{task.stage}' for {waited_s:.1f} s")
+        for uid in task.uids:
+            self._given_up.add(uid)
+            episode = self._episodes[uid]
+            if not episode.is_done:
+                episode.abort(outcome.detail)
+            self.engine.release(episode.held)
+            record = episode.record(Graded(None, {}, outcome))
+            fact = {STALLED: replace(stall, uids=(uid,)).to_dict()}
+            self._settle(episode, replace(record, metadata={**record.metadata, **fact}))
 
     def _abort(self, episode: Episode, detail: str) -> None:
+        if episode.job.uid in self._given_up:
+            return
         episode.abort(detail)
         self.engine.release(episode.held)
         self._settle(episode, episode.aborted_record())
@@ -310,10 +329,12 @@ class WorkerRun:
             batch, self._to_grade = self._to_grade[:size], self._to_grade[size:]
             items = [episode.grade_item(self._boxes.get(episode.job.uid)) for episode in batch]
             self._num_grading += 1
-            self._num_away += 1
-            self.worker.grade_threads.submit(self._grade, grader, batch, items)
+            limit_s = self.worker.limits.grade_s + len(batch) * self.worker.limits.grade_sample_s
+            work = partial(self._grade, grader, batch, items)
+            uids = [episode.job.uid for episode in batch]
+            self._errands.send(self.worker.grade_threads, "grade", limit_s, work, uids)
 
-    def _grade(self, grader: Grader, batch: list[Episode], items: list[GradeItem]) -> None:
+    def _grade(self, grader: Grader, batch: list[Episode], items: list[GradeItem]) -> Callable[[], None]:
         """(grading thread) One verdict an episode, whatever the grader does."""
         try:
             verdicts = grader.grade(items)
@@ -325,11 +346,13 @@ class WorkerRun:
         checked = [_checked(verdict) for verdict in verdicts]
 
         def graded() -> None:
+            if batch[0].job.uid in self._given_up:
+                return
             self._num_grading -= 1
             for episode, verdict in zip(batch, checked):
                 self._settle(episode, episode.record(verdict))
 
-        self._events.put(graded)
+        return graded
 
     def _settle(self, episode: Episode, record: RolloutRecord) -> None:
         """The record is final: give back what the episode held."""
@@ -341,7 +364,8 @@ class WorkerRun:
         box = self._boxes.pop(uid, None)
         if box is not None and self.worker.sandboxes is not None:
             pool = self.worker.sandboxes
-            self.worker.tool_threads.submit(pool.release, box)  # a release cleans the box, which takes time
+            limit_s = self.worker.limits.release_s  # a release cleans the box, which takes time
+            self.worker.tool_threads.submit(Task(lambda: pool.release(box), "release", limit_s, (uid,)))
 
     def close(self) -> None:
         """After a broken-off stream: let threads end, submit nothing more, give back every box."""
@@ -350,10 +374,7 @@ class WorkerRun:
             self._log.close()
         for episode in self._decoding.values():
             self._release_box(episode.job.uid)
-        while self._num_away:
-            event = self._events.get()
-            self._num_away -= 1
-            event()
+        self._errands.drain()
         for uid in list(self._boxes):
             self._release_box(uid)
 

@@ -112,7 +112,7 @@ def test_a_complete_report_survives_its_file_and_lacks_nothing(run_folder):
     assert missing_parts(again, DOMAINS, 40) == []
     assert list(json.loads((run_folder / "report.json").read_text())) == [
         "schema", "command", "commit", "seed", "machine", "stages", "scores", "gains", "retention", "kl",
-        "self_kl", "head_loads", "mismatch_max", "sandbox", "checks", "elapsed_s",
+        "self_kl", "head_loads", "mismatch_max", "sandbox", "checks", "elapsed_s", "health",
     ]  # fmt: skip
 
 
