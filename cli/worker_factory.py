@@ -55,7 +55,8 @@ def build_worker(
     settings = {"max_rows": max_rows, "max_length": max_length, "speculative": speculative, "exact": exact}
     engine = NativeEngine(policy, **settings)
     grader = RewardGrader(timeout_s=reward_timeout_s, num_processes=reward_processes, sandbox=sandbox)
-    boxes = BlockingPool(sandbox, max(warm, 1), uses_per_box) if needs_boxes else None
+    wait_s = (limits or Limits()).lease_s + 60.0  # the worker's own look at its threads comes first
+    boxes = BlockingPool(sandbox, max(warm, 1), uses_per_box, lease_limit_s=wait_s) if needs_boxes else None
     try:
         grader.start(rewards)
     except BaseException:

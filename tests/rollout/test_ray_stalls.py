@@ -35,13 +35,18 @@ def open_pool(tmp_path, trouble, num_workers=1, **options):
     return RolloutPool(num_workers, FACTORY, kwargs, stalls=stalls, **{"stall_s": 3.0, **options})
 
 
-def is_gone(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] == "Z"
+def is_gone(pid, limit_s=20.0):
+    """Whether a killed process ends: it is nowhere, or a zombie that Ray has not fetched yet."""
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "Z":
+                    return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_a_sample_whose_grading_hangs_is_given_out_again_and_goes_on_from_its_log(cluster, tmp_path):
