@@ -16,7 +16,7 @@ from consilience.conf.errors import ConfigError
 from consilience.conf.schema import Config, OptimizerConfig
 from consilience.model.quantization import Quantization
 from consilience.model.recompute import recompute_policy, set_recompute
-from consilience.rollout.deadlines import STALLS
+from consilience.rollout.deadlines import STALLS, StallLog, Watch
 from consilience.rollout.phase_health import HEALTH
 from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
@@ -122,11 +122,13 @@ def open_stage(context: StageContext, start: Start, lr: float):
             ),
         ]
     )
+    watch = Watch(f"stage {context.name}", cfg.run.phase_limit_s, StallLog(context.run.path / STALLS))
+    watch.begin("start")
     parts = {
         "engine": engine,
         "checkpoints": checkpoints,
         "log": log,
-        "clock": StageClock(earlier=cursor.get("clock")),
+        "clock": StageClock(earlier=cursor.get("clock"), on_phase=watch.begin),
         "progress": context.progress,
         "start": first,
         "cursor": cursor,
@@ -135,6 +137,7 @@ def open_stage(context: StageContext, start: Start, lr: float):
         yield parts
     finally:
         log.finish()
+        watch.close()
         context.progress.finish()
 
 

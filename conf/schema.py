@@ -306,6 +306,20 @@ class RunConfig:
     parallel: int = setting(
         1, "stages that run side by side, each in a process of its own", unit="stages", low=1, speed_only=True
     )
+    phase_limit_s: float = setting(
+        86_400.0,
+        "one rollout, training or publishing of a step; then the stage is ended, to be resumed",
+        unit="s",
+        low=1,
+        speed_only=True,
+    )
+    silence_limit_s: float = setting(
+        600.0,
+        "a stage's process that gives no sign of life for so long is ended",
+        unit="s",
+        low=1,
+        speed_only=True,
+    )
     margins: bool = setting(True, "fail the run when a check misses its bound; false: structure only")
 
 

@@ -10,11 +10,12 @@ import faulthandler
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -151,14 +152,15 @@ def dump_stacks(file: IO[str] | None = None) -> str:
 class Watch:
     """Watches what this process itself does: `begin` a piece of work, `end` it within `limit_s`.
 
-    On a breach the stacks of all threads are written and the stall is noted; then `on_breach` is called, in
-    the watching thread. For waits that nobody can give a limit to: a kernel on a device, a file system.
+    On a breach the stacks of all threads are written, the stall is noted, and the process is interrupted as
+    by Ctrl-C; where it is not over after `grace_s`, it is killed: what stands on the disk is resumed from.
+    For waits that nobody can give a limit to: a kernel on a device, a file system, a library.
     """
 
     def __init__(
-        self, actor: str, limit_s: float, log: StallLog, on_breach: Callable[[Stall], None], *, look_s=_LOOK_S
+        self, actor: str, limit_s: float, log: StallLog, *, grace_s: float = 60.0, look_s: float = _LOOK_S
     ) -> None:
-        self._actor, self._limit_s, self._log, self._on_breach = actor, limit_s, log, on_breach
+        self._actor, self._limit_s, self._log, self._grace_s = actor, limit_s, log, grace_s
         self._look_s = look_s
         self._work: tuple[str, float] | None = None
         self._over = threading.Event()
@@ -187,4 +189,6 @@ class Watch:
                     stall = replace(stall, stacks=dump_stacks(file))
             self._log.add(stall)
             self._work = None
-            self._on_breach(stall)
+            os.kill(os.getpid(), signal.SIGINT)
+            if not self._over.wait(self._grace_s):
+                os.kill(os.getpid(), signal.SIGKILL)

@@ -64,7 +64,7 @@ class Channel:
                 await asyncio.wait({self._reply}, timeout=timeout_s + GRACE_S)
                 if not self._reply.done():
                     raise SandboxLost(f"no answer to {header['verb']} within {timeout_s + GRACE_S:.1f} s")
-                reply, blob = self._reply.result()
+                reply, blob = self._reply.result()  # no limit: it is done
                 if reply.get("id") != self._next_id:
                     raise SandboxLost(f"answer to request {reply.get('id')}, expected {self._next_id}")
                 return reply, blob

@@ -1,14 +1,17 @@
 import json
+import signal
+import subprocess
+import sys
 import threading
-import time
 from pathlib import Path
+
+import pytest
 
 from consilience.rollout.deadlines import (
     REDISPATCHED,
     STALLS,
     Stall,
     StallLog,
-    Watch,
     dump_stacks,
     num_stalls,
     open_stacks,
@@ -77,29 +80,40 @@ def test_stacks_tell_where_every_thread_is(tmp_path):
     assert "waits_in_a_function_of_this_name" in text and "test_stacks_tell" in text
 
 
-def test_a_watch_notes_work_that_takes_too_long_and_leaves_the_rest_alone(tmp_path):
-    breached = threading.Event()
-    seen = []
+PROGRAM = """
+import sys, time
+from pathlib import Path
 
-    def on_breach(found):
-        seen.append(found)
-        breached.set()
+import pytest
+from consilience.rollout.deadlines import StallLog, Watch
 
-    log = StallLog(tmp_path / STALLS)
-    watch = Watch("stage grpo/math", 0.3, log, on_breach, look_s=0.02)
-    try:
-        for _ in range(5):
-            watch.begin("train")
-            time.sleep(0.02)
-            watch.end()
-        time.sleep(0.5)  # nothing is at work now, which may take as long as it likes
-        assert seen == []
-        watch.begin("publish")
-        assert breached.wait(20)
-    finally:
+def trains(seconds):
+    time.sleep(seconds)
+
+watch = Watch("stage grpo/math", 0.5, StallLog(Path(sys.argv[1])), grace_s=1.0, look_s=0.02)
+for _ in range(3):
+    watch.begin("publish")
+    time.sleep(0.02)
+    watch.end()
+time.sleep(0.7)  # nothing is at work now, which may take as long as it likes
+print("fine so far", flush=True)
+watch.begin("train")
+try:
+    trains(600)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    if sys.argv[2] == "ends":
         watch.close()
+        sys.exit(7)
+    trains(600)
+"""
+
+
+@pytest.mark.parametrize("way, code", [("ends", 7), ("hangs", -signal.SIGKILL)])
+def test_a_watch_ends_a_process_whose_work_takes_too_long_and_says_where_it_was(tmp_path, way, code):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / STALLS), way]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "fine so far\ninterrupted\n"), done.stderr
     (found,) = read_stalls(tmp_path / STALLS)
-    assert (found.stage, found.actor, found.action) == ("publish", "stage grpo/math", "ended")
-    assert (
-        found == seen[0] and found.waited_s > 0.3 and "test_a_watch_notes" in Path(found.stacks).read_text()
-    )
+    assert (found.stage, found.actor, found.action) == ("train", "stage grpo/math", "ended")
+    assert 0.5 < found.waited_s < 60 and "in trains" in Path(found.stacks).read_text()
