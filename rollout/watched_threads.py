@@ -25,7 +25,7 @@ class Task:
     limit_s  from the moment a thread takes it; the queue before that moves on as late threads are replaced
     """
 
-    work: Callable[[], None]
+    work: Callable[[], object]
     stage: str
     limit_s: float
     uids: tuple[str, ...] = ()

@@ -47,9 +47,7 @@ def waits(source: str) -> Iterator[tuple[int, str]]:
     """(line, code) of every wait without a limit or a reason."""
     lines = source.splitlines()
     for node, is_limited in _nodes(ast.parse(source), False):
-        found = not is_limited and (
-            _is_limitless(node) if isinstance(node, ast.Call) else _locks(node)  # type: ignore[arg-type]
-        )
+        found = not is_limited and (_is_limitless(node) if isinstance(node, ast.Call) else _locks(node))
         if not found:
             continue
         last = node.items[-1].context_expr if isinstance(node, ast.With | ast.AsyncWith) else node
@@ -57,7 +55,7 @@ def waits(source: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, ast.unparse(node).splitlines()[0]
 
 
-def _nodes(node: ast.AST, is_limited: bool) -> Iterator[tuple[ast.AST, bool]]:
+def _nodes(node: ast.AST, is_limited: bool) -> Iterator[tuple[ast.Call | ast.With | ast.AsyncWith, bool]]:
     """Calls and `with` blocks, each with whether an `asyncio.timeout` stands around it."""
     if isinstance(node, ast.Call | ast.With | ast.AsyncWith):
         yield node, is_limited
@@ -93,13 +91,14 @@ def _is_limitless(call: ast.Call) -> bool:
         return False
     if not call.args:
         return True
-    if isinstance(call.args[0], ast.Constant) and call.args[0].value is None and METHODS[method] == 1:
+    if isinstance(call.args[0], ast.Constant) and call.args[0].value is None:
         return True
     if method == "communicate":
         return len(call.args) < 2
     # `get(key)`, `join(words)`, `wait(seconds)`: an argument that is no flag is a key, or the timeout itself
-    is_flag = isinstance(call.args[0], ast.Constant) and isinstance(call.args[0].value, bool | None)
-    return is_flag and bool(call.args[0].value is not False) and len(call.args) < METHODS[method]  # type: ignore[attr-defined]
+    first = call.args[0]
+    is_flag = isinstance(first, ast.Constant) and first.value is True
+    return is_flag and len(call.args) < METHODS[method]
 
 
 _POLITE = ("block", "blocking", "wait")
