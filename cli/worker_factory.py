@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from consilience.rollout.deadlines import Limits
 from consilience.rollout.worker import RolloutWorker
 
 
@@ -27,6 +28,7 @@ def build_worker(
     exact: bool = False,
     quantization: str = "off",
     records_routing: bool = False,
+    limits: Limits | None = None,
 ) -> RolloutWorker:
     """A RolloutWorker over the native engine with random weights; real ones arrive by `publish`.
 
@@ -38,6 +40,7 @@ def build_worker(
     exact, quantization  how the model computes, as the trainer's does (`engine.exact`, `engine.quantization`)
     records_routing  records carry the experts that each token visited
     rewards    (reward path, needs sandbox) pairs to load before the first episode
+    limits     how long an episode's threads may take
     Raises what a part that can never work raises: RewardError, SandboxUnavailable.
     """
     import torch
@@ -59,7 +62,8 @@ def build_worker(
     caching = None if prefixes is None else PrefixCaching(**{**prefixes, "folder": Path(prefixes["folder"])})
     engine = NativeEngine(policy, **settings, records_routing=records_routing, prefixes=caching)
     grader = RewardGrader(timeout_s=reward_timeout_s, num_processes=reward_processes, sandbox=sandbox)
-    boxes = BlockingPool(sandbox, max(warm, 1), uses_per_box) if needs_boxes else None
+    wait_s = (limits or Limits()).lease_s + 60.0  # the worker's own look at its threads comes first
+    boxes = BlockingPool(sandbox, max(warm, 1), uses_per_box, lease_limit_s=wait_s) if needs_boxes else None
     try:
         grader.start(rewards)
     except BaseException:
@@ -80,5 +84,6 @@ def build_worker(
         grader,
         family=family,
         max_context=max_length,
+        limits=limits,
         on_close=close,
     )

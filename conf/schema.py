@@ -175,6 +175,26 @@ class RolloutConfig:
         "how workers compute, as in engine.quantization; null: as the trainer; else the mismatch is logged",
         choices=("off", "fp4", "fp8", "fp4_fp8"),
     )
+    publish_limit_s: float = setting(
+        600.0, "the same, while it takes over new weights", unit="s", low=1, speed_only=True
+    )
+    tool_limit_s: float = setting(
+        600.0,
+        "all tool calls of one turn; then the sample is given out again",
+        unit="s",
+        low=1,
+        speed_only=True,
+    )
+    lease_limit_s: float = setting(
+        1800.0, "a box and its files; then the sample is given out again", unit="s", low=1, speed_only=True
+    )
+    most_redispatches: int = setting(
+        2,
+        "times that a stalled sample is given out again; then it is dropped with its group",
+        unit="times",
+        low=0,
+        speed_only=True,
+    )
     speculative: bool = setting(
         False, "the MTP block drafts, the model verifies: same distribution, other tokens for a seed"
     )
@@ -324,6 +344,20 @@ class RunConfig:
     )
     parallel: int = setting(
         1, "stages that run side by side, each in a process of its own", unit="stages", low=1, speed_only=True
+    )
+    phase_limit_s: float = setting(
+        86_400.0,
+        "one rollout, training or publishing of a step; then the stage is ended, to be resumed",
+        unit="s",
+        low=1,
+        speed_only=True,
+    )
+    silence_limit_s: float = setting(
+        600.0,
+        "a stage's process that gives no sign of life for so long is ended",
+        unit="s",
+        low=1,
+        speed_only=True,
     )
     margins: bool = setting(True, "fail the run when a check misses its bound; false: structure only")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from consilience.rollout.continuous import Inbox, serve
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.lease import fence, take_lease
+from consilience.rollout.lease import fence
 from consilience.rollout.phases import Durable
 from consilience.rollout.publishing import Announced, verify
 from consilience.rollout.records import RolloutRecord
@@ -44,7 +44,7 @@ class LocalStreams:
     def hand_over(self, jobs: Sequence[RolloutJob], durable: Durable) -> None:
         """See `RolloutStreams.hand_over`."""
         fence(durable.log_folder)  # whoever still writes there belongs to a driver that is gone
-        lease = take_lease(durable.log_folder, "local", survives_power=durable.survives_power)
+        lease = durable.take_lease("local")
         self._durable_of |= dict.fromkeys((job.uid for job in jobs), durable)
         self._inbox.submit(jobs, lease)
 

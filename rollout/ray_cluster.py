@@ -95,7 +95,7 @@ def stop_ray(cluster: RayCluster) -> None:
     """Disconnect; end the processes and the temp folder only of a cluster that `start_ray` started."""
     import ray
 
-    ray.shutdown()
+    ray.shutdown()  # no limit: Ray gives each of its processes some seconds and then kills it
     for key, value in (cluster.environment or {}).items():
         if value is None:
             os.environ.pop(key, None)

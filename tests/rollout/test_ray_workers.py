@@ -140,7 +140,9 @@ def test_a_frozen_worker_is_named_and_replaced_and_its_samples_go_on_from_the_lo
     with RolloutPool(1, FACTORY, SLOW, stall_s=5.0) as pool:
         records = pool.generate(jobs(48), freeze_once, durable=Durable(tmp_path / "log", keep))
         (stall,) = pool.stalls
-    assert f"process {frozen[0]}" in stall and "unfinished samples, s/0/" in stall and pool.num_replaced == 1
+    assert (stall.pid, stall.stage, stall.actor) == (frozen[0], "stream", "rollout worker 0")
+    assert stall.uids and stall.uids[0].startswith("s/0/") and stall.action == "redispatched"
+    assert pool.num_replaced == 1 and f"process {frozen[0]}" in str(stall)
     assert [r.uid for r in records] == [j.uid for j in jobs(48)] and list(kept.values()) != []
     assert set(kept) == {r.uid for r in records}
     assert any("resumed_at" in r.metadata for r in records)
