@@ -6,6 +6,7 @@ join and leave between two of them, and an update of the weights falls between t
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections import deque
@@ -84,7 +85,7 @@ class VllmEngine:
             worker_extension_cls="consilience.rollout.vllm_weights.WeightReceiver",
             **settings,
         )
-        self._llm = LLMEngine.from_engine_args(args)
+        self._llm: Any = LLMEngine.from_engine_args(args)
         self.max_rows, self.max_length = max_rows, max_length
         self._vocab_size = int(config["vocab_size"])
         self._export = export or (lambda weights: weights)
@@ -339,6 +340,15 @@ class VllmEngine:
         """Undo `sleep`. After level 2 there are no weights: `publish` comes before the next step."""
         self._llm.wake_up()
         self._rest = "" if self._has_weights else "the weights were dropped at sleep; publish some"
+
+    def close(self) -> None:
+        """End vLLM's workers and free what they hold. One engine a process at a time: vLLM keeps global state."""
+        self._fault = "the engine is closed"
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.engine_core.shutdown()
+        del llm
+        gc.collect()
 
     def _check_idle(self, why: str) -> None:
         self._check_alive()

@@ -54,14 +54,16 @@ class WeightReceiver:
             raise WeightsRefused(f"{len(wrong)} tensors arrived with another digest, {wrong[0]} the first")
         complaints = _Complaints()
         log = logging.getLogger(RELOAD_LOG)
-        level = log.level
+        level, propagates = log.level, log.propagate
         log.setLevel(logging.WARNING)  # a quiet vLLM would not even make the record
+        log.propagate = False  # what is answered here need not be printed at every update
         log.addHandler(complaints)
         try:
             self.reload_weights(weights_iterator=iter(tensors.items()))  # type: ignore[attr-defined]
         finally:
             log.removeHandler(complaints)
             log.setLevel(level)
+            log.propagate = propagates
         owners = self._copy_sinks(tensors)
         failed = sorted(c for c in complaints.counts if not TABLE.match(c) and c not in owners)
         if failed:

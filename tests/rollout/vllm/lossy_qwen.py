@@ -1,76 +1,89 @@
-"""A Qwen3 whose layers have what vLLM's reload loses: a sink a head, and a gain beside a norm's weight.
+"""Two Qwen3 with parameters that vLLM's reload loses, filled as vLLM fills the sinks of DeepSeek-V4: by `copy_`,
+without a weight loader.
 
-Both are filled as vLLM fills the sinks of DeepSeek-V4: `copy_` into the parameter, no weight loader. So a reload
-puts the sinks back to their old values, and leaves the gains, whose layer receives other tensors, to whatever
-memory it gets. Sinks scale the heads' outputs, gains what their norm gives.
+    sinks  a number a head, which scales the head's output; the reload puts the old ones back and says so
+    gains  a factor beside a norm's weight; its layer receives another tensor, so the reload says nothing
+
+Both can be folded into the plain weights, which gives the reference.
 """
 
-import re
-
 import torch
-from tiny_qwen import PROBES
 from torch import nn
-from transformers import Qwen3ForCausalLM as HuggingFace
 from vllm import ModelRegistry
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-ARCHITECTURE = "LossyQwen3ForCausalLM"
-EXTRA = re.compile(r"model\.layers\.(\d+)\.(self_attn\.attn_sink|input_layernorm\.gain)$")
-__all__ = ["ARCHITECTURE", "PROBES", "Lossy", "extra_tensors", "lossy_reference"]
+HEADS = 4
 
 
-def extra_tensors(weights, heads, seed):
-    """Sinks and gains for the layers that `weights` has."""
-    generator = torch.Generator().manual_seed(seed)
-    layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
-    sinks = {f"model.layers.{i}.self_attn.attn_sink": torch.randn(heads, generator=generator) for i in layers}
-    gains = {f"model.layers.{i}.input_layernorm.gain": torch.randn(1, generator=generator) + 2 for i in layers}
-    return sinks | gains
-
-
-def _scale_heads(sink, heads):
-    return lambda module, args: ((args[0].unflatten(-1, (heads, -1)) * (2 * sink[:heads, None]).sigmoid()).flatten(-2),)
-
-
-class Lossy(Qwen3ForCausalLM):
-    def __init__(self, *, vllm_config, prefix=""):
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        heads = vllm_config.model_config.hf_config.num_attention_heads
-        for layer in self.model.layers:
-            attention, norm = layer.self_attn, layer.input_layernorm
-            attention.attn_sink = nn.Parameter(torch.zeros(2 * heads), requires_grad=False)  # padded, as V4's
-            norm.gain = nn.Parameter(torch.ones(1), requires_grad=False)
-            attention.o_proj.register_forward_pre_hook(
-                lambda module, args, a=attention: _scale_heads(a.attn_sink, heads)(module, args)
-            )
-            attention.qkv_proj.register_forward_pre_hook(lambda module, args, n=norm: (args[0] * n.gain,))
+class _Lossy(Qwen3ForCausalLM):
+    extra = ""
 
     def load_weights(self, weights):
-        params, rest, loaded = dict(self.named_parameters()), [], set()
+        params, rest = dict(self.named_parameters()), []
         for name, tensor in weights:
-            if EXTRA.match(name):
-                params[name][: len(tensor)].data.copy_(tensor)
-                loaded.add(name)
+            if name.endswith(self.extra):
+                params[name].data[: len(tensor)].copy_(tensor)
             else:
                 rest.append((name, tensor))
-        return loaded | super().load_weights(rest)
+        return super().load_weights(rest) | {name for name in params if name.endswith(self.extra)}
 
 
-ModelRegistry.register_model(ARCHITECTURE, Lossy)
+class SinkQwen3ForCausalLM(_Lossy):
+    extra = "attn_sink"
+
+    def __init__(self, *, vllm_config, prefix=""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        for layer in self.model.layers:
+            attention = layer.self_attn
+            attention.attn_sink = nn.Parameter(torch.zeros(2 * HEADS), requires_grad=False)  # padded, as V4's
+            attention.o_proj.register_forward_pre_hook(
+                lambda module, args, a=attention: (scaled(args[0], a.attn_sink[:HEADS]),)
+            )
 
 
-def lossy_reference(reference):
-    """The same model by transformers; `reference` scores its plain part."""
+class GainQwen3ForCausalLM(_Lossy):
+    extra = "gain"
 
-    def score(weights, sequences):
-        plain = {name: tensor for name, tensor in weights.items() if not EXTRA.match(name)}
-        taken = {}
+    def __init__(self, *, vllm_config, prefix=""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        for layer in self.model.layers:
+            norm = layer.input_layernorm
+            norm.gain = nn.Parameter(torch.ones(1), requires_grad=False)
+            layer.self_attn.qkv_proj.register_forward_pre_hook(
+                lambda module, args, n=norm: (args[0] * n.gain,)
+            )
 
-        def catch(module, args):
-            taken[id(module)] = module
 
-        handle = nn.modules.module.register_module_forward_pre_hook(catch)
-        handle.remove()
-        return reference(plain, sequences, extra={n: t for n, t in weights.items() if EXTRA.match(n)})
+MODELS = {cls.__name__: cls for cls in (SinkQwen3ForCausalLM, GainQwen3ForCausalLM)}
+for name, cls in MODELS.items():
+    ModelRegistry.register_model(name, cls)
 
-    return score
+
+def scaled(heads, sink):
+    """[…, H C] with each head times the sigmoid of its sink [H]."""
+    return (heads.unflatten(-1, (HEADS, -1)) * sink.sigmoid()[:, None]).flatten(-2)
+
+
+def with_extra(weights, extra, seed):
+    """`weights` and the extra tensors of the two layers."""
+    generator = torch.Generator().manual_seed(seed)
+    new = dict(weights)
+    for layer in (0, 1):
+        if extra == "attn_sink":
+            sink = 2 * torch.randn(HEADS, generator=generator)
+            new[f"model.layers.{layer}.self_attn.attn_sink"] = sink
+        else:
+            new[f"model.layers.{layer}.input_layernorm.gain"] = torch.rand(1, generator=generator) + 0.5
+    return new
+
+
+def folded(weights):
+    """The plain Qwen3 that computes the same."""
+    plain = {name: tensor for name, tensor in weights.items() if not name.endswith(("attn_sink", "gain"))}
+    for layer in (0, 1):
+        own = f"model.layers.{layer}."
+        if (sink := weights.get(f"{own}self_attn.attn_sink")) is not None:
+            plain[f"{own}self_attn.o_proj.weight"] = scaled(plain[f"{own}self_attn.o_proj.weight"], sink)
+        if (gain := weights.get(f"{own}input_layernorm.gain")) is not None:
+            plain[f"{own}input_layernorm.weight"] = plain[f"{own}input_layernorm.weight"] * gain
+    return plain
