@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from consilience.cli.side_by_side import SharedWorkers
-from consilience.conf.schema import Config
+from consilience.conf.schema import Config, VllmConfig
 from consilience.model.config import ModelConfig
 from consilience.rollout.ray_cluster import RayCluster, start_ray, stop_ray
 from consilience.rollout.ray_workers import RolloutPool
@@ -78,6 +78,8 @@ def rollout_pool(
         "max_length": cfg.rollout.max_length,
         "speculative": cfg.rollout.speculative,
         "exact": cfg.engine.exact,
+        "engine": cfg.rollout.engine,
+        "vllm": _vllm_arguments(cfg.rollout.vllm),
         "quantization": cfg.engine.quantization,
         "sandbox": sandbox_spec(cfg),
         "warm": cfg.sandbox.warm,
@@ -89,15 +91,26 @@ def rollout_pool(
     }
     # Every checkpoint folder has its own copy of the tokenizer; workers are kept while it is the same one.
     same = kwargs | {"tokenizer_path": Tokenizer.load(tokenizer).digest}
-    wanted = (num_workers, cfg.rollout.threads_per_worker, cfg.rollout.stall_s, same)
+    python = cfg.rollout.vllm.python if cfg.rollout.engine == "vllm" else None
+    wanted = (num_workers, cfg.rollout.threads_per_worker, cfg.rollout.stall_s, python, same)
     if _open.get("wanted") != wanted:
         close_pool()
         _cluster(cfg, _cores(cfg))
         factory = "consilience.cli.worker_factory:build_worker"
         limits = {"num_threads": cfg.rollout.threads_per_worker, "stall_s": cfg.rollout.stall_s}
+        limits["python"] = python
         _open["pool"] = RolloutPool(num_workers, factory, kwargs, **limits)
         _open["wanted"] = wanted
     return _open["pool"]
+
+
+def _vllm_arguments(vllm: VllmConfig) -> dict[str, Any]:
+    """What `vllm_launch.launch` takes of the configuration."""
+    return {
+        "checkpoint": vllm.checkpoint and str(Path(vllm.checkpoint).resolve()),
+        "max_mismatch": vllm.max_mismatch,
+        "settings": vllm.settings,
+    }
 
 
 def close_pool() -> None:

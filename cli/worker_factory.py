@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from consilience.rollout.engine import RolloutEngine
 from consilience.rollout.worker import RolloutWorker
 
 
@@ -24,33 +25,34 @@ def build_worker(
     speculative: bool = False,
     exact: bool = False,
     quantization: str = "off",
+    engine: str = "native",
+    vllm: Mapping[str, Any] | None = None,
 ) -> RolloutWorker:
-    """A RolloutWorker over the native engine with random weights; real ones arrive by `publish`.
+    """A RolloutWorker over an engine with random weights; real ones arrive by `publish`.
 
     model      config.json fields
     sandbox    SandboxSpec of agent boxes and of the judge's box
     family     checkpoint family whose prompts the model knows (v4_model.md 13.3)
     speculative  the prediction block drafts; EngineError if the model has none
     exact, quantization  how the model computes, as the trainer's does (`engine.exact`, `engine.quantization`)
+    engine     "native", or "vllm" with the arguments `vllm` of `vllm_launch.launch`
     rewards    (reward path, needs sandbox) pairs to load before the first episode
     Raises what a part that can never work raises: RewardError, SandboxUnavailable.
     """
     import torch
 
-    from consilience.model.config import ModelConfig
-    from consilience.model.initialize import initialize
-    from consilience.model.quantization import Quantization
-    from consilience.model.transformer import Transformer
     from consilience.rewards.grader import RewardGrader
-    from consilience.rollout.native_engine import NativeEngine
     from consilience.rollout.tokenizer import Tokenizer
     from consilience.sandboxes.blocking import BlockingPool
 
     torch.set_grad_enabled(False)
-    policy = initialize(Transformer(ModelConfig.from_json_dict(model)), seed=0)
-    policy.quantize(Quantization.from_name(quantization))
-    settings = {"max_rows": max_rows, "max_length": max_length, "speculative": speculative, "exact": exact}
-    engine = NativeEngine(policy, **settings)
+    sizes = {"max_rows": max_rows, "max_length": max_length}
+    if engine == "vllm":
+        from consilience.rollout.vllm_launch import launch
+
+        sampler = launch(model, **sizes, **(vllm or {}))
+    else:
+        sampler = _native(model, quantization, speculative=speculative, exact=exact, **sizes)
     grader = RewardGrader(timeout_s=reward_timeout_s, num_processes=reward_processes, sandbox=sandbox)
     boxes = BlockingPool(sandbox, max(warm, 1), uses_per_box) if needs_boxes else None
     try:
@@ -67,7 +69,7 @@ def build_worker(
             boxes.close()
 
     return RolloutWorker(
-        engine,
+        sampler,
         Tokenizer.load(tokenizer_path),
         boxes,  # type: ignore[arg-type]
         grader,
@@ -75,3 +77,15 @@ def build_worker(
         max_context=max_length,
         on_close=close,
     )
+
+
+def _native(model: Mapping[str, Any], quantization: str, **settings: Any) -> RolloutEngine:
+    from consilience.model.config import ModelConfig
+    from consilience.model.initialize import initialize
+    from consilience.model.quantization import Quantization
+    from consilience.model.transformer import Transformer
+    from consilience.rollout.native_engine import NativeEngine
+
+    policy = initialize(Transformer(ModelConfig.from_json_dict(model)), seed=0)
+    policy.quantize(Quantization.from_name(quantization))
+    return NativeEngine(policy, **settings)

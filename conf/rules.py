@@ -30,6 +30,7 @@ def check_rules(cfg: Config) -> Config:
     _check_model(cfg)
     _check_sandbox(cfg)
     _check_engine(cfg)
+    _check_vllm(cfg)
     _check_files(cfg)
     _check_plan(cfg)
     if not NAME.fullmatch(cfg.run.name):
@@ -195,6 +196,17 @@ def _check_engine(cfg: Config) -> None:
         raise ConfigError(
             f"engine.recompute is {list(words)}; write none alone, or what the backward computes again"
         )
+
+
+def _check_vllm(cfg: Config) -> None:
+    if cfg.rollout.engine != "vllm":
+        return
+    for key, is_on in (("rollout.speculative", cfg.rollout.speculative), ("engine.exact", cfg.engine.exact)):
+        if is_on:
+            raise ConfigError(f"{key}=true is of the native engine; vLLM has it not: set it to false")
+    python = cfg.rollout.vllm.python
+    if python is not None and not Path(python).is_file():
+        raise ConfigError(f"rollout.vllm.python is '{python}', but no such file exists; make vllm builds one")
 
 
 def _check_sandbox(cfg: Config) -> None:

@@ -119,6 +119,27 @@ class SpecialistConfig:
 
 
 @dataclass(frozen=True)
+class VllmConfig:
+    """vLLM behind the workers, where `rollout.engine=vllm`."""
+
+    python: str | None = setting(
+        None, "interpreter of the environment that has vLLM (.venv-vllm/bin/python); null: the driver's own"
+    )
+    checkpoint: str | None = setting(
+        None,
+        "folder that vLLM starts from, in a layout it reads; null: random weights, until an update",
+    )
+    max_mismatch: float = setting(
+        0.35,
+        "mean |log-probability − reference| over an update's probes above which it failed; 0.35 lets V4's "
+        "FP8 kernels pass and no stale sink",
+        unit="nats",
+        above=0,
+    )
+    settings: dict[str, Any] = setting({}, "further arguments of vLLM (rollout/vllm_settings.py says which)")
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """The workers that sample."""
 
@@ -137,6 +158,10 @@ class RolloutConfig:
     stall_s: float = setting(
         900.0, "a worker silent for so long is named, ended and replaced", unit="s", low=10, speed_only=True
     )
+    engine: str = setting(
+        "native", "what decodes: the exact engine of this project, or vLLM", choices=("native", "vllm")
+    )
+    vllm: VllmConfig = setting(VllmConfig, "vLLM's own settings")
     speculative: bool = setting(
         False, "the MTP block drafts, the model verifies: same distribution, other tokens for a seed"
     )

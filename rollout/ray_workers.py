@@ -31,7 +31,7 @@ from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.lease import Lease, fence, take_lease
 from consilience.rollout.phases import Durable
 from consilience.rollout.publishing import pack, unpack, verify
-from consilience.rollout.ray_cluster import RayCluster, ray_cluster, start_ray, stop_ray, worker_environment
+from consilience.rollout.ray_cluster import RayCluster, ray_cluster, start_ray, stop_ray, worker_runtime
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.worker import RolloutWorker
 
@@ -78,6 +78,12 @@ class _Mailbox:
     def state(self) -> EngineState:
         return self._worker.state()
 
+    def sleep(self, level: int) -> None:
+        self._worker.sleep(level)
+
+    def wake(self) -> None:
+        self._worker.wake()
+
     def close(self) -> None:
         self._worker.close()
 
@@ -91,6 +97,7 @@ class RolloutPool:
     start_timeout_s  how long a worker may wait for its cores and its build; EngineError after that
     stall_s       silence after which a worker counts as dead; it is named in `stalls`, asked for its stacks
                   (in its own error output) and killed. A worker speaks every few seconds, between two steps
+    python        interpreter of the workers, see `ray_cluster.worker_runtime`
     ConfigError on a factory that cannot be named or loaded; whatever the factory raises arrives typed.
     Use it as a context manager, or call `close`.
     """
@@ -105,6 +112,7 @@ class RolloutPool:
         max_restarts: int = 3,
         start_timeout_s: float = 300.0,
         stall_s: float = 900.0,
+        python: str | None = None,
     ) -> None:
         if num_workers < 1:
             raise ConfigError(f"num_workers is {num_workers}, at least 1")
@@ -112,6 +120,7 @@ class RolloutPool:
         self._factory, self._kwargs = factory, dict(kwargs or {})
         self._num_threads, self._max_restarts = num_threads, max_restarts
         self._start_timeout_s, self._stall_s = start_timeout_s, stall_s
+        self._python = python
         self._current: tuple[Any, str, int] | None = None  # (ref of packed weights, digest, version)
         self._actors: list[Any] = []
         self._processes: list[tuple[str, int]] = []  # (host, pid) by slot
@@ -250,6 +259,16 @@ class RolloutPool:
         for slot in dead:
             self._replace(slot)
 
+    def sleep(self, level: int = 1) -> None:
+        """Let every worker give memory back until `wake`; EngineError where an engine cannot."""
+        for answer in [actor.sleep.remote(level) for actor in self._actors]:
+            self._get(answer)
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        for answer in [actor.wake.remote() for actor in self._actors]:
+            self._get(answer)
+
     def states(self) -> list[EngineState]:
         """Each worker's engine counters, by slot."""
         return [self._get(actor.state.remote()) for actor in self._actors]
@@ -267,7 +286,7 @@ class RolloutPool:
         options = {
             "num_cpus": self._num_threads,
             "max_restarts": 0,  # a restarted actor would have no weights; we replace it ourselves
-            "runtime_env": {"env_vars": worker_environment(self._num_threads)},
+            "runtime_env": worker_runtime(self._num_threads, self._python),
         }
         return ray.remote(_Mailbox).options(**options).remote(self._factory, self._kwargs)
 

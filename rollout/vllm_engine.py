@@ -1,7 +1,8 @@
 """vLLM behind the `RolloutEngine` protocol: its scheduler and kernels, our records, seeds and proofs.
 
 The engine runs in this process (of a rollout worker's Ray actor), so one `step` is one step of vLLM, requests
-join and leave between two of them, and an update of the weights falls between two. vLLM is imported when an engine is built.
+join and leave between two of them, and an update of the weights falls between two. vLLM is imported when an
+engine is built.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ class VllmEngine:
         config = json.loads((checkpoint / "config.json").read_text())
         settings = dict(settings or {})
         prepare_environment()
-        from vllm import EngineArgs
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm import EngineArgs  # pyright: ignore
+        from vllm.platforms import current_platform  # pyright: ignore
+        from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore
 
         check_settings(settings, config["architectures"][0], current_platform.is_cpu())
         args = EngineArgs(
@@ -138,8 +139,8 @@ class VllmEngine:
             )
 
     def _start(self, request: Request) -> None:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm import SamplingParams  # pyright: ignore
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore
 
         sampling = request.sampling
         before = () if request.parent is None else self._held.pop(request.parent)
@@ -199,8 +200,8 @@ class VllmEngine:
         if output.finished == (not stream.num_left) and taken == len(tokens):
             return self._retire(stream) if output.finished else None
         raise EngineError(
-            f"vLLM ended request {output.request_id} as {turn.finish_reason!r} after {len(stream.tokens)} tokens, "
-            f"{stream.num_left} were left; restart the worker, which goes on from the log"
+            f"vLLM ended request {output.request_id} as {turn.finish_reason!r} after {len(stream.tokens)} "
+            f"tokens, {stream.num_left} were left; restart the worker, which goes on from the log"
         )
 
     def _retire(self, stream: Stream) -> Completed:
@@ -221,10 +222,10 @@ class VllmEngine:
             self._held.pop(uid, None)
 
     def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
-        """See `RolloutEngine.publish`. Streams that run are prefilled again: their state is of one version, too.
+        """See `RolloutEngine.publish`. Running streams are prefilled again: one state, one version.
 
-        The update is proven: probes are scored and held against the reference under these weights. EngineError
-        when it did not arrive as a whole; the engine then samples nothing more.
+        The update is proven: probes are scored and held against the reference under these weights.
+        EngineError when it did not arrive as a whole; the engine then samples nothing more.
         """
         if self._fault:
             raise EngineError(self._fault)
@@ -237,9 +238,9 @@ class VllmEngine:
         self.mismatches.append(mismatch)
         if not mismatch.mean <= self._max_mismatch:
             self._fault = (
-                f"after the update to version {version} vLLM's log-probabilities are {mismatch.mean:.3g} nats off on "
-                f"average ({mismatch.largest:.3g} at most), {self._max_mismatch:g} are allowed: weights did not "
-                "arrive, or this version of vLLM computes another model; take rollout.engine=native"
+                f"after the update to version {version} log-probabilities are {mismatch.mean:.3g} nats "
+                f"off on average ({mismatch.largest:.3g} at most), {self._max_mismatch:g} are allowed; "
+                "weights did not arrive, or this vLLM computes another model; take rollout.engine=native"
             )
             raise EngineError(self._fault)
 
@@ -266,8 +267,8 @@ class VllmEngine:
         if found != self._layout:
             wrong = sorted(n for n in {*found, *self._layout} if found.get(n) != self._layout.get(n))
             raise WeightsRefused(
-                f"{len(wrong)} of {len(self._layout)} tensors are missing, unknown or of another shape, {wrong[0]} "
-                "the first; vLLM would take a part without a word, so the old weights stay"
+                f"{len(wrong)} of {len(self._layout)} tensors are missing, unknown or of another shape, "
+                f"{wrong[0]} the first; vLLM would take a part without a word, so the old weights stay"
             )
         try:
             self._llm.collective_rpc("receive_weights", args=(tensors, tensor_digests(tensors)))
@@ -282,7 +283,7 @@ class VllmEngine:
 
     def score(self, sequences: Sequence[Sequence[int]]) -> Scores:
         """Log-probability of each sequence's tokens but the first, at temperature 1, by vLLM's prefill."""
-        from vllm import SamplingParams
+        from vllm import SamplingParams  # pyright: ignore
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         names = [f"{_PROBE}{number}" for number in range(len(sequences))]
@@ -291,7 +292,9 @@ class VllmEngine:
         found: dict[str, Any] = {}
         while len(found) < len(names):
             outputs = self._llm.step()
-            found |= {o.request_id: o.prompt_logprobs for o in outputs if o.finished and o.request_id in names}
+            found |= {
+                o.request_id: o.prompt_logprobs for o in outputs if o.finished and o.request_id in names
+            }
             if others := [o for o in outputs if o.request_id not in names]:
                 self._backlog.append((self._version, others))  # streams that run go on: `step` hands it out
         return [
@@ -300,10 +303,10 @@ class VllmEngine:
         ]
 
     def prove(self, weights: Mapping[str, Tensor]) -> list[KindProof]:
-        """Change each kind of tensor alone, load, and see whether the log-probabilities follow the reference's.
+        """Change each kind of tensor alone, load, and see whether the log-probabilities follow the reference.
 
         weights  those that are loaded; they are loaded again at the end
-        EngineError names the kinds that vLLM did not take: a round trip of equal weights would have hidden them.
+        EngineError names the kinds that vLLM did not take: a round trip of equal weights would hide it.
         EngineError too while requests run: they would sample from the changed weights.
         """
         self._check_idle("a proof changes the weights")
@@ -342,7 +345,7 @@ class VllmEngine:
         self._rest = "" if self._has_weights else "the weights were dropped at sleep; publish some"
 
     def close(self) -> None:
-        """End vLLM's workers and free what they hold. One engine a process at a time: vLLM keeps global state."""
+        """End vLLM's workers and free what they hold. One engine a process at a time: it has globals."""
         self._fault = "the engine is closed"
         llm, self._llm = self._llm, None
         if llm is not None:

@@ -1,4 +1,4 @@
-"""Did new weights arrive in a sampler that is not ours? Digests say it of the bytes sent, log-probabilities of the rest.
+"""Did new weights arrive in a sampler that is not ours? Log-probabilities of fixed probes say it.
 
 Plain mathematics over probe sequences: no engine. P probes, N scored tokens in all.
 """
@@ -55,7 +55,7 @@ def compare(version: int, ours: Scores, reference: Scores, before: Scores | None
 
 
 def kinds_of(names: Sequence[str]) -> dict[str, list[str]]:
-    """Names by what they are, whatever layer and expert: `layers.*.attn.attn_sink` -> the sinks of all layers."""
+    """Names by what they are, whatever layer and expert: `layers.*.attn.attn_sink` -> all sinks."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
@@ -73,7 +73,9 @@ def changed(weights: Mapping[str, Tensor], names: Sequence[str], seed: int = 0) 
         old = weights[name]
         if old.is_floating_point():
             values = old.float().cpu()
-            size = max(0.5 * float(values.std(correction=0)), 0.1 * min(1.0, float(values.abs().max()) or 1.0))
+            size = max(
+                0.5 * float(values.std(correction=0)), 0.1 * min(1.0, float(values.abs().max()) or 1.0)
+            )
             noise = torch.randn(values.shape, generator=generator) * size
             new[name] = (values + noise).to(old.dtype).to(old.device)
     return new

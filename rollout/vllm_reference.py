@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from consilience.rollout.vllm_proof import Reference, Scores
+from consilience.rollout.vllm_settings import V4
 
 
 def reference_of(checkpoint: Path) -> Reference:
-    """Our own forward for V4, transformers' in fp32 for any other causal model; on the CPU, made at first use."""
+    """Our own forward for V4, transformers' in fp32 for any other causal model; on the CPU."""
     architecture = json.loads((checkpoint / "config.json").read_text())["architectures"][0]
-    return _native(checkpoint) if architecture == "DeepseekV4ForCausalLM" else _transformers(checkpoint)
+    return _native(checkpoint) if architecture == V4 else _transformers(checkpoint)
 
 
 def _scores(logits: Tensor, tokens: Sequence[int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Inside vLLM's worker processes: receives a publication, loads all of it, puts right what vLLM leaves behind.
+"""Inside vLLM's worker processes: receives a publication, loads all of it, puts right what vLLM leaves.
 
 vLLM mixes `WeightReceiver` into its worker class (`worker_extension_cls`), so the methods here are what
 `collective_rpc` can call. vLLM itself is not imported: everything is reached through `self`.
@@ -45,8 +45,8 @@ class WeightReceiver:
     def receive_weights(self, tensors: Mapping[str, Tensor], digests: Mapping[str, str]) -> dict[str, Any]:
         """Load `tensors`, in checkpoint names, over the live model; what vLLM said, and the sinks copied.
 
-        digests  tensor name -> digest, recomputed here before anything is touched: WeightsRefused on another one
-        EngineError where vLLM left a layer without weights: the model is then neither the old nor the new one.
+        digests  tensor name -> digest, recomputed here before anything is touched: WeightsRefused otherwise
+        EngineError where vLLM left a layer without weights: the model is then neither the old nor the new.
         """
         found = tensor_digests(tensors)
         wrong = sorted(name for name in {*found, *digests} if found.get(name) != digests.get(name))
@@ -71,11 +71,11 @@ class WeightReceiver:
         return {"complaints": dict(complaints.counts), "sinks_of": sorted(owners)}
 
     def _copy_sinks(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        """Write attention sinks into the live parameters, which `reload_weights` puts back to their old values.
+        """Write attention sinks into the live parameters, which `reload_weights` puts back to old values.
 
         A live sink holds this rank's share of the heads, and padding behind it where kernels want more heads.
-        Returns the classes of layers that have no other parameters of their own: what the loader says of these
-        is answered.
+        Returns the classes of layers that have no other parameters of their own: what the loader says of
+        these is answered.
         """
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         live = dict(model.named_parameters())
@@ -86,7 +86,7 @@ class WeightReceiver:
                 continue
             place = name if name in live else f"model.{name}"
             if place not in live:
-                raise EngineError(f"{name} was published, but vLLM's model has no such parameter; its version?")
+                raise EngineError(f"{name} was published, but vLLM's model has no such parameter")
             share = sink.numel() // ranks
             with torch.no_grad():
                 live[place].data[:share].copy_(sink.reshape(-1)[rank * share : (rank + 1) * share])

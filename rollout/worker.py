@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from consilience.conf.errors import EngineError
 from consilience.rollout.boxes import BoxPool
 from consilience.rollout.engine import EngineState, RolloutEngine
 from consilience.rollout.grading import Grader
@@ -89,6 +90,16 @@ class RolloutWorker:
     def publish(self, weights: Mapping[str, Tensor], digest: str, version: int) -> None:
         """New weights for the next step. WeightsRefused unless `digest` is theirs."""
         self.engine.publish(weights, digest, version)
+
+    def sleep(self, level: int) -> None:
+        """Give memory back until `wake` (vllm_engine.py says what each level drops)."""
+        if not hasattr(self.engine, "sleep"):
+            raise EngineError(f"{type(self.engine).__name__} cannot sleep; only rollout.engine=vllm can")
+        self.engine.sleep(level)  # type: ignore[attr-defined]
+
+    def wake(self) -> None:
+        if hasattr(self.engine, "wake"):
+            self.engine.wake()  # type: ignore[attr-defined]
 
     def state(self) -> EngineState:
         return self.engine.state()

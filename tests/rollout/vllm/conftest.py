@@ -1,4 +1,4 @@
-"""These tests are for the environment that has vLLM (`make test-vllm`); for another one they are not there."""
+"""These tests are for the environment that has vLLM (`make test-vllm`); in another they are not there."""
 
 import os
 from importlib.util import find_spec

@@ -1,5 +1,5 @@
-"""Two Qwen3 with parameters that vLLM's reload loses, filled as vLLM fills the sinks of DeepSeek-V4: by `copy_`,
-without a weight loader.
+"""Two Qwen3 with parameters that vLLM's reload loses, filled as vLLM fills the sinks of DeepSeek-V4: by
+`copy_`, without a weight loader.
 
     sinks  a number a head, which scales the head's output; the reload puts the old ones back and says so
     gains  a factor beside a norm's weight; its layer receives another tensor, so the reload says nothing

@@ -63,7 +63,7 @@ def test_sinks_that_the_reload_puts_back_are_copied_and_the_proof_would_have_see
 def test_a_tensor_that_the_reload_drops_without_a_word_fails_the_update(build):
     engine, first, other, _ = build("gain")
     with pytest.raises(EngineError, match="nats off on average"):
-        engine.publish(first, weights_digest(first), 1)  # the same as in the checkpoint, and lost all the same
+        engine.publish(first, weights_digest(first), 1)  # as in the checkpoint, and lost all the same
         engine.publish(other, weights_digest(other), 2)
     with pytest.raises(EngineError, match="nats off"):
         engine.step()
