@@ -16,7 +16,8 @@ ALLOWED = (
     "attention_backend", "block_size", "compilation_config", "cudagraph_capture_sizes",
     "disable_custom_all_reduce", "distributed_executor_backend", "dtype", "enable_chunked_prefill",
     "enable_expert_parallel", "enable_prefix_caching", "enable_return_routed_experts",
-    "enable_sleep_mode", "enforce_eager", "gpu_memory_utilization", "hf_overrides", "kv_cache_dtype", "kv_cache_memory_bytes", "load_format",
+    "enable_sleep_mode", "enforce_eager", "gpu_memory_utilization", "hf_overrides", "kv_cache_dtype",
+    "kv_cache_memory_bytes", "load_format",
     "max_num_batched_tokens", "model_impl", "moe_backend", "quantization", "tensor_parallel_size",
     "trust_remote_code",
 )  # fmt: skip
@@ -65,8 +66,8 @@ def check_settings(settings: Mapping[str, Any], architecture: str, is_cpu: bool)
             )
         if settings.get("kv_cache_dtype") != "fp8":
             raise ConfigError(
-                f"rollout.vllm.settings.kv_cache_dtype is {settings.get('kv_cache_dtype')!r}; V4 has an FP8 cache "
-                "in vLLM and no other: set it to fp8"
+                f"rollout.vllm.settings.kv_cache_dtype is {settings.get('kv_cache_dtype')!r}; V4 has an FP8 "
+                "cache in vLLM and no other: set it to fp8"
             )
 
 

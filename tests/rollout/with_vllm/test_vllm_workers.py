@@ -1,6 +1,6 @@
 """vLLM in the worker processes of a pool: killed, taken over, updated, put to sleep.
 
-The worker is the one of `cli/worker_factory.py`; its interpreter is named, as where vLLM has its own environment.
+The worker is the one of `cli/worker_factory.py`; its interpreter is named, as for vLLM's own environment.
 """
 
 import os
