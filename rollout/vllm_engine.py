@@ -12,12 +12,13 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from consilience.conf.errors import EngineError, WeightsRefused
+from consilience.conf.errors import ConfigError, EngineError, WeightsRefused
 from consilience.rollout.engine import Completed, EngineState, NewTokens, Request
 from consilience.rollout.publishing import verify
 from consilience.rollout.request_check import check_request
@@ -75,6 +76,11 @@ class VllmEngine:
         from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore
 
         check_settings(settings, config["architectures"][0], current_platform.is_cpu())
+        unknown = settings.keys() - {field.name for field in fields(EngineArgs)}
+        if unknown:
+            raise ConfigError(
+                f"this vLLM has no {', '.join(sorted(unknown))}; leave it out, or take another version"
+            )
         args = EngineArgs(
             model=str(checkpoint),
             skip_tokenizer_init=True,
@@ -97,6 +103,7 @@ class VllmEngine:
         self.mismatches: list[Mismatch] = []
         self._streams: dict[str, Stream] = {}
         self._held: dict[str, tuple[int, ...]] = {}
+        self._routing: dict[str, np.ndarray] = {}  # uid -> what `take_routing` hands out
         self._complete: list[Stream] = []  # prefixes with nothing left to sample
         self._context: dict[str, tuple[int, ...]] = {}  # uid -> tokens before the first one it samples
         self._backlog: deque[tuple[int, list[Any]]] = deque()  # (version, outputs) of steps that a proof took
@@ -197,6 +204,8 @@ class VllmEngine:
             self._new.add(output.request_id, position, token, logprob)
             position += 1
         self._counts["sampled_tokens"] += taken
+        if getattr(turn, "routed_experts", None) is not None:
+            self._routing[output.request_id] = whole_rows(turn.routed_experts, stream.length)
         if output.finished == (not stream.num_left) and taken == len(tokens):
             return self._retire(stream) if output.finished else None
         raise EngineError(
@@ -211,6 +220,13 @@ class VllmEngine:
         if request.hold:
             self._held[request.uid] = (*context, *stream.tokens)
         return stream.completed()
+
+    def take_routing(self, uid: str) -> np.ndarray | None:
+        """Experts of a finished request [T, L, K] int16, T its prompt and what it sampled; −1: not seen.
+
+        None unless `enable_return_routed_experts` is set. Handed out once.
+        """
+        return self._routing.pop(uid, None)
 
     def new_tokens(self) -> NewTokens:
         """See `RolloutEngine.new_tokens`."""
@@ -302,17 +318,21 @@ class VllmEngine:
             for name, tokens in zip(names, sequences)
         ]
 
-    def prove(self, weights: Mapping[str, Tensor]) -> list[KindProof]:
+    def prove(self, weights: Mapping[str, Tensor], kinds: Sequence[str] = ()) -> list[KindProof]:
         """Change each kind of tensor alone, load, and see whether the log-probabilities follow the reference.
 
         weights  those that are loaded; they are loaded again at the end
+        kinds    which (`vllm_proof.kinds_of`); none: all of them
         EngineError names the kinds that vLLM did not take: a round trip of equal weights would hide it.
         EngineError too while requests run: they would sample from the changed weights.
         """
         self._check_idle("a proof changes the weights")
         before = self.score(self._probes), self._reference(weights, self._probes)
         proofs = []
-        for kind, names in kinds_of(sorted(weights)).items():
+        every = kinds_of(sorted(n for n, tensor in weights.items() if tensor.is_floating_point()))
+        for kind, names in every.items():
+            if kinds and kind not in kinds:
+                continue
             other = changed(weights, names)
             self._load(other)
             after = self.score(self._probes), self._reference(other, self._probes)
@@ -361,6 +381,16 @@ class VllmEngine:
     def _check_alive(self) -> None:
         if self._fault or self._rest:
             raise EngineError(self._fault or self._rest)
+
+
+def whole_rows(captured: np.ndarray, length: int) -> np.ndarray:
+    """[T, L, K] int16 of captured rows [≤ T, L, K], the first tokens' first: the rest is −1.
+
+    The last sampled token is never fed, so it always lacks a row.
+    """
+    rows = np.full((length, *captured.shape[1:]), -1, np.int16)
+    rows[: len(captured)] = captured[:length]
+    return rows
 
 
 def _shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
