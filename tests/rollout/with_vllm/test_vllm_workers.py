@@ -21,6 +21,7 @@ from consilience.rollout.vllm_reference import reference_of
 from consilience.sandboxes.protocol import SandboxSpec
 
 TOLERANCE = 1e-4  # see test_vllm_engine.py
+pytestmark = pytest.mark.timeout(300)  # two starts of vLLM, 17 s each on an idle core
 
 
 @pytest.fixture(scope="module")
