@@ -18,7 +18,7 @@ import ray
 
 from consilience.cli.side_by_side import SharedWorkers
 from consilience.conf.rules import sampler_quantization
-from consilience.conf.schema import Config
+from consilience.conf.schema import Config, VllmConfig
 from consilience.conf.schema_training import DistillConfig, GrpoConfig
 from consilience.model.config import ModelConfig
 from consilience.rollout import deadlines
@@ -104,6 +104,8 @@ def rollout_pool(
         "prefixes": _prefixes(cfg),
         "records_routing": cfg.grpo.replay_routing,
         "exact": cfg.engine.exact,
+        "engine": cfg.rollout.engine,
+        "vllm": _vllm_arguments(cfg.rollout.vllm),
         "quantization": sampler_quantization(cfg),
         "sandbox": sandbox_spec(cfg),
         "warm": cfg.sandbox.warm,
@@ -124,6 +126,7 @@ def rollout_pool(
         "most_redispatches": rollout.most_redispatches,
         "transport": rollout.transport,
         "is_continuous": {cfg.grpo.mode, cfg.distill.mode} != {"sync"},
+        "python": rollout.vllm.python if rollout.engine == "vllm" else None,
     }
     stalls = stalls_path(cfg)
     wanted = (num_workers, limits, stalls, same)
@@ -149,6 +152,15 @@ def _prefixes(cfg: Config) -> dict[str, Any] | None:
     settings = dataclasses.asdict(cfg.rollout.prefix_store)
     path = settings.pop("path")
     return None if path is None else {"folder": str(Path(path).resolve()), **settings}
+
+
+def _vllm_arguments(vllm: VllmConfig) -> dict[str, Any]:
+    """What `vllm_launch.launch` takes of the configuration."""
+    return {
+        "checkpoint": vllm.checkpoint and str(Path(vllm.checkpoint).resolve()),
+        "max_mismatch": vllm.max_mismatch,
+        "settings": vllm.settings,
+    }
 
 
 def close_pool() -> None:

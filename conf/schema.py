@@ -140,6 +140,27 @@ class PrefixStoreConfig:
 
 
 @dataclass(frozen=True)
+class VllmConfig:
+    """vLLM behind the workers, where `rollout.engine=vllm`."""
+
+    python: str | None = setting(
+        None, "interpreter of the environment that has vLLM (.venv-vllm/bin/python); null: the driver's own"
+    )
+    checkpoint: str | None = setting(
+        None,
+        "folder that vLLM starts from, in a layout it reads; null: random weights, until an update",
+    )
+    max_mismatch: float = setting(
+        0.35,
+        "mean |log-probability − reference| over an update's probes above which it failed; 0.35 lets V4's "
+        "FP8 kernels pass and no stale sink",
+        unit="nats",
+        above=0,
+    )
+    settings: dict[str, Any] = setting({}, "further arguments of vLLM (rollout/vllm_settings.py says which)")
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """The workers that sample."""
 
@@ -195,6 +216,10 @@ class RolloutConfig:
         low=0,
         speed_only=True,
     )
+    engine: str = setting(
+        "native", "what decodes: the exact engine of this project, or vLLM", choices=("native", "vllm")
+    )
+    vllm: VllmConfig = setting(VllmConfig, "vLLM's own settings")
     speculative: bool = setting(
         False, "the MTP block drafts, the model verifies: same distribution, other tokens for a seed"
     )

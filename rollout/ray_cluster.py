@@ -129,6 +129,15 @@ def worker_environment(num_threads: int = 1) -> dict[str, str]:
     return env
 
 
+def worker_runtime(num_threads: int, python: str | None = None) -> dict[str, Any]:
+    """Ray's runtime environment of a worker process.
+
+    python  its interpreter; None: the driver's own. Another one must have the driver's Ray and Python version
+    """
+    runtime: dict[str, Any] = {"env_vars": worker_environment(num_threads)}
+    return runtime if python is None else runtime | {"py_executable": python}
+
+
 def _init(address: str, namespace: str, log_to_driver: bool, options: dict[str, Any]) -> None:
     import ray
     from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]

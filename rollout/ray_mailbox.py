@@ -113,6 +113,12 @@ class Mailbox:
     def evidence(self, prompts: Sequence[Sequence[int]], exact: bool) -> Evidence:
         return self._worker.evidence(prompts, exact)
 
+    def sleep(self, level: int) -> None:
+        self._worker.sleep(level)
+
+    def wake(self) -> None:
+        self._worker.wake()
+
     def state(self) -> EngineState:
         return self._worker.state()
 

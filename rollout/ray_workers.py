@@ -30,7 +30,7 @@ from consilience.rollout.lease import Lease, fence
 from consilience.rollout.phases import Durable
 from consilience.rollout.proof import Evidence
 from consilience.rollout.publishing import Announced, Publication, announce, verify
-from consilience.rollout.ray_cluster import RayCluster, ray_cluster, start_ray, stop_ray, worker_environment
+from consilience.rollout.ray_cluster import RayCluster, ray_cluster, start_ray, stop_ray, worker_runtime
 from consilience.rollout.ray_mailbox import Mailbox, Place, end_process, load_factory
 from consilience.rollout.ray_transport import Shipment, choose_transport
 from consilience.rollout.records import RolloutRecord
@@ -71,6 +71,7 @@ class RolloutPool:
     most_redispatches  how often a sample is given out again (`dispatch.py`)
     is_continuous workers can be told things while they sample (`ray_streams.py`)
     transport     how weights reach the workers, see `ray_transport.choose_transport`
+    python        interpreter of the workers, see `ray_cluster.worker_runtime`
     stalls        where stalls are noted; their stacks go to a folder beside its file
     ConfigError on a factory that cannot be named or loaded; whatever the factory raises arrives typed.
     Use it as a context manager, or call `close`.
@@ -90,6 +91,7 @@ class RolloutPool:
         most_redispatches: int = 2,
         is_continuous: bool = False,
         transport: str = "auto",
+        python: str | None = None,
         stalls: StallLog | None = None,
     ) -> None:
         if num_workers < 1:
@@ -99,6 +101,7 @@ class RolloutPool:
         self._num_threads, self._max_restarts = num_threads, max_restarts
         self._start_timeout_s, self._stall_s = start_timeout_s, stall_s
         self._publish_limit_s, self._most_redispatches = publish_limit_s, most_redispatches
+        self._python = python
         self._post = {"concurrency_group": "post"} if is_continuous else {}
         self._groups: dict[str, Any] = {"concurrency_groups": {"post": 1}} if is_continuous else {}
         self._current: tuple[Shipment, Publication] | None = None
@@ -320,6 +323,16 @@ class RolloutPool:
         names = [f"rollout worker {i} (process {p.pid} on {p.host})" for i, p in enumerate(self._places)]
         return dict(zip(names, found))
 
+    def sleep(self, level: int = 1) -> None:
+        """Let every worker give memory back until `wake`; EngineError where an engine cannot."""
+        for slot, answer in enumerate([actor.sleep.remote(level) for actor in self._actors]):
+            self._answer(slot, "sleep", answer)
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        for slot, answer in enumerate([actor.wake.remote() for actor in self._actors]):
+            self._answer(slot, "wake", answer)
+
     def states(self) -> list[EngineState]:
         """Each worker's engine counters, by slot. EngineError from one that does not answer."""
         answers = [actor.state.remote() for actor in self._actors]
@@ -343,7 +356,7 @@ class RolloutPool:
         options = {
             "num_cpus": self._num_threads,
             "max_restarts": 0,  # a restarted actor would have no weights; we replace it ourselves
-            "runtime_env": {"env_vars": worker_environment(self._num_threads)},
+            "runtime_env": worker_runtime(self._num_threads, self._python),
         }
         # A thread of its own for messages also moves the rest out of the main thread: only where needed.
         make = ray.remote(**self._groups) if self._groups else ray.remote

@@ -109,6 +109,16 @@ class RolloutWorker:
             raise EngineError(f"{type(self.engine).__name__} cannot prove its weights; set rollout.proof=off")
         return tell(prompts, exact)
 
+    def sleep(self, level: int) -> None:
+        """Give memory back until `wake` (vllm_engine.py says what each level drops)."""
+        if not hasattr(self.engine, "sleep"):
+            raise EngineError(f"{type(self.engine).__name__} cannot sleep; only rollout.engine=vllm can")
+        self.engine.sleep(level)  # type: ignore[attr-defined]
+
+    def wake(self) -> None:
+        if hasattr(self.engine, "wake"):
+            self.engine.wake()  # type: ignore[attr-defined]
+
     def state(self) -> EngineState:
         return self.engine.state()
 
