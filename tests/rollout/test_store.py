@@ -25,6 +25,14 @@ def test_records_come_back_as_they_were_phase_by_phase(tmp_path):
     assert math.isnan(back.logprobs[1]) and back.outcome == Outcome(OutcomeKind.GRADED)
 
 
+def test_what_a_killed_writer_left_of_a_phase_goes_with_the_rest(tmp_path):
+    store = RolloutStore(tmp_path)
+    store.append("p", [record("a")])
+    (tmp_path / ".p.jsonl.4711").write_text("half a rec")
+    store.clear_partial("p")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.jsonl"]
+
+
 def test_a_phase_written_again_replaces_the_old_one_and_leaves_nothing_beside(tmp_path):
     store = RolloutStore(tmp_path)
     store.append("p", [record("a")])
