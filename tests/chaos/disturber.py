@@ -16,22 +16,23 @@ from random import Random
 from real_run import STALL_S, stage
 from session import WAIT_S, Session
 
-# Kinds and their shares. All but "freeze" and "full" kill something with SIGKILL.
+# Kinds and their shares: few deaths of drivers and clusters, which take many seconds to start. All but
+# "freeze" and "full" kill something with SIGKILL.
 DECK = {
-    "worker": 8,  # one Ray worker
-    "workers": 2,  # both
+    "worker": 16,  # one Ray worker
+    "workers": 4,  # both
     "driver": 3,  # a private cluster goes with it, one that was joined does not
     "orphan": 1,  # a worker is frozen, its driver killed; it wakes up beside its successor
-    "cluster": 2,  # every process of Ray
+    "cluster": 1,  # every process of Ray
     "everything": 1,  # driver and cluster at once
-    "tear": 3,  # one write gets half way, and its process is dead
-    "lose": 3,  # one write to a token log is acknowledged and gone; then the workers are killed
+    "tear": 4,  # one write gets half way, and its process is dead
+    "lose": 4,  # one write to a token log is acknowledged and gone; then the workers are killed
     "freeze": 2,  # SIGSTOP of a worker that wakes up in time or is taken for dead
     "full": 1,  # the disk takes nothing more, until the run has stopped by itself
 }
-SHORT = ("worker", "lose", "driver")
+SHORT = ("lose", "driver")
 NO_KILLS = ("freeze", "full")
-MEAN_BYTES = 6000  # logged between two events; a step of all samples is 250, a phase about 12,000
+MEAN_BYTES = 4000  # logged between two events; a step of all samples is 250, a phase about 12,000
 _LOOK_S = 0.02
 
 
@@ -93,6 +94,7 @@ class Disturber:
         assert self.session.driver is not None
         self._may_be_silent = True
         self.session.driver.kill()
+        self.session.driver.wait()
         return True
 
     def _cluster(self) -> bool:
@@ -154,10 +156,10 @@ class Disturber:
 
     def _wait(self) -> None:
         """Until the next event."""
-        choice = self.rng.random()
-        if choice < 0.3:
+        choice = self.rng.random() if self._given is None else 1.0
+        if choice < 0.2:
             self._sleep(self.rng.uniform(0, 8))
-        elif choice < 0.5:
+        elif choice < 0.4:
             phases = self._signature()[1]
             self._sleep(WAIT_S, lambda: self._signature()[1] > phases)
             self._sleep(self.rng.uniform(0, 1.5))

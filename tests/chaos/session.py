@@ -21,6 +21,7 @@ from real_run import command
 ROOT = Path(__file__).parents[2]
 WAIT_S = 120.0  # longest wait for anything that takes seconds on a quiet machine
 MARK = "CHAOS_SESSION"
+_DROPPED = ("RAY_", "PYTHONDONTWRITEBYTECODE")  # another cluster's; and without byte code every start is slow
 _HOLDER = """
 import ray, sys
 from consilience.rollout.ray_cluster import start_ray
@@ -49,7 +50,7 @@ class Session:
         run.mkdir()
         self.mark = f"{MARK}={secrets.token_hex(8)}"
         self.environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
+            **{key: value for key, value in os.environ.items() if not key.startswith(_DROPPED)},
             MARK: self.mark.partition("=")[2],
             "RAY_TMPDIR": str(self.temp),
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
@@ -84,7 +85,9 @@ class Session:
 
     def start(self) -> None:
         """The driver, behind its cluster if that one stands beside it."""
-        if self.is_joined and (self.holder is None or self.holder.poll() is not None):
+        if self.is_joined and not any("raylet/raylet" in line for line in self.members().values()):
+            for pid in self.members():  # what is left of a cluster without its raylet
+                self.send(pid, signal.SIGKILL)
             self.holder = subprocess.Popen(
                 [sys.executable, "-c", _HOLDER],
                 env=self.environment,
@@ -124,8 +127,8 @@ class Session:
     def workers(self) -> list[int]:
         """Rollout workers; while there are none, the processes that are about to become them."""
         lines = self.members()
-        built = [pid for pid, line in lines.items() if line.startswith("ray::_Mailbox")]
-        return sorted(built or [pid for pid, line in lines.items() if "default_worker.py" in line])
+        built = [pid for pid, line in lines.items() if _is_worker(line)]
+        return sorted(built or [pid for pid, line in lines.items() if _may_become_worker(line)])
 
     def cluster(self) -> list[int]:
         """Every process but the driver."""
@@ -161,4 +164,12 @@ class Session:
 
 
 def _is_left(line: str, is_joined: bool) -> bool:
-    return not is_joined or line.startswith("ray::_Mailbox") or "consilience.rewards.child" in line
+    return not is_joined or _is_worker(line) or "consilience.rewards.child" in line
+
+
+def _may_become_worker(line: str) -> bool:
+    return line.startswith("ray::IDLE") or ("default_worker.py" in line and "raylet/raylet" not in line)
+
+
+def _is_worker(line: str) -> bool:
+    return line.startswith("ray::") and "Mailbox" in line

@@ -84,7 +84,7 @@ class Shown:
 def disturbed(seed, folder, inputs, library, undisturbed, shown):
     """Run `seed`, through its share of the kills, to its end, and compared."""
     num_kills, kinds = min(NUM_KILLS - shown.num_kills, MOST_A_RUN), SHORT if IS_SHORT else None
-    with Session(inputs, folder, library, is_joined=seed % 2 == 1) as session:
+    with Session(inputs, folder, library, is_joined=seed % 3 != 0) as session:
         disturber = Disturber(session, random.Random(seed), num_kills, kinds)
         try:
             disturber.to_the_end(lambda text: shown.line(seed, disturber.kills.total(), text))
