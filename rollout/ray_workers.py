@@ -122,8 +122,10 @@ class RolloutPool:
                 self._actors.append(self._spawn())
             answers = [actor.build.remote() for actor in self._actors]
             self._processes = [self._get(answer, self._start_timeout_s) for answer in answers]
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, _DEATHS):
+                raise EngineError(f"a rollout worker died at its start: {_last_line(error)}") from None
             raise
 
     def __enter__(self) -> RolloutPool:
@@ -272,19 +274,26 @@ class RolloutPool:
         return ray.remote(_Mailbox).options(**options).remote(self._factory, self._kwargs)
 
     def _replace(self, slot: int, lease: Lease | None = None) -> None:
-        """A fresh worker in `slot`, with the current weights before any job; the old one has no say now."""
+        """A fresh worker in `slot`, with the current weights before any job; the old one has no say now.
+
+        One that dies at its start is replaced in turn, `max_restarts` times.
+        """
         if lease is not None:
             fence(lease.folder, [lease.epoch])
-        with contextlib.suppress(Exception):  # it is dead already; this only makes sure
-            ray.kill(self._actors[slot])
-        self.num_replaced += 1
-        actor = self._actors[slot] = self._spawn()
-        try:
-            self._processes[slot] = self._get(actor.build.remote(), self._start_timeout_s)
-            if self._current is not None:
-                self._get(actor.publish.remote(*self._current))
-        except _DEATHS as death:
-            raise EngineError(f"a replaced rollout worker died at its start: {_last_line(death)}") from None
+        for num_left in reversed(range(self._max_restarts + 1)):
+            with contextlib.suppress(Exception):  # it is dead already; this only makes sure
+                ray.kill(self._actors[slot])
+            self.num_replaced += 1
+            actor = self._actors[slot] = self._spawn()
+            try:
+                self._processes[slot] = self._get(actor.build.remote(), self._start_timeout_s)
+                if self._current is not None:
+                    self._get(actor.publish.remote(*self._current))
+                return
+            except _DEATHS as death:
+                if not num_left:
+                    why = f"a replaced rollout worker died at its start: {_last_line(death)}"
+                    raise EngineError(why) from None
 
     def _next_batch(self, stream: Any) -> list[RolloutRecord] | None:
         """The next records of a stream that is ready, None at its end."""
