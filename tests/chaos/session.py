@@ -136,7 +136,7 @@ class Session:
         return [pid for pid in self.members() if pid != driver]
 
     def must_be_alone(self) -> None:
-        """AssertionError if workers outlive their run; with a private cluster, if anything does."""
+        """AssertionError if workers or reward processes outlive their run, or its private cluster does."""
         deadline = time.monotonic() + WAIT_S
         while left := [line for line in self.members().values() if _is_left(line, self.is_joined)]:
             assert time.monotonic() < deadline, f"processes outlived their run: {left}"
@@ -164,7 +164,9 @@ class Session:
 
 
 def _is_left(line: str, is_joined: bool) -> bool:
-    return not is_joined or _is_worker(line) or "consilience.rewards.child" in line
+    """Not Ray's agents, which notice within a minute that their raylet is gone."""
+    is_ray = "raylet/raylet" in line or "gcs_server" in line
+    return _is_worker(line) or "consilience.rewards.child" in line or (is_ray and not is_joined)
 
 
 def _may_become_worker(line: str) -> bool:
