@@ -113,7 +113,9 @@ def open_stage(context: StageContext, start: Start, lr: float):
         parent=start.parent,
         family=start.family,
     )
-    checkpoints = StageCheckpoints(context.folder.checkpoints, engine, start.tokenizer, meta)
+    checkpoints = StageCheckpoints(
+        context.folder.checkpoints, engine, start.tokenizer, meta, every_s=cfg.engine.checkpoint_s
+    )
     first, cursor = checkpoints.resume()
     log = FanOut(
         [

@@ -117,8 +117,10 @@ class RolloutPool:
             hosts = [place.host for place in self._places]
             limited = lambda answer: self._get(answer, self._publish_limit_s)
             self._transport = choose_transport(transport, self._actors, hosts, limited, self._post)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, _DEATHS):
+                raise EngineError(f"a rollout worker died at its start: {_last_line(error)}") from None
             raise
 
     def __enter__(self) -> RolloutPool:
@@ -363,20 +365,27 @@ class RolloutPool:
         return make(Mailbox).options(**options).remote(self._factory, self._kwargs)  # type: ignore[union-attr]
 
     def _replace(self, slot: int, lease: Lease | None = None) -> None:
-        """A fresh worker in `slot`, with the current weights before any job; the old one has no say now."""
+        """A fresh worker in `slot`, with the current weights before any job; the old one has no say now.
+
+        One that dies at its start is replaced in turn, `max_restarts` times.
+        """
         if lease is not None:
             fence(lease.folder, [lease.epoch])
-        with contextlib.suppress(Exception):  # it is dead already; this only makes sure
-            ray.kill(self._actors[slot])
         end_process(self._places[slot], has_stacks=False)
-        self.num_replaced += 1
-        actor = self._actors[slot] = self._spawn()
-        try:
-            self._places[slot] = self._built(actor.build.remote(self._stacks))
-            if self._current is not None:
-                self._catch_up(slot)
-        except _DEATHS as death:
-            raise EngineError(f"a replaced rollout worker died at its start: {_last_line(death)}") from None
+        for num_left in reversed(range(self._max_restarts + 1)):
+            with contextlib.suppress(Exception):  # it is dead already; this only makes sure
+                ray.kill(self._actors[slot])
+            self.num_replaced += 1
+            actor = self._actors[slot] = self._spawn()
+            try:
+                self._places[slot] = self._built(actor.build.remote(self._stacks))
+                if self._current is not None:
+                    self._catch_up(slot)
+                return
+            except _DEATHS as death:
+                if not num_left:
+                    why = f"a replaced rollout worker died at its start: {_last_line(death)}"
+                    raise EngineError(why) from None
 
     def _next_batch(self, stream: Any) -> list[RolloutRecord] | None:
         """The next records of a stream that is ready, None at its end. GetTimeoutError if they don't come."""

@@ -70,6 +70,8 @@ class RolloutStore:
     def clear_partial(self, phase: str) -> None:
         """Remove what a phase no longer needs once its file is whole."""
         (self.folder / f"{phase}.partial").unlink(missing_ok=True)
+        for unfinished in self.folder.glob(f".{phase}.jsonl.*"):  # of a process that was killed
+            unfinished.unlink(missing_ok=True)
         shutil.rmtree(self.log_folder(phase), ignore_errors=True)
 
     def append(self, phase: str, records: Sequence[RolloutRecord]) -> Path:
