@@ -370,7 +370,7 @@ class VllmEngine:
         self._fault = "the engine is closed"
         llm, self._llm = self._llm, None
         if llm is not None:
-            llm.engine_core.shutdown()
+            llm.engine_core.shutdown()  # no limit: in this process, it frees memory
         del llm
         gc.collect()
 
