@@ -66,7 +66,7 @@ def announce(weights: Mapping[str, Tensor], version: int, quantization: str = "o
     with ThreadPoolExecutor(1) as beside:  # no limit: it computes, here, and waits for nobody
         digest = beside.submit(weights_digest, weights)
         tensors = tensor_records(weights)
-        found = digest.result()  # no limit: as above
+        found = digest.result()  # no limit: it computes, as said
         return Publication(version, found, tensors, quantization, time.time())
 
 
