@@ -16,6 +16,7 @@ from consilience.cli.ray_session import ahead, domains_of, rollout_pool
 from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import (
     device_of,
+    health_of,
     micro_tokens,
     open_stage,
     result_of,
@@ -88,6 +89,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         folder = parts["checkpoints"].save(settings.steps, cursor)
     counted = {key: result[key] for key in ("train_tokens", "sampled_tokens", "kl", "head_loads")}
     return result_of(context, parts, folder, counted) | {
+        "health": health_of(context),
         "self_kl": _self_kl(folder, store, settings.row_tokens),
         **proven,
     }

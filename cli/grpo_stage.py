@@ -13,6 +13,7 @@ from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import (
     curves_of,
     device_of,
+    health_of,
     micro_tokens,
     open_stage,
     own_domain,
@@ -107,6 +108,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         "curves": curves,
         "checks": _acting({title: series[context.name][1] for title, series in curves.items()}),
         "sandbox": _isolation(store.read()),
+        "health": health_of(context),
         **proven,
     }
 

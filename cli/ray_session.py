@@ -18,9 +18,11 @@ import ray
 
 from consilience.cli.side_by_side import SharedWorkers
 from consilience.conf.rules import sampler_quantization
-from consilience.conf.schema import Config
+from consilience.conf.schema import Config, VllmConfig
 from consilience.conf.schema_training import DistillConfig, GrpoConfig
 from consilience.model.config import ModelConfig
+from consilience.rollout import deadlines
+from consilience.rollout.deadlines import STALLS, StallLog
 from consilience.rollout.ray_cluster import RayCluster, start_ray, stop_ray
 from consilience.rollout.ray_streams import RayStreams
 from consilience.rollout.ray_workers import RolloutPool
@@ -56,6 +58,23 @@ def domains_of(cfg: Config) -> dict[str, Domain]:
     return loaded
 
 
+def stalls_path(cfg: Config) -> Path:
+    """Where the run's processes note what was over its limit."""
+    return Path(cfg.run.folder) / cfg.run.name / STALLS
+
+
+def worker_limits(cfg: Config) -> deadlines.Limits:
+    """How long an episode's threads may take; grading follows the limit of one score.
+
+    A reward process that was killed is started anew, which is what the rest of a sample's share is for.
+    """
+    return deadlines.Limits(
+        tool_s=cfg.rollout.tool_limit_s,
+        lease_s=cfg.rollout.lease_limit_s,
+        grade_sample_s=cfg.rewards.timeout_s + 30.0,
+    )
+
+
 def worker_share(num_workers: int, slots: int) -> int:
     """Workers of one of `slots` stages that sample side by side."""
     return max(1, num_workers // slots)
@@ -85,6 +104,8 @@ def rollout_pool(
         "prefixes": _prefixes(cfg),
         "records_routing": cfg.grpo.replay_routing,
         "exact": cfg.engine.exact,
+        "engine": cfg.rollout.engine,
+        "vllm": _vllm_arguments(cfg.rollout.vllm),
         "quantization": sampler_quantization(cfg),
         "sandbox": sandbox_spec(cfg),
         "warm": cfg.sandbox.warm,
@@ -93,21 +114,27 @@ def rollout_pool(
         "reward_timeout_s": cfg.rewards.timeout_s,
         "reward_processes": cfg.rewards.num_processes,
         "needs_boxes": any(d.max_turns > 1 for d in domains.values()),
+        "limits": worker_limits(cfg),
     }
     # Every checkpoint folder has its own copy of the tokenizer; workers are kept while it is the same one.
     same = kwargs | {"tokenizer_path": Tokenizer.load(tokenizer).digest}
+    rollout = cfg.rollout
     limits = {
-        "num_threads": cfg.rollout.threads_per_worker,
-        "stall_s": cfg.rollout.stall_s,
-        "transport": cfg.rollout.transport,
+        "num_threads": rollout.threads_per_worker,
+        "stall_s": rollout.stall_s,
+        "publish_limit_s": rollout.publish_limit_s,
+        "most_redispatches": rollout.most_redispatches,
+        "transport": rollout.transport,
         "is_continuous": {cfg.grpo.mode, cfg.distill.mode} != {"sync"},
+        "python": rollout.vllm.python if rollout.engine == "vllm" else None,
     }
-    wanted = (num_workers, limits, same)
+    stalls = stalls_path(cfg)
+    wanted = (num_workers, limits, stalls, same)
     if _open.get("wanted") != wanted:
         close_pool()
         _cluster(cfg, _cores(cfg))
         factory = "consilience.cli.worker_factory:build_worker"
-        _open["pool"] = RolloutPool(num_workers, factory, kwargs, **limits)
+        _open["pool"] = RolloutPool(num_workers, factory, kwargs, **limits, stalls=StallLog(stalls))
         _open["wanted"] = wanted
     return _open["pool"]
 
@@ -125,6 +152,15 @@ def _prefixes(cfg: Config) -> dict[str, Any] | None:
     settings = dataclasses.asdict(cfg.rollout.prefix_store)
     path = settings.pop("path")
     return None if path is None else {"folder": str(Path(path).resolve()), **settings}
+
+
+def _vllm_arguments(vllm: VllmConfig) -> dict[str, Any]:
+    """What `vllm_launch.launch` takes of the configuration."""
+    return {
+        "checkpoint": vllm.checkpoint and str(Path(vllm.checkpoint).resolve()),
+        "max_mismatch": vllm.max_mismatch,
+        "settings": vllm.settings,
+    }
 
 
 def close_pool() -> None:

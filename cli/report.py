@@ -108,7 +108,8 @@ class Report:
     """All of report.json. `retention` is (student - base) / (specialist - base), None if undefined.
 
     `elapsed_s` is the time in which any stage ran, None in reports that did not tell; it is less than
-    the sum of the stages' wall times where some ran side by side.
+    the sum of the stages' wall times where some ran side by side. `health` is what stalled, was given out
+    again, dropped or resumed (`rollout/phase_health.py`), summed over the run; empty in older reports.
     """
 
     command: str
@@ -126,6 +127,7 @@ class Report:
     sandbox: Mapping[str, Any]
     checks: Sequence[CheckRow]
     elapsed_s: float | None = None
+    health: Mapping[str, Any] = field(default_factory=dict)
     schema: int = field(default=SCHEMA)
 
     @property
@@ -145,6 +147,11 @@ class Report:
             raise RunError(f"not a report of schema {SCHEMA}: {'; '.join(problems[:3])}")
         rows = {name: [row_type(**_tupled(r)) for r in plain[name]] for name, row_type in _ROWS.items()}
         return cls(**{**plain, **rows})
+
+
+def spoken_health(health: Mapping[str, Any]) -> dict[str, int]:
+    """Name as a person reads it -> count."""
+    return {name.replace("_", " "): int(value) for name, value in health.items()}
 
 
 _ROWS: Mapping[str, type] = MappingProxyType(
@@ -169,6 +176,7 @@ _PLAIN_KINDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "mismatch_max": (float, int, type(None)),
         "sandbox": (Mapping,),
         "elapsed_s": (float, int, type(None)),
+        "health": (Mapping,),
     }
 )
 _FIELD_KINDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
@@ -185,7 +193,7 @@ _FIELD_KINDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
 def validate(plain: Mapping[str, Any]) -> list[str]:
     """What keeps `plain` from being a report, one line a problem; empty if nothing does."""
     problems = []
-    plain = {"elapsed_s": None, **plain}
+    plain = {"elapsed_s": None, "health": {}, **plain}
     for name, kinds in _PLAIN_KINDS.items():
         if name not in plain:
             problems.append(f"'{name}' is missing")

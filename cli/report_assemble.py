@@ -5,7 +5,7 @@ A stage result may hold (everything is optional except what a kind of stage is a
     checks                         rows {name, value, relation, bound}: what a part had to show
     curves                         chart title -> {series name -> [[step, …], [value, …]]}
 distillation, besides: kl [{teacher, step, mean}], self_kl, head_loads [{distinct, loads}];
-any sampling stage: mismatch_max, sandbox {isolation level: rollouts that had it};
+any sampling stage: mismatch_max, sandbox {isolation level: rollouts that had it}, health {name: sum};
 evaluation: grades_file, path in the run folder of [{model, domain, temperature, grades: {problem: correct}}].
 """
 
@@ -22,6 +22,8 @@ from consilience.cli.report import CheckRow, HeadLoadRow, KlRow, Report, check
 from consilience.cli.report_page import Chart
 from consilience.conf.errors import RunError
 from consilience.conf.schema import Config
+from consilience.rollout.deadlines import STALLS, num_stalls, read_stalls
+from consilience.rollout.phase_health import HEALTH
 
 Results = Mapping[str, Mapping[str, Any]]
 GradeKey = tuple[str, str, float]
@@ -73,6 +75,7 @@ def assemble(
         head_loads=head_loads,
         mismatch_max=max(mismatches, default=None),
         sandbox=_isolation(results),
+        health=_health(folder, results),
         elapsed_s=elapsed_s,
         checks=[
             *build.score_checks(measured),
@@ -119,6 +122,15 @@ def _isolation(results: Results) -> dict[str, int]:
         for level, count in (result.get("sandbox") or {}).items():
             counts[level] = counts.get(level, 0) + count
     return counts
+
+
+def _health(folder: Path, results: Results) -> dict[str, float]:
+    """Sums over the stages; `stalls` counts all of the run, those that had no sample too."""
+    sums = dict.fromkeys(HEALTH, 0.0)
+    for result in results.values():
+        for name, value in (result.get("health") or {}).items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums | {"stalls": float(num_stalls(read_stalls(folder / STALLS)))}
 
 
 def _stage_checks(results: Results) -> Iterable[CheckRow]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from consilience.cli.charts import PALETTE, Bar, Dot, Line, bar_chart, dot_chart, line_chart
-from consilience.cli.report import Report, ScoreRow, write_atomic
+from consilience.cli.report import Report, ScoreRow, spoken_health, write_atomic
 
 _STYLE = """
 :root{color-scheme:light}
@@ -67,6 +67,7 @@ def render_page(report: Report, charts: Sequence[Chart] = ()) -> str:
         _section("Curves", "", f'<div class="wide">{_curves(report, charts, colors)}</div>'),
         _section("Where the time went", "", _time_chart(report, colors)),
         _section("Checks", "What the run had to show, and what it showed.", _check_table(report)),
+        _section("Disturbances", _HEALTH_TEXT, _facts(spoken_health(report.health))),
         _section(
             "Machine",
             "",
@@ -84,6 +85,10 @@ def render_page(report: Report, charts: Sequence[Chart] = ()) -> str:
 _SCORES_TEXT = (
     "Filled: one sample a problem at the temperature of training, with the 95 % interval of a paired "
     "bootstrap. Hollow: greedy decoding."
+)
+_HEALTH_TEXT = (
+    "Waits over their limit, samples given out again or given up with their groups, samples that went on "
+    "from their log after a death. stalls.jsonl in the run folder names each."
 )
 _GAINS_TEXT = (
     "Gain: the specialist after GRPO minus after SFT, on its own domain. "

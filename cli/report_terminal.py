@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from consilience.cli.progress_display import duration
-from consilience.cli.report import Report, ScoreRow
+from consilience.cli.report import Report, ScoreRow, spoken_health
 
 
 def print_report(report: Report, stream: TextIO | None = None) -> None:
@@ -25,6 +25,9 @@ def print_report(report: Report, stream: TextIO | None = None) -> None:
         f"{held} of {len(report.checks)} checks hold", "bold green" if report.is_ok else "bold red"
     )
     console.print(verdict)
+    if disturbed := {name: n for name, n in spoken_health(report.health).items() if n}:
+        said = ", ".join(f"{name} {n}" for name, n in disturbed.items())
+        console.print(Text(f"disturbances: {said}; stalls.jsonl names each wait", "yellow"))
     for row in report.checks:
         if not row.ok:
             console.print(Text(f"  fails: {row.name}: {_value(row.value)}, needs {row.bound}", "red"))

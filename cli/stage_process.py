@@ -14,21 +14,25 @@ what it clears up afterwards is not disturbed), and at once when the process tha
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import connection, forkserver, resource_tracker
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from consilience.cli.stage import StageContext
 from consilience.conf.errors import RunError
+from consilience.rollout.deadlines import ENDED, STALLS, Stall, StallLog
 
 PRELOAD = (
     "torch",
@@ -43,6 +47,8 @@ PRELOAD = (
 """Seconds of imports, each, that stages make; none of them may start a thread."""
 _HAS_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 _CONTEXT = multiprocessing.get_context("forkserver") if _HAS_SERVER else multiprocessing.get_context("spawn")
+BEAT_S = 2.0
+_LOOK_S = 1.0
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 NO_THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a pool would not survive the fork
 
@@ -85,8 +91,13 @@ class StageProcess:
         self.name = context.name
         self._ending: tuple[Any, ...] | None = None
         self._messages, theirs = _CONTEXT.Pipe(duplex=False)
+        self._beats, beat = _CONTEXT.Pipe(duplex=False)
+        self._stalls = StallLog(context.run.path / STALLS)
+        self._silence_s = context.cfg.run.silence_limit_s
         sent = replace(context, progress=SentProgress(theirs))
-        self._process = _CONTEXT.Process(target=_work, args=(run, sent, dict(environment)), name=self.name)
+        self._process = _CONTEXT.Process(
+            target=_work, args=(run, sent, dict(environment), beat), name=self.name
+        )
         try:
             self._process.start()
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -96,6 +107,8 @@ class StageProcess:
             ) from error
         finally:
             theirs.close()
+            beat.close()
+        threading.Thread(target=self._listen, name=f"hear {self.name}", daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -111,7 +124,7 @@ class StageProcess:
         """What its trainer told since the last call, as (verb, arguments …); never waits."""
         with contextlib.suppress(EOFError, OSError):
             while self._messages.poll():
-                message = self._messages.recv()
+                message = self._messages.recv()  # no limit: a sender that stops in the middle is ended
                 if message[0] in ("result", "error", "interrupted"):
                     self._ending = message
                 else:
@@ -128,6 +141,8 @@ class StageProcess:
 
     def result(self) -> Mapping[str, Any]:
         """The stage's result, or raise what it raised; RunError if its process ended without a word."""
+        if self._ending is None and self._stalls.stalls:
+            raise RunError(f"{self._stalls.stalls[0]}; the same command goes on where the stage stopped")
         if self._ending is None:
             raise RunError(
                 f"the process of stage '{self.name}' died without a word ({_death(self._process.exitcode)}); "
@@ -150,6 +165,44 @@ class StageProcess:
         """Give back what the ended process held here. Whatever of it still lives ends now."""
         self._messages.close()
         self._process.close()
+
+    def _listen(self) -> None:
+        """(a thread) End the process when it gives no sign of life: frozen, or deaf in some library.
+
+        Looks are counted, not hours: a Ctrl-Z stops this process too.
+        """
+        pid, silent_s = self.pid, 0.0
+        try:
+            while silent_s < self._silence_s:
+                if self._beats.poll(_LOOK_S):
+                    self._beats.recv_bytes()  # no limit: a byte that was written as one
+                    silent_s = 0.0
+                else:
+                    silent_s += _LOOK_S
+        except (EOFError, OSError):
+            return  # it has ended
+        finally:
+            if silent_s < self._silence_s:
+                self._beats.close()
+        stacks = _stacks_file(self._stalls, self.name, pid)
+        with contextlib.suppress(ProcessLookupError):
+            if stacks is not None and stacks.exists():  # its handler is there, so the signal ends nothing
+                os.kill(pid, signal.SIGUSR1)
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(_LOOK_S)
+            self._stalls.add(
+                Stall(
+                    "stage",
+                    silent_s,
+                    self._silence_s,
+                    f"stage {self.name}",
+                    action=ENDED,
+                    pid=pid,
+                    stacks="" if stacks is None else str(stacks),
+                )
+            )
+            os.kill(pid, signal.SIGKILL)
+        self._beats.close()
 
     def _signal(self, number: signal.Signals) -> None:
         if not self.has_ended:
@@ -186,10 +239,20 @@ class SentProgress:
 
 
 def _work(
-    run: Callable[[StageContext], Mapping[str, Any]], context: StageContext, environment: Mapping[str, str]
+    run: Callable[[StageContext], Mapping[str, Any]],
+    context: StageContext,
+    environment: Mapping[str, str],
+    beat: Any,
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    stacks = _stacks_file(StallLog(context.run.path / STALLS), context.name, os.getpid())
+    with _signal_dumps(stacks):
+        _run_stage(run, context, beat)
+
+
+def _run_stage(run: Callable[[StageContext], Mapping[str, Any]], context: StageContext, beat: Any) -> None:
+    threading.Thread(target=_beat, args=(beat,), name="beat", daemon=True).start()
     threading.Thread(target=_die_with_parent, name="die-with-parent", daemon=True).start()
     send: Callable[[tuple[Any, ...]], None] = context.progress.connection.send  # type: ignore[attr-defined]
     try:
@@ -217,10 +280,39 @@ def _interrupt_once(_signum: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _beat(connection: Any) -> None:
+    """A sign of life every few seconds, as long as any thread of this process gets its turn."""
+    with contextlib.suppress(OSError):
+        while True:
+            connection.send_bytes(b".")
+            time.sleep(BEAT_S)
+
+
+def _stacks_file(log: StallLog, name: str, pid: int) -> Path | None:
+    return None if log.stacks is None else log.stacks / f"stage-{name.replace('/', '-')}-{pid}.txt"
+
+
+@contextlib.contextmanager
+def _signal_dumps(path: Path | None) -> Iterator[None]:
+    """SIGUSR1 writes the stacks of all threads to `path`; an empty file is removed at the end."""
+    with contextlib.ExitStack() as stack:
+        if path is not None:
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(path.open("w"))
+                faulthandler.register(signal.SIGUSR1, file, all_threads=True)
+        yield
+    with contextlib.suppress(OSError):
+        if path is not None and not path.stat().st_size:
+            faulthandler.unregister(signal.SIGUSR1)
+            path.unlink()
+            path.parent.rmdir()
+
+
 def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
+    parent.join()  # no limit: waiting for that end is what this thread is for
     os.kill(os.getpid(), signal.SIGKILL)
 
 

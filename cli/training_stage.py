@@ -17,6 +17,8 @@ from consilience.conf.rules import sampler_quantization
 from consilience.conf.schema import Config, OptimizerConfig
 from consilience.model.quantization import Quantization
 from consilience.model.recompute import recompute_policy, set_recompute
+from consilience.rollout.deadlines import STALLS, StallLog, Watch
+from consilience.rollout.phase_health import HEALTH
 from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.tasks.domain import Domain
@@ -32,8 +34,12 @@ TOKENIZER = "tokenizer.json"
 def rollout_store(context: StageContext) -> RolloutStore:
     """The stage's records, with its run's care for power cuts."""
     is_power = context.cfg.rollout.durability == "power"
-    quantization = sampler_quantization(context.cfg)
-    return RolloutStore(context.folder.rollouts, survives_power=is_power, quantization=quantization)
+    return RolloutStore(
+        context.folder.rollouts,
+        survives_power=is_power,
+        quantization=sampler_quantization(context.cfg),
+        stalls=context.run.path / STALLS,
+    )
 
 
 def optimizer_settings(given: OptimizerConfig, lr: float) -> OptimizerSettings:
@@ -107,7 +113,9 @@ def open_stage(context: StageContext, start: Start, lr: float):
         parent=start.parent,
         family=start.family,
     )
-    checkpoints = StageCheckpoints(context.folder.checkpoints, engine, start.tokenizer, meta)
+    checkpoints = StageCheckpoints(
+        context.folder.checkpoints, engine, start.tokenizer, meta, every_s=cfg.engine.checkpoint_s
+    )
     first, cursor = checkpoints.resume()
     log = FanOut(
         [
@@ -122,11 +130,13 @@ def open_stage(context: StageContext, start: Start, lr: float):
             ),
         ]
     )
+    watch = Watch(f"stage {context.name}", cfg.run.phase_limit_s, StallLog(context.run.path / STALLS))
+    watch.begin("start")
     parts = {
         "engine": engine,
         "checkpoints": checkpoints,
         "log": log,
-        "clock": StageClock(earlier=cursor.get("clock")),
+        "clock": StageClock(earlier=cursor.get("clock"), on_phase=watch.begin),
         "progress": context.progress,
         "start": first,
         "cursor": cursor,
@@ -135,6 +145,7 @@ def open_stage(context: StageContext, start: Start, lr: float):
         yield parts
     finally:
         log.finish()
+        watch.close()
         context.progress.finish()
 
 
@@ -163,6 +174,12 @@ def own_domain(context: StageContext) -> str:
 
 def micro_tokens(cfg: Config, row_tokens: int) -> int:
     return cfg.engine.micro_batch_rows * row_tokens
+
+
+def health_of(context: StageContext) -> dict[str, float]:
+    """What went wrong in the stage's rollouts and was mended: sums over its steps."""
+    rows = surviving(read_metrics(context.folder.metrics))
+    return {name: sum(row.get(name) or 0.0 for row in rows) for name in HEALTH}
 
 
 def curves_of(context: StageContext, titles: Mapping[str, str]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from consilience.rollout.deadlines import Limits
+from consilience.rollout.engine import RolloutEngine
 from consilience.rollout.worker import RolloutWorker
 
 
@@ -27,8 +29,11 @@ def build_worker(
     exact: bool = False,
     quantization: str = "off",
     records_routing: bool = False,
+    limits: Limits | None = None,
+    engine: str = "native",
+    vllm: Mapping[str, Any] | None = None,
 ) -> RolloutWorker:
-    """A RolloutWorker over the native engine with random weights; real ones arrive by `publish`.
+    """A RolloutWorker over an engine with random weights; real ones arrive by `publish`.
 
     model      config.json fields
     sandbox    SandboxSpec of agent boxes and of the judge's box
@@ -37,29 +42,31 @@ def build_worker(
     prefixes  fields of a `PrefixCaching`, or None: no prefix store
     exact, quantization  how the model computes, as the trainer's does (`engine.exact`, `engine.quantization`)
     records_routing  records carry the experts that each token visited
+    engine     "native", or "vllm" with the arguments `vllm` of `vllm_launch.launch`
     rewards    (reward path, needs sandbox) pairs to load before the first episode
+    limits     how long an episode's threads may take
     Raises what a part that can never work raises: RewardError, SandboxUnavailable.
     """
     import torch
 
-    from consilience.model.config import ModelConfig
-    from consilience.model.initialize import initialize
-    from consilience.model.quantization import Quantization
-    from consilience.model.transformer import Transformer
     from consilience.rewards.grader import RewardGrader
-    from consilience.rollout.native_engine import NativeEngine
     from consilience.rollout.prefix_reuse import PrefixCaching
     from consilience.rollout.tokenizer import Tokenizer
     from consilience.sandboxes.blocking import BlockingPool
 
     torch.set_grad_enabled(False)
-    policy = initialize(Transformer(ModelConfig.from_json_dict(model)), seed=0)
-    policy.quantize(Quantization.from_name(quantization))
-    settings = {"max_rows": max_rows, "max_length": max_length, "speculative": speculative, "exact": exact}
-    caching = None if prefixes is None else PrefixCaching(**{**prefixes, "folder": Path(prefixes["folder"])})
-    engine = NativeEngine(policy, **settings, records_routing=records_routing, prefixes=caching)
+    sizes = {"max_rows": max_rows, "max_length": max_length}
+    if engine == "vllm":
+        from consilience.rollout.vllm_launch import launch
+
+        sampler = launch(model, **sizes, **(vllm or {}))
+    else:
+        caching = prefixes and PrefixCaching(**{**prefixes, "folder": Path(prefixes["folder"])})
+        more = {"records_routing": records_routing, "prefixes": caching}
+        sampler = _native(model, quantization, speculative=speculative, exact=exact, **sizes, **more)
     grader = RewardGrader(timeout_s=reward_timeout_s, num_processes=reward_processes, sandbox=sandbox)
-    boxes = BlockingPool(sandbox, max(warm, 1), uses_per_box) if needs_boxes else None
+    wait_s = (limits or Limits()).lease_s + 60.0  # the worker's own look at its threads comes first
+    boxes = BlockingPool(sandbox, max(warm, 1), uses_per_box, lease_limit_s=wait_s) if needs_boxes else None
     try:
         grader.start(rewards)
     except BaseException:
@@ -74,11 +81,24 @@ def build_worker(
             boxes.close()
 
     return RolloutWorker(
-        engine,
+        sampler,
         Tokenizer.load(tokenizer_path),
         boxes,  # type: ignore[arg-type]
         grader,
         family=family,
         max_context=max_length,
+        limits=limits,
         on_close=close,
     )
+
+
+def _native(model: Mapping[str, Any], quantization: str, **settings: Any) -> RolloutEngine:
+    from consilience.model.config import ModelConfig
+    from consilience.model.initialize import initialize
+    from consilience.model.quantization import Quantization
+    from consilience.model.transformer import Transformer
+    from consilience.rollout.native_engine import NativeEngine
+
+    policy = initialize(Transformer(ModelConfig.from_json_dict(model)), seed=0)
+    policy.quantize(Quantization.from_name(quantization))
+    return NativeEngine(policy, **settings)

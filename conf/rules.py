@@ -31,6 +31,7 @@ def check_rules(cfg: Config) -> Config:
     _check_sandbox(cfg)
     _check_engine(cfg)
     _check_sampler(cfg)
+    _check_vllm(cfg)
     _check_files(cfg)
     _check_plan(cfg)
     if cfg.rollout.speculative and cfg.rollout.prefix_store.path is not None:
@@ -251,6 +252,31 @@ def _check_sampler(cfg: Config) -> None:
             f"rollout.quantization is {sampler}, engine.quantization {trainer}: samples then come from "
             "another model than the one that trains, which must be measured; set rollout.proof=start"
         )
+
+
+def _check_vllm(cfg: Config) -> None:
+    if cfg.rollout.engine != "vllm":
+        return
+    for key, is_on in (
+        ("rollout.speculative", cfg.rollout.speculative),
+        ("engine.exact", cfg.engine.exact),
+        ("grpo.replay_routing", cfg.grpo.replay_routing),
+        ("grpo.replay_kept_sets", cfg.grpo.replay_kept_sets),
+    ):
+        if is_on:
+            raise ConfigError(f"{key}=true is of the native engine; vLLM has it not: set it to false")
+    if cfg.rollout.prefix_store.path is not None:
+        raise ConfigError("rollout.prefix_store.path is of the native engine; with vLLM set it to null")
+    if {cfg.grpo.mode, cfg.distill.mode} != {"sync"}:
+        raise ConfigError("vLLM takes nothing in while it samples; set grpo.mode and distill.mode to sync")
+    if cfg.rollout.proof != "off":
+        raise ConfigError(
+            "rollout.proof=start reads back what a worker holds, and vLLM packs its weights: each update is "
+            "proven by log-probabilities instead; set rollout.proof=off"
+        )
+    python = cfg.rollout.vllm.python
+    if python is not None and not Path(python).is_file():
+        raise ConfigError(f"rollout.vllm.python is '{python}', but no such file exists; make vllm builds one")
 
 
 def _check_sandbox(cfg: Config) -> None:

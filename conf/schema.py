@@ -140,6 +140,27 @@ class PrefixStoreConfig:
 
 
 @dataclass(frozen=True)
+class VllmConfig:
+    """vLLM behind the workers, where `rollout.engine=vllm`."""
+
+    python: str | None = setting(
+        None, "interpreter of the environment that has vLLM (.venv-vllm/bin/python); null: the driver's own"
+    )
+    checkpoint: str | None = setting(
+        None,
+        "folder that vLLM starts from, in a layout it reads; null: random weights, until an update",
+    )
+    max_mismatch: float = setting(
+        0.35,
+        "mean |log-probability − reference| over an update's probes above which it failed; 0.35 lets V4's "
+        "FP8 kernels pass and no stale sink",
+        unit="nats",
+        above=0,
+    )
+    settings: dict[str, Any] = setting({}, "further arguments of vLLM (rollout/vllm_settings.py says which)")
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """The workers that sample."""
 
@@ -175,6 +196,30 @@ class RolloutConfig:
         "how workers compute, as in engine.quantization; null: as the trainer; else the mismatch is logged",
         choices=("off", "fp4", "fp8", "fp4_fp8"),
     )
+    publish_limit_s: float = setting(
+        600.0, "the same, while it takes over new weights", unit="s", low=1, speed_only=True
+    )
+    tool_limit_s: float = setting(
+        600.0,
+        "a tool call; then the sample is given out again",
+        unit="s",
+        low=1,
+        speed_only=True,
+    )
+    lease_limit_s: float = setting(
+        1800.0, "a box and its files; then the sample is given out again", unit="s", low=1, speed_only=True
+    )
+    most_redispatches: int = setting(
+        2,
+        "times that a stalled sample is given out again; then it is dropped with its group",
+        unit="times",
+        low=0,
+        speed_only=True,
+    )
+    engine: str = setting(
+        "native", "what decodes: the exact engine of this project, or vLLM", choices=("native", "vllm")
+    )
+    vllm: VllmConfig = setting(VllmConfig, "vLLM's own settings")
     speculative: bool = setting(
         False, "the MTP block drafts, the model verifies: same distribution, other tokens for a seed"
     )
@@ -324,6 +369,20 @@ class RunConfig:
     )
     parallel: int = setting(
         1, "stages that run side by side, each in a process of its own", unit="stages", low=1, speed_only=True
+    )
+    phase_limit_s: float = setting(
+        86_400.0,
+        "one rollout, training or publishing of a step; then the stage is ended, to be resumed",
+        unit="s",
+        low=1,
+        speed_only=True,
+    )
+    silence_limit_s: float = setting(
+        600.0,
+        "a stage's process that gives no sign of life for so long is ended",
+        unit="s",
+        low=1,
+        speed_only=True,
     )
     margins: bool = setting(True, "fail the run when a check misses its bound; false: structure only")
 

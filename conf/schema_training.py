@@ -236,6 +236,13 @@ class EngineConfig:
         "projections in FP8, forward and backward; fp4_fp8: both, V4's recipe",
         choices=("off", "fp4", "fp8", "fp4_fp8"),
     )
+    checkpoint_s: float = setting(
+        60.0,
+        "between two checkpoints of a running stage; 0: after every step it can go on from",
+        unit="s",
+        low=0,
+        speed_only=True,
+    )
     recompute: tuple[str, ...] = setting(
         ("none",),
         "what the backward computes again instead of keeping it; sets and tensors of model/recompute.py",

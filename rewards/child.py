@@ -37,7 +37,7 @@ def main() -> None:
     os.set_inheritable(frames.end.fileno(), False)
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
-        settings = frames.receive()
+        settings = frames.receive()  # no limit: `_die_with_parent`
         frames.send(["busy"])
         try:
             function = load_reward(settings["path"])
@@ -48,7 +48,7 @@ def main() -> None:
         frames.send(["ready"])
         with asyncio.Runner() as runner:
             while True:
-                for item in frames.receive()["items"]:
+                for item in frames.receive()["items"]:  # no limit: idle until the parent asks or ends
                     _serve(frames, runner, function, item, box)
     except (EOFError, OSError):
         return

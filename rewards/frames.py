@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 LENGTH = struct.Struct(">I")
+SEND_TIMEOUT_S = 60.0
 
 
 class FrameSocket:
@@ -20,7 +21,7 @@ class FrameSocket:
         self._max_bytes = max_bytes
         self._buffer = bytearray()
 
-    def send(self, message: Any, *, timeout_s: float | None = None) -> None:
+    def send(self, message: Any, *, timeout_s: float = SEND_TIMEOUT_S) -> None:
         """TimeoutError if the other end does not read, OSError if it is gone."""
         data = json.dumps(message, ensure_ascii=False, default=str, separators=(",", ":")).encode(
             "utf-8", "surrogatepass"
@@ -29,7 +30,9 @@ class FrameSocket:
         self.end.sendall(LENGTH.pack(len(data)) + data)
 
     def receive(self, deadline: float | None = None) -> Any:
-        """The next message, waiting until `deadline` (`time.monotonic()` seconds; None: for ever).
+        """The next message, waiting until `deadline` (`time.monotonic()` seconds).
+
+        None is for a child between two requests, which the end of its parent wakes up.
 
         EOFError when the other end is gone, TimeoutError at the deadline, ValueError on a message over
         the cap or not JSON.
@@ -56,7 +59,7 @@ class FrameSocket:
             else:
                 self.end.settimeout(None)
             try:
-                data = self.end.recv(1 << 16)
+                data = self.end.recv(1 << 16)  # no limit: settimeout above has it
             except ConnectionError as error:
                 raise EOFError from error
             if not data:

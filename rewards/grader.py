@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from consilience.rewards.interface import Completion, ToolCall
-from consilience.rewards.process import RewardProcess, ScoreItem
-from consilience.rewards.verdict import failed
+from consilience.rewards.process import QUEUE_LIMIT_S, RewardProcess, ScoreItem
+from consilience.rewards.verdict import failed, infra
 from consilience.rollout.grading import Graded, GradeItem
 from consilience.sandboxes.protocol import SandboxSpec
 
@@ -36,8 +36,9 @@ class RewardGrader:
         RewardError or SandboxUnavailable: one of them can never work; nothing has been sampled yet.
         """
         processes = [process for path, boxed in rewards for process in self._of(path, boxed)]
+        limit_s = sum(process.limit_s(1) for process in processes)  # all after each other
         for future in [self._threads.submit(process.start) for process in processes]:
-            future.result()
+            future.result(timeout=limit_s)
 
     def grade(self, items: Sequence[GradeItem]) -> list[Graded]:
         """One verdict per item, in order.
@@ -58,9 +59,13 @@ class RewardGrader:
             for n, process in enumerate(processes):
                 if share := indices[n :: len(processes)]:
                     scored = self._threads.submit(process.score, [score_item(items[i]) for i in share])
-                    jobs.append((share, scored))
-        for share, scored in jobs:
-            for i, verdict in zip(share, scored.result(), strict=True):
+                    jobs.append((share, scored, process.limit_s(len(share)) + QUEUE_LIMIT_S))
+        for share, scored, limit_s in jobs:
+            try:
+                found = scored.result(timeout=limit_s)
+            except TimeoutError:
+                found = [infra(f"no verdict in {limit_s:g} s")] * len(share)
+            for i, verdict in zip(share, found, strict=True):
                 verdicts[i] = verdict
         return [verdict if verdict is not None else failed("no verdict") for verdict in verdicts]
 
@@ -73,7 +78,7 @@ class RewardGrader:
         for processes in self._processes.values():
             for process in processes:
                 process.close()
-        self._threads.shutdown(wait=True)
+        self._threads.shutdown(wait=True)  # no limit: the processes that its threads wait for have ended
 
     def __enter__(self) -> RewardGrader:
         return self

@@ -14,14 +14,14 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from consilience.conf.errors import RewardError, SandboxUnavailable
 from consilience.rewards.child import completion_to_dict
-from consilience.rewards.frames import FrameSocket
+from consilience.rewards.frames import SEND_TIMEOUT_S, FrameSocket
 from consilience.rewards.interface import Completion
 from consilience.rewards.judge_box import spec_to_dict
 from consilience.rewards.verdict import failed, infra, verdict_of
@@ -31,7 +31,8 @@ from consilience.sandboxes.protocol import SandboxSpec
 
 MAX_REPLY_BYTES = 1 << 20
 CHUNK = 256  # items sent at a time
-SEND_TIMEOUT_S = 60.0
+QUEUE_LIMIT_S = 3600.0  # calls of others that are ahead
+REAP_LIMIT_S = 10.0  # a killed process that a disk holds in the kernel is left to it
 LAUNCH = "from consilience.rewards.child import main; main()"
 
 
@@ -68,14 +69,14 @@ class RewardProcess:
         self._sandbox = sandbox
         self._lock = threading.Lock()
         self._child: _Child | None = None
-        self._was_ready = False
+        self._was_ready = self._is_closing = False
 
     def start(self) -> None:
         """Load the function now, so that a wrong path is one clear error before any work.
 
         RewardError: it cannot be loaded. SandboxUnavailable: no box as strong as asked for.
         """
-        with self._lock:
+        with self._turn():
             self._ensure()
 
     def score(self, items: Sequence[ScoreItem]) -> list[Graded]:
@@ -86,8 +87,10 @@ class RewardProcess:
         function could never be loaded.
         """
         verdicts: list[Graded] = []
-        with self._lock:
+        with self._turn():
             while len(verdicts) < len(items):
+                if self._is_closing:
+                    return verdicts + [infra("the reward process was closed")] * (len(items) - len(verdicts))
                 try:
                     child = self._ensure()
                 except (RewardError, SandboxUnavailable) as error:
@@ -100,9 +103,30 @@ class RewardProcess:
         return verdicts
 
     def close(self) -> None:
-        """End the child. The next `score` starts another."""
-        with self._lock:
+        """End the child, whatever it is at. The next `score` starts another."""
+        self._is_closing = True
+        child = self._child
+        if child is not None:
+            child.kill()  # a call that waits for it sees its end
+        with self._turn():
             self._drop()
+            self._is_closing = False
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """This caller's turn. RewardError when those before take over an hour."""
+        if not self._lock.acquire(timeout=QUEUE_LIMIT_S):
+            raise RewardError(
+                f"reward {self.path!r} was busy for {QUEUE_LIMIT_S:g} s; lower rewards.timeout_s"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def limit_s(self, num_items: int) -> float:
+        """What `score` of so many items may take at worst, alone: every one killed, every start slow."""
+        return num_items * (self._timeout_s + self._load_timeout_s) + SEND_TIMEOUT_S
 
     def __enter__(self) -> RewardProcess:
         return self
@@ -147,7 +171,7 @@ class RewardProcess:
         """Verdicts of the first items of the chunk: all, or up to and with the one that ended the child."""
         verdicts: list[Graded] = []
         try:
-            child.frames.send({"items": [_row(item) for item in items]}, timeout_s=SEND_TIMEOUT_S)
+            child.frames.send({"items": [_row(item) for item in items]})
         except OSError:  # it died idle: nobody's fault, unless it does so straight after its start
             self._drop()
             return [] if child.has_served else [failed(f"the reward process died ({child.how_it_ended()})")]
@@ -200,7 +224,7 @@ class _Child:
         self.frames = FrameSocket(ours, max_bytes=MAX_REPLY_BYTES)
         self._finalizer = weakref.finalize(self, _kill_group, self.process, ours)
         with suppress(OSError):  # a child that is already gone shows at the first receive
-            self.frames.send(settings, timeout_s=SEND_TIMEOUT_S)
+            self.frames.send(settings)
 
     def how_it_ended(self) -> str:
         with suppress(subprocess.TimeoutExpired):
@@ -218,7 +242,8 @@ def _kill_group(process: subprocess.Popen[bytes], ours: socket.socket) -> None:
     ours.close()
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=REAP_LIMIT_S)
 
 
 def _row(item: ScoreItem) -> dict[str, Any]:

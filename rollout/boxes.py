@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from consilience.conf.errors import SandboxLost
+from consilience.conf.errors import SandboxLost, SandboxUnavailable
 from consilience.sandboxes.protocol import Enforced, ExecResult, ExecStatus, Isolation
 
 
@@ -105,8 +105,12 @@ class FakeBoxes:
     """At most `num` boxes at a time; `lease` blocks beyond that, as a real pool does."""
 
     def __init__(
-        self, num: int = 4, run: Callable[[FakeBox, list[str], bytes], tuple[int, bytes]] = _echo
+        self,
+        num: int = 4,
+        run: Callable[[FakeBox, list[str], bytes], tuple[int, bytes]] = _echo,
+        lease_limit_s: float = 1800.0,
     ) -> None:
+        self._lease_limit_s = lease_limit_s
         self._free = threading.Semaphore(num)
         self._ids = itertools.count()
         self._run = run
@@ -114,7 +118,8 @@ class FakeBoxes:
         self.num_released = 0
 
     def lease(self) -> FakeBox:
-        self._free.acquire()
+        if not self._free.acquire(timeout=self._lease_limit_s):
+            raise SandboxUnavailable(f"no box got free in {self._lease_limit_s:g} s")
         self.num_leased += 1
         return FakeBox(f"fake-{next(self._ids)}", self._run)
 

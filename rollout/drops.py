@@ -1,4 +1,4 @@
-"""Groups that leave training because an environment of theirs was lost (post-training notes 9.3, 9.2).
+"""Groups that leave training because they lost an environment or a sample (post-training notes 9.3, 9.2).
 
 A box that dies does not look at the reward, but an episode with more calls is exposed to it for longer. To
 leave out that sample alone would select the short ones of its group and move the group's mean, so the whole
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from consilience.rollout.dispatch import DROPPED
 from consilience.rollout.records import OutcomeKind, RolloutRecord
 
 _LOG = logging.getLogger(__name__)
@@ -18,6 +19,8 @@ _LOG = logging.getLogger(__name__)
 
 def why_dropped(record: RolloutRecord) -> str:
     """Why this sample takes its group out of training, "" if it does not."""
+    if why := record.metadata.get(DROPPED):
+        return f"{record.uid}: never came back: {why}"[:300]
     if record.outcome.kind in (OutcomeKind.LOST, OutcomeKind.UNKNOWN):
         return f"{record.uid}: {record.outcome.kind.value}: {record.outcome.detail}"[:300]
     return ""

@@ -9,6 +9,7 @@ afterwards. So whatever an owner acknowledged is there for the reader, even if t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -60,7 +61,8 @@ def take_lease(
             raise EngineError(
                 f"cannot take a lease in {folder}: {error.strerror}; free space there"
             ) from None
-        with open(descriptor, "w", encoding="utf-8") as file:  # for people; nothing reads it
+        # For people; nothing reads it, so a full disk may keep it empty: the log itself will say so.
+        with contextlib.suppress(OSError), open(descriptor, "w", encoding="utf-8") as file:
             file.write(json.dumps({"epoch": epoch, "owner": owner, "host": socket.gethostname()}) + "\n")
         _sync(folder)
         return Lease(folder, epoch, survives_power, columns_folder)
@@ -69,7 +71,10 @@ def take_lease(
 def fence(folder: Path, epochs: list[int] | None = None) -> None:
     """End the say of `epochs`, of all epochs so far without it. What was fenced stays so."""
     for epoch in _epochs(folder, "lease") if epochs is None else epochs:
-        _file(folder, epoch, "fenced").touch()
+        try:
+            _file(folder, epoch, "fenced").touch()
+        except OSError as error:
+            raise EngineError(f"cannot fence {folder}: {error.strerror}; free space there") from None
     if folder.exists():
         _sync(folder)  # a fence that a loss of power undoes would revive an owner
 

@@ -64,7 +64,8 @@ class PromptLedger:
         self._write("trained", step, list(uids))
 
     def dropped(self, step: int, uids: Iterable[str], reason: str) -> None:
-        """Step `step` goes on without them, now and after any resume."""
+        """Step `step` goes on without them, now and after any resume: they or one of their group never came
+        back from the workers, or lost their environment."""
         new = [uid for uid in uids if uid not in self._dropped]
         for uid in new:
             if uid not in self._stored or self._issued[uid] != step:

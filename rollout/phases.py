@@ -9,9 +9,14 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from consilience.conf.errors import EngineError
 from consilience.model.checkpoint import to_official
+from consilience.rollout.deadlines import read_stalls
+from consilience.rollout.dispatch import DROPPED
 from consilience.rollout.drops import drop_groups, drop_report
 from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.lease import Lease, take_lease
+from consilience.rollout.phase_health import phase_health
 from consilience.rollout.publishing import Announced, announce
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.store import RolloutStore
@@ -31,6 +36,11 @@ class Durable:
     keep: Callable[[Sequence[RolloutRecord]], None]
     survives_power: bool = False
     columns_folder: Path | None = None
+
+    def take_lease(self, owner: str) -> Lease:
+        """A lease for one worker's stream. EngineError where the folder takes none."""
+        power, columns = self.survives_power, self.columns_folder
+        return take_lease(self.log_folder, owner, survives_power=power, columns_folder=columns)
 
 
 class Publisher(Protocol):
@@ -89,6 +99,21 @@ class OpenPhase:
         self._partial.add(records)
         self._store.ledger.stored(r.uid for r in records)
 
+    def keep_last(self, records: Sequence[RolloutRecord]) -> None:
+        """Store what a call returned that sampled all that was missing.
+
+        EngineError, and what was given up is not stored, where that leaves no group: the next attempt has
+        another try.
+        """
+        made = {record.uid: record for record in records}
+        whole = [self._partial.records.get(job.uid) or made[job.uid] for job in self._jobs]
+        if any(DROPPED in r.metadata for r in whole) and not drop_groups(whole)[0]:
+            raise EngineError(
+                f"step {self._step}: every group has a sample that never came back; see stalls.jsonl and run "
+                "again: what has a record is kept, the others are tried anew"
+            )
+        self.keep(records)
+
     def finish(self) -> list[RolloutRecord]:
         """Its records in job order, once they are the store's file of this phase; groups that lost an
         environment are in the file and not returned. KeyError while one is missing."""
@@ -120,13 +145,14 @@ def sample_phase(
     """The records of phase `step`: those in the store if the run was cut short after sampling, else new ones.
 
     New records are stored before anything trains on them, each as it arrives.
-    Groups that lost an environment are in the store, and not among what is returned (`drops.py`).
+    Groups that lost an environment, or a sample for good, are in the store and not among what is returned
+    (`drops.py`). EngineError where workers lost samples of every group.
     """
     if (records := stored_phase(store, step)) is not None:
         return records
     phase = OpenPhase(store, step, jobs_of)
     try:
-        phase.keep(sampler.generate(phase.missing, durable=phase.durable))
+        phase.keep_last(sampler.generate(phase.missing, durable=phase.durable))
         return phase.finish()
     finally:
         phase.close()
@@ -136,7 +162,8 @@ def _without_dropped(store: RolloutStore, step: int, records: list[RolloutRecord
     kept, dropped = drop_groups(records)
     for reason, group in dropped.items():
         store.ledger.dropped(step, [r.uid for r in group], reason)
-    store.health[step] = drop_report(step, dropped)
+    health = phase_health(records, read_stalls(store.stalls) if store.stalls else ())
+    store.health[step] = health | drop_report(step, dropped)
     return kept
 
 

@@ -95,7 +95,7 @@ def stop_ray(cluster: RayCluster) -> None:
     """Disconnect; end the processes and the temp folder only of a cluster that `start_ray` started."""
     import ray
 
-    ray.shutdown()
+    ray.shutdown()  # no limit: Ray gives each of its processes some seconds and then kills it
     for key, value in (cluster.environment or {}).items():
         if value is None:
             os.environ.pop(key, None)
@@ -127,6 +127,15 @@ def worker_environment(num_threads: int = 1) -> dict[str, str]:
         others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(tree)]
         env["PYTHONPATH"] = os.pathsep.join([str(tree), *others])
     return env
+
+
+def worker_runtime(num_threads: int, python: str | None = None) -> dict[str, Any]:
+    """Ray's runtime environment of a worker process.
+
+    python  its interpreter; None: the driver's own. Another one must have the driver's Ray and Python version
+    """
+    runtime: dict[str, Any] = {"env_vars": worker_environment(num_threads)}
+    return runtime if python is None else runtime | {"py_executable": python}
 
 
 def _init(address: str, namespace: str, log_to_driver: bool, options: dict[str, Any]) -> None:

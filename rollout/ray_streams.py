@@ -10,18 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError
 
 from consilience.conf.errors import EngineError
+from consilience.rollout.dispatch import DROPPED, Dispatch, split_by_group
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.lease import Lease, fence, take_lease
+from consilience.rollout.lease import Lease, fence
 from consilience.rollout.local_streams import keep
 from consilience.rollout.phases import Durable
 from consilience.rollout.publishing import Announced
-from consilience.rollout.ray_workers import RolloutPool, _Share, split_by_group
+from consilience.rollout.ray_workers import RolloutPool, _Share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +39,8 @@ class RayStreams:
 
     def __init__(self, pool: RolloutPool, *, recompute: bool = False) -> None:
         self._pool, self._recompute = pool, recompute
-        self._slots = [_Share({}) for _ in pool._actors]
+        self._slots = [_Share() for _ in pool._actors]
+        self._dispatch = Dispatch([], len(pool._actors), pool._most_redispatches)
         self._leases: list[list[Lease]] = [[] for _ in pool._actors]
         self._served: list[Any] = [None] * len(pool._actors)  # the actor whose stream a slot has
         self._durable_of: dict[str, Durable] = {}
@@ -52,13 +55,14 @@ class RayStreams:
             with suppress(Exception):  # a dead worker has ended too
                 ray.get(actor.end.options(concurrency_group="post").remote(), timeout=_END_TIMEOUT_S)
                 while ray.wait([share.stream], timeout=_END_TIMEOUT_S)[0]:
-                    ray.get(next(share.stream))
+                    ray.get(next(share.stream), timeout=_END_TIMEOUT_S)
 
     def hand_over(self, jobs: Sequence[RolloutJob], durable: Durable) -> None:
         """See `RolloutStreams.hand_over`. Groups stay together."""
         fence(durable.log_folder)  # whoever still writes there belongs to a driver that is gone
         self._durable_of |= dict.fromkeys((job.uid for job in jobs), durable)
         for slot, share in enumerate(split_by_group(jobs, len(self._slots))):
+            self._dispatch.add(slot, share)
             self._give(slot, share, durable)
 
     def hear(self) -> None:
@@ -67,11 +71,14 @@ class RayStreams:
             share.heard_at = time.monotonic()  # nobody listened before, so nobody was silent
         slot = None
         while slot is None:
-            slot, batch, death = self._pool._hear(self._slots)
+            slot, batch, death = self._pool._hear(self._slots, self._dispatch)
         if batch is not None:
-            for record in batch:
-                self._slots[slot].pending.pop(record.uid, None)
-            keep(batch, self._durable_of)
+            new, stalls = self._dispatch.take(slot, batch)
+            keep(new, self._durable_of)
+            for stall in stalls:
+                self._pool._note(replace(stall, actor=f"rollout worker {slot}"), self._dispatch, slot)
+            if stalls:  # with the threads that never came back
+                self._pool._replace(slot)
         elif death:
             self._num_deaths += 1
             if self._num_deaths > self._pool._max_restarts:
@@ -79,9 +86,10 @@ class RayStreams:
                     f"a rollout worker died, {self._num_deaths} deaths in one step; last: {death}"
                 )
             self._pool._replace(slot)
-            self._attach()
         else:
             raise EngineError(f"the stream of rollout worker {slot} ended by itself")
+        self._attach()
+        self._keep_dropped()
 
     def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None:
         """See `RolloutStreams.publish` and `RolloutPool.publish`."""
@@ -99,20 +107,27 @@ class RayStreams:
                     fence(lease.folder, [lease.epoch])
             self._leases[slot].clear()
             try:
-                ray.get(actor.open.remote(self._recompute))
+                self._pool._answer(slot, "open", actor.open.remote(self._recompute))
             except RayActorError as death:
                 raise EngineError(f"rollout worker {slot} died before it had a stream: {death}") from None
             self._slots[slot].stream = actor.serve.options(num_returns="streaming").remote()
             self._served[slot] = actor
-            phases = {id(self._durable_of[uid]): self._durable_of[uid] for uid in self._slots[slot].pending}
+            pending = self._dispatch.next_jobs(slot)
+            phases = {id(durable): durable for durable in (self._durable_of[job.uid] for job in pending)}
             for durable in phases.values():
-                jobs = [j for u, j in self._slots[slot].pending.items() if self._durable_of[u] is durable]
-                self._give(slot, jobs, durable)
+                self._give(slot, [j for j in pending if self._durable_of[j.uid] is durable], durable)
+
+    def _keep_dropped(self) -> None:
+        """Records of samples that were given up, with their groups; the call never returns them."""
+        for slot in range(len(self._slots)):
+            self._dispatch.next_jobs(slot)
+        dropped = [record for record in self._dispatch.records.values() if DROPPED in record.metadata]
+        keep(dropped, self._durable_of)
+        self._dispatch.records.clear()
 
     def _give(self, slot: int, jobs: Sequence[RolloutJob], durable: Durable) -> None:
         if not jobs:
             return
-        lease = take_lease(durable.log_folder, f"worker {slot}", survives_power=durable.survives_power)
+        lease = durable.take_lease(f"worker {slot}")
         self._leases[slot] = [held for held in self._leases[slot] if held.folder.exists()] + [lease]
-        self._slots[slot].pending |= {job.uid: job for job in jobs}
         self._served[slot].hand_over.options(concurrency_group="post").remote(list(jobs), lease)

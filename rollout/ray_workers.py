@@ -6,40 +6,35 @@
 
 An actor that dies, or that says nothing for `stall_s`, is replaced: its lease is fenced, the new one gets the
 current weights first, then exactly those jobs whose records had not arrived, which go on from the token log.
+So is one whose threads stalled, once its stream is over. What a sample is allowed, `dispatch.py` says.
 """
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
-import importlib
-import logging
-import os
-import signal
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
 
 from consilience.conf.errors import ConfigError, ConsilienceError, EngineError
-from consilience.rollout.continuous import Inbox, serve
+from consilience.rollout.deadlines import DROPPED, REDISPATCHED, REPLACED, Stall, StallLog
+from consilience.rollout.dispatch import Dispatch, split_by_group
 from consilience.rollout.engine import EngineState
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.lease import Lease, fence, take_lease
+from consilience.rollout.lease import Lease, fence
 from consilience.rollout.phases import Durable
 from consilience.rollout.proof import Evidence
 from consilience.rollout.publishing import Announced, Publication, announce, verify
-from consilience.rollout.ray_cluster import RayCluster, ray_cluster, start_ray, stop_ray, worker_environment
+from consilience.rollout.ray_cluster import RayCluster, ray_cluster, start_ray, stop_ray, worker_runtime
+from consilience.rollout.ray_mailbox import Mailbox, Place, end_process, load_factory
 from consilience.rollout.ray_transport import Shipment, choose_transport
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.weight_broadcast import BroadcastBroken
-from consilience.rollout.weight_transport import WeightReceiver
-from consilience.rollout.worker import RolloutWorker
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,84 +44,18 @@ __all__ = ["RayCluster", "RolloutPool", "ray_cluster", "split_by_group", "start_
 Progress = Callable[[int, int, int], None]
 _DEATHS = (RayActorError, WorkerCrashedError, ObjectLostError)
 _CLOSE_TIMEOUT_S = 10.0
-_LOG = logging.getLogger(__name__)
 _LOOK_S = 1.0  # how often a pool that waits looks for workers that say nothing
 
 
 @dataclass(slots=True)
 class _Share:
-    """One slot's part of a call: jobs without a record, their stream and its lease, the last sign of life."""
+    """One slot's stream and its lease, its last sign of life, if it gave any, if its threads stalled."""
 
-    pending: dict[str, RolloutJob]
     stream: Any = None
     lease: Lease | None = None
     heard_at: float = 0.0
-
-
-class _Mailbox:
-    """The actor. `build` is not the constructor, so that its errors arrive typed."""
-
-    def __init__(self, factory: str, kwargs: Mapping[str, Any]) -> None:
-        self._factory, self._kwargs = factory, kwargs
-        self._worker: RolloutWorker
-        self._inbox: Inbox | None = None  # of a stream that never ends
-        self._recompute = False
-        self._receiver = WeightReceiver()
-
-    def build(self) -> tuple[str, int]:
-        faulthandler.register(signal.SIGUSR1, all_threads=True)  # a stalled worker says where it is
-        self._worker = load_factory(self._factory)(**self._kwargs)
-        return socket.gethostname(), os.getpid()
-
-    def generate(self, jobs: Sequence[RolloutJob], lease: Lease | None) -> Iterator[list[RolloutRecord]]:
-        yield from self._worker.stream(jobs, lease)
-
-    def open(self, recompute: bool) -> None:
-        self._inbox, self._recompute = Inbox(), recompute
-
-    def serve(self) -> Iterator[list[RolloutRecord]]:
-        assert self._inbox is not None  # opened before
-        try:
-            yield from serve(self._worker, self._inbox)
-        finally:
-            self._inbox = None
-
-    def hand_over(self, jobs: Sequence[RolloutJob], lease: Lease | None) -> None:
-        if self._inbox is not None:
-            self._inbox.submit(jobs, lease)
-
-    def end(self) -> None:
-        if self._inbox is not None:
-            self._inbox.end()
-
-    def can_map(self, payload: Any, publication: Publication) -> str:
-        try:
-            verify(self._receiver.open(payload, publication), publication)
-        except ConsilienceError as error:
-            return str(error)
-        return ""
-
-    def has_gpu(self) -> bool:
-        return torch.cuda.is_available()
-
-    def join(self, address: Any, rank: int) -> None:
-        self._receiver.join(address, rank)
-
-    def publish(self, payload: Any, publication: Publication) -> None:
-        weights, version = self._receiver.open(payload, publication), publication.version
-        if (inbox := self._inbox) is not None:
-            inbox.publish(weights, publication, version, recompute=self._recompute)
-        else:
-            self._worker.publish(weights, publication, version)
-
-    def evidence(self, prompts: Sequence[Sequence[int]], exact: bool) -> Evidence:
-        return self._worker.evidence(prompts, exact)
-
-    def state(self) -> EngineState:
-        return self._worker.state()
-
-    def close(self) -> None:
-        self._worker.close()
+    has_spoken: bool = False
+    has_stalled: bool = False
 
 
 class RolloutPool:
@@ -136,10 +65,14 @@ class RolloutPool:
     num_threads   cores of one worker (its CPU share in Ray and its OMP threads)
     max_restarts  dead workers that one call replaces before it gives up
     start_timeout_s  how long a worker may wait for its cores and its build; EngineError after that
+    stall_s       silence after which a worker counts as dead; it is noted in `stalls`, asked for its stacks
+                  and killed. A worker speaks every few seconds, between two steps
+    publish_limit_s  how long a worker may take over new weights or a question, before the same happens
+    most_redispatches  how often a sample is given out again (`dispatch.py`)
     is_continuous workers can be told things while they sample (`ray_streams.py`)
-    stall_s       silence after which a worker counts as dead; it is named in `stalls`, asked for its stacks
-                  (in its own error output) and killed. A worker speaks every few seconds, between two steps
     transport     how weights reach the workers, see `ray_transport.choose_transport`
+    python        interpreter of the workers, see `ray_cluster.worker_runtime`
+    stalls        where stalls are noted; their stacks go to a folder beside its file
     ConfigError on a factory that cannot be named or loaded; whatever the factory raises arrives typed.
     Use it as a context manager, or call `close`.
     """
@@ -154,8 +87,12 @@ class RolloutPool:
         max_restarts: int = 3,
         start_timeout_s: float = 300.0,
         stall_s: float = 900.0,
+        publish_limit_s: float = 600.0,
+        most_redispatches: int = 2,
         is_continuous: bool = False,
         transport: str = "auto",
+        python: str | None = None,
+        stalls: StallLog | None = None,
     ) -> None:
         if num_workers < 1:
             raise ConfigError(f"num_workers is {num_workers}, at least 1")
@@ -163,22 +100,27 @@ class RolloutPool:
         self._factory, self._kwargs = factory, dict(kwargs or {})
         self._num_threads, self._max_restarts = num_threads, max_restarts
         self._start_timeout_s, self._stall_s = start_timeout_s, stall_s
+        self._publish_limit_s, self._most_redispatches = publish_limit_s, most_redispatches
+        self._python = python
         self._post = {"concurrency_group": "post"} if is_continuous else {}
         self._groups: dict[str, Any] = {"concurrency_groups": {"post": 1}} if is_continuous else {}
         self._current: tuple[Shipment, Publication] | None = None
         self._actors: list[Any] = []
-        self._processes: list[tuple[str, int]] = []  # (host, pid) by slot
+        self._places: list[Place] = []  # by slot
         self.num_replaced = 0
-        self.stalls: list[str] = []  # one line a worker that was killed for its silence
+        self.stall_log = stalls if stalls is not None else StallLog()
         try:
             for _ in range(num_workers):
                 self._actors.append(self._spawn())
-            answers = [actor.build.remote() for actor in self._actors]
-            self._processes = [self._get(answer, self._start_timeout_s) for answer in answers]
-            hosts = [host for host, _ in self._processes]
-            self._transport = choose_transport(transport, self._actors, hosts, self._get, self._post)
-        except BaseException:
+            answers = [actor.build.remote(self._stacks) for actor in self._actors]
+            self._places = [self._built(answer) for answer in answers]
+            hosts = [place.host for place in self._places]
+            limited = lambda answer: self._get(answer, self._publish_limit_s)
+            self._transport = choose_transport(transport, self._actors, hosts, limited, self._post)
+        except BaseException as error:
             self.close()
+            if isinstance(error, _DEATHS):
+                raise EngineError(f"a rollout worker died at its start: {_last_line(error)}") from None
             raise
 
     def __enter__(self) -> RolloutPool:
@@ -190,7 +132,16 @@ class RolloutPool:
     @property
     def pids(self) -> list[int]:
         """Process ids of the workers, by slot."""
-        return [pid for _, pid in self._processes]
+        return [place.pid for place in self._places]
+
+    @property
+    def stalls(self) -> list[Stall]:
+        """What was over its limit so far."""
+        return self.stall_log.stalls
+
+    @property
+    def _stacks(self) -> str | None:
+        return None if self.stall_log.stacks is None else str(Path(self.stall_log.stacks).resolve())
 
     def generate(
         self,
@@ -203,26 +154,28 @@ class RolloutPool:
 
         `on_progress(num_done, num_jobs, num_sampled_tokens)` is called as records arrive. With `durable`,
         jobs that an earlier worker began go on from its log, and records are handed to `keep` as they arrive.
-        EngineError when jobs share a uid, or workers die more than `max_restarts` times.
+        The record of a dropped sample says so in its metadata and is not handed to `keep`: a call that is
+        made again tries it again.
+        EngineError when jobs share a uid, workers die more than `max_restarts` times, or all were dropped.
         """
-        if len({job.uid for job in jobs}) != len(jobs):
-            raise EngineError("two jobs share a uid; uids are unique over a run")
+        dispatch = Dispatch(jobs, len(self._actors), self._most_redispatches)
         if durable is not None:
             fence(durable.log_folder)  # whoever still writes there belongs to a driver that is gone
-        shares = [_Share({job.uid: job for job in s}) for s in split_by_group(jobs, len(self._actors))]
+        shares = [_Share() for _ in self._actors]
         for slot in range(len(shares)):
-            self._begin(slot, shares[slot], durable)
-        records: dict[str, RolloutRecord] = {}
+            self._begin(slot, shares[slot], dispatch, durable)
         num_deaths = num_sampled = 0
         while any(share.stream is not None for share in shares):
-            slot, batch, death = self._hear(shares)
+            slot, batch, death = self._hear(shares, dispatch)
             if slot is None:
                 continue
             share = shares[slot]
-            new = [r for r in batch or () if share.pending.pop(r.uid, None) is not None]
+            new, stalls = dispatch.take(slot, batch or ())
             if new and durable is not None:
                 durable.keep(new)
-            records |= {record.uid: record for record in new}
+            for stall in stalls:
+                share.has_stalled = True
+                self._note(replace(stall, actor=_name(slot)), dispatch, slot)
             num_sampled += sum(record.num_sampled for record in new)
             if death:
                 num_deaths += 1
@@ -231,27 +184,29 @@ class RolloutPool:
                         f"a rollout worker died, {num_deaths} deaths in one call; last: {death}"
                     )
                 self._replace(slot, share.lease)
+            elif batch is None and share.has_stalled:  # with the threads that never came back
+                self._replace(slot, share.lease)
             if batch is None:  # the stream is over, because all is done or because its worker died
-                self._begin(slot, share, durable)
+                self._begin(slot, share, dispatch, durable)
             elif new and on_progress is not None:
-                on_progress(len(records), len(jobs), num_sampled)
-        return [records[job.uid] for job in jobs]
+                on_progress(len(dispatch.records), len(jobs), num_sampled)
+        return dispatch.in_order()
 
-    def _begin(self, slot: int, share: _Share, durable: Durable | None) -> None:
+    def _begin(self, slot: int, share: _Share, dispatch: Dispatch, durable: Durable | None) -> None:
         """Give a slot's worker the jobs that have no record yet, under a lease of their own."""
         share.stream, share.heard_at = None, time.monotonic()
-        if not share.pending:
+        share.has_spoken = share.has_stalled = False
+        jobs = dispatch.next_jobs(slot)
+        if not jobs:
             return
         if durable is not None:
-            power, columns = durable.survives_power, durable.columns_folder
-            share.lease = take_lease(
-                durable.log_folder, f"worker {slot}", survives_power=power, columns_folder=columns
-            )
+            share.lease = durable.take_lease(f"worker {slot}")
         actor = self._actors[slot]
-        remote = actor.generate.options(num_returns="streaming").remote
-        share.stream = remote(list(share.pending.values()), share.lease)
+        share.stream = actor.generate.options(num_returns="streaming").remote(jobs, share.lease)
 
-    def _hear(self, shares: Sequence[_Share]) -> tuple[int | None, list[RolloutRecord] | None, str]:
+    def _hear(
+        self, shares: Sequence[_Share], dispatch: Dispatch
+    ) -> tuple[int | None, list[RolloutRecord] | None, str]:
         """(slot, its next records, "") of a worker that speaks; (slot, None, why) of one that died or stalls.
 
         No records and no reason: the stream is over. A slot of None: nobody speaks, all within their time.
@@ -261,32 +216,58 @@ class RolloutPool:
         now = time.monotonic()
         if ready:
             slot = next(s for s, stream in streams.items() if stream is ready[0])
-            shares[slot].heard_at = now
             try:
-                return slot, self._next_batch(streams[slot]), ""
+                batch = self._next_batch(streams[slot])
+                shares[slot].heard_at, shares[slot].has_spoken = now, True
+                return slot, batch, ""
+            except GetTimeoutError:  # it was said that there is one; the machine that has it is gone
+                return slot, None, self._stalled(slot, shares[slot], dispatch, self._stall_s)
             except _DEATHS as death:
+                if not shares[slot].has_spoken:
+                    place, waited_s = self._places[slot], round(now - shares[slot].heard_at, 3)
+                    uids = tuple(dispatch.pending[slot])
+                    died = Stall("death", waited_s, 0.0, _name(slot), uids, "", place.host, place.pid)
+                    self._note(died, dispatch, slot)
                 return slot, None, _last_line(death)
         for slot in streams:
             if (silent_s := now - shares[slot].heard_at) > self._stall_s:
-                return slot, None, self._stalled(slot, shares[slot], silent_s)
+                return slot, None, self._stalled(slot, shares[slot], dispatch, silent_s)
         return None, None, ""
 
-    def _stalled(self, slot: int, share: _Share, silent_s: float) -> str:
-        """Note which worker says nothing and what it has, and have it write down where it is."""
-        host, pid = self._processes[slot]
-        first = next(iter(share.pending))
-        line = (
-            f"rollout worker {slot} (process {pid} on {host}) said nothing for {silent_s:.0f} s; it has "
-            f"{len(share.pending)} unfinished samples, {first} the first"
+    def _stalled(self, slot: int, share: _Share, dispatch: Dispatch, silent_s: float) -> str:
+        """Note which worker says nothing and what it has, have it write down where it is, and end it."""
+        stall = self._end(slot, "stream", silent_s, self._stall_s, tuple(dispatch.pending[slot]))
+        if share.has_spoken:
+            self.stall_log.add(replace(stall, action=REDISPATCHED))
+        else:
+            self._note(stall, dispatch, slot)
+        return str(stall)
+
+    def _note(self, stall: Stall, dispatch: Dispatch, slot: int) -> None:
+        """Write down a stall that counts against its samples, and what becomes of them."""
+        why = f"{stall.waited_s:.1f} s in '{stall.stage}' of {stall.actor} on {stall.host}"
+        again, dropped = dispatch.lost(slot, stall.uids, why)
+        for uids, action in ((again, REDISPATCHED), (dropped, DROPPED)):
+            if uids:
+                self.stall_log.add(replace(stall, uids=tuple(uids), action=action))
+
+    def _end(
+        self, slot: int, stage: str, waited_s: float, limit_s: float, uids: tuple[str, ...] = ()
+    ) -> Stall:
+        """Stacks and end of a worker's process; the stall it is, not noted yet."""
+        place = self._places[slot]
+        end_process(place)
+        return Stall(
+            stage,
+            round(waited_s, 3),
+            limit_s,
+            _name(slot),
+            uids,
+            REPLACED,
+            place.host,
+            place.pid,
+            place.stacks,
         )
-        self.stalls.append(line)
-        _LOG.warning("%s; it is replaced", line)
-        if host == socket.gethostname():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR1)
-                time.sleep(_LOOK_S)
-                os.kill(pid, signal.SIGKILL)  # Ray asks a process to end, which a stopped one does not hear
-        return line
 
     @property
     def transport(self) -> str:
@@ -311,13 +292,17 @@ class RolloutPool:
         ]
         with contextlib.suppress(BroadcastBroken):  # the workers' own answers say so too
             shipment.send()
+        deadline = time.monotonic() + self._publish_limit_s
         dead, late = [], []
         for slot, answer in enumerate(answers):
             try:
-                self._get(answer)
+                self._get(answer, max(_LOOK_S, deadline - time.monotonic()))
             except BroadcastBroken:
                 late.append(slot)
             except _DEATHS:
+                dead.append(slot)
+            except GetTimeoutError:
+                self.stall_log.add(self._end(slot, "publish", self._publish_limit_s, self._publish_limit_s))
                 dead.append(slot)
         self._current = (shipment, publication)
         for slot in dead:
@@ -329,71 +314,112 @@ class RolloutPool:
         """Give the worker in `slot` the current weights by themselves."""
         assert self._current is not None
         shipment, publication = self._current
-        payload = shipment.again(self._processes[slot][0])
-        self._get(self._actors[slot].publish.options(**self._post).remote(payload, publication))
+        payload = shipment.again(self._places[slot].host)
+        answer = self._actors[slot].publish.options(**self._post).remote(payload, publication)
+        self._answer(slot, "publish", answer)
 
     def evidence(self, prompts: Sequence[Sequence[int]], exact: bool) -> dict[str, Evidence]:
         """What each worker holds and computes (`proof.py`), by its name."""
         answers = [actor.evidence.remote(prompts, exact) for actor in self._actors]
-        names = [f"rollout worker {i} (process {p} on {h})" for i, (h, p) in enumerate(self._processes)]
-        return {name: self._get(answer) for name, answer in zip(names, answers)}
+        found = [self._answer(slot, "evidence", answer) for slot, answer in enumerate(answers)]
+        names = [f"rollout worker {i} (process {p.pid} on {p.host})" for i, p in enumerate(self._places)]
+        return dict(zip(names, found))
+
+    def sleep(self, level: int = 1) -> None:
+        """Let every worker give memory back until `wake`; EngineError where an engine cannot."""
+        for slot, answer in enumerate([actor.sleep.remote(level) for actor in self._actors]):
+            self._answer(slot, "sleep", answer)
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        for slot, answer in enumerate([actor.wake.remote() for actor in self._actors]):
+            self._answer(slot, "wake", answer)
 
     def states(self) -> list[EngineState]:
-        """Each worker's engine counters, by slot."""
-        return [self._get(actor.state.remote()) for actor in self._actors]
+        """Each worker's engine counters, by slot. EngineError from one that does not answer."""
+        answers = [actor.state.remote() for actor in self._actors]
+        return [self._answer(slot, "state", answer) for slot, answer in enumerate(answers)]
 
     def close(self) -> None:
         """Let the workers close their boxes, then end their processes. Safe to call twice."""
-        actors, built, self._actors, self._processes = self._actors, self._processes, [], []
-        closing = [actor.close.remote() for actor in actors[: len(built)]]
+        actors, places, self._actors, self._places = self._actors, self._places, [], []
+        closing = [actor.close.remote() for actor in actors[: len(places)]]
         with contextlib.suppress(*_DEATHS, RayTaskError, GetTimeoutError):
             ray.get(closing, timeout=_CLOSE_TIMEOUT_S)
         for actor in actors:
             ray.kill(actor)
+        for place in places:  # one that is stopped does not hear Ray
+            end_process(place, has_stacks=False)
+        if self.stall_log.stacks is not None:
+            with contextlib.suppress(OSError):
+                self.stall_log.stacks.rmdir()  # nobody left anything there
 
     def _spawn(self) -> Any:
         options = {
             "num_cpus": self._num_threads,
             "max_restarts": 0,  # a restarted actor would have no weights; we replace it ourselves
-            "runtime_env": {"env_vars": worker_environment(self._num_threads)},
+            "runtime_env": worker_runtime(self._num_threads, self._python),
         }
         # A thread of its own for messages also moves the rest out of the main thread: only where needed.
         make = ray.remote(**self._groups) if self._groups else ray.remote
-        return make(_Mailbox).options(**options).remote(self._factory, self._kwargs)  # type: ignore[union-attr]
+        return make(Mailbox).options(**options).remote(self._factory, self._kwargs)  # type: ignore[union-attr]
 
     def _replace(self, slot: int, lease: Lease | None = None) -> None:
-        """A fresh worker in `slot`, with the current weights before any job; the old one has no say now."""
+        """A fresh worker in `slot`, with the current weights before any job; the old one has no say now.
+
+        One that dies at its start is replaced in turn, `max_restarts` times.
+        """
         if lease is not None:
             fence(lease.folder, [lease.epoch])
-        with contextlib.suppress(Exception):  # it is dead already; this only makes sure
-            ray.kill(self._actors[slot])
-        self.num_replaced += 1
-        actor = self._actors[slot] = self._spawn()
-        try:
-            self._processes[slot] = self._get(actor.build.remote(), self._start_timeout_s)
-            if self._current is not None:
-                self._catch_up(slot)
-        except _DEATHS as death:
-            raise EngineError(f"a replaced rollout worker died at its start: {_last_line(death)}") from None
+        end_process(self._places[slot], has_stacks=False)
+        for num_left in reversed(range(self._max_restarts + 1)):
+            with contextlib.suppress(Exception):  # it is dead already; this only makes sure
+                ray.kill(self._actors[slot])
+            self.num_replaced += 1
+            actor = self._actors[slot] = self._spawn()
+            try:
+                self._places[slot] = self._built(actor.build.remote(self._stacks))
+                if self._current is not None:
+                    self._catch_up(slot)
+                return
+            except _DEATHS as death:
+                if not num_left:
+                    why = f"a replaced rollout worker died at its start: {_last_line(death)}"
+                    raise EngineError(why) from None
 
     def _next_batch(self, stream: Any) -> list[RolloutRecord] | None:
-        """The next records of a stream that is ready, None at its end."""
+        """The next records of a stream that is ready, None at its end. GetTimeoutError if they don't come."""
         try:
-            return self._get(next(stream))
+            return self._get(next(stream), self._stall_s)
         except StopIteration:
             return None
 
-    def _get(self, ref: Any, timeout_s: float | None = None) -> Any:
-        """ray.get with the worker's own error in place of Ray's wrapping."""
+    def _built(self, answer: Any) -> Place:
         try:
-            return ray.get(ref, timeout=timeout_s)
+            return self._get(answer, self._start_timeout_s)
         except GetTimeoutError:
             wanted, there = self._num_threads, ray.cluster_resources().get("CPU", 0)
             raise EngineError(
-                f"a rollout worker of {wanted} cores did not start in {timeout_s:g} s; the cluster has "
-                f"{there:g} cores, {ray.available_resources().get('CPU', 0):g} of them free; ask for fewer "
-                "workers or more cores"
+                f"a rollout worker of {wanted} cores did not start in {self._start_timeout_s:g} s; the "
+                f"cluster has {there:g} cores, {ray.available_resources().get('CPU', 0):g} of them free; ask "
+                "for fewer workers or more cores"
             ) from None
+
+    def _answer(self, slot: int, stage: str, answer: Any) -> Any:
+        """What a worker says within `publish_limit_s`. EngineError, and its end, if it says nothing."""
+        try:
+            return self._get(answer, self._publish_limit_s)
+        except GetTimeoutError:
+            stall = self._end(slot, stage, self._publish_limit_s, self._publish_limit_s)
+            self.stall_log.add(stall)
+            raise EngineError(str(stall)) from None
+
+    def _get(self, ref: Any, timeout_s: float) -> Any:
+        """ray.get with the worker's own error in place of Ray's wrapping. GetTimeoutError as it is."""
+        try:
+            return ray.get(ref, timeout=timeout_s)
+        except GetTimeoutError:
+            raise
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, ConsilienceError):
@@ -401,32 +427,8 @@ class RolloutPool:
             raise EngineError(f"rollout worker failed: {type(cause).__name__}: {cause}") from error
 
 
-def split_by_group(jobs: Sequence[RolloutJob], num_shares: int) -> list[list[RolloutJob]]:
-    """Shares of about equal token budgets; a group stays together, so that its prefill is shared.
-
-    Larger groups are placed first, each with the least loaded share; job order is kept inside a share.
-    """
-    costs: dict[str, int] = {}
-    for job in jobs:
-        costs[job.group] = costs.get(job.group, 0) + job.max_tokens
-    loads = [0] * num_shares
-    share_of: dict[str, int] = {}
-    for group in sorted(costs, key=lambda g: -costs[g]):
-        share_of[group] = min(range(num_shares), key=lambda s: loads[s])
-        loads[share_of[group]] += costs[group]
-    shares: list[list[RolloutJob]] = [[] for _ in range(num_shares)]
-    for job in jobs:
-        shares[share_of[job.group]].append(job)
-    return shares
-
-
-def load_factory(path: str) -> Callable[..., RolloutWorker]:
-    """The function that "import.path:function" names. ConfigError if there is none."""
-    module_name, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"worker factory {path!r}: {error}; give it as import.path:function") from None
+def _name(slot: int) -> str:
+    return f"rollout worker {slot}"
 
 
 def _last_line(error: BaseException) -> str:

@@ -28,13 +28,19 @@ class RolloutStore:
 
     survives_power  token logs of an unfinished phase survive the machine's end, not only the processes'
     quantization    how the workers compute with what is published
+    stalls          file in which the run's workers note what was over its limit
     health          step -> numbers for its metrics, of phases that were asked for (`phases.py`)
     """
 
     def __init__(
-        self, folder: Path | str, *, survives_power: bool = False, quantization: str = "off"
+        self,
+        folder: Path | str,
+        *,
+        survives_power: bool = False,
+        quantization: str = "off",
+        stalls: Path | None = None,
     ) -> None:
-        self.folder, self.survives_power = Path(folder), survives_power
+        self.folder, self.survives_power, self.stalls = Path(folder), survives_power, stalls
         self.quantization = quantization
         self.health: dict[int, dict[str, float]] = {}
 
@@ -64,6 +70,8 @@ class RolloutStore:
     def clear_partial(self, phase: str) -> None:
         """Remove what a phase no longer needs once its file is whole."""
         (self.folder / f"{phase}.partial").unlink(missing_ok=True)
+        for unfinished in self.folder.glob(f".{phase}.jsonl.*"):  # of a process that was killed
+            unfinished.unlink(missing_ok=True)
         shutil.rmtree(self.log_folder(phase), ignore_errors=True)
 
     def append(self, phase: str, records: Sequence[RolloutRecord]) -> Path:

@@ -8,11 +8,11 @@ Python; per-token work is the engine's. `worker_run.py` has the loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from consilience.conf.errors import EngineError
 from consilience.rollout.boxes import BoxPool
+from consilience.rollout.deadlines import Limits
 from consilience.rollout.engine import EngineState, RolloutEngine
 from consilience.rollout.grading import Grader
 from consilience.rollout.jobs import RolloutJob
@@ -21,6 +21,7 @@ from consilience.rollout.proof import Evidence
 from consilience.rollout.publishing import Announced
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.tokenizer import Tokenizer
+from consilience.rollout.watched_threads import WatchedThreads
 from consilience.rollout.worker_run import WorkerRun
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class RolloutWorker:
     heartbeat_s       an empty batch leaves `stream` where nothing else did for so long
     max_tool_chars    characters of a tool's output that the model sees
     inline_tokens     tokens above which a record's per-token fields go into a file, where the lease names one
+    limits            how long the threads may take; an episode whose thread is late ends with a stall in its
+                      record, and the thread is written off
+    stacks            where stacks are written on a stall; None: the error output
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class RolloutWorker:
         heartbeat_s: float = 2.0,
         max_tool_chars: int = 2000,
         inline_tokens: int = 1024,
+        limits: Limits | None = None,
         on_close: Callable[[], None] | None = None,
     ) -> None:
         self.engine, self.tokenizer, self.sandboxes, self.grader = engine, tokenizer, sandboxes, grader
@@ -69,10 +74,12 @@ class RolloutWorker:
         self.flush_s, self.heartbeat_s = flush_s, heartbeat_s
         self.grade_batch, self.max_tool_chars = grade_batch, max_tool_chars
         self.num_grade_threads, self.inline_tokens = num_grade_threads, inline_tokens
+        self.limits = limits or Limits()
+        self.stacks: IO[str] | None = None
         self._on_close = on_close
-        self.tool_threads = ThreadPoolExecutor(num_tool_threads, "tool")
-        self.lease_threads = ThreadPoolExecutor(num_lease_threads, "lease")
-        self.grade_threads = ThreadPoolExecutor(num_grade_threads, "grade")
+        self.tool_threads = WatchedThreads(num_tool_threads, "tool")
+        self.lease_threads = WatchedThreads(num_lease_threads, "lease")
+        self.grade_threads = WatchedThreads(num_grade_threads, "grade")
 
     def run(self, jobs: Sequence[RolloutJob]) -> list[RolloutRecord]:
         """One record per job, in job order. EngineError on duplicate uids or an engine that stops."""
@@ -102,12 +109,22 @@ class RolloutWorker:
             raise EngineError(f"{type(self.engine).__name__} cannot prove its weights; set rollout.proof=off")
         return tell(prompts, exact)
 
+    def sleep(self, level: int) -> None:
+        """Give memory back until `wake` (vllm_engine.py says what each level drops)."""
+        if not hasattr(self.engine, "sleep"):
+            raise EngineError(f"{type(self.engine).__name__} cannot sleep; only rollout.engine=vllm can")
+        self.engine.sleep(level)  # type: ignore[attr-defined]
+
+    def wake(self) -> None:
+        if hasattr(self.engine, "wake"):
+            self.engine.wake()  # type: ignore[attr-defined]
+
     def state(self) -> EngineState:
         return self.engine.state()
 
     def close(self) -> None:
         """End the threads, then whatever `on_close` was given for (pools, runners)."""
         for threads in (self.tool_threads, self.lease_threads, self.grade_threads):
-            threads.shutdown(wait=True)  # nothing is cancelled: releases of boxes may still be queued
+            threads.close(self.limits.close_s)  # nothing is cancelled: releases of boxes may be queued
         if self._on_close is not None:
             self._on_close()

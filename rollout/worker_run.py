@@ -7,11 +7,10 @@ step are on disk before anything reads them, and episodes that a former owner be
 from __future__ import annotations
 
 import math
-import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from consilience.conf.errors import (
@@ -23,8 +22,11 @@ from consilience.conf.errors import (
 )
 from consilience.rollout.boxes import Box
 from consilience.rollout.columns import ColumnFile
+from consilience.rollout.deadlines import Stall, dump_stacks
+from consilience.rollout.dispatch import STALLED
 from consilience.rollout.engine import Completed, Prefix, Request
 from consilience.rollout.episode import Episode, State
+from consilience.rollout.errands import Errands
 from consilience.rollout.grading import Graded, GradeItem, Grader
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.lease import Lease
@@ -35,6 +37,7 @@ from consilience.rollout.records import Outcome, OutcomeKind, RolloutRecord
 from consilience.rollout.recovery import box_for, restore, without_parent
 from consilience.rollout.token_log import TokenLog
 from consilience.rollout.tools import argument_error, run_tool
+from consilience.rollout.watched_threads import Task
 
 if TYPE_CHECKING:
     from consilience.rollout.worker import RolloutWorker
@@ -50,9 +53,10 @@ class WorkerRun:
             raise EngineError("two jobs share a uid; uids are unique over a run")
         self.worker, self.engine, self.jobs = worker, worker.engine, jobs
         self._decoding: dict[str, Episode] = {}
+        self._episodes: dict[str, Episode] = {}  # by job uid
         self._boxes: dict[str, Box] = {}  # job uid -> leased box
-        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._num_away = 0  # tasks given to threads whose event has not come back
+        threads = (worker.tool_threads, worker.lease_threads, worker.grade_threads)
+        self._errands = Errands(threads, self._on_late, worker.flush_s)
         self._to_grade: list[Episode] = []
         self._num_grading = 0
         self._final: list[RolloutRecord] = []
@@ -63,6 +67,7 @@ class WorkerRun:
         folder = None if lease is None else lease.columns_folder
         self._columns = None if lease is None or folder is None else ColumnFile(folder, lease.epoch)
         self._lost_streams: set[str] = set()  # request uids whose state died with a former worker
+        self._given_up: set[str] = set()  # job uids whose thread was late; what it still says is not heard
 
     def batches(self) -> Iterator[list[RolloutRecord]]:
         self.begin()
@@ -83,6 +88,7 @@ class WorkerRun:
         """Send the first requests, or those that go on with what a former owner logged."""
         episodes = [episode for job in self.jobs if (episode := self._build(job)) is not None]
         begun = self._take_over(episodes)
+        self._episodes = {episode.job.uid: episode for episode in episodes}
         for episode in episodes:
             self._begin(episode, begun.get(episode.job.uid))
 
@@ -168,7 +174,7 @@ class WorkerRun:
                 self._advance(episode)
 
         if episode.boxes:  # the calls of the turns before need their workspace, and so does the grader
-            self._away(self.worker.lease_threads, lambda: self._lease(episode, go_on), episode)
+            self._send_away("lease", lambda: self._lease(episode, go_on), episode)
         else:
             go_on()
 
@@ -239,7 +245,7 @@ class WorkerRun:
             elif uid in self._boxes:
                 return self._tool_in(self._boxes[uid], episode, call)
             else:
-                return self._away(self.worker.lease_threads, lambda: self._lease(episode), episode)
+                return self._send_away("lease", lambda: self._lease(episode), episode)
         if episode.is_done:
             self._finish(episode)
         else:
@@ -253,6 +259,9 @@ class WorkerRun:
 
         def leased() -> None:
             self._boxes[episode.job.uid] = box
+            if episode.job.uid in self._given_up:
+                self._release_box(episode.job.uid)
+                return
             episode.used_box(box.id, box.enforced.level.label)
             if then is None:
                 self._advance(episode)
@@ -277,6 +286,8 @@ class WorkerRun:
             def answered() -> None:
                 if self._is_closed:  # what was not logged in time has no result
                     return self._release_box(episode.job.uid)
+                if episode.job.uid in self._given_up:
+                    return None
                 self._answer(episode, result)
                 if self._log is not None:
                     self._log.sync()
@@ -284,7 +295,7 @@ class WorkerRun:
 
             return answered
 
-        self._away(self.worker.tool_threads, work, episode)
+        self._send_away("tool", work, episode)
 
     def _answer(self, episode: Episode, result: str) -> None:
         """Take a call's result, which is in the log with the next write."""
@@ -292,35 +303,47 @@ class WorkerRun:
             self._log.results(episode.request_uid, [result], episode.boxes, len(episode.answers))
         episode.on_tool_result(result)
 
-    def _away(
-        self, threads: ThreadPoolExecutor, work: Callable[[], Callable[[], None]], episode: Episode
-    ) -> None:
+    def _send_away(self, stage: str, work: Callable[[], Callable[[], None]], episode: Episode) -> None:
         """Run `work` in a thread, then what it returns in this one; any exception ends the episode only."""
-        self._num_away += 1
 
-        def task() -> None:
+        def guarded() -> Callable[[], None]:
             try:
-                event = work()
+                return work()
             except Exception as error:
                 detail, kind = f"{type(error).__name__}: {error}", _kind_of(error)
-                event = lambda: self._abort(episode, detail, kind)
-            self._events.put(event)
+                return lambda: self._abort(episode, detail, kind)
 
-        threads.submit(task)
+        worker, limits = self.worker, self.worker.limits
+        threads, limit_s = (
+            (worker.tool_threads, limits.tool_s)
+            if stage == "tool"
+            else (worker.lease_threads, limits.lease_s)
+        )
+        self._errands.send(threads, stage, limit_s, guarded, [episode.job.uid])
 
     def take_events(self, *, may_wait: bool) -> None:
         """Run what threads handed back; wait for one only when there is nothing else to do."""
-        idle = may_wait and not self._decoding and not self._can_grade()
-        while self._num_away and (idle or not self._events.empty()):
-            try:
-                event = self._events.get(timeout=self.worker.flush_s)
-            except queue.Empty:
-                return
-            self._num_away -= 1
-            idle = False
-            event()
+        self._errands.take(is_idle=may_wait and not self._decoding and not self._can_grade())
+
+    def _on_late(self, task: Task) -> None:
+        """End the episodes of a thread that is late, each with the stall in its record."""
+        self._num_grading -= task.stage == "grade"
+        waited_s = round(task.waited_s, 3)
+        stall = Stall(task.stage, waited_s, task.limit_s, stacks=dump_stacks(self.worker.stacks))
+        outcome = Outcome(OutcomeKind.INFRA, f"stalled in '{task.stage}' for {waited_s:.1f} s")
+        for uid in task.uids:
+            self._given_up.add(uid)
+            episode = self._episodes[uid]
+            if not episode.is_done:
+                episode.abort(outcome.detail)
+            self.engine.release(episode.held)
+            record = episode.record(Graded(None, {}, outcome))
+            fact = {STALLED: replace(stall, uids=(uid,)).to_dict()}
+            self._settle(episode, replace(record, metadata={**record.metadata, **fact}))
 
     def _abort(self, episode: Episode, detail: str, kind: OutcomeKind = OutcomeKind.INFRA) -> None:
+        if episode.job.uid in self._given_up:
+            return
         episode.abort(detail, kind)
         self.engine.release(episode.held)
         self._settle(episode, episode.aborted_record())
@@ -347,10 +370,12 @@ class WorkerRun:
             batch, self._to_grade = self._to_grade[:size], self._to_grade[size:]
             items = [episode.grade_item(self._boxes.get(episode.job.uid)) for episode in batch]
             self._num_grading += 1
-            self._num_away += 1
-            self.worker.grade_threads.submit(self._grade, grader, batch, items)
+            limit_s = self.worker.limits.grade_s + len(batch) * self.worker.limits.grade_sample_s
+            work = partial(self._grade, grader, batch, items)
+            uids = [episode.job.uid for episode in batch]
+            self._errands.send(self.worker.grade_threads, "grade", limit_s, work, uids)
 
-    def _grade(self, grader: Grader, batch: list[Episode], items: list[GradeItem]) -> None:
+    def _grade(self, grader: Grader, batch: list[Episode], items: list[GradeItem]) -> Callable[[], None]:
         """(grading thread) One verdict an episode, whatever the grader does."""
         try:
             verdicts = grader.grade(items)
@@ -362,11 +387,13 @@ class WorkerRun:
         checked = [_checked(verdict) for verdict in verdicts]
 
         def graded() -> None:
+            if batch[0].job.uid in self._given_up:
+                return
             self._num_grading -= 1
             for episode, verdict in zip(batch, checked):
                 self._settle(episode, episode.record(verdict))
 
-        self._events.put(graded)
+        return graded
 
     def _settle(self, episode: Episode, record: RolloutRecord) -> None:
         """The record is final: give back what the episode held."""
@@ -381,7 +408,8 @@ class WorkerRun:
         box = self._boxes.pop(uid, None)
         if box is not None and self.worker.sandboxes is not None:
             pool = self.worker.sandboxes
-            self.worker.tool_threads.submit(pool.release, box)  # a release cleans the box, which takes time
+            limit_s = self.worker.limits.release_s  # a release cleans the box, which takes time
+            self.worker.tool_threads.submit(Task(lambda: pool.release(box), "release", limit_s, (uid,)))
 
     def close(self) -> None:
         """After a broken-off stream: let threads end, submit nothing more, give back every box."""
@@ -392,10 +420,7 @@ class WorkerRun:
             self._columns.close()
         for episode in self._decoding.values():
             self._release_box(episode.job.uid)
-        while self._num_away:
-            event = self._events.get()
-            self._num_away -= 1
-            event()
+        self._errands.drain()
         for uid in list(self._boxes):
             self._release_box(uid)
 

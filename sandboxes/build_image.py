@@ -54,8 +54,14 @@ def build(image: str = DEFAULT_IMAGE, *, source: str = "auto", is_rebuild: bool 
     return source
 
 
+COMMAND_LIMIT_S = 3600.0  # a bootstrap fetches a few hundred packages
+
+
 def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise SandboxUnavailable(f"{command[0]} took over {COMMAND_LIMIT_S:g} s and was ended") from None
     if done.returncode:
         raise SandboxUnavailable(
             f"{command[0]} ended with {done.returncode}: {(done.stderr or done.stdout)[-400:]}"
@@ -131,7 +137,7 @@ def _place(path: str) -> str:
 
 def _linked(path: str) -> list[str]:
     """Absolute paths of the shared libraries, the loader included, that a program needs."""
-    told = subprocess.run(["ldd", path], capture_output=True, text=True)
+    told = subprocess.run(["ldd", path], capture_output=True, text=True, timeout=60)
     return re.findall(r"(?:=> |^\s+)(/\S+)", told.stdout, re.M)
 
 

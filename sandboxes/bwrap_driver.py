@@ -365,7 +365,7 @@ async def _read_all(fd: int) -> bytes:
     text = b""
     while not text.rstrip().endswith(b"}"):
         try:
-            chunk = os.read(fd, 4096)
+            chunk = os.read(fd, 4096)  # no limit: the descriptor does not block
         except BlockingIOError:
             await readiness(fd, for_writing=False)
             continue

@@ -50,7 +50,7 @@ class Channel:
         self, header: dict[str, Any], *blobs: bytes, timeout_s: float
     ) -> tuple[dict[str, Any], bytes]:
         """The reply's header and blob. SandboxLost if none comes within `timeout_s` + 2 s."""
-        async with self._lock:
+        async with self._lock:  # no limit: each call before has one
             if self.lost is not None:
                 raise SandboxLost(f"{self.name} is gone: {self.lost}")
             self._next_id += 1
@@ -64,7 +64,7 @@ class Channel:
                 await asyncio.wait({self._reply}, timeout=timeout_s + GRACE_S)
                 if not self._reply.done():
                     raise SandboxLost(f"no answer to {header['verb']} within {timeout_s + GRACE_S:.1f} s")
-                reply, blob = self._reply.result()
+                reply, blob = self._reply.result()  # no limit: it is done
                 if reply.get("id") != self._next_id:
                     raise SandboxLost(f"answer to request {reply.get('id')}, expected {self._next_id}")
                 return reply, blob
@@ -185,6 +185,6 @@ async def readiness(fd: int, *, for_writing: bool) -> None:
     )
     add(fd, lambda: ready.done() or ready.set_result(None))
     try:
-        await ready
+        await ready  # no limit: the callers give one
     finally:
         remove(fd)

@@ -202,9 +202,12 @@ class _DockerTransport:
             async with asyncio.timeout(20):
                 await self._container.delete(force=True)
         with contextlib.suppress(Exception):
-            if self._stream is not None:
-                await self._stream.close()
-        await self._client.close()
+            async with asyncio.timeout(20):
+                if self._stream is not None:
+                    await self._stream.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(20):
+                await self._client.close()
 
 
 async def open_docker(spec: SandboxSpec) -> Sandbox:
@@ -238,7 +241,8 @@ async def _configured(
     engine: Engine, name: str, channel: Channel, transport: _DockerTransport, limits: Limits
 ) -> RunnerSandbox:
     runner = RUNNER.read_bytes()
-    await transport.send(b"%-8d" % len(runner) + runner)
+    async with asyncio.timeout(START_TIMEOUT_S):
+        await transport.send(b"%-8d" % len(runner) + runner)
     uid = 1000 + new_uid() % 50000 if engine.has_userns else new_uid()  # remapped ranges hold 65536
     request = settings(
         limits,

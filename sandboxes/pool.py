@@ -17,6 +17,7 @@ from consilience.sandboxes.protocol import Enforced, ExecResult, ExecStatus, San
 
 T = TypeVar("T")
 Opener = Callable[[SandboxSpec], Awaitable[Sandbox]]
+LEASE_LIMIT_S = 1800.0  # a box is on lease for a whole episode, so the next one may come late
 _REUSABLE = (ExecStatus.OK, ExecStatus.NONZERO, ExecStatus.DENIED)
 
 
@@ -100,7 +101,13 @@ class SandboxPool:
     """`size` warm boxes of one kind, on the event loop that starts it."""
 
     def __init__(
-        self, spec: SandboxSpec, size: int, uses_per_box: int = 64, *, opener: Opener = open_sandbox
+        self,
+        spec: SandboxSpec,
+        size: int,
+        uses_per_box: int = 64,
+        *,
+        opener: Opener = open_sandbox,
+        lease_limit_s: float = LEASE_LIMIT_S,
     ) -> None:
         if size < 1 or uses_per_box < 1:
             raise ValueError(f"size is {size} and uses_per_box {uses_per_box}; both must be at least 1")
@@ -108,7 +115,7 @@ class SandboxPool:
         self.size = size
         self.uses_per_box = uses_per_box
         self.counts = PoolCounts()
-        self._opener = opener
+        self._opener, self._lease_limit_s = opener, lease_limit_s
         self._ready: asyncio.Queue[tuple[Sandbox, int] | BaseException] = asyncio.Queue()
         self._leased: dict[LeasedSandbox, int] = {}
         self._work: set[asyncio.Task[None]] = set()
@@ -122,11 +129,21 @@ class SandboxPool:
                 self._in_background(self._open())
 
     async def lease(self) -> LeasedSandbox:
-        """The next box that is ready, empty. SandboxUnavailable if none opens or the pool is closed."""
+        """The next box that is ready, empty.
+
+        SandboxUnavailable if none opens, the pool is closed, or no box got free in `lease_limit_s`.
+        """
         await self.start()
         if self._is_closed:
             raise SandboxUnavailable("the sandbox pool is closed")
-        token = await self._ready.get()
+        try:
+            async with asyncio.timeout(self._lease_limit_s):
+                token = await self._ready.get()
+        except TimeoutError:
+            raise SandboxUnavailable(
+                f"none of {self.size} boxes got free in {self._lease_limit_s:g} s; raise sandbox.warm, or "
+                "rollout.lease_limit_s where episodes are that long"
+            ) from None
         if isinstance(token, BaseException):
             if self._is_closed:
                 self._ready.put_nowait(token)  # for the next one that waits

@@ -46,7 +46,7 @@ class Control:
     def read_exactly(self, num_bytes):
         data = b""
         while len(data) < num_bytes:
-            chunk = os.read(self.fd_in, num_bytes - len(data))
+            chunk = os.read(self.fd_in, num_bytes - len(data))  # no limit: idle until the host asks or ends
             if not chunk:
                 raise EOFError
             data += chunk
@@ -238,7 +238,7 @@ class Runner:
                         return status
                 for fd, events in poller.poll(max(1, int(left_s * 1000))):
                     if fd == pidfd:
-                        _, status, used = os.wait4(pid, 0)
+                        _, status, used = os.wait4(pid, 0)  # no limit: its pidfd says that it has ended
                         self.cpu_s = used.ru_utime + used.ru_stime
                         return status
                     if fd == self.control.fd_in:
@@ -281,7 +281,7 @@ class Runner:
 
     def read_failure(self, fd):
         try:
-            text = os.read(fd, 4096)
+            text = os.read(fd, 4096)  # no limit: the descriptor does not block
         except BlockingIOError:
             return None
         return json.loads(text) if text else None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,27 +70,43 @@ class MetricsLog:
             kept = read_metrics(self.path)
             if resume_step is not None:
                 kept = [row for row in kept if row.get("step", 0) <= resume_step]
-            write_text_atomically(self.path, "".join(_line(row) for row in kept))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by finish)
+            with self._clear():
+                write_text_atomically(self.path, "".join(_line(row) for row in kept))
+        with self._clear():
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by finish)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        try:
+        with self._clear():
             self._file.write(_line({"step": int(step), "time": round(time.time(), 3), **plain(values)}))
             self._file.flush()
-        except OSError as error:
-            raise RunError(
-                f"{self.path} could not be written ({error.strerror or error}); free disk space and run "
-                "again: it resumes from the last checkpoint"
-            ) from error
 
     def rollouts(self, step: int, rows: Sequence[RolloutRow]) -> None:
         """Whole rollout records are written by the stage itself; the log keeps numbers only."""
 
     def finish(self) -> None:
-        if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        """Safe to call twice. RunError where the last lines found no room."""
+        if self._file.closed:
+            return
+        with self._clear():
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.close()  # tries those lines once more, and closes whatever happens
+                raise
             self._file.close()
+
+    @contextlib.contextmanager
+    def _clear(self) -> Iterator[None]:
+        """What the file system refuses, as one clear error."""
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"{self.path} could not be written ({error.strerror or error}); free disk space and run "
+                "again: it resumes from the last checkpoint"
+            ) from error
 
 
 class FanOut:

@@ -121,7 +121,7 @@ def open_run(
         raise RunError(f"{run.path} is a file; remove it or choose another run name")
     lock = RunLock(run.path / ".lock")
     try:
-        lock.acquire()
+        lock.acquire()  # no limit: it refuses, it does not wait
     except OSError as error:
         raise RunError(
             f"{run.path} cannot be used as a run folder ({error}); choose another place"

@@ -8,11 +8,13 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
 from consilience.conf.errors import RunError
+
+GUARD_LIMIT_S = 30.0
 
 
 class RunLock:
@@ -31,7 +33,7 @@ class RunLock:
         """RunError when a living process has it (and when that cannot be told: another host)."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _take(file, self.path)
             file.seek(0)
             owner = _parse(file.read())
             if owner is not None:
@@ -50,12 +52,26 @@ class RunLock:
         self._is_held = False
         try:
             with open(self.path, "r+", encoding="utf-8") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                _take(file, self.path)
                 owner = _parse(file.read())
                 if owner is not None and _is_me(owner):
                     file.truncate(0)
         except FileNotFoundError:  # someone removed the folder; nothing is held any more
             return
+
+
+def _take(file: IO[str], path: Path) -> None:
+    """The guard of the few statements that follow. RunError when another process sits in its own."""
+    deadline = time.monotonic() + GUARD_LIMIT_S
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"{path} is being written by a process that does not go on (is one stopped?); end it"
+                ) from None
+            time.sleep(0.02)
 
 
 def _identity() -> dict[str, Any]:

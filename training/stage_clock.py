@@ -22,7 +22,8 @@ class StageClock:
     """Accounts every second since construction to exactly one phase; "other" when none is open.
 
     A phase opened inside another one stops the outer one's count until it ends, so the phases sum
-    to the wall time. `earlier` is the `state()` of the attempts before a resume.
+    to the wall time. `earlier` is the `state()` of the attempts before a resume; `on_phase` is told which
+    phase counts from now on.
 
         clock = StageClock()
         with clock.phase("rollout"):
@@ -31,9 +32,13 @@ class StageClock:
     """
 
     def __init__(
-        self, *, earlier: Mapping[str, Any] | None = None, now: Callable[[], float] = time.perf_counter
+        self,
+        *,
+        earlier: Mapping[str, Any] | None = None,
+        now: Callable[[], float] = time.perf_counter,
+        on_phase: Callable[[str], None] = lambda name: None,
     ) -> None:
-        self._now = now
+        self._now, self._on_phase = now, on_phase
         self._seconds: dict[str, float] = dict((earlier or {}).get("phases", {}))
         self._tokens: dict[str, int] = dict((earlier or {}).get("tokens", {}))
         self._open: list[str] = []
@@ -44,12 +49,14 @@ class StageClock:
         """Seconds inside the block belong to `name`; the span says how many, inner phases left out."""
         self._settle()
         self._open.append(name)
+        self._on_phase(name)
         span, before = Span(), self._seconds.get(name, 0.0)
         try:
             yield span
         finally:
             self._settle()
             self._open.pop()
+            self._on_phase(self._open[-1] if self._open else OTHER)
             span.seconds = self._seconds[name] - before
 
     def add_tokens(self, kind: str, num_tokens: int) -> None:

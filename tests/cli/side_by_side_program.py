@@ -121,6 +121,14 @@ def is_killed(context: StageContext) -> dict[str, object]:
     return {}
 
 
+def freezes(context: StageContext) -> dict[str, object]:
+    """Stops as by SIGSTOP, where no signal handler and no thread of its own can help it."""
+    here(context)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(FOREVER_S)
+    return {}
+
+
 def stops_itself(context: StageContext) -> dict[str, object]:
     here(context)
     os.kill(os.getpid(), signal.SIGINT)

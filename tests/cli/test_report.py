@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from consilience.cli.report import Report, check, missing_parts, read_report, validate, write_report
-from consilience.cli.report_assemble import assemble, charts_of
+from consilience.cli.report_assemble import _health, assemble, charts_of
 from consilience.cli.report_build import (
     acting_checks,
     distill_checks,
@@ -25,6 +25,8 @@ from consilience.cli.report_page import render_page, write_page
 from consilience.cli.report_terminal import print_report
 from consilience.conf.errors import RunError
 from consilience.conf.schema import Config, DomainConfig, TaskConfig
+from consilience.rollout.deadlines import STALLS, Stall, StallLog
+from consilience.rollout.phase_health import HEALTH
 
 DOMAINS = ("math", "code")
 MODELS = ("base", "sft/math", "sft/code", "grpo/math", "grpo/code", "student")
@@ -112,7 +114,7 @@ def test_a_complete_report_survives_its_file_and_lacks_nothing(run_folder):
     assert missing_parts(again, DOMAINS, 40) == []
     assert list(json.loads((run_folder / "report.json").read_text())) == [
         "schema", "command", "commit", "seed", "machine", "stages", "scores", "gains", "retention", "kl",
-        "self_kl", "head_loads", "mismatch_max", "sandbox", "checks", "elapsed_s",
+        "self_kl", "head_loads", "mismatch_max", "sandbox", "checks", "elapsed_s", "health",
     ]  # fmt: skip
 
 
@@ -277,3 +279,21 @@ def test_the_summary_names_what_fails_last(run_folder):
     lines = out.getvalue().strip().splitlines()
     assert lines[-1].strip() == "fails: clip share: 0, needs > 0"
     assert "90.0%" in out.getvalue()
+
+
+def test_what_stalled_and_was_dropped_is_summed_over_the_stages_and_told(run_folder):
+    assert build(run_folder).health == dict.fromkeys(HEALTH, 0.0)
+    log = StallLog(run_folder / STALLS)
+    log.add(Stall("publish", 9.0, 5.0, "rollout worker 0"))
+    left = results()
+    left["grpo/math"]["health"] = {"stalls": 1.0, "dropped_samples": 8.0, "resumed_tokens": 5.0}
+    left["distill"]["health"] = {"dropped_samples": 4.0}
+    report, out = replace(build(run_folder), health=_health(run_folder, left)), io.StringIO()
+    assert report.health["dropped_samples"] == 12.0 and report.health["resumed_tokens"] == 5.0
+    assert report.health["stalls"] == 1.0  # those of the file, which have those without a sample too
+    print_report(report, out)
+    assert "disturbances: stalls 1, dropped samples 12, resumed tokens 5; stalls.jsonl" in out.getvalue()
+    assert "dropped samples" in render_page(report)
+    older = report.to_plain()
+    del older["health"]
+    assert Report.from_plain(older).health == {}

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -25,6 +26,7 @@ from consilience.cli.stage import Stage
 from consilience.cli.stage_process import NO_THREADS, PRELOAD, warm_up
 from consilience.conf.errors import EngineError, RunError
 from consilience.conf.schema import Config
+from consilience.rollout.deadlines import STALLS, read_stalls
 from consilience.training.run_folder import RunFolder, StageFolder
 
 PROGRAM = Path(__file__).with_name("side_by_side_program.py")
@@ -129,7 +131,7 @@ def test_children_get_this_process_s_tree_folder_and_environment(program, tmp_pa
 def test_children_run_the_uploaded_tree_that_a_ray_job_runs_not_the_installed_one(tmp_path):
     """Ray puts the tree first on PYTHONPATH and runs the program in it."""
     tree = tmp_path / "tree"
-    for room in ("cli", "conf", "training"):
+    for room in ("cli", "conf", "rollout", "training"):
         shutil.copytree(ROOT / room, tree / room, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "consilience.py", tree)
     command = [sys.executable, str(PROGRAM), str(tmp_path / "r"), "plain"]
@@ -210,6 +212,19 @@ def test_a_child_that_is_killed_is_named_with_the_signal_and_its_stage_resumes(p
         run(tmp_path, nodes)
     assert (states(tmp_path)["sft/a"], states(tmp_path)["sft/b"]) == ("failed", "interrupted")
     assert "sft/a resumes" in run(tmp_path, program.stages()).said
+
+
+def test_a_child_that_is_frozen_is_named_with_its_stacks_and_ended_and_its_stage_resumes(program, tmp_path):
+    nodes = program.stages(sft_a=program.freezes)
+    watched = replace(nodes[0].cfg, run=replace(nodes[0].cfg.run, silence_limit_s=5.0))
+    with pytest.raises(RunError, match=r"stage sft/a .* was silent in 'stage' for 5\.0 s"):
+        run(tmp_path, [replace(node, cfg=watched) for node in nodes])
+    (stall,) = read_stalls(tmp_path / STALLS)
+    frozen = pid_of(tmp_path, "sft/a")
+    assert (stall.actor, stall.pid, stall.action) == ("stage sft/a", frozen, "ended") and not is_alive(frozen)
+    assert "in freezes" in Path(stall.stacks).read_text()
+    assert "sft/a resumes" in run(tmp_path, program.stages()).said
+    assert [path.name for path in (tmp_path / "stacks").iterdir()] == [Path(stall.stacks).name]
 
 
 def test_an_interrupted_child_interrupts_the_run(program, tmp_path):

@@ -194,8 +194,9 @@ def test_a_driver_that_is_killed_anywhere_loses_nothing_and_trains_on_each_sampl
     for step, records in enumerate(stored(tmp_path)):
         ages = [step - v for r in records for v in versions(r)]
         assert min(ages) >= 0 and max(ages) <= options["max_age"]
-    assert not list((tmp_path / "rollouts").glob("*.partial"))
-    assert sorted(path.name for path in tmp_path.rglob("*.log")) == ["ledger.log", "publications.log"]
+    assert not list((tmp_path / "rollouts").glob("*.partial")) and sorted(
+        p.name for p in tmp_path.rglob("*.log")
+    ) == ["ledger.log", "publications.log"]
     if mode == "one_step_off":
         model, _ = load_checkpoint(tmp_path / "checkpoints" / f"step-{STEPS:06d}")
         assert digest(model) == digest(one_step_off[1])

@@ -22,6 +22,7 @@ from consilience.grpo.train import (
 )
 from consilience.model.checkpoint import load_official, to_official
 from consilience.model.digest import weights_digest
+from consilience.rollout.phase_health import HEALTH
 from consilience.rollout.publishing import verify
 from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord, UserTurn
 from consilience.rollout.store import RolloutStore
@@ -383,3 +384,42 @@ def test_publish_records_and_announces_the_digest_of_the_weights_it_hands_over(t
     assert known == [digest] and store.publications.trace(7).quantization == "fp4"
     assert digest == weights_digest(weights) == weights_digest(to_official(policy)) and version == 7
     assert torch.equal(weights["head.weight"], policy.head.weight)
+
+
+class StallingSampler(CountingSampler):
+    """In step 1 one of two groups never comes back from the workers."""
+
+    def generate(self, jobs, on_progress=None, *, durable=None):
+        records = super().generate(jobs, durable=durable)
+        step = self.calls[-1]
+        others = [replace(r, uid=r.uid + "2", group="other") for r in records]
+        if step == 1:
+            others[0] = replace(
+                others[0], reward=None, metadata={"dropped": "9 s in 'tool'", "resumed_at": 4}
+            )
+        return [*records, *others]
+
+
+def test_a_step_trains_on_the_groups_that_came_back_and_its_metrics_say_what_was_lost(tmp_path):
+    names, log = ("a", "b", "a2", "b2"), MemorySink()
+    store = RolloutStore(tmp_path / "rollouts")
+    (tmp_path / "tokenizer").write_text("{}")
+    engine = engine_of(0)
+    stage = GrpoStage(
+        engine,
+        small_model(),
+        GrpoSettings(3, seed=2),
+        store=store,
+        decode=str,
+        checkpoints=StageCheckpoints(tmp_path / "checkpoints", engine, tmp_path / "tokenizer", META),
+        log=log,
+        clock=StageClock(),
+        progress=SilentProgress(),
+    )
+    jobs_of = lambda step: [SimpleNamespace(uid=f"{step}/{name}") for name in names]
+    train_grpo(stage, StallingSampler(), jobs_of)
+    assert [row["kept_samples"] for row in log.rows] == [4.0, 2.0, 4.0]
+    assert [row["dropped_samples"] for row in log.rows] == [0.0, 2.0, 0.0]
+    assert [row["dropped_groups"] for row in log.rows] == [0.0, 1.0, 0.0]
+    assert [(row["resumed_samples"], row["resumed_tokens"]) for row in log.rows] == [(0, 0), (1, 4), (0, 0)]
+    assert set(HEALTH) <= set(log.rows[0]) and store.ledger.missing() == []

@@ -1,6 +1,8 @@
 """Hostile and broken reward functions: every fault is one typed verdict, and the batch goes on."""
 
 import os
+import signal
+import threading
 import time
 
 import pytest
@@ -202,3 +204,31 @@ def test_an_import_that_hangs_is_one_error(tmp_path):
         pytest.raises(RewardError, match="took over 1 s to load"),
     ):
         process.start()
+
+
+def test_a_process_that_is_stopped_in_the_middle_of_a_call_is_ended_and_the_next_goes_on(process):
+    (verdict,) = process.score([item("pid")])
+    os.kill(int(verdict.parts["pid"]), signal.SIGSTOP)
+    began = time.monotonic()
+    verdicts = process.score([item("abc"), item("abcd")])
+    assert [v.outcome.kind for v in verdicts] == [OutcomeKind.FAILED, OutcomeKind.GRADED]
+    assert "was killed" in verdicts[0].outcome.detail and verdicts[1].reward == 4.0
+    assert time.monotonic() - began < 60
+
+
+def test_closing_ends_a_call_that_hangs_and_answers_for_those_behind_it(rewards):
+    path, verdicts = f"{rewards}:score", []
+    with RewardProcess(path, timeout_s=600.0) as process:
+        process.start()
+        items = [item("abc"), item("hang"), item("abcd")]
+        caller = threading.Thread(target=lambda: verdicts.extend(process.score(items)), daemon=True)
+        caller.start()
+        time.sleep(1.0)
+        process.close()
+        caller.join(timeout=60)
+    assert [v.outcome.kind for v in verdicts] == [
+        OutcomeKind.GRADED,
+        OutcomeKind.FAILED,
+        OutcomeKind.INFRA,
+    ]
+    assert "closed" in verdicts[2].outcome.detail

@@ -103,3 +103,22 @@ def test_a_ledger_torn_at_any_byte_is_one_from_before(tmp_path):
         torn = opened(tmp_path)
         assert (torn.missing(), len(torn._stored)) in [([], 0), *states]
         torn.close()
+
+
+def test_dropped_samples_are_accounted_for_and_never_trained_on(tmp_path):
+    ledger = opened(tmp_path)
+    ledger.issued(0, ["a", "b", "c"])
+    ledger.stored(["a", "b", "c"])
+    ledger.trained(0, ["a"])
+    with pytest.raises(RunError, match="dropped a, trained on in step 0"):
+        ledger.dropped(0, ["a"], "why")
+    with pytest.raises(RunError, match="dropped b, which is not stored or not its own"):
+        ledger.dropped(1, ["b"], "why")
+    ledger.dropped(0, ["b", "c"], "why")
+    ledger.dropped(0, ["b"], "why")
+    again = opened(tmp_path)
+    again.check()
+    with pytest.raises(RunError, match="step 0 trained on b, which was dropped"):
+        again.trained(0, ["b"])
+    again.resumed(0)
+    assert again.missing() == ["a"]  # the weights forgot a; b and c stay given up

@@ -1,9 +1,12 @@
 """A phase that is cut short goes on with what has no record yet; nothing is asked for twice."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from consilience.conf.errors import EngineError
+from consilience.rollout.dispatch import DROPPED
 from consilience.rollout.phases import sample_phase
 from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord
 from consilience.rollout.store import RolloutStore
@@ -18,6 +21,23 @@ def record(uid):
 
 def jobs_of(step):
     return [SimpleNamespace(uid=f"{step}/{i}") for i in range(6)]
+
+
+class Dropping:
+    """Gives up `uids`, whose groups are `uid // 2`, and hands out records of the others."""
+
+    def __init__(self, uids):
+        self.uids, self.asked = uids, []
+
+    def generate(self, jobs, on_progress=None, *, durable=None):
+        self.asked = [job.uid for job in jobs]
+        records = []
+        for job in jobs:
+            group = str(int(job.uid.split("/")[1]) // 2)
+            lost = {DROPPED: "why"} if job.uid in self.uids else {}
+            records.append(replace(record(job.uid), group=group, metadata=lost))
+        durable.keep([r for r in records if not r.metadata])
+        return records
 
 
 class Sampler:
@@ -79,3 +99,28 @@ def test_workers_are_told_what_their_logs_must_survive(tmp_path, survives_power)
     sampler = Sampler()
     sample_phase(RolloutStore(tmp_path, survives_power=survives_power), 0, sampler, jobs_of)
     assert sampler.durable.survives_power is survives_power
+
+
+def test_a_dropped_sample_takes_its_group_along_and_the_phase_goes_on_with_the_rest(tmp_path):
+    store = RolloutStore(tmp_path)
+    records = sample_phase(store, 3, Dropping({"3/2"}), jobs_of)
+    assert [r.uid for r in records] == ["3/0", "3/1", "3/4", "3/5"]
+    assert (store.health[3]["dropped_samples"], store.health[3]["dropped_groups"]) == (2, 1)
+    assert len(list(store.read("000003"))) == 6
+    store.ledger.trained(3, [r.uid for r in records])
+    store.ledger.check()
+    again = RolloutStore(tmp_path)  # after a resume the same ones are left out, from the file alone
+    again.ledger.resumed(3)
+    assert sample_phase(again, 3, Sampler(), jobs_of) == records and again.health == store.health
+    again.ledger.trained(3, [r.uid for r in records])
+    again.ledger.check()
+
+
+def test_a_phase_of_which_nothing_is_left_is_an_error_and_its_lost_samples_are_tried_anew(tmp_path):
+    store = RolloutStore(tmp_path)
+    with pytest.raises(EngineError, match="step 1: every group"):
+        sample_phase(store, 1, Dropping({"1/0", "1/2", "1/4"}), jobs_of)
+    assert store.phases() == []
+    again = Dropping(set())
+    records = sample_phase(RolloutStore(tmp_path), 1, again, jobs_of)
+    assert again.asked == ["1/0", "1/2", "1/4"] and len(records) == 6

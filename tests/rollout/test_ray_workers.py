@@ -111,6 +111,47 @@ def test_workers_that_keep_dying_are_one_clear_error(cluster):
         pool.generate(jobs(8))
 
 
+MORTAL = """
+import os, signal
+from pathlib import Path
+from consilience.rollout.fake_worker import build_fake_worker
+
+def build(folder, deaths):
+    (Path(folder) / str(os.getpid())).touch()
+    if len(list(Path(folder).iterdir())) in deaths:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return build_fake_worker(step_s=0.005, max_running=16)
+"""
+
+
+def mortal(tmp_path, monkeypatch, *deaths):
+    """A factory whose n-th process, for n in `deaths`, dies while it is built."""
+    (tmp_path / "mortal_factory.py").write_text(MORTAL)
+    (tmp_path / "born").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    return "mortal_factory:build", {"folder": str(tmp_path / "born"), "deaths": deaths}
+
+
+def test_a_replacement_that_dies_at_its_start_is_replaced_in_turn(cluster, tmp_path, monkeypatch):
+    killed: list[int] = []
+
+    def kill_once(done, total, tokens):
+        if not killed:
+            killed.append(pool.pids[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    with RolloutPool(1, *mortal(tmp_path, monkeypatch, 2, 3)) as pool:
+        records = pool.generate(jobs(48), kill_once)
+        assert pool.num_replaced == 3
+    assert [r.uid for r in records] == [j.uid for j in jobs(48)]
+
+
+def test_a_worker_that_dies_at_its_first_start_is_one_clear_error(cluster, tmp_path, monkeypatch):
+    with pytest.raises(EngineError, match="died at its start"):
+        RolloutPool(1, *mortal(tmp_path, monkeypatch, 1))
+
+
 def test_a_factory_that_cannot_be_loaded_or_fails_is_one_clear_error(cluster):
     with pytest.raises(ConfigError, match="no_such_room"):
         RolloutPool(1, "consilience.no_such_room:build")
@@ -140,7 +181,9 @@ def test_a_frozen_worker_is_named_and_replaced_and_its_samples_go_on_from_the_lo
     with RolloutPool(1, FACTORY, SLOW, stall_s=5.0) as pool:
         records = pool.generate(jobs(48), freeze_once, durable=Durable(tmp_path / "log", keep))
         (stall,) = pool.stalls
-    assert f"process {frozen[0]}" in stall and "unfinished samples, s/0/" in stall and pool.num_replaced == 1
+    assert (stall.pid, stall.stage, stall.actor) == (frozen[0], "stream", "rollout worker 0")
+    assert stall.uids and stall.uids[0].startswith("s/0/") and stall.action == "redispatched"
+    assert pool.num_replaced == 1 and f"process {frozen[0]}" in str(stall)
     assert [r.uid for r in records] == [j.uid for j in jobs(48)] and list(kept.values()) != []
     assert set(kept) == {r.uid for r in records}
     assert any("resumed_at" in r.metadata for r in records)

@@ -37,6 +37,14 @@ def test_routing_lies_beside_the_tokens_and_must_be_of_their_number(tmp_path):
         replace(record("a"), routing=TokenRouting.of((1, 2), np.zeros((4, 2, 2), np.uint8)))
 
 
+def test_what_a_killed_writer_left_of_a_phase_goes_with_the_rest(tmp_path):
+    store = RolloutStore(tmp_path)
+    store.append("p", [record("a")])
+    (tmp_path / ".p.jsonl.4711").write_text("half a rec")
+    store.clear_partial("p")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.jsonl"]
+
+
 def test_a_phase_written_again_replaces_the_old_one_and_leaves_nothing_beside(tmp_path):
     store = RolloutStore(tmp_path)
     store.append("p", [record("a")])

@@ -9,6 +9,7 @@ from consilience.conf.errors import EngineError, SandboxLost, SandboxUnavailable
 from consilience.model.digest import weights_digest
 from consilience.rollout import protocol as p
 from consilience.rollout.boxes import FakeBoxes
+from consilience.rollout.deadlines import Limits
 from consilience.rollout.encoding import render_assistant, text_of
 from consilience.rollout.engine import SamplingParams
 from consilience.rollout.fake_engine import FakeRolloutEngine
@@ -242,3 +243,97 @@ def test_no_thread_outlives_its_worker():
     with make(two_step_policy, FakeBoxes(2)) as worker:
         worker.run([agent_job("a")])
     assert threading.active_count() == before
+
+
+SHORT = Limits(tool_s=0.2, lease_s=0.2, grade_s=0.2, grade_sample_s=0.0, release_s=0.2, close_s=1.0)
+
+
+class Stuck:
+    """A function that hangs until the test is over, for whatever `name` is in."""
+
+    def __init__(self):
+        self.over = threading.Event()
+        self.seen: list[str] = []
+
+    def hang(self, name):
+        self.seen.append(name)
+        if "bad" in name:
+            self.over.wait(60)
+
+
+class StuckBoxes(FakeBoxes):
+    """The first lease hangs."""
+
+    def __init__(self, stuck):
+        super().__init__(4)
+        self.stuck = stuck
+
+    def lease(self):
+        self.stuck.hang("good" if self.stuck.seen else "bad")
+        return super().lease()
+
+
+def stalled_of(records):
+    return {r.uid: r.metadata["stalled"]["stage"] for r in records if "stalled" in r.metadata}
+
+
+def test_a_tool_that_hangs_ends_its_own_episode_with_the_stall_and_holds_nobody_up():
+    stuck = Stuck()
+
+    def run(box, argv, stdin):
+        stuck.hang(" ".join(argv))
+        return 0, b"ok"
+
+    def reply(request, context):
+        name = "bad" if "bad" in TOKENIZER.decode(context) else "good"
+        return turn("", ToolCall("shell", {"command": name})) if request.parent is None else turn("fine")
+
+    boxes = FakeBoxes(4, run)
+    with make(reply, boxes, num_tool_threads=1, limits=SHORT) as worker:
+        jobs = [job(uid, tools=("shell",), max_turns=2) for uid in ("bad", "a", "b", "c")]
+        records = worker.run(jobs)
+        assert worker.state().num_held == 0
+    assert stalled_of(records) == {"bad": "tool"} and [r.reward for r in records] == [None, 4.0, 4.0, 4.0]
+    bad = records[0]
+    assert (bad.outcome.kind, bad.finish) == (OutcomeKind.INFRA, FinishReason.ABORT)
+    assert bad.metadata["stalled"]["uids"] == ("bad",) and bad.metadata["stalled"]["waited_s"] > 0.2
+    assert boxes.num_leased == boxes.num_released == 4
+    stuck.over.set()
+
+
+def test_a_lease_that_hangs_is_given_up_and_the_box_that_comes_late_is_given_back():
+    stuck = Stuck()
+    boxes = StuckBoxes(stuck)
+
+    def free_late(item):
+        if not stuck.over.is_set():
+            stuck.over.set()
+            time.sleep(0.1)  # within its limit: the late box arrives while this stream still runs
+        return 1.0
+
+    with make(two_step_policy, boxes, FakeGrader(free_late), num_lease_threads=1, limits=SHORT) as worker:
+        records = worker.run([agent_job(f"a{i}") for i in range(4)])
+    assert list(stalled_of(records).values()) == ["lease"] and [r.reward for r in records].count(1.0) == 3
+    assert boxes.num_leased == boxes.num_released == 4
+
+
+def test_a_grader_that_hangs_ends_its_batch_only():
+    stuck = Stuck()
+    grader = FakeGrader(lambda item: [stuck.hang(item.uid), 1.0][1])
+    with make(lambda request, context: turn("x"), grader=grader, grade_batch=1, limits=SHORT) as worker:
+        records = worker.run([job("bad"), job("a"), job("b")])
+        assert stalled_of(records) == {"bad": "grade"}
+        assert [(r.uid, r.reward) for r in records[1:]] == [("a", 1.0), ("b", 1.0)]
+        (again,) = worker.run([job("c")])  # and the worker is as good as before
+    assert again.reward == 1.0
+    stuck.over.set()
+
+
+def test_a_stream_that_is_broken_off_waits_for_its_threads_no_longer_than_their_limit():
+    stuck = Stuck()
+    grader = FakeGrader(lambda item: [stuck.hang(item.uid), 1.0][1])
+    with make(lambda request, context: turn("x"), grader=grader, grade_batch=1, limits=SHORT) as worker:
+        stream = worker.stream([job("a"), job("bad"), job("bad too")])
+        assert next(stream)
+        stream.close()
+    stuck.over.set()

@@ -9,7 +9,13 @@ import threading
 import pytest
 
 from consilience.conf.errors import SandboxLost
-from consilience.sandboxes.blocking import BlockingPool, BlockingSandbox, loop_thread, open_blocking
+from consilience.sandboxes.blocking import (
+    BlockingPool,
+    BlockingSandbox,
+    LoopThread,
+    loop_thread,
+    open_blocking,
+)
 from consilience.sandboxes.fake import FakeSandbox
 from consilience.sandboxes.protocol import SandboxSpec
 
@@ -92,3 +98,20 @@ def test_a_real_box_answers_many_small_programs(box: BlockingSandbox):
         assert box.run_python("print(int(input()) + 1)", stdin=b"%d\n" % number).stdout == b"%d\n" % (
             number + 1
         )
+
+
+def test_a_loop_that_is_stuck_costs_its_caller_no_more_than_the_limit():
+    thread, release = LoopThread(), threading.Event()
+
+    async def stuck():
+        release.wait(60)  # what must never be done on a loop
+
+    async def answer():
+        return 5
+
+    with pytest.raises(SandboxLost, match=r"did not answer in 0\.2 s"):
+        thread.run(stuck(), 0.2)
+    with pytest.raises(SandboxLost):
+        thread.run(answer(), 0.2)
+    release.set()
+    assert thread.run(answer(), 20.0) == 5

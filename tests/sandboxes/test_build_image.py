@@ -61,3 +61,9 @@ def test_the_mirror_is_that_of_the_suite_in_either_form_of_source():
     assert build_image.mirror_of(line, "bookworm") == "http://a/debian"
     assert build_image.mirror_of(stanzas, "bookworm") == "http://b/debian"
     assert build_image.mirror_of(stanzas, "trixie") == "http://deb.debian.org/debian"
+
+
+def test_a_command_that_hangs_is_ended_and_named(monkeypatch):
+    monkeypatch.setattr(build_image, "COMMAND_LIMIT_S", 0.2)
+    with pytest.raises(SandboxUnavailable, match=r"sleep took over 0\.2 s"):
+        build_image._run("sleep", "600")

@@ -250,3 +250,17 @@ def test_real_boxes_serve_many_programs_and_a_hanging_one_harms_no_other():
     assert [told[1] for told in done if told[0] == "ok"] == [b"%d\n" % n**2 for n in range(20) if n != 5]
     assert done[5][0] == "timeout" and len({told[2] for told in done}) == 20
     assert counts["discarded"] == 1 and counts["leases"] == 20
+
+
+def test_a_lease_that_gets_no_box_is_an_error_after_its_limit_and_the_next_box_is_for_others():
+    async def used():
+        pool = SandboxPool(SPEC, 1, opener=Opener(), lease_limit_s=0.1)
+        held = await pool.lease()
+        with pytest.raises(SandboxUnavailable, match=r"none of 1 boxes got free in 0\.1 s; raise sandbox"):
+            await pool.lease()
+        await pool.release(held)
+        again = await pool.lease()
+        await pool.release(again)
+        await pool.close()
+
+    asyncio.run(used())

@@ -436,3 +436,12 @@ def test_a_released_folder_is_where_a_stage_may_start(tmp_path):
     assert saved.digest == meta.digest
     again, _ = load_checkpoint(tmp_path / "saved")
     assert again.config == model.config
+
+
+def test_a_checkpoint_from_before_families_has_the_one_that_all_had(tmp_path):
+    save(tmp_path / "ckpt", Small())
+    file = tmp_path / "ckpt" / "consilience.json"
+    row = json.loads(file.read_text())
+    del row["family"]
+    file.write_text(json.dumps(row))
+    assert read_meta(tmp_path / "ckpt").family == "official"

@@ -72,8 +72,11 @@ def test_a_full_disk_is_a_run_error_and_what_was_written_stays(tmp_path):
     try:
         with pytest.raises(RunError, match="free disk space and run again"):
             log.scalars(2, {"loss": 1.0})
+        with pytest.raises(RunError, match="free disk space and run again"):
+            log.finish()  # as a stage does on its way out
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.finish()
     assert steps(log.path) == [1]
 
 

@@ -1,5 +1,6 @@
 """Run folders: written once, resumed, locked, and finished only when everything is there."""
 
+import fcntl
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from consilience.conf.errors import RunError
+from consilience.training import run_lock
 from consilience.training.run_folder import open_run
 from consilience.training.run_lock import RunLock
 
@@ -157,3 +159,14 @@ def test_a_pid_used_again_by_another_process_does_not_keep_the_lock(tmp_path):
     other = RunLock(tmp_path / ".lock")
     other.acquire()
     other.release()
+
+
+def test_a_process_that_stops_while_it_writes_the_lock_does_not_hang_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "GUARD_LIMIT_S", 0.2)
+    with open(tmp_path / ".lock", "a+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as that process would
+        with pytest.raises(RunError, match="is being written by a process that does not go on"):
+            run_lock.RunLock(tmp_path / ".lock").acquire()
+    lock = run_lock.RunLock(tmp_path / ".lock")
+    lock.acquire()
+    lock.release()

@@ -74,3 +74,11 @@ def test_a_phase_that_fails_still_counts():
 def test_a_clock_that_measured_nothing_divides_by_nothing():
     report = StageClock(now=Time()).report()
     assert report["wall_s"] == 0 and report["tokens_per_s"] == {}
+
+
+def test_who_watches_is_told_which_phase_counts_from_now_on():
+    told = []
+    clock = StageClock(on_phase=told.append)
+    with clock.phase("train"), clock.phase("publish"):
+        pass
+    assert told == ["train", "publish", "train", "other"]

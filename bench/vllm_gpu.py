@@ -1,0 +1,202 @@
+"""The vLLM engine over DeepSeek-V4 on a GPU: updates that arrive, what it is off by, speed, sleep.
+
+    python bench/vllm_gpu.py A B [--graphs] [--batch-invariant] [--prove] [--routing] [--sleep] [--throughput]
+
+A and B are two checkpoints of one model in the released FP8/FP4 layout with random weights, so with different
+sinks. On a machine without vLLM, or without A and B, it says so and measures nothing.
+
+Bounds: an update passes at 0.35 nats of mean difference to our own fp32 forward; a fresh load gave 0.22 to
+0.28, stale sinks 0.4 to 1.0, the more the shorter the sequence (vLLM 0.24 on an H100).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from consilience.conf.errors import EngineError
+from consilience.model.config import ModelConfig
+from consilience.model.digest import weights_digest
+from consilience.model.released_checkpoint import TensorsOnDisk, open_checkpoint
+from consilience.rollout.engine import Request, SamplingParams
+from consilience.rollout.vllm_engine import VllmEngine
+from consilience.rollout.vllm_launch import probe_sequences, v4_export
+from consilience.rollout.vllm_proof import compare
+from consilience.rollout.vllm_reference import reference_of
+
+MAX_LENGTH = 2048
+KINDS = (
+    "layers.*.attn.attn_sink",
+    "layers.*.attn_norm.weight",
+    "layers.*.attn.compressor.ape",
+    "head.weight",
+)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """What a checkpoint's quantised tensors stand for, in bf16 where they were quantised."""
+    stored = TensorsOnDisk(open_checkpoint(folder))
+    return {name: stored[name] for name in stored}
+
+
+def build(folder: Path, arguments: argparse.Namespace) -> VllmEngine:
+    config = open_checkpoint(folder).config
+    settings = {
+        "dtype": "bfloat16",
+        "kv_cache_dtype": "fp8",
+        "max_num_batched_tokens": 2048,
+        "gpu_memory_utilization": 0.4,
+        "enable_prefix_caching": False,
+        "enforce_eager": not arguments.graphs,
+    }
+    if arguments.graphs:
+        settings["cudagraph_capture_sizes"] = [1, 8, 64]
+    if arguments.sleep:
+        settings["enable_sleep_mode"] = True
+    if arguments.routing:  # it wants prefix caching (vLLM 0.32)
+        settings |= {"enable_return_routed_experts": True, "enable_prefix_caching": True}
+    return VllmEngine(
+        folder,
+        max_rows=64,
+        max_length=MAX_LENGTH,
+        probes=probe_sequences(min(config.vocab_size, 2000), MAX_LENGTH),
+        reference=reference_of(folder, "cuda"),
+        max_mismatch=0.35,
+        export=v4_export(config),
+        settings=settings,
+    )
+
+
+def updates(engine: VllmEngine, checkpoints: dict[str, dict[str, torch.Tensor]]) -> None:
+    print(
+        "\n| update | mean off, nats | most | correlation | reference moved | s |\n|---|---|---|---|---|---|"
+    )
+    for version, name in enumerate(("A", "B", "A"), 1):
+        weights = checkpoints[name]
+        digest = weights_digest(weights)
+        began = time.perf_counter()
+        engine.publish(weights, digest, version)
+        m, took = engine.mismatches[-1], time.perf_counter() - began
+        row = f"{m.mean:.3f} | {m.largest:.2f} | {m.correlation:.4f} | {m.moved:.2f} | {took:.1f}"
+        print(f"| to {name} | {row} |", flush=True)
+
+
+def repeats(engine: VllmEngine, probes: list[list[int]]) -> None:
+    runs = [engine.score(probes) for _ in range(4)]
+    off = [np.abs(np.concatenate(run) - np.concatenate(runs[0])) for run in runs[1:]]
+    print(
+        f"\nscored again: {np.mean(off):.4f} nats on average, {np.max(off):.3f} at most (4 times)", flush=True
+    )
+
+
+def sample(engine: VllmEngine, batch: int, num_new: int, name: str) -> tuple[float, list]:
+    generator = torch.Generator().manual_seed(batch)
+    prompts = [torch.randint(3, 2000, (64,), generator=generator).tolist() for _ in range(batch)]
+    sampling = [SamplingParams(max_tokens=num_new, seed=i) for i in range(batch)]
+    began = time.perf_counter()
+    engine.submit([Request(f"{name}/{i}", tuple(p), s) for i, (p, s) in enumerate(zip(prompts, sampling))])
+    done = []
+    while len(done) < batch:
+        done += engine.step()
+    took = time.perf_counter() - began
+    return took, [(prompts[int(c.uid.rpartition("/")[2])], c) for c in done]
+
+
+def decoding(engine: VllmEngine, reference, weights) -> None:
+    """Sampled log-probabilities against our forward over the same tokens, and against vLLM's own scoring."""
+    _, turns = sample(engine, 8, 128, "decode")
+    streams = [[*prompt, *turn.token_ids] for prompt, turn in turns]
+    own = [np.array(turn.logprobs) for _, turn in turns]
+    for name, scores in (
+        ("our forward", reference(weights, streams)),
+        ("its scoring", engine.score(streams)),
+    ):
+        m = compare(0, own, [row[-128:] for row in scores], None)
+        print(f"decoding against {name}: {m.mean:.3f} nats, {m.largest:.2f} at most, r {m.correlation:.4f}")
+
+
+def throughput(engine: VllmEngine) -> None:
+    print("\n| batch | tokens/s, 3 rounds behind one that may compile |\n|---|---|")
+    for batch in (8, 64):
+        rates = [batch * 128 / sample(engine, batch, 128, f"rate{batch}/{turn}")[0] for turn in range(4)][1:]
+        print(f"| {batch} | {', '.join(f'{rate:.0f}' for rate in rates)} |", flush=True)
+
+
+def sleeping(engine: VllmEngine, weights) -> None:
+    for level in (1, 2):
+        before = torch.cuda.mem_get_info()[0]
+        engine.sleep(level)
+        gc.collect()
+        freed = torch.cuda.mem_get_info()[0] - before
+        engine.wake()
+        engine.publish(weights, weights_digest(weights), 10 + level)
+        print(
+            f"sleep {level}: {freed / 2**30:.1f} GiB freed; awake {engine.mismatches[-1].mean:.3f} nats off"
+        )
+
+
+def routing(engine: VllmEngine, weights) -> None:
+    """Whether the captured experts of hash layers are those of their tables."""
+    ((prompt, turn),) = sample(engine, 1, 32, "routing")[1]
+    tokens = torch.tensor([*prompt, *turn.token_ids])
+    captured = engine.take_routing(turn.uid)
+    if captured is None:
+        raise SystemExit("FAIL: this vLLM captured no routing")
+    print(f"routing: {captured.shape} of {len(tokens)} tokens, {(captured < 0).any((1, 2)).sum()} without")
+    for name, table in weights.items():
+        if name.endswith("tid2eid"):
+            layer = int(name.split(".")[1])
+            fed = (captured[:, layer] >= 0).all(-1)
+            same = np.sort(captured[fed, layer]) == np.sort(table[tokens].numpy()[fed])
+            print(f"  layer {layer}: {same.mean():.4f} of its experts are the hash table's")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoints", nargs="*", type=Path)
+    for flag in ("graphs", "batch-invariant", "prove", "routing", "sleep", "throughput"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    arguments = parser.parse_args()
+    if find_spec("vllm") is None or len(arguments.checkpoints) != 2:
+        print("not measured: needs vLLM and two checkpoints (docs/rollouts.md, vLLM)")
+        return
+    if arguments.batch_invariant:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    first, second = arguments.checkpoints
+    checkpoints = {"A": weights_of(first), "B": weights_of(second)}
+    config = ModelConfig.from_json_dict(open_checkpoint(first).row)
+    print(f"{torch.cuda.get_device_name()}, {config.num_hidden_layers} layers, {vars(arguments)}")
+    began = time.perf_counter()
+    engine = build(first, arguments)
+    print(f"engine: {time.perf_counter() - began:.0f} s", flush=True)
+    probes = probe_sequences(min(config.vocab_size, 2000), MAX_LENGTH)
+    updates(engine, checkpoints)
+    repeats(engine, probes)
+    decoding(engine, reference_of(first, "cuda"), checkpoints["A"])
+    if arguments.routing:
+        routing(engine, checkpoints["A"])
+    if arguments.throughput:
+        throughput(engine)
+    if arguments.sleep:
+        sleeping(engine, checkpoints["A"])
+    if arguments.prove:
+        try:
+            proofs = engine.prove(checkpoints["A"], KINDS)
+        except EngineError as error:
+            raise SystemExit(f"FAIL: {error}") from None
+        for proof in proofs:
+            print(f"{proof.kind}: moved {proof.expected:.2f} nats, vLLM's move is {proof.missing:.2f} off")
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The actor around a plain RolloutWorker, where its process is, and how that is ended when it is silent."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from consilience.conf.errors import ConfigError, ConsilienceError
+from consilience.rollout.continuous import Inbox, serve
+from consilience.rollout.deadlines import open_stacks
+from consilience.rollout.engine import EngineState
+from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.lease import Lease
+from consilience.rollout.proof import Evidence
+from consilience.rollout.publishing import Publication, verify
+from consilience.rollout.records import RolloutRecord
+from consilience.rollout.weight_transport import WeightReceiver
+from consilience.rollout.worker import RolloutWorker
+
+_STACKS_S = 1.0  # a process that is not stopped has written its stacks by then
+_REMOTE_LIMIT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A worker's process. `stacks` is the file that its SIGUSR1 fills, "" for its error output."""
+
+    host: str
+    pid: int
+    node: str
+    began: float  # ticks since the machine started: process ids are used again
+    stacks: str = ""
+
+
+class Mailbox:
+    """The actor. `build` is not the constructor, so that its errors arrive typed."""
+
+    def __init__(self, factory: str, kwargs: Mapping[str, Any]) -> None:
+        self._factory, self._kwargs = factory, kwargs
+        self._worker: RolloutWorker
+        self._inbox: Inbox | None = None  # of a stream that never ends
+        self._recompute = False
+        self._receiver = WeightReceiver()
+
+    def build(self, stacks: str | None) -> Place:
+        file = None
+        if stacks is not None:
+            with contextlib.suppress(OSError):
+                file = open_stacks(Path(stacks), "rollout-worker")
+        if file is None:
+            faulthandler.register(signal.SIGUSR1, all_threads=True)
+        else:
+            faulthandler.register(signal.SIGUSR1, file, all_threads=True)
+        self._worker = load_factory(self._factory)(**self._kwargs)
+        self._worker.stacks = file
+        node, name = ray.get_runtime_context().get_node_id(), "" if file is None else file.name
+        return Place(socket.gethostname(), os.getpid(), node, _began(os.getpid()), name)
+
+    def generate(self, jobs: Sequence[RolloutJob], lease: Lease | None) -> Iterator[list[RolloutRecord]]:
+        yield from self._worker.stream(jobs, lease)
+
+    def open(self, recompute: bool) -> None:
+        self._inbox, self._recompute = Inbox(), recompute
+
+    def serve(self) -> Iterator[list[RolloutRecord]]:
+        assert self._inbox is not None  # opened before
+        try:
+            yield from serve(self._worker, self._inbox)
+        finally:
+            self._inbox = None
+
+    def hand_over(self, jobs: Sequence[RolloutJob], lease: Lease | None) -> None:
+        if self._inbox is not None:
+            self._inbox.submit(jobs, lease)
+
+    def end(self) -> None:
+        if self._inbox is not None:
+            self._inbox.end()
+
+    def can_map(self, payload: Any, publication: Publication) -> str:
+        try:
+            verify(self._receiver.open(payload, publication), publication)
+        except ConsilienceError as error:
+            return str(error)
+        return ""
+
+    def has_gpu(self) -> bool:
+        return torch.cuda.is_available()
+
+    def join(self, address: Any, rank: int) -> None:
+        self._receiver.join(address, rank)
+
+    def publish(self, payload: Any, publication: Publication) -> None:
+        weights, version = self._receiver.open(payload, publication), publication.version
+        if (inbox := self._inbox) is not None:
+            inbox.publish(weights, publication, version, recompute=self._recompute)
+        else:
+            self._worker.publish(weights, publication, version)
+
+    def evidence(self, prompts: Sequence[Sequence[int]], exact: bool) -> Evidence:
+        return self._worker.evidence(prompts, exact)
+
+    def sleep(self, level: int) -> None:
+        self._worker.sleep(level)
+
+    def wake(self) -> None:
+        self._worker.wake()
+
+    def state(self) -> EngineState:
+        return self._worker.state()
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+def load_factory(path: str) -> Callable[..., RolloutWorker]:
+    """The function that "import.path:function" names. ConfigError if there is none."""
+    module_name, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"worker factory {path!r}: {error}; give it as import.path:function") from None
+
+
+def end_process(place: Place, *, has_stacks: bool = True) -> None:
+    """Have a worker write its stacks, then end it, on whatever machine of the cluster it is.
+
+    Ray asks a process to end, which a stopped one does not hear. Nothing happens where it is gone; a machine
+    that does not answer in half a minute is taken for gone.
+    """
+    if place.host == socket.gethostname():
+        _end_here(place, has_stacks)
+        _clear(place)
+        return
+    there = NodeAffinitySchedulingStrategy(place.node, soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0)(_end_here).options(scheduling_strategy=there)
+    with contextlib.suppress(Exception):
+        ray.get(task.remote(place, has_stacks), timeout=_REMOTE_LIMIT_S)
+    _clear(place)
+
+
+def _end_here(place: Place, has_stacks: bool) -> None:
+    if _began(place.pid) != place.began:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        if has_stacks:
+            os.kill(place.pid, signal.SIGUSR1)
+            os.kill(place.pid, signal.SIGCONT)  # a stopped process takes its signals when it goes on
+            time.sleep(_STACKS_S)
+        os.kill(place.pid, signal.SIGKILL)
+
+
+def _began(pid: int) -> float:
+    """When a process began, in ticks; 0 where there is none (or no /proc to tell)."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return 0.0
+
+
+def _clear(place: Place) -> None:
+    """Remove a file of stacks that nobody filled."""
+    with contextlib.suppress(OSError):
+        if place.stacks and not os.path.getsize(place.stacks):
+            os.unlink(place.stacks)

@@ -1,0 +1,105 @@
+"""Did new weights arrive in a sampler that is not ours? Log-probabilities of fixed probes say it.
+
+Plain mathematics over probe sequences: no engine. P probes, N scored tokens in all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consilience.model.digest import weights_digest
+
+Scores = list[np.ndarray]  # one fp64 row a probe: log-probability of its tokens 1, 2, …
+Reference = Callable[[Mapping[str, Tensor], Sequence[Sequence[int]]], Scores]
+
+STALE_SHARE = 0.5  # of the move that a changed tensor must cause; a stale one causes none
+
+
+def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Digest of each tensor: that of a publication which holds it alone, so name, dtype and shape count."""
+    return {name: weights_digest({name: tensor}) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """Sampler against reference on the probes, after one update. Log-probabilities in nats.
+
+    version      of the weights
+    mean, largest   absolute difference
+    correlation  of the N log-probabilities; 1.0 where they do not vary
+    moved        mean absolute move of the reference's log-probabilities since the update before: how much an
+                 update that did not arrive would have shown; NaN at the first
+    """
+
+    version: int
+    mean: float
+    largest: float
+    correlation: float
+    moved: float
+
+
+def compare(version: int, ours: Scores, reference: Scores, before: Scores | None) -> Mismatch:
+    """`ours` are the sampler's, `before` the reference's under the weights before (None: there were none)."""
+    x, y = np.concatenate(ours), np.concatenate(reference)
+    difference = np.abs(x - y)
+    moved = float("nan") if before is None else float(np.abs(y - np.concatenate(before)).mean())
+    varies = x.std() > 0 and y.std() > 0
+    correlation = float(np.corrcoef(x, y)[0, 1]) if varies else 1.0
+    return Mismatch(version, float(difference.mean()), float(difference.max()), correlation, moved)
+
+
+def kinds_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """Names by what they are, whatever layer and expert: `layers.*.attn.attn_sink` -> all sinks."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    return kinds
+
+
+def changed(weights: Mapping[str, Tensor], names: Sequence[str], seed: int = 0) -> dict[str, Tensor]:
+    """`weights` with `names` made others: by half of their spread, and no less than 0.1, of normal noise.
+
+    Tables of integers stay: they are no weights, and no update changes them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    new = dict(weights)
+    for name in names:
+        old = weights[name]
+        if old.is_floating_point():
+            values = old.float().cpu()
+            size = max(
+                0.5 * float(values.std(correction=0)), 0.1 * min(1.0, float(values.abs().max()) or 1.0)
+            )
+            noise = torch.randn(values.shape, generator=generator) * size
+            new[name] = (values + noise).to(old.dtype).to(old.device)
+    return new
+
+
+@dataclass(frozen=True, slots=True)
+class KindProof:
+    """One kind of tensor changed alone: mean absolute moves of the log-probabilities, in nats.
+
+    expected  how far the reference moved
+    missing   how far the sampler's move is from it
+    """
+
+    kind: str
+    expected: float
+    missing: float
+
+    @property
+    def is_stale(self) -> bool:
+        """The sampler did not follow: what it misses is most of what was to come."""
+        return self.missing > STALE_SHARE * self.expected
+
+
+def kind_proof(kind: str, ours: tuple[Scores, Scores], reference: tuple[Scores, Scores]) -> KindProof:
+    """From (before, after) of both sides. A systematic difference between the two sides cancels."""
+    moves = [np.concatenate(after) - np.concatenate(before) for before, after in (ours, reference)]
+    return KindProof(kind, float(np.abs(moves[1]).mean()), float(np.abs(moves[0] - moves[1]).mean()))
