@@ -54,4 +54,4 @@ def train_grpo_ahead(
             stage.note(step, records, report)
     finally:
         phases.close()
-    return stage.result()
+    return stage.summary()

@@ -106,7 +106,7 @@ class GrpoStage:
         self.progress.advance(1, reward=report["reward"], correct=report["correct"])
         self.checkpoints.save_if_due(step + 1, {"clock": self.clock.state()})
 
-    def result(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """The stage's curves and counters. RunError unless all that was issued has been trained on."""
         self.store.ledger.check()
         tokens = self.clock.state()["tokens"]
@@ -137,7 +137,7 @@ def train_grpo(
         with clock.phase("publish"):
             version = publish(sampler, stage.engine.model, version + 1, store)
         stage.note(step, records, report)
-    return stage.result()
+    return stage.summary()
 
 
 def train_phase(

@@ -55,7 +55,7 @@ class Inbox:
             self._waiting.add(done)
         try:
             self._put(lambda server: server.publish(weights, announced, version, recompute, done))
-            done.result()
+            done.result()  # no limit: who asked for it has one, and the worker ends it by stopping
         finally:
             self._waiting.discard(done)
 

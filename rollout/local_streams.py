@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from consilience.conf.errors import EngineError
 from consilience.rollout.continuous import Inbox, serve
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.lease import fence
@@ -23,10 +24,11 @@ class LocalStreams:
     """Use it as a context manager: leaving ends the thread, not the worker.
 
     recompute  running requests compute their state again when weights arrive; else they keep it
+    silence_s  how long the worker may say nothing (it speaks every few seconds); EngineError then
     """
 
-    def __init__(self, worker: RolloutWorker, *, recompute: bool = False) -> None:
-        self._worker, self._recompute = worker, recompute
+    def __init__(self, worker: RolloutWorker, *, recompute: bool = False, silence_s: float = 900.0) -> None:
+        self._worker, self._recompute, self._silence_s = worker, recompute, silence_s
         self._inbox = Inbox()
         self._durable_of: dict[str, Durable] = {}
         self._heard: queue.SimpleQueue[list[RolloutRecord] | BaseException] = queue.SimpleQueue()
@@ -39,7 +41,7 @@ class LocalStreams:
     def __exit__(self, *exc: object) -> None:
         if self._thread.is_alive():
             self._inbox.end()
-            self._thread.join()
+            self._thread.join(self._silence_s)
 
     def hand_over(self, jobs: Sequence[RolloutJob], durable: Durable) -> None:
         """See `RolloutStreams.hand_over`."""
@@ -50,7 +52,10 @@ class LocalStreams:
 
     def hear(self) -> None:
         """See `RolloutStreams.hear`. Errors are the worker's."""
-        heard = self._heard.get()
+        try:
+            heard = self._heard.get(timeout=self._silence_s)
+        except queue.Empty:
+            raise EngineError(f"the rollout worker said nothing for {self._silence_s:g} s") from None
         if isinstance(heard, BaseException):
             raise heard
         keep(heard, self._durable_of)

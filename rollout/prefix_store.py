@@ -118,7 +118,10 @@ class PrefixStore:
     def _make_room(self) -> None:
         """Remove the entries that were used longest ago, down to seven eighths of an exceeded budget."""
         with open(self.folder / "lock", "wb") as lock:  # held by this process's life, whatever ends it
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return  # somebody else does it
             entries = sorted(self._entries(), key=lambda entry: entry[0])
             total = sum(size for _, size, _ in entries)
             if total > self.limit_bytes:

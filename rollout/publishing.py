@@ -62,10 +62,12 @@ Announced = Publication | str
 
 def announce(weights: Mapping[str, Tensor], version: int, quantization: str = "off") -> Publication:
     """The publication of `weights` as they are now; later changes of them will be noticed."""
-    with ThreadPoolExecutor(1) as beside:  # hashing lets other threads run
+    # Hashing lets other threads run.
+    with ThreadPoolExecutor(1) as beside:  # no limit: it computes, here, and waits for nobody
         digest = beside.submit(weights_digest, weights)
         tensors = tensor_records(weights)
-        return Publication(version, digest.result(), tensors, quantization, time.time())
+        found = digest.result()  # no limit: it computes, as said
+        return Publication(version, found, tensors, quantization, time.time())
 
 
 def tensor_records(weights: Mapping[str, Tensor]) -> dict[str, TensorRecord]:

@@ -56,7 +56,7 @@ class RayStreams:
             with suppress(Exception):  # a dead worker has ended too
                 ray.get(actor.end.options(concurrency_group="post").remote(), timeout=_END_TIMEOUT_S)
                 while ray.wait([share.stream], timeout=_END_TIMEOUT_S)[0]:
-                    ray.get(next(share.stream))
+                    ray.get(next(share.stream), timeout=_END_TIMEOUT_S)
 
     def hand_over(self, jobs: Sequence[RolloutJob], durable: Durable) -> None:
         """See `RolloutStreams.hand_over`. Groups stay together."""

@@ -113,6 +113,8 @@ class VllmEngine:
         if uid in self._streams or uid in self._held or uid in uids or uid.startswith(_PROBE):
             raise EngineError(f"request {uid} is already in the engine; uids are unique")
         check_request(request, self._vocab_size)
+        if request.sampling.is_cut:
+            raise EngineError(f"request {uid}: vLLM does not say which tokens top-k, top-p, min-p left")
         if parent is not None and parent not in self._held:
             raise EngineError(f"request {uid} continues {parent}, which is not held")
         before = 0 if parent is None else len(self._held[parent])
@@ -131,7 +133,7 @@ class VllmEngine:
         before = () if request.parent is None else self._held.pop(request.parent)
         context = self._context[request.uid] = before + request.prompt_ids
         most = min(sampling.max_tokens, self.max_length - len(context))
-        stream = self._streams[request.uid] = Stream(request, most, _NO_NUMBERS, len(context))
+        stream = self._streams[request.uid] = Stream(request, most, _NO_NUMBERS, context, era=0)
         if request.prefix is not None:
             stream.go_on_from(request.prefix)
             if not stream.num_left:
@@ -348,7 +350,7 @@ class VllmEngine:
         self._fault = "the engine is closed"
         llm, self._llm = self._llm, None
         if llm is not None:
-            llm.engine_core.shutdown()
+            llm.engine_core.shutdown()  # no limit: in this process, it frees memory
         del llm
         gc.collect()
 

@@ -86,7 +86,7 @@ class BroadcastGroup:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         try:
-            self._group.broadcast([data], options).wait()
+            self._group.broadcast([data], options).wait()  # no limit: the group has its own
             if data.is_cuda:
                 torch.cuda.synchronize(data.device)
         except (RuntimeError, dist.DistError) as error:

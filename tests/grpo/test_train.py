@@ -306,7 +306,6 @@ def run(folder, sampler, *, seed=0, every_s=1e9, log=None, steps=4, warmup=2, jo
         clock=StageClock(earlier=cursor.get("clock")),
         progress=SilentProgress(),
     )
-    jobs_of = lambda step: [SimpleNamespace(uid=f"{step}/{name}") for name in "ab"]
     result = train_grpo(stage, sampler, jobs_of, start=start)
     return engine, log, result
 

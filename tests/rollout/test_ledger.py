@@ -110,12 +110,12 @@ def test_dropped_samples_are_accounted_for_and_never_trained_on(tmp_path):
     ledger.issued(0, ["a", "b", "c"])
     ledger.stored(["a", "b", "c"])
     ledger.trained(0, ["a"])
-    with pytest.raises(RunError, match="dropped a, which was trained on in step 0"):
-        ledger.dropped(0, ["a"])
+    with pytest.raises(RunError, match="dropped a, trained on in step 0"):
+        ledger.dropped(0, ["a"], "why")
     with pytest.raises(RunError, match="dropped b, which is not stored or not its own"):
-        ledger.dropped(1, ["b"])
-    ledger.dropped(0, ["b", "c"])
-    ledger.dropped(0, ["b"])
+        ledger.dropped(1, ["b"], "why")
+    ledger.dropped(0, ["b", "c"], "why")
+    ledger.dropped(0, ["b"], "why")
     again = opened(tmp_path)
     again.check()
     with pytest.raises(RunError, match="step 0 trained on b, which was dropped"):
