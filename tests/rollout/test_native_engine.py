@@ -4,69 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from native_oracle import MODEL, check, drain, engine, greedy, logprobs_of, request, run
 from small_policy import CONFIG, policy, prompt
 
-from consilience.conf.errors import EngineError, WeightsRefused
-from consilience.model.checkpoint import to_official
-from consilience.model.digest import weights_digest
+from consilience.conf.errors import EngineError
 from consilience.model.transformer import Transformer
-from consilience.rollout.engine import Request, SamplingParams
-from consilience.rollout.native_engine import NativeEngine
 from consilience.rollout.prefill import MIN_SHARED_PREFIX
 
 torch.set_num_threads(1)
-
-MODEL = policy()
-
-
-def engine(model=MODEL, max_rows=8, max_length=160, **options):
-    return NativeEngine(model, max_rows=max_rows, max_length=max_length, **options)
-
-
-def request(
-    uid, ids, *, parent=None, group=None, hold=False, temperature=1.0, max_tokens=12, stop_ids=(), seed=None
-):
-    seed = sum(map(ord, uid)) if seed is None else seed
-    return Request(uid, ids, SamplingParams(temperature, max_tokens, stop_ids, seed), parent, group, hold)
-
-
-def drain(e):
-    done = {}
-    for _ in range(2000):
-        if e.state().num_running + e.state().num_waiting == 0:
-            return done
-        for completed in e.step():
-            assert completed.uid not in done
-            done[completed.uid] = completed
-    raise AssertionError("the engine does not finish")
-
-
-def run(e, *requests):
-    e.submit(requests)
-    return drain(e)
-
-
-@torch.no_grad()
-def logprobs_of(model, before, sampled, temperature=1.0):
-    """Log-probs of `sampled` after `before` by one full forward."""
-    logits = model(torch.tensor([[*before, *sampled]]))[0, len(before) - 1 : -1] / temperature
-    return logits.log_softmax(-1).gather(1, torch.tensor(sampled)[:, None])[:, 0]
-
-
-@torch.no_grad()
-def greedy(model, ids, count):
-    ids = list(ids)
-    for _ in range(count):
-        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    return tuple(ids[-count:])
-
-
-def check(model, before, completed, temperature=1.0, bound=2e-6):
-    """`bound`: the sampler rounds logits of size about 10 to fp32, 5e-7 each, and normalises them there."""
-    expected = logprobs_of(model, before, completed.token_ids, temperature)
-    found = torch.tensor(completed.logprobs)
-    assert len(completed.logprobs) == len(completed.token_ids) == len(completed.weight_version)
-    assert (found - expected).abs().max() < bound
 
 
 def test_greedy_tokens_and_their_logprobs_equal_those_of_the_full_forward():
@@ -226,63 +171,6 @@ def test_a_shared_prefix_is_computed_once_and_changes_no_token(tail):
     cold = run(e, request("exact", shared, max_tokens=4))  # the prefix itself leaves nothing to extend: cold
     assert e.state().prefill_tokens == 2 * len(shared) + 3 * tail + 1
     check(MODEL, shared, cold["exact"])
-
-
-def published(model):
-    weights = {n: t.clone() for n, t in to_official(model).items()}
-    return weights, weights_digest(weights)
-
-
-def test_publishing_replaces_the_weights_and_forgets_the_prefix():
-    shared, other = prompt(40), policy(seed=9)
-    e = engine(policy())
-    before = run(e, *(request(f"a{i}", (*shared, i)) for i in range(2)))
-    check(MODEL, (*shared, 0), before["a0"])
-    weights, digest = published(other)
-    e.publish(weights, digest, 7)
-    assert (e.state().digest, e.state().weight_version) == (digest, 7)
-    after = run(e, *(request(f"b{i}", (*shared, i)) for i in range(2)), request("c", (*shared, 5)))
-    for uid, last in (("b0", 0), ("b1", 1), ("c", 5)):
-        check(other, (*shared, last), after[uid])
-        assert set(after[uid].weight_version) == {7}
-    assert set(before["a0"].weight_version) == {0}
-
-
-def test_a_running_stream_records_the_version_of_every_token():
-    e = engine(policy(), version=3)
-    e.submit([request("r", prompt(9), max_tokens=6)])
-    e.step()
-    weights, digest = published(policy(seed=9))
-    e.publish(weights, digest, 4)
-    versions = drain(e)["r"].weight_version
-    assert versions == (3,) * 2 + (4,) * 4
-
-
-def test_refused_weights_leave_the_old_ones_in_place():
-    model = policy()
-    e = engine(model)
-    old = {n: t.clone() for n, t in model.state_dict().items()}
-    weights, digest = published(policy(seed=9))
-    with pytest.raises(WeightsRefused, match="digest"):
-        weights["norm.weight"].view(torch.uint8)[5] ^= 4
-        e.publish(weights, digest, 1)
-    weights.pop("norm.weight")
-    with pytest.raises(WeightsRefused, match=r"misses norm\.weight"):
-        e.publish(weights, weights_digest(weights), 1)
-    weights["norm.weight"] = torch.ones(3)
-    with pytest.raises(WeightsRefused, match=r"norm.weight: found shape \(3,\)"):
-        e.publish(weights, weights_digest(weights), 1)
-    assert all(torch.equal(old[n], t) for n, t in model.state_dict().items())
-    assert (e.state().weight_version, e.state().digest) == (0, "")
-
-
-def test_weights_that_are_not_finite_stop_the_engine_with_their_version():
-    e = engine(policy())
-    weights, _ = published(MODEL)
-    weights["head.weight"][0, 0] = float("nan")
-    e.publish(weights, weights_digest(weights), 12)
-    with pytest.raises(EngineError, match=r"version 12 .* not finite"):
-        run(e, request("r", prompt(4)))
 
 
 @pytest.mark.parametrize(("max_rows", "prefill_tokens"), [(1, 8192), (3, 30), (64, 1)])
