@@ -91,7 +91,7 @@ class RolloutConfig:
     )
     tool_limit_s: float = setting(
         600.0,
-        "all tool calls of one turn; then the sample is given out again",
+        "a tool call; then the sample is given out again",
         unit="s",
         low=1,
         speed_only=True,

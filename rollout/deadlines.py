@@ -31,7 +31,7 @@ _LOOK_S = 1.0
 class Limits:
     """Seconds that a worker waits for the threads which serve its episodes.
 
-    tool_s          all tool calls of one turn
+    tool_s          a tool call
     lease_s         a box, its files and, after a death, the calls that rebuild its workspace
     grade_s         one call of the grader, and grade_sample_s more for each of its samples
     release_s       cleaning a box that is given back

@@ -49,6 +49,7 @@ SCHEMA = 1
 META, CONFIG, TOKENIZER, STATE = "consilience.json", "config.json", "tokenizer.json", "state"
 STAGE_FILE = "stage.safetensors"
 _STEP = re.compile(r"step-(\d{6,})")
+FAMILY = "official"  # of checkpoints that are not a release's, and of all from before they said so
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class CheckpointMeta:
     special_tokens: dict[str, int] = field(default_factory=dict)
     domain: str | None = None
     parent: str | None = None
-    family: str | None = "official"
+    family: str | None = FAMILY
     digest: str = ""
     cursor: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
@@ -282,7 +283,7 @@ def read_meta(folder: Path) -> CheckpointMeta:
     if row.get("schema") != SCHEMA:
         raise CheckpointError(f"{folder / META}: schema {row.get('schema')}, this version reads {SCHEMA}")
     try:
-        row.setdefault("family", CheckpointMeta.family)  # all that was written before the field had that one
+        row.setdefault("family", FAMILY)
         return CheckpointMeta(**{f.name: row[f.name] for f in fields(CheckpointMeta)})
     except KeyError as error:
         raise CheckpointError(f"{folder / META}: field {error} is missing; remake the checkpoint") from error

@@ -360,3 +360,12 @@ def test_a_tensor_type_of_python_objects_is_never_needed_to_load(tmp_path):
     save(tmp_path / "ckpt", engine.model, engine)
     suffixes = {p.suffix for p in (tmp_path / "ckpt").rglob("*") if p.is_file()}
     assert suffixes == {".json", ".safetensors"}
+
+
+def test_a_checkpoint_from_before_families_has_the_one_that_all_had(tmp_path):
+    save(tmp_path / "ckpt", Small())
+    file = tmp_path / "ckpt" / "consilience.json"
+    row = json.loads(file.read_text())
+    del row["family"]
+    file.write_text(json.dumps(row))
+    assert read_meta(tmp_path / "ckpt").family == "official"
