@@ -18,7 +18,8 @@ import ray
 
 from consilience.cli.side_by_side import SharedWorkers
 from consilience.conf.rules import sampler_quantization
-from consilience.conf.schema import Config, VllmConfig
+from consilience.conf.schema import Config
+from consilience.conf.schema_rollout import VllmConfig
 from consilience.conf.schema_training import DistillConfig, GrpoConfig
 from consilience.model.config import ModelConfig
 from consilience.rollout import deadlines

@@ -23,6 +23,7 @@ from consilience.rollout.lease import Lease, fence
 from consilience.rollout.local_streams import keep
 from consilience.rollout.phases import Durable
 from consilience.rollout.publishing import Announced
+from consilience.rollout.ray_slots import name_of
 from consilience.rollout.ray_workers import RolloutPool, _Share
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ class RayStreams:
 
     def __init__(self, pool: RolloutPool, *, recompute: bool = False) -> None:
         self._pool, self._recompute = pool, recompute
-        self._slots = [_Share() for _ in pool._actors]
-        self._dispatch = Dispatch([], len(pool._actors), pool._most_redispatches)
-        self._leases: list[list[Lease]] = [[] for _ in pool._actors]
-        self._served: list[Any] = [None] * len(pool._actors)  # the actor whose stream a slot has
+        self._slots = [_Share() for _ in pool._workers.actors]
+        self._dispatch = Dispatch([], len(pool._workers.actors), pool._most_redispatches)
+        self._leases: list[list[Lease]] = [[] for _ in pool._workers.actors]
+        self._served: list[Any] = [None] * len(pool._workers.actors)  # the actor whose stream a slot has
         self._durable_of: dict[str, Durable] = {}
         self._num_deaths = 0  # since weights were published last
         self._attach()
@@ -76,7 +77,7 @@ class RayStreams:
             new, stalls = self._dispatch.take(slot, batch)
             keep(new, self._durable_of)
             for stall in stalls:
-                self._pool._note(replace(stall, actor=f"rollout worker {slot}"), self._dispatch, slot)
+                self._pool._note(replace(stall, actor=name_of(slot)), self._dispatch, slot)
             if stalls:  # with the threads that never came back
                 self._pool._replace(slot)
         elif death:
@@ -99,7 +100,7 @@ class RayStreams:
 
     def _attach(self) -> None:
         """A stream for every worker that has none, with the jobs that its slot had."""
-        for slot, actor in enumerate(self._pool._actors):
+        for slot, actor in enumerate(self._pool._workers.actors):
             if actor is self._served[slot]:
                 continue
             for lease in self._leases[slot]:  # the one before has no say from here on
@@ -107,7 +108,7 @@ class RayStreams:
                     fence(lease.folder, [lease.epoch])
             self._leases[slot].clear()
             try:
-                self._pool._answer(slot, "open", actor.open.remote(self._recompute))
+                self._pool._workers.answer(slot, "open", actor.open.remote(self._recompute))
             except RayActorError as death:
                 raise EngineError(f"rollout worker {slot} died before it had a stream: {death}") from None
             self._slots[slot].stream = actor.serve.options(num_returns="streaming").remote()

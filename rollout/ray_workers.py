@@ -15,14 +15,13 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import GetTimeoutError
 
-from consilience.conf.errors import ConfigError, ConsilienceError, EngineError
-from consilience.rollout.deadlines import DROPPED, REDISPATCHED, REPLACED, Stall, StallLog
+from consilience.conf.errors import ConfigError, EngineError
+from consilience.rollout.deadlines import DROPPED, REDISPATCHED, Stall, StallLog
 from consilience.rollout.dispatch import Dispatch, split_by_group
 from consilience.rollout.engine import EngineState
 from consilience.rollout.jobs import RolloutJob
@@ -30,8 +29,8 @@ from consilience.rollout.lease import Lease, fence
 from consilience.rollout.phases import Durable
 from consilience.rollout.proof import Evidence
 from consilience.rollout.publishing import Announced, Publication, announce, verify
-from consilience.rollout.ray_cluster import RayCluster, ray_cluster, start_ray, stop_ray, worker_runtime
-from consilience.rollout.ray_mailbox import Mailbox, Place, end_process, load_factory
+from consilience.rollout.ray_cluster import RayCluster, ray_cluster, start_ray, stop_ray
+from consilience.rollout.ray_slots import DEATHS, WorkerSlots, get, last_line, name_of
 from consilience.rollout.ray_transport import Shipment, choose_transport
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.weight_broadcast import BroadcastBroken
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
 __all__ = ["RayCluster", "RolloutPool", "ray_cluster", "split_by_group", "start_ray", "stop_ray"]
 
 Progress = Callable[[int, int, int], None]
-_DEATHS = (RayActorError, WorkerCrashedError, ObjectLostError)
-_CLOSE_TIMEOUT_S = 10.0
 _LOOK_S = 1.0  # how often a pool that waits looks for workers that say nothing
 
 
@@ -96,31 +93,31 @@ class RolloutPool:
     ) -> None:
         if num_workers < 1:
             raise ConfigError(f"num_workers is {num_workers}, at least 1")
-        load_factory(factory)  # a wrong name is found here, before any process starts
-        self._factory, self._kwargs = factory, dict(kwargs or {})
-        self._num_threads, self._max_restarts = num_threads, max_restarts
-        self._start_timeout_s, self._stall_s = start_timeout_s, stall_s
-        self._publish_limit_s, self._most_redispatches = publish_limit_s, most_redispatches
-        self._python = python
-        self._post = {"concurrency_group": "post"} if is_continuous else {}
-        self._groups: dict[str, Any] = {"concurrency_groups": {"post": 1}} if is_continuous else {}
-        self._current: tuple[Shipment, Publication] | None = None
-        self._actors: list[Any] = []
-        self._places: list[Place] = []  # by slot
-        self.num_replaced = 0
         self.stall_log = stalls if stalls is not None else StallLog()
+        self._max_restarts, self._most_redispatches = max_restarts, most_redispatches
+        self._stall_s, self._publish_limit_s = stall_s, publish_limit_s
+        self._post = {"concurrency_group": "post"} if is_continuous else {}
+        self._current: tuple[Shipment, Publication] | None = None
+        self._workers = WorkerSlots(  # a wrong name is found here, before any process starts
+            factory,
+            kwargs or {},
+            num_threads=num_threads,
+            max_restarts=max_restarts,
+            start_timeout_s=start_timeout_s,
+            answer_limit_s=publish_limit_s,
+            is_continuous=is_continuous,
+            python=python,
+            stalls=self.stall_log,
+        )
         try:
-            for _ in range(num_workers):
-                self._actors.append(self._spawn())
-            answers = [actor.build.remote(self._stacks) for actor in self._actors]
-            self._places = [self._built(answer) for answer in answers]
-            hosts = [place.host for place in self._places]
-            limited = lambda answer: self._get(answer, self._publish_limit_s)
-            self._transport = choose_transport(transport, self._actors, hosts, limited, self._post)
+            self._workers.start(num_workers)
+            hosts = [place.host for place in self._workers.places]
+            limited = lambda answer: get(answer, publish_limit_s)
+            self._transport = choose_transport(transport, self._workers.actors, hosts, limited, self._post)
         except BaseException as error:
             self.close()
-            if isinstance(error, _DEATHS):
-                raise EngineError(f"a rollout worker died at its start: {_last_line(error)}") from None
+            if isinstance(error, DEATHS):
+                raise EngineError(f"a rollout worker died at its start: {last_line(error)}") from None
             raise
 
     def __enter__(self) -> RolloutPool:
@@ -132,16 +129,17 @@ class RolloutPool:
     @property
     def pids(self) -> list[int]:
         """Process ids of the workers, by slot."""
-        return [place.pid for place in self._places]
+        return [place.pid for place in self._workers.places]
+
+    @property
+    def num_replaced(self) -> int:
+        """Workers that were replaced so far."""
+        return self._workers.num_replaced
 
     @property
     def stalls(self) -> list[Stall]:
         """What was over its limit so far."""
         return self.stall_log.stalls
-
-    @property
-    def _stacks(self) -> str | None:
-        return None if self.stall_log.stacks is None else str(Path(self.stall_log.stacks).resolve())
 
     def generate(
         self,
@@ -158,10 +156,10 @@ class RolloutPool:
         made again tries it again.
         EngineError when jobs share a uid, workers die more than `max_restarts` times, or all were dropped.
         """
-        dispatch = Dispatch(jobs, len(self._actors), self._most_redispatches)
+        dispatch = Dispatch(jobs, len(self._workers.actors), self._most_redispatches)
         if durable is not None:
             fence(durable.log_folder)  # whoever still writes there belongs to a driver that is gone
-        shares = [_Share() for _ in self._actors]
+        shares = [_Share() for _ in self._workers.actors]
         for slot in range(len(shares)):
             self._begin(slot, shares[slot], dispatch, durable)
         num_deaths = num_sampled = 0
@@ -175,7 +173,7 @@ class RolloutPool:
                 durable.keep(new)
             for stall in stalls:
                 share.has_stalled = True
-                self._note(replace(stall, actor=_name(slot)), dispatch, slot)
+                self._note(replace(stall, actor=name_of(slot)), dispatch, slot)
             num_sampled += sum(record.num_sampled for record in new)
             if death:
                 num_deaths += 1
@@ -201,7 +199,7 @@ class RolloutPool:
             return
         if durable is not None:
             share.lease = durable.take_lease(f"worker {slot}")
-        actor = self._actors[slot]
+        actor = self._workers.actors[slot]
         share.stream = actor.generate.options(num_returns="streaming").remote(jobs, share.lease)
 
     def _hear(
@@ -222,13 +220,13 @@ class RolloutPool:
                 return slot, batch, ""
             except GetTimeoutError:  # it was said that there is one; the machine that has it is gone
                 return slot, None, self._stalled(slot, shares[slot], dispatch, self._stall_s)
-            except _DEATHS as death:
+            except DEATHS as death:
                 if not shares[slot].has_spoken:
-                    place, waited_s = self._places[slot], round(now - shares[slot].heard_at, 3)
+                    place, waited_s = self._workers.places[slot], round(now - shares[slot].heard_at, 3)
                     uids = tuple(dispatch.pending[slot])
-                    died = Stall("death", waited_s, 0.0, _name(slot), uids, "", place.host, place.pid)
+                    died = Stall("death", waited_s, 0.0, name_of(slot), uids, "", place.host, place.pid)
                     self._note(died, dispatch, slot)
-                return slot, None, _last_line(death)
+                return slot, None, last_line(death)
         for slot in streams:
             if (silent_s := now - shares[slot].heard_at) > self._stall_s:
                 return slot, None, self._stalled(slot, shares[slot], dispatch, silent_s)
@@ -236,7 +234,7 @@ class RolloutPool:
 
     def _stalled(self, slot: int, share: _Share, dispatch: Dispatch, silent_s: float) -> str:
         """Note which worker says nothing and what it has, have it write down where it is, and end it."""
-        stall = self._end(slot, "stream", silent_s, self._stall_s, tuple(dispatch.pending[slot]))
+        stall = self._workers.end(slot, "stream", silent_s, self._stall_s, tuple(dispatch.pending[slot]))
         if share.has_spoken:
             self.stall_log.add(replace(stall, action=REDISPATCHED))
         else:
@@ -250,24 +248,6 @@ class RolloutPool:
         for uids, action in ((again, REDISPATCHED), (dropped, DROPPED)):
             if uids:
                 self.stall_log.add(replace(stall, uids=tuple(uids), action=action))
-
-    def _end(
-        self, slot: int, stage: str, waited_s: float, limit_s: float, uids: tuple[str, ...] = ()
-    ) -> Stall:
-        """Stacks and end of a worker's process; the stall it is, not noted yet."""
-        place = self._places[slot]
-        end_process(place)
-        return Stall(
-            stage,
-            round(waited_s, 3),
-            limit_s,
-            _name(slot),
-            uids,
-            REPLACED,
-            place.host,
-            place.pid,
-            place.stacks,
-        )
 
     @property
     def transport(self) -> str:
@@ -285,10 +265,10 @@ class RolloutPool:
         else:
             verify(weights, announced)
             publication = announce(weights, version)
-        shipment = self._transport.ship(weights, publication, self._actors)
+        shipment = self._transport.ship(weights, publication, self._workers.actors)
         answers = [
             actor.publish.options(**self._post).remote(shipment.payload, publication)
-            for actor in self._actors
+            for actor in self._workers.actors
         ]
         with contextlib.suppress(BroadcastBroken):  # the workers' own answers say so too
             shipment.send()
@@ -296,13 +276,15 @@ class RolloutPool:
         dead, late = [], []
         for slot, answer in enumerate(answers):
             try:
-                self._get(answer, max(_LOOK_S, deadline - time.monotonic()))
+                get(answer, max(_LOOK_S, deadline - time.monotonic()))
             except BroadcastBroken:
                 late.append(slot)
-            except _DEATHS:
+            except DEATHS:
                 dead.append(slot)
             except GetTimeoutError:
-                self.stall_log.add(self._end(slot, "publish", self._publish_limit_s, self._publish_limit_s))
+                self.stall_log.add(
+                    self._workers.end(slot, "publish", self._publish_limit_s, self._publish_limit_s)
+                )
                 dead.append(slot)
         self._current = (shipment, publication)
         for slot in dead:
@@ -311,126 +293,49 @@ class RolloutPool:
             self._catch_up(slot)
 
     def _catch_up(self, slot: int) -> None:
-        """Give the worker in `slot` the current weights by themselves."""
-        assert self._current is not None
+        """Give the worker in `slot` the current weights, if there are any, by themselves."""
+        if self._current is None:
+            return
         shipment, publication = self._current
-        payload = shipment.again(self._places[slot].host)
-        answer = self._actors[slot].publish.options(**self._post).remote(payload, publication)
-        self._answer(slot, "publish", answer)
+        payload = shipment.again(self._workers.places[slot].host)
+        answer = self._workers.actors[slot].publish.options(**self._post).remote(payload, publication)
+        self._workers.answer(slot, "publish", answer)
 
     def evidence(self, prompts: Sequence[Sequence[int]], exact: bool) -> dict[str, Evidence]:
         """What each worker holds and computes (`proof.py`), by its name."""
-        answers = [actor.evidence.remote(prompts, exact) for actor in self._actors]
-        found = [self._answer(slot, "evidence", answer) for slot, answer in enumerate(answers)]
-        names = [f"rollout worker {i} (process {p.pid} on {p.host})" for i, p in enumerate(self._places)]
+        answers = [actor.evidence.remote(prompts, exact) for actor in self._workers.actors]
+        found = [self._workers.answer(slot, "evidence", answer) for slot, answer in enumerate(answers)]
+        names = [
+            f"rollout worker {i} (process {p.pid} on {p.host})" for i, p in enumerate(self._workers.places)
+        ]
         return dict(zip(names, found))
 
     def sleep(self, level: int = 1) -> None:
         """Let every worker give memory back until `wake`; EngineError where an engine cannot."""
-        for slot, answer in enumerate([actor.sleep.remote(level) for actor in self._actors]):
-            self._answer(slot, "sleep", answer)
+        for slot, answer in enumerate([actor.sleep.remote(level) for actor in self._workers.actors]):
+            self._workers.answer(slot, "sleep", answer)
 
     def wake(self) -> None:
         """Undo `sleep`."""
-        for slot, answer in enumerate([actor.wake.remote() for actor in self._actors]):
-            self._answer(slot, "wake", answer)
+        for slot, answer in enumerate([actor.wake.remote() for actor in self._workers.actors]):
+            self._workers.answer(slot, "wake", answer)
 
     def states(self) -> list[EngineState]:
         """Each worker's engine counters, by slot. EngineError from one that does not answer."""
-        answers = [actor.state.remote() for actor in self._actors]
-        return [self._answer(slot, "state", answer) for slot, answer in enumerate(answers)]
+        answers = [actor.state.remote() for actor in self._workers.actors]
+        return [self._workers.answer(slot, "state", answer) for slot, answer in enumerate(answers)]
 
     def close(self) -> None:
         """Let the workers close their boxes, then end their processes. Safe to call twice."""
-        actors, places, self._actors, self._places = self._actors, self._places, [], []
-        closing = [actor.close.remote() for actor in actors[: len(places)]]
-        with contextlib.suppress(*_DEATHS, RayTaskError, GetTimeoutError):
-            ray.get(closing, timeout=_CLOSE_TIMEOUT_S)
-        for actor in actors:
-            ray.kill(actor)
-        for place in places:  # one that is stopped does not hear Ray
-            end_process(place, has_stacks=False)
-        if self.stall_log.stacks is not None:
-            with contextlib.suppress(OSError):
-                self.stall_log.stacks.rmdir()  # nobody left anything there
-
-    def _spawn(self) -> Any:
-        options = {
-            "num_cpus": self._num_threads,
-            "max_restarts": 0,  # a restarted actor would have no weights; we replace it ourselves
-            "runtime_env": worker_runtime(self._num_threads, self._python),
-        }
-        # A thread of its own for messages also moves the rest out of the main thread: only where needed.
-        make = ray.remote(**self._groups) if self._groups else ray.remote
-        return make(Mailbox).options(**options).remote(self._factory, self._kwargs)  # type: ignore[union-attr]
+        self._workers.close()
 
     def _replace(self, slot: int, lease: Lease | None = None) -> None:
-        """A fresh worker in `slot`, with the current weights before any job; the old one has no say now.
-
-        One that dies at its start is replaced in turn, `max_restarts` times.
-        """
-        if lease is not None:
-            fence(lease.folder, [lease.epoch])
-        end_process(self._places[slot], has_stacks=False)
-        for num_left in reversed(range(self._max_restarts + 1)):
-            with contextlib.suppress(Exception):  # it is dead already; this only makes sure
-                ray.kill(self._actors[slot])
-            self.num_replaced += 1
-            actor = self._actors[slot] = self._spawn()
-            try:
-                self._places[slot] = self._built(actor.build.remote(self._stacks))
-                if self._current is not None:
-                    self._catch_up(slot)
-                return
-            except _DEATHS as death:
-                if not num_left:
-                    why = f"a replaced rollout worker died at its start: {_last_line(death)}"
-                    raise EngineError(why) from None
+        """A fresh worker in `slot`, with the current weights before any job; the old one has no say now."""
+        self._workers.replace(slot, self._catch_up, lease)
 
     def _next_batch(self, stream: Any) -> list[RolloutRecord] | None:
         """The next records of a stream that is ready, None at its end. GetTimeoutError if they don't come."""
         try:
-            return self._get(next(stream), self._stall_s)
+            return get(next(stream), self._stall_s)
         except StopIteration:
             return None
-
-    def _built(self, answer: Any) -> Place:
-        try:
-            return self._get(answer, self._start_timeout_s)
-        except GetTimeoutError:
-            wanted, there = self._num_threads, ray.cluster_resources().get("CPU", 0)
-            raise EngineError(
-                f"a rollout worker of {wanted} cores did not start in {self._start_timeout_s:g} s; the "
-                f"cluster has {there:g} cores, {ray.available_resources().get('CPU', 0):g} of them free; ask "
-                "for fewer workers or more cores"
-            ) from None
-
-    def _answer(self, slot: int, stage: str, answer: Any) -> Any:
-        """What a worker says within `publish_limit_s`. EngineError, and its end, if it says nothing."""
-        try:
-            return self._get(answer, self._publish_limit_s)
-        except GetTimeoutError:
-            stall = self._end(slot, stage, self._publish_limit_s, self._publish_limit_s)
-            self.stall_log.add(stall)
-            raise EngineError(str(stall)) from None
-
-    def _get(self, ref: Any, timeout_s: float) -> Any:
-        """ray.get with the worker's own error in place of Ray's wrapping. GetTimeoutError as it is."""
-        try:
-            return ray.get(ref, timeout=timeout_s)
-        except GetTimeoutError:
-            raise
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, ConsilienceError):
-                raise cause from None
-            raise EngineError(f"rollout worker failed: {type(cause).__name__}: {cause}") from error
-
-
-def _name(slot: int) -> str:
-    return f"rollout worker {slot}"
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

@@ -1,19 +1,57 @@
-"""An episode whose worker died, back to where its log ends: its turns, its next request, its box."""
+"""Episodes whose worker died, back to where its log ends: their turns, their next requests, their boxes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from consilience.conf.errors import EngineError, OutcomeUnknown, SandboxLost
+from consilience.conf.errors import ConsilienceError, EngineError, OutcomeUnknown, SandboxLost
 from consilience.rollout.boxes import Box, BoxPool
 from consilience.rollout.engine import Completed, Prefix, Request
 from consilience.rollout.episode import Episode, State
 from consilience.rollout.log_frames import LoggedEpisode, crc_of
+from consilience.rollout.log_replay import replay
 from consilience.rollout.parsing import ToolCall
+from consilience.rollout.token_log import TokenLog
 from consilience.rollout.tools import TOOLS, run_tool
 
+Begun = tuple[Request, Prefix | None]  # a turn that was being decoded, and what it had sampled, if anything
 
-def restore(episode: Episode, logged: LoggedEpisode) -> tuple[Request, Prefix | None] | None:
+
+def take_over(
+    log: TokenLog, episodes: list[Episode], rebuild: Callable[[Episode], Episode]
+) -> tuple[dict[str, Begun | None], set[str]]:
+    """Lead episodes to where a former owner's log ends, and copy that into the own one.
+
+    Returns job uid -> the request that was being decoded, as `restore` returns it; and uids of requests whose
+    decode state died with that owner. A log that cannot be used is noted in the record, and its episode
+    starts anew: `rebuild` makes a fresh one, which takes its place in `episodes`.
+    """
+    logged = replay(log.lease.folder, only=[e.job.uid for e in episodes])
+    damage = "; ".join(f"{name}: {what}" for name, what in logged.faults.items() if name.endswith(".log"))
+    begun: dict[str, Begun | None] = {}
+    lost: set[str] = set()
+    claims = []
+    for place, episode in enumerate(episodes):
+        uid = episode.job.uid
+        episode.log_fault = logged.faults.get(uid, damage)
+        if (former := logged.episodes.get(uid)) is None:
+            continue
+        try:
+            begun[uid] = restore(episode, former)
+        except ConsilienceError as error:
+            episode = episodes[place] = rebuild(episode)
+            episode.log_fault = str(error)
+            continue
+        names = [f"{uid}#{number}" for number in range(len(former.turns))]
+        lost.update(names)
+        claims.append((former, names))
+        episode.resumed_at = sum(len(turn.token_ids) for turn in former.turns)
+    log.claim(claims)
+    return begun, lost
+
+
+def restore(episode: Episode, logged: LoggedEpisode) -> Begun | None:
     """Lead a fresh episode through its logged turns.
 
     Returns the request of the turn that was being decoded with what it had sampled (None: nothing yet), or

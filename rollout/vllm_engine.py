@@ -12,13 +12,12 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from consilience.conf.errors import ConfigError, EngineError, WeightsRefused
+from consilience.conf.errors import EngineError, WeightsRefused
 from consilience.rollout.engine import Completed, EngineState, NewTokens, Request
 from consilience.rollout.publishing import Announced, digest_of, verify
 from consilience.rollout.request_check import check_request
@@ -34,7 +33,7 @@ from consilience.rollout.vllm_proof import (
     kinds_of,
     tensor_digests,
 )
-from consilience.rollout.vllm_settings import check_settings, prepare_environment, seed_at
+from consilience.rollout.vllm_settings import seed_at, start_vllm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,30 +68,9 @@ class VllmEngine:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         config = json.loads((checkpoint / "config.json").read_text())
-        settings = dict(settings or {})
-        prepare_environment()
-        from vllm import EngineArgs  # pyright: ignore
-        from vllm.platforms import current_platform  # pyright: ignore
-        from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore
-
-        check_settings(settings, config["architectures"][0], current_platform.is_cpu())
-        unknown = settings.keys() - {field.name for field in fields(EngineArgs)}
-        if unknown:
-            raise ConfigError(
-                f"this vLLM has no {', '.join(sorted(unknown))}; leave it out, or take another version"
-            )
-        args = EngineArgs(
-            model=str(checkpoint),
-            skip_tokenizer_init=True,
-            max_num_seqs=max_rows,
-            max_model_len=max_length,
-            logprobs_mode="processed_logprobs",
-            generation_config="vllm",
-            async_scheduling=False,
-            worker_extension_cls="consilience.rollout.vllm_weights.WeightReceiver",
-            **settings,
+        self._llm: Any = start_vllm(
+            checkpoint, config["architectures"][0], dict(settings or {}), max_rows, max_length
         )
-        self._llm: Any = LLMEngine.from_engine_args(args)
         self.max_rows, self.max_length = max_rows, max_length
         self._vocab_size = int(config["vocab_size"])
         self._export = export or (lambda weights: weights)

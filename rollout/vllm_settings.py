@@ -1,10 +1,12 @@
-"""What a vLLM engine may be told, and what would change the law it samples by. Imports no vLLM."""
+"""What a vLLM engine is told, and what would change the law it samples by. Imports vLLM only to start it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from consilience.conf.errors import ConfigError
@@ -37,6 +39,35 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its own choice puts the workers of one machine on the same cores
 }
+
+
+def start_vllm(
+    checkpoint: Path, architecture: str, settings: Mapping[str, Any], max_rows: int, max_length: int
+) -> Any:
+    """vLLM's own engine, told what `VllmEngine` relies on. ConfigError on a setting that may not be."""
+    prepare_environment()
+    from vllm import EngineArgs  # pyright: ignore
+    from vllm.platforms import current_platform  # pyright: ignore
+    from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore
+
+    check_settings(settings, architecture, current_platform.is_cpu())
+    unknown = settings.keys() - {field.name for field in fields(EngineArgs)}
+    if unknown:
+        raise ConfigError(
+            f"this vLLM has no {', '.join(sorted(unknown))}; leave it out, or take another version"
+        )
+    args = EngineArgs(
+        model=str(checkpoint),
+        skip_tokenizer_init=True,
+        max_num_seqs=max_rows,
+        max_model_len=max_length,
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        async_scheduling=False,
+        worker_extension_cls="consilience.rollout.vllm_weights.WeightReceiver",
+        **settings,
+    )
+    return LLMEngine.from_engine_args(args)
 
 
 def prepare_environment() -> None:

@@ -6,11 +6,9 @@ step are on disk before anything reads them, and episodes that a former owner be
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from consilience.conf.errors import (
@@ -24,17 +22,17 @@ from consilience.rollout.boxes import Box
 from consilience.rollout.columns import ColumnFile
 from consilience.rollout.deadlines import Stall, dump_stacks
 from consilience.rollout.dispatch import STALLED
-from consilience.rollout.engine import Completed, Prefix, Request
+from consilience.rollout.engine import Completed, Request
 from consilience.rollout.episode import Episode, State
 from consilience.rollout.errands import Errands
-from consilience.rollout.grading import Graded, GradeItem, Grader
+from consilience.rollout.grading import Graded
+from consilience.rollout.grading_queue import STAGE, GradingQueue
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.lease import Lease
-from consilience.rollout.log_replay import replay
 from consilience.rollout.parsing import ToolCall
 from consilience.rollout.prompts import prompt_ids
 from consilience.rollout.records import Outcome, OutcomeKind, RolloutRecord
-from consilience.rollout.recovery import box_for, restore, without_parent
+from consilience.rollout.recovery import Begun, box_for, take_over, without_parent
 from consilience.rollout.token_log import TokenLog
 from consilience.rollout.tools import argument_error, run_tool
 from consilience.rollout.watched_threads import Task
@@ -57,8 +55,7 @@ class WorkerRun:
         self._boxes: dict[str, Box] = {}  # job uid -> leased box
         threads = (worker.tool_threads, worker.lease_threads, worker.grade_threads)
         self._errands = Errands(threads, self._on_late, worker.flush_s)
-        self._to_grade: list[Episode] = []
-        self._num_grading = 0
+        self._grading = GradingQueue(worker, self._errands, self._boxes, self._take_verdict)
         self._final: list[RolloutRecord] = []
         self._num_final = self._num_empty = 0
         self._is_closed = False
@@ -87,7 +84,11 @@ class WorkerRun:
     def begin(self) -> None:
         """Send the first requests, or those that go on with what a former owner logged."""
         episodes = [episode for job in self.jobs if (episode := self._build(job)) is not None]
-        begun = self._take_over(episodes)
+        begun: dict[str, Begun | None] = {}
+        if self._log is not None:
+            rebuild = lambda episode: self._build(episode.job) or episode
+            begun, lost = take_over(self._log, episodes, rebuild)
+            self._lost_streams.update(lost)
         self._episodes = {episode.job.uid: episode for episode in episodes}
         for episode in episodes:
             self._begin(episode, begun.get(episode.job.uid))
@@ -134,36 +135,7 @@ class WorkerRun:
             return None
         return episode
 
-    def _take_over(self, episodes: list[Episode]) -> dict[str, tuple[Request, Prefix | None] | None]:
-        """Lead episodes to where a former owner's log ends, and copy that into the own one.
-
-        Job uid -> the request that was being decoded, as `restore` returns it. A log that cannot be used is
-        noted in the record, and its episode starts anew.
-        """
-        if self._log is None:
-            return {}
-        logged = replay(self._log.lease.folder, only=[e.job.uid for e in episodes])
-        damage = "; ".join(f"{name}: {what}" for name, what in logged.faults.items() if name.endswith(".log"))
-        begun, claims = {}, []
-        for place, episode in enumerate(episodes):
-            uid = episode.job.uid
-            episode.log_fault = logged.faults.get(uid, damage)
-            if (former := logged.episodes.get(uid)) is None:
-                continue
-            try:
-                begun[uid] = restore(episode, former)
-            except ConsilienceError as error:
-                episode = episodes[place] = self._build(episode.job) or episode
-                episode.log_fault = str(error)
-                continue
-            names = [f"{uid}#{number}" for number in range(len(former.turns))]
-            self._lost_streams.update(names)
-            claims.append((former, names))
-            episode.resumed_at = sum(len(turn.token_ids) for turn in former.turns)
-        self._log.claim(claims)
-        return begun
-
-    def _begin(self, episode: Episode, begun: tuple[Request, Prefix | None] | None) -> None:
+    def _begin(self, episode: Episode, begun: Begun | None) -> None:
         """Start an episode, or go on with the turn that was being decoded, or with what comes next."""
 
         def go_on() -> None:
@@ -323,11 +295,12 @@ class WorkerRun:
 
     def take_events(self, *, may_wait: bool) -> None:
         """Run what threads handed back; wait for one only when there is nothing else to do."""
-        self._errands.take(is_idle=may_wait and not self._decoding and not self._can_grade())
+        self._errands.take(is_idle=may_wait and not self._decoding and not self._grading.can_send)
 
     def _on_late(self, task: Task) -> None:
         """End the episodes of a thread that is late, each with the stall in its record."""
-        self._num_grading -= task.stage == "grade"
+        if task.stage == STAGE:
+            self._grading.give_up(task)
         waited_s = round(task.waited_s, 3)
         stall = Stall(task.stage, waited_s, task.limit_s, stacks=dump_stacks(self.worker.stacks))
         outcome = Outcome(OutcomeKind.INFRA, f"stalled in '{task.stage}' for {waited_s:.1f} s")
@@ -352,48 +325,19 @@ class WorkerRun:
         if episode.held:
             self.engine.release(episode.held)  # now, not after grading: a held stream takes up a row
         if not episode.job.reward:
-            verdict = Graded(None, {}, Outcome(OutcomeKind.GRADED, "no reward asked for"))
-            self._settle(episode, episode.record(verdict))
+            self._take_verdict(episode, Graded(None, {}, Outcome(OutcomeKind.GRADED, "no reward asked for")))
         elif self.worker.grader is None:
             verdict = Graded(None, {}, Outcome(OutcomeKind.FAILED, "not graded: this worker has no grader"))
-            self._settle(episode, episode.record(verdict))
+            self._take_verdict(episode, verdict)
         else:
-            self._to_grade.append(episode)
+            self._grading.add(episode)
 
-    def _can_grade(self) -> bool:
-        return bool(self._to_grade) and self._num_grading < self.worker.num_grade_threads
+    def _take_verdict(self, episode: Episode, verdict: Graded) -> None:
+        self._settle(episode, episode.record(verdict))
 
     def grade_some(self) -> None:
         """Hand finished episodes to a free grading thread."""
-        grader, size = self.worker.grader, self.worker.grade_batch
-        while grader is not None and self._can_grade():
-            batch, self._to_grade = self._to_grade[:size], self._to_grade[size:]
-            items = [episode.grade_item(self._boxes.get(episode.job.uid)) for episode in batch]
-            self._num_grading += 1
-            limit_s = self.worker.limits.grade_s + len(batch) * self.worker.limits.grade_sample_s
-            work = partial(self._grade, grader, batch, items)
-            uids = [episode.job.uid for episode in batch]
-            self._errands.send(self.worker.grade_threads, "grade", limit_s, work, uids)
-
-    def _grade(self, grader: Grader, batch: list[Episode], items: list[GradeItem]) -> Callable[[], None]:
-        """(grading thread) One verdict an episode, whatever the grader does."""
-        try:
-            verdicts = grader.grade(items)
-            if len(verdicts) != len(items):
-                raise EngineError(f"grader gave {len(verdicts)} verdicts for {len(items)} episodes")
-        except Exception as error:
-            outcome = Outcome(OutcomeKind.INFRA, f"grader: {type(error).__name__}: {error}")
-            verdicts = [Graded(None, {}, outcome)] * len(items)
-        checked = [_checked(verdict) for verdict in verdicts]
-
-        def graded() -> None:
-            if batch[0].job.uid in self._given_up:
-                return
-            self._num_grading -= 1
-            for episode, verdict in zip(batch, checked):
-                self._settle(episode, episode.record(verdict))
-
-        return graded
+        self._grading.send()
 
     def _settle(self, episode: Episode, record: RolloutRecord) -> None:
         """The record is final: give back what the episode held."""
@@ -430,13 +374,3 @@ def _kind_of(error: Exception) -> OutcomeKind:
     if isinstance(error, OutcomeUnknown):
         return OutcomeKind.UNKNOWN
     return OutcomeKind.LOST if isinstance(error, (SandboxLost, SandboxUnavailable)) else OutcomeKind.INFRA
-
-
-def _checked(verdict: Graded) -> Graded:
-    """A scored verdict needs a finite reward; anything else is a failure, not a zero."""
-    if not verdict.outcome.is_scored:
-        return verdict
-    if verdict.reward is None or not math.isfinite(verdict.reward):
-        outcome = Outcome(OutcomeKind.FAILED, f"reward is {verdict.reward}, must be a finite number")
-        return Graded(None, {}, outcome, verdict.isolation, verdict.sandbox_ids)
-    return verdict
