@@ -27,6 +27,7 @@ from consilience.rollout.store import RolloutStore
 from consilience.training.checkpoint import CheckpointMeta, save_checkpoint
 from consilience.training.metrics import read_metrics, surviving
 
+TELLING = {"time", "stalls", "redispatches", "resumed_samples", "resumed_tokens", "log_faults"}
 STEPS, PROMPTS, GROUP, TOKENS = 4, 3, 4, 60
 STALL_S = 10.0  # the least that `rollout.stall_s` allows
 CONFIG = replace(
@@ -81,6 +82,7 @@ def command(inputs: Path, run: Path, address: str | None = None) -> list[str]:
         "grpo.lr": 3e-3,
         "rollout.max_length": 160,
         "rollout.stall_s": STALL_S,
+        "rollout.most_redispatches": 1000,  # deaths before a word count, too
         "engine.device": "cpu",
         "engine.threads": 1,
         "engine.exact": "true",
@@ -109,7 +111,7 @@ class Facts:
     records    uid -> prompt, tokens, log-probabilities, weight versions, finish, reward
     trainings  uid -> times the surviving weights have seen it, from the ledger's bytes alone
     tensors    digest of weights and optimiser, by name, of the last checkpoint
-    metrics    rows of metrics.jsonl that a resume has not undone, without their times
+    metrics    rows of metrics.jsonl that a resume has not undone, but for what tells of disturbances
     counted    tokens sampled and trained on, as the stage's result has them
     """
 
@@ -131,7 +133,7 @@ def facts(run: Path) -> Facts:
         },
         trainings=trainings(folder / "rollouts" / "ledger.log"),
         tensors=_tensors(run / "chaos" / done["checkpoint"]),
-        metrics=[json.dumps({k: v for k, v in row.items() if k != "time"}) for row in rows],
+        metrics=[json.dumps({k: v for k, v in row.items() if k not in TELLING}) for row in rows],
         counted={name: done[name] for name in ("train_tokens", "sampled_tokens")},
     )
 
@@ -156,7 +158,7 @@ def resumptions(run: Path) -> tuple[int, int]:
 def leftovers(run: Path) -> list[str]:
     """Files that a finished stage should not have."""
     rollouts = stage(run) / "rollouts"
-    wanted = {"ledger.log", *(f"{step:06d}.jsonl" for step in range(STEPS))}
+    wanted = {"ledger.log", "publications.log", *(f"{step:06d}.jsonl" for step in range(STEPS))}
     return [str(p) for p in rollouts.rglob("*") if p.is_file() and p.name not in wanted]
 
 
