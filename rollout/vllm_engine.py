@@ -217,6 +217,15 @@ class VllmEngine:
         for uid in uids:
             self._held.pop(uid, None)
 
+    def clear(self) -> tuple[list[Request], list[str]]:
+        """See `RolloutEngine.clear`."""
+        streams, held = list(self._streams.values()), list(self._held)
+        self._check_alive()
+        self._llm.abort_request([stream.request.uid for stream in streams])
+        for those in (self._streams, self._held, self._context, self._complete):
+            those.clear()
+        return [stream.as_request() if stream.tokens else stream.request for stream in streams], held
+
     def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None:
         """See `RolloutEngine.publish`. Running streams are prefilled again: one state, one version.
 

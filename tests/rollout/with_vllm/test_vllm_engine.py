@@ -156,6 +156,24 @@ def test_weights_change_between_two_steps_of_a_running_stream(engine, checkpoint
     assert np.abs(old - changed).max() > 0.1  # or the line above could not fail
 
 
+def test_what_was_cleared_goes_on_from_its_prefix_as_if_it_had_never_stopped(engine, checkpoint):
+    engine.submit([request("a"), request("b", hold=True, max_tokens=2), request("c", max_tokens=20)])
+    done = {}
+    while "b" not in done:
+        done |= {c.uid: c for c in engine.step()}
+    (first, second), held = engine.clear()
+    assert (first.uid, second.uid, held) == ("a", "c", ["b"])
+    assert len(first.prefix.token_ids) == len(second.prefix.token_ids) > 0
+    state = engine.state()
+    assert (state.num_waiting, state.num_running, state.num_held) == (0, 0, 0)
+    done, _ = run(engine, first, second)
+    for given in (first, second):
+        turn = done[given.uid]
+        assert turn.token_ids[: len(given.prefix.token_ids)] == given.prefix.token_ids
+        wanted, _ = logprobs_of(*checkpoint, PROMPT, turn.token_ids)
+        np.testing.assert_allclose(turn.logprobs, wanted, atol=TOLERANCE)
+
+
 def test_every_update_is_held_against_the_reference_under_changed_weights(engine, checkpoint):
     for version in (2, 3):
         new = other_weights(checkpoint[1], version)
