@@ -141,7 +141,7 @@ def test_attention_with_the_gradients_of_queries_and_entries(mode, far, monkeypa
         triton_attention_backward._sum_query(problem, weights, d_query, 0, length)
         keys, far_weights = KeyGradient(problem, is_far=True, num_queries=length), weights[1]
         if mode == "gather":
-            keys.add_rows(keys.rows_of(far_weights, upstream, 0, length), 0, length)
+            keys.add_rows(far_weights, upstream, 0, length)
         else:
             keys.add_range(far_weights, upstream, 0, length)
         found.append((out[0, -1], d_query[0, -1], keys.total()))

@@ -12,7 +12,7 @@ import torch
 from memory_meter import MemoryMeter
 
 from consilience.model.config import PRESETS
-from consilience.model.kernels import choice, gpu_linear_logprob
+from consilience.model.kernels import attention_problem, choice, gpu_linear_logprob
 from consilience.model.layout import packed_layout
 from consilience.model.recompute import recompute_policy, set_recompute
 from consilience.model.transformer import Transformer
@@ -39,6 +39,7 @@ def on_paper(triton_device, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.device.type == "meta"))
     monkeypatch.setattr(choice, "_is_capable", lambda index: True)
+    monkeypatch.setattr(attention_problem, "HAND_PLACED", False)  # asks the chip; it holds the same
     # In place, it holds nothing; torch 2.11 has no meta kernel for it.
     monkeypatch.setattr(torch, "addmm", lambda total, a, b, *, out_dtype, out: out)
     for kind in (interpreter.InterpretedFunction, jit.KernelInterface):

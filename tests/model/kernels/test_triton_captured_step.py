@@ -159,9 +159,9 @@ def test_a_step_asks_nothing_and_has_one_shape_whatever_its_rows_hold(policy, tr
     for rows in (2, 3):
         if rows == 3:
             admit(made, 2, 20)
-        made._give([1.0] * rows, [0.5] * rows)
+        made._give([1.0] * rows, [0.5] * rows, None)
         with torch.no_grad(), watched(monkeypatch) as watch:
-            made._run(4, made._length_of(21), is_bucket=True)
+            made._run(4, made._length_of(21), False, is_bucket=True)
         traces.append(watch.seen)
     assert len(traces[0]) > 100
     assert traces[0] == traces[1]
