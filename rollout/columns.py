@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from consilience.conf.errors import EngineError, RunError
+from consilience.rollout.frame_file import sync_folder
 
 if TYPE_CHECKING:
     from consilience.rollout.records import RolloutRecord
@@ -155,8 +156,8 @@ class ColumnFile:
             if self._descriptor < 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-                _sync_folder(path.parent)
-                _sync_folder(self._root)
+                sync_folder(path.parent)
+                sync_folder(self._root)
             at = self._num_bytes  # what an attempt that failed has left behind it is written over
             for part in parts:
                 left = memoryview(part).cast("B") if len(part) else memoryview(b"")
@@ -166,11 +167,3 @@ class ColumnFile:
             os.fdatasync(self._descriptor)
         except OSError as error:
             raise EngineError(f"cannot write {path}: {error.strerror}; free space there and resume") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

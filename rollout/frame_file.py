@@ -147,7 +147,7 @@ class FrameFile:
         try:
             os.fdatasync(self._descriptor)
             if not self._is_known:
-                _sync_folder(self.path.parent)
+                sync_folder(self.path.parent)
                 self._is_known = True
         except OSError as error:
             # After a failed fsync the kernel may have dropped the pages: to try again would lie.
@@ -237,7 +237,8 @@ def _has_hole(data: bytes, at: int, identity: int, num_read: int) -> bool:
     return any(_frame_at(data, at + int(i), identity) is not None for i in np.flatnonzero(likely))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """What was created, renamed or removed in `folder` is so after a power cut too. OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from consilience.conf.errors import EngineError
+from consilience.rollout.frame_file import sync_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def take_lease(
         # For people; nothing reads it, so a full disk may keep it empty: the log itself will say so.
         with contextlib.suppress(OSError), open(descriptor, "w", encoding="utf-8") as file:
             file.write(json.dumps({"epoch": epoch, "owner": owner, "host": socket.gethostname()}) + "\n")
-        _sync(folder)
+        sync_folder(folder)
         return Lease(folder, epoch, survives_power, columns_folder)
 
 
@@ -76,7 +77,7 @@ def fence(folder: Path, epochs: list[int] | None = None) -> None:
         except OSError as error:
             raise EngineError(f"cannot fence {folder}: {error.strerror}; free space there") from None
     if folder.exists():
-        _sync(folder)  # a fence that a loss of power undoes would revive an owner
+        sync_folder(folder)  # a fence that a loss of power undoes would revive an owner
 
 
 def fenced_epochs(folder: Path) -> list[int]:
@@ -90,11 +91,3 @@ def _epochs(folder: Path, kind: str) -> list[int]:
 
 def _file(folder: Path, epoch: int, kind: str) -> Path:
     return folder / f"{epoch:08d}.{kind}"
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

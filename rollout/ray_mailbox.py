@@ -135,6 +135,11 @@ def load_factory(path: str) -> Callable[..., RolloutWorker]:
         raise ConfigError(f"worker factory {path!r}: {error}; give it as import.path:function") from None
 
 
+def is_running_here(place: Place) -> bool:
+    """Whether it is a process of this machine that has not ended."""
+    return place.host == socket.gethostname() and _began(place.pid) == place.began
+
+
 def end_process(place: Place, *, has_stacks: bool = True) -> None:
     """Have a worker write its stacks, then end it, on whatever machine of the cluster it is.
 

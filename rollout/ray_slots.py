@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from consilience.conf.errors import ConsilienceError, EngineError
 from consilience.rollout.deadlines import REPLACED, Stall, StallLog
 from consilience.rollout.lease import Lease, fence
 from consilience.rollout.ray_cluster import worker_runtime
-from consilience.rollout.ray_mailbox import Mailbox, Place, end_process, load_factory
+from consilience.rollout.ray_mailbox import Mailbox, Place, end_process, is_running_here, load_factory
 
 DEATHS = (RayActorError, WorkerCrashedError, ObjectLostError)
+_KILL_S = 2.0
 _CLOSE_TIMEOUT_S = 10.0
 
 
@@ -114,6 +116,9 @@ class WorkerSlots:
             ray.get(closing, timeout=_CLOSE_TIMEOUT_S)
         for actor in actors:
             ray.kill(actor)
+        until = time.monotonic() + _KILL_S  # Ray reports a worker that ends by another hand
+        while any(map(is_running_here, places)) and time.monotonic() < until:
+            time.sleep(0.05)
         for place in places:  # one that is stopped does not hear Ray
             end_process(place, has_stacks=False)
         if self._stall_log.stacks is not None:

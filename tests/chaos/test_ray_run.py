@@ -9,7 +9,6 @@ run that nobody disturbed, to the last bit (exact mode, one thread).
 
 import os
 import random
-import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ IS_SHORT = "CHAOS_KILLS" not in os.environ
 NUM_KILLS = len(SHORT) if IS_SHORT else int(os.environ["CHAOS_KILLS"])
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 MOST_A_RUN = 25  # kills; more runs see more beginnings and ends
-
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the faulty disk is compiled")
 
 
 @pytest.fixture(scope="module")
