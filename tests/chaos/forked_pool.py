@@ -60,10 +60,11 @@ class ForkedPool:
     def _work(self, jobs, lease, pipe):
         """(worker process) Its exit code."""
         try:
-            for batch in self.build(self.version).stream(jobs, lease):
-                message = pickle.dumps(batch)
-                pipe.write(_LENGTH.pack(len(message)) + message)
-                pipe.flush()
+            with contextlib.closing(self.build(self.version)) as worker:
+                for batch in worker.stream(jobs, lease):
+                    message = pickle.dumps(batch)
+                    pipe.write(_LENGTH.pack(len(message)) + message)
+                    pipe.flush()
             return 0
         except (EngineError, BrokenPipeError):  # fenced, or the driver is gone
             return 3
