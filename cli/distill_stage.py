@@ -25,6 +25,7 @@ from consilience.cli.training_stage import (
     start_from,
 )
 from consilience.conf.schema import Config
+from consilience.distill.objectives import Objective
 from consilience.distill.train import DistillSettings, TeacherSide, train_distill
 from consilience.model.checkpoint import to_official
 from consilience.rollout.store import RolloutStore
@@ -57,6 +58,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         steps=settings.steps,
         mini_batches=settings.mini_batches,
         chunk_tokens=settings.chunk_tokens,
+        objective=Objective(settings.objective, settings.top_k, settings.support, settings.beta),
         normalisation=settings.normalisation,
         mtp_weight=settings.mtp_weight,
         row_tokens=settings.row_tokens,
@@ -166,7 +168,6 @@ def _self_kl(checkpoint: Path, store: RolloutStore, row_tokens: int) -> float:
             to_official(model)["head.weight"],  # type: ignore[arg-type]
             target,
             teacher.head(),
-            teacher_weight=1.0,
-            num_loss_tokens=len(target),
+            at.weight,
         )
     return abs(out.sums["kl"]) / out.sums["tokens"]

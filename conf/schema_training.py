@@ -171,10 +171,18 @@ class DistillConfig:
     lr: float = setting(1e-3, "peak learning rate; 0: no weight moves", low=0, high=10)
     warmup: int = setting(2, "steps of linear warm-up", unit="steps", low=0)
     decay: float = setting(0.1, "learning rate at the last step, as a share of the peak", low=0, high=1)
+    objective: str = setting(
+        "reverse_kl",
+        "what is minimised; all but reverse_kl are there to be compared with it",
+        choices=("reverse_kl", "forward_kl", "jsd", "top_k_tail", "generalised_kl", "sampled_token"),
+    )
+    top_k: int = setting(64, "tokens that top_k_tail and generalised_kl look at", unit="tokens", low=1)
+    support: str = setting("student", "whose likeliest tokens these are", choices=("student", "teacher"))
+    beta: float = setting(0.5, "share of the teacher in jsd's mixture", low=0.001, high=0.999)
     normalisation: str = setting(
         "tokens",
-        "denominator: loss tokens of the mini-batch, or of each teacher",
-        choices=("tokens", "teacher"),
+        "denominator: loss tokens of the mini-batch, of each teacher, or samples times own tokens",
+        choices=("tokens", "teacher", "sequences"),
     )
     mtp_weight: float = setting(
         0.1, "weight of the loss that keeps MTP blocks, and nothing else, in step", low=0, high=10

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from consilience.distill.loss import denominators, distill_loss
+from consilience.distill.loss import REVERSE_KL, distill_loss, sample_weights
 from consilience.distill.minibatch import draw_minibatches, segments_by_teacher
+from consilience.distill.objectives import Objective
 from consilience.model.forward_trace import Trace
 from consilience.rollout.ahead import PhasesAhead, PhasesInTurn, RolloutStreams, staleness
 from consilience.rollout.jobs import RolloutJob
@@ -43,6 +44,7 @@ class DistillSettings:
     steps: int
     mini_batches: int = 2
     chunk_tokens: int = 256
+    objective: Objective = REVERSE_KL
     normalisation: str = "tokens"
     mtp_weight: float = 0.1
     row_tokens: int = 512
@@ -167,14 +169,18 @@ def train_phase(
     sums: dict[str, dict[str, float]] = {}
     for members in draw_minibatches(len(records), settings.mini_batches, rng):
         teachers.heads.begin()
-        counts: dict[str, int] = {}
-        for i in members:
-            counts[owners[i]] = counts.get(owners[i], 0) + records[i].num_sampled
-        divisors = denominators(counts, settings.normalisation)
+        weights = sample_weights(
+            [records[i].num_sampled for i in members],
+            [owners[i] for i in members],
+            {owner: teachers.registry.get(owner).weight for owner in set(owners)},
+            settings.normalisation,
+        )
+        weight_of = dict(zip(members.tolist(), weights))
         trace = Trace()
         for segment in segments_by_teacher(members, owners):
             chosen = [records[i] for i in segment.samples]
-            part = _segment(engine, chosen, scored, teachers, settings, divisors[segment.teacher], trace)
+            their = [weight_of[i] for i in segment.samples]
+            part = _segment(engine, chosen, their, scored, teachers, settings, trace)
             total["train_tokens"] += part.pop("train_tokens")
             total["kl_by_sample"] |= part.pop("kl_by_sample")
             mine = sums.setdefault(segment.teacher, {})
@@ -196,6 +202,8 @@ def train_phase(
         total |= engine.step(scale, trace.expert_load)
         teachers.store.free_taken()
     total["kl"] = {name: part["kl"] / part["tokens"] for name, part in sums.items()}
+    if settings.objective.name != "reverse_kl":
+        total["objective"] = {name: part["objective"] / part["tokens"] for name, part in sums.items()}
     total["top1_agreement"] = {name: p["top1_agreement"] / p["tokens"] for name, p in sums.items()}
     total["student_entropy"] = {name: p["student_entropy"] / p["tokens"] for name, p in sums.items()}
     if any("mtp_loss" in part for part in sums.values()):
@@ -206,17 +214,16 @@ def train_phase(
 def _segment(
     engine: TrainEngine,
     records: Sequence[RolloutRecord],
+    weights: Sequence[float],
     scored: ScoreReport,
     teachers: TeacherSide,
     settings: DistillSettings,
-    denominator: float,
     trace: Trace,
 ) -> dict[str, Any]:
-    """Gradients of the samples of one teacher in a mini-batch."""
-    record = teachers.registry.get(records[0].teacher or "")
-    head = teachers.heads.take(record)
+    """Gradients of the samples of one teacher in a mini-batch; `weights` of each one's loss tokens."""
+    head = teachers.heads.take(teachers.registry.get(records[0].teacher or ""))
     states = [teachers.store.take(scored.keys[r.uid]) for r in records]
-    packed = pack_records(records, settings.row_tokens)
+    packed = pack_records(records, settings.row_tokens, weights)
     kl_by_sample: dict[str, float] = {}
 
     def loss_fn(model: Any, micro: PackedRows):
@@ -228,8 +235,9 @@ def _segment(
             model.head.weight,
             target,
             head,
-            teacher_weight=record.weight,
-            num_loss_tokens=denominator,
+            at.weight,
+            objective=settings.objective,
+            target_ids=at.target_ids,
             chunk_tokens=settings.chunk_tokens,
         )
         start = 0
@@ -241,7 +249,7 @@ def _segment(
             return out.loss, out.sums
         # The blocks follow the trunk: its own samples are their targets, and nothing else learns from it.
         ahead = mtp_loss(at, model.head.weight.detach())
-        loss = out.loss + settings.mtp_weight * ahead / denominator
+        loss = out.loss + settings.mtp_weight * ahead
         return loss, out.sums | {"mtp_loss": float(ahead.detach())}
 
     # A row widened for a long episode is a micro-batch of its own.
@@ -251,12 +259,15 @@ def _segment(
     return report | {"train_tokens": packed.num_tokens, "kl_by_sample": kl_by_sample}
 
 
-def pack_records(records: Sequence[RolloutRecord], row_tokens: int) -> PackedRows:
-    """Prompt and episode of each record as one sample, with a loss on the sampled tokens."""
+def pack_records(
+    records: Sequence[RolloutRecord], row_tokens: int, weights: Sequence[float] | None = None
+) -> PackedRows:
+    """Prompt and episode of each record as one sample; each sampled token has the sample's weight, or 1."""
+    weights = [1.0] * len(records) if weights is None else weights
     return pack_episodes(
         [r.prompt_ids for r in records],
         [r.token_ids for r in records],
-        [r.loss_mask for r in records],
+        [[mask * weight for mask in r.loss_mask] for r, weight in zip(records, weights, strict=True)],
         row_tokens,
     )
 

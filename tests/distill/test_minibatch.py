@@ -76,8 +76,7 @@ def test_sorting_by_teacher_leaves_the_accumulated_gradient_and_loads_each_head_
                 head,
                 states,
                 heads.take(record),
-                teacher_weight=record.weight,
-                num_loss_tokens=12,
+                torch.full((3,), record.weight / 12),
             ).loss
             loss.backward()
         found = embedding.grad, head.grad
