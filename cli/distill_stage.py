@@ -60,6 +60,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         chunk_tokens=settings.chunk_tokens,
         objective=Objective(settings.objective, settings.top_k, settings.support, settings.beta),
         normalisation=settings.normalisation,
+        balance=settings.balance,
         mtp_weight=settings.mtp_weight,
         row_tokens=settings.row_tokens,
         micro_tokens=micro_tokens(cfg, settings.row_tokens),

@@ -184,6 +184,11 @@ class DistillConfig:
         "denominator: loss tokens of the mini-batch, of each teacher, or samples times own tokens",
         choices=("tokens", "teacher", "sequences"),
     )
+    balance: str = setting(
+        "weights",
+        "what a teacher's weight is a share of: of the loss as normalised, or of the measured update",
+        choices=("weights", "update"),
+    )
     mtp_weight: float = setting(
         0.1, "weight of the loss that keeps MTP blocks, and nothing else, in step", low=0, high=10
     )

@@ -9,7 +9,7 @@ Plain arrays in, plain records out; nothing here knows about tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -39,18 +39,24 @@ def draw_minibatches(num_samples: int, num_minibatches: int, rng: np.random.Gene
     return [part for part in np.array_split(order, num_minibatches) if part.size]
 
 
-def sort_by_teacher(members: Sequence[int] | np.ndarray, teachers: Sequence[str]) -> np.ndarray:
-    """`members` ordered by the name of their teacher, otherwise as they were (stable).
+def sort_by_teacher(
+    members: Sequence[int] | np.ndarray, teachers: Sequence[str], heads: Mapping[str, str] | None = None
+) -> np.ndarray:
+    """`members` ordered by their teacher's head, then by its name, otherwise as they were (stable).
 
-    `teachers` [S] names the owner of every sample, indexed by the entries of `members`.
+    `teachers` [S] names the owner of every sample, indexed by the entries of `members`; `heads` the digest
+    of each teacher's head, so that names of one checkpoint lie side by side (none: every name its own).
     """
     chosen = np.asarray(members, dtype=np.int64)
-    names = np.array([teachers[i] for i in chosen], dtype=object)
-    return chosen[np.argsort(names, kind="stable")]
+    places = {name: ((heads or {}).get(name, ""), name) for name in set(teachers)}
+    rank = {name: i for i, name in enumerate(sorted(places, key=places.__getitem__))}
+    return chosen[np.argsort([rank[teachers[i]] for i in chosen], kind="stable")]
 
 
-def segments_by_teacher(members: Sequence[int] | np.ndarray, teachers: Sequence[str]) -> list[Segment]:
-    """The sorted mini-batch cut at each change of teacher: one segment, one head load, for each teacher."""
-    ordered: list[int] = sort_by_teacher(members, teachers).tolist()
+def segments_by_teacher(
+    members: Sequence[int] | np.ndarray, teachers: Sequence[str], heads: Mapping[str, str] | None = None
+) -> list[Segment]:
+    """The sorted mini-batch cut at each change of teacher; neighbours with one head load it once."""
+    ordered: list[int] = sort_by_teacher(members, teachers, heads).tolist()
     runs = groupby(ordered, key=lambda i: teachers[i])
     return [Segment(teacher, tuple(samples)) for teacher, samples in runs]

@@ -8,12 +8,15 @@ by teacher; the trainer rebuilds logits through that teacher's head and minimise
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from consilience.conf.errors import EngineError
+from consilience.distill.balance import UpdateBalance, shares
 from consilience.distill.loss import REVERSE_KL, distill_loss, sample_weights
 from consilience.distill.minibatch import draw_minibatches, segments_by_teacher
 from consilience.distill.objectives import Objective
@@ -23,7 +26,7 @@ from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.phases import Sampler, publish
 from consilience.rollout.records import FinishReason, RolloutRecord
 from consilience.rollout.store import RolloutStore
-from consilience.teachers.heads import HeadCache
+from consilience.teachers.heads import HeadCache, HeadLoads
 from consilience.teachers.hidden_store import HiddenStore
 from consilience.teachers.registry import TeacherRegistry
 from consilience.teachers.scheduler import ScoreReport, ScoreRequest, TeacherScheduler
@@ -46,6 +49,7 @@ class DistillSettings:
     chunk_tokens: int = 256
     objective: Objective = REVERSE_KL
     normalisation: str = "tokens"
+    balance: str = "weights"
     mtp_weight: float = 0.1
     row_tokens: int = 512
     micro_tokens: int = 8192
@@ -93,6 +97,9 @@ def train_distill(
     is_whole  publish only when nothing is being sampled (one step off, with a max_age of 1)
     """
     rows = list(earlier)
+    balance = UpdateBalance({record.name: record.weight for record in teachers.registry})
+    if rows and "balance" in rows[-1]:
+        balance.restore(rows[-1]["balance"])
     phases: PhasesAhead | PhasesInTurn
     if max_age is None:
         phases = PhasesInTurn(store, sampler, jobs_of)  # type: ignore[arg-type]
@@ -112,7 +119,7 @@ def train_distill(
         with clock.phase("score"):
             scored = teachers.scheduler.score([score_request(r) for r in records])
         with clock.phase("train"):
-            report = train_phase(engine, records, scored, teachers, settings, step)
+            report = train_phase(engine, records, scored, teachers, settings, step, balance)
         store.ledger.trained(step, uids)
         clock.add_tokens("train", int(report["train_tokens"]))
         if is_whole:
@@ -121,7 +128,10 @@ def train_distill(
         with clock.phase("publish"):
             version = publish(sampler, engine.model, version + 1, store)
         phases.admit(version)
-        rows.append({"step": step + 1, "kl": report["kl"], "head_loads": report["head_loads"]})
+        for row in rows[-1:]:
+            row.pop("balance", None)  # the last row's is enough to go on from
+        row = {"step": step + 1, "kl": report["kl"], "head_loads": report["head_loads"]}
+        rows.append(row | {"balance": balance.state()})
         by_sample = report.pop("kl_by_sample")
         report |= (
             {"teacher_loads": len(scored.loads), "reused": scored.num_reused}
@@ -154,6 +164,26 @@ def score_request(record: RolloutRecord) -> ScoreRequest:
     return ScoreRequest(record.uid, record.teacher or "", (*record.prompt_ids, *record.token_ids), positions)
 
 
+@dataclass
+class _Tally:
+    """What a phase adds up: sums by teacher, and by sample its mean KL, its loss and its pull."""
+
+    by_teacher: dict[str, dict[str, float]] = field(default_factory=dict)
+    kl: dict[str, float] = field(default_factory=dict)
+    loss: dict[str, float] = field(default_factory=dict)
+    pull: dict[str, float] = field(default_factory=dict)
+
+    def add(self, teacher: str, sums: dict[str, float]) -> None:
+        mine = self.by_teacher.setdefault(teacher, {})
+        for name, value in sums.items():
+            earlier = mine.get(name, 0.0)
+            mine[name] = max(earlier, value) if name.startswith("max_") else earlier + value
+
+    def mean(self, name: str) -> dict[str, float]:
+        """A sum by teacher over its loss tokens."""
+        return {teacher: part[name] / part["tokens"] for teacher, part in self.by_teacher.items()}
+
+
 def train_phase(
     engine: TrainEngine,
     records: Sequence[RolloutRecord],
@@ -161,102 +191,136 @@ def train_phase(
     teachers: TeacherSide,
     settings: DistillSettings,
     step: int,
+    balance: UpdateBalance | None = None,
 ) -> dict[str, Any]:
-    """All optimiser steps of one phase."""
+    """All optimiser steps of one phase; `balance` carries what former phases pulled."""
     rng = np.random.default_rng((settings.seed, step))
-    owners = [r.teacher or "" for r in records]
-    total: dict[str, Any] = {"train_tokens": 0, "head_loads": [], "kl_by_sample": {}}
-    sums: dict[str, dict[str, float]] = {}
+    balance = balance or UpdateBalance({record.name: record.weight for record in teachers.registry})
+    total: dict[str, Any] = {"train_tokens": 0, "head_loads": []}
+    tally = _Tally()
+    scale = warmup_constant_cosine(
+        step,
+        num_steps=settings.steps,
+        warmup_steps=min(settings.warmup, settings.steps),
+        decay_steps=min(settings.decay_steps, max(settings.steps - settings.warmup, 0)),
+        final_scale=settings.final_scale,
+    )
     for members in draw_minibatches(len(records), settings.mini_batches, rng):
-        teachers.heads.begin()
-        weights = sample_weights(
-            [records[i].num_sampled for i in members],
-            [owners[i] for i in members],
-            {owner: teachers.registry.get(owner).weight for owner in set(owners)},
-            settings.normalisation,
-        )
-        weight_of = dict(zip(members.tolist(), weights))
+        chosen = [records[i] for i in members]
         trace = Trace()
-        for segment in segments_by_teacher(members, owners):
-            chosen = [records[i] for i in segment.samples]
-            their = [weight_of[i] for i in segment.samples]
-            part = _segment(engine, chosen, their, scored, teachers, settings, trace)
-            total["train_tokens"] += part.pop("train_tokens")
-            total["kl_by_sample"] |= part.pop("kl_by_sample")
-            mine = sums.setdefault(segment.teacher, {})
-            for name, value in part.items():
-                mine[name] = (
-                    max(mine.get(name, 0.0), value)
-                    if name.startswith("max_")
-                    else mine.get(name, 0.0) + value
-                )
-        loads = teachers.heads.finish()
+        loads = _mini_batch(engine, chosen, scored, teachers, settings, balance, tally, trace)
         total["head_loads"].append({"distinct": loads.distinct, "loads": loads.loads})
-        scale = warmup_constant_cosine(
-            step,
-            num_steps=settings.steps,
-            warmup_steps=min(settings.warmup, settings.steps),
-            decay_steps=min(settings.decay_steps, max(settings.steps - settings.warmup, 0)),
-            final_scale=settings.final_scale,
-        )
+        total["train_tokens"] += sum(len(r.prompt_ids) + len(r.token_ids) for r in chosen)
         total |= engine.step(scale, trace.expert_load)
         teachers.store.free_taken()
-    total["kl"] = {name: part["kl"] / part["tokens"] for name, part in sums.items()}
-    if settings.objective.name != "reverse_kl":
-        total["objective"] = {name: part["objective"] / part["tokens"] for name, part in sums.items()}
-    total["top1_agreement"] = {name: p["top1_agreement"] / p["tokens"] for name, p in sums.items()}
-    total["student_entropy"] = {name: p["student_entropy"] / p["tokens"] for name, p in sums.items()}
-    if any("mtp_loss" in part for part in sums.values()):
-        total["mtp_loss"] = {name: part["mtp_loss"] / part["tokens"] for name, part in sums.items()}
-    return total
+    total["kl_by_sample"] = tally.kl
+    names = ["kl", "top1_agreement", "student_entropy"]
+    names += ["objective"] * (settings.objective.name != "reverse_kl")
+    names += ["mtp_loss"] * any("mtp_loss" in part for part in tally.by_teacher.values())
+    return total | {name: tally.mean(name) for name in names} | _shares(records, tally)
+
+
+def _mini_batch(
+    engine: TrainEngine,
+    records: Sequence[RolloutRecord],
+    scored: ScoreReport,
+    teachers: TeacherSide,
+    settings: DistillSettings,
+    balance: UpdateBalance,
+    tally: _Tally,
+    trace: Trace,
+) -> HeadLoads:
+    """Gradients of one mini-batch, teacher by teacher."""
+    owners = [r.teacher or "" for r in records]
+    heads = {owner: teachers.scheduler.digests(owner).head for owner in set(owners)}
+    is_balanced = settings.balance == "update"
+    factors = balance.factors(set(owners)) if is_balanced else dict.fromkeys(owners, 1.0)
+    weights = sample_weights(
+        [r.num_sampled for r in records],
+        owners,
+        {owner: factors[owner] * teachers.registry.get(owner).weight for owner in factors},
+        settings.normalisation,
+    )
+    segments = segments_by_teacher(range(len(records)), owners, heads)
+    teachers.heads.begin([(teachers.registry.get(s.teacher), heads[s.teacher]) for s in segments])
+    for segment in segments:
+        chosen = [(records[i], weights[i]) for i in segment.samples]
+        tally.add(segment.teacher, _segment(engine, chosen, scored, teachers, settings, tally, trace))
+    pulls: dict[str, float] = dict.fromkeys(owners, 0.0)
+    for record, owner in zip(records, owners):
+        pulls[owner] += tally.pull[record.uid]
+    balance.observe(pulls, factors)
+    loads = teachers.heads.finish()
+    if loads.loads != loads.distinct:
+        raise EngineError(f"{loads.loads} head loads for {loads.distinct} heads; each is to be loaded once")
+    return loads
 
 
 def _segment(
     engine: TrainEngine,
-    records: Sequence[RolloutRecord],
-    weights: Sequence[float],
+    samples: Sequence[tuple[RolloutRecord, float]],
     scored: ScoreReport,
     teachers: TeacherSide,
     settings: DistillSettings,
+    tally: _Tally,
     trace: Trace,
-) -> dict[str, Any]:
-    """Gradients of the samples of one teacher in a mini-batch; `weights` of each one's loss tokens."""
-    head = teachers.heads.take(teachers.registry.get(records[0].teacher or ""))
+) -> dict[str, float]:
+    """Gradients of one teacher's samples in a mini-batch, each with the weight of its loss tokens."""
+    records = [record for record, _ in samples]
+    teacher = teachers.registry.get(records[0].teacher or "")
+    head = teachers.heads.take(teacher, teachers.scheduler.digests(teacher.name).head)
     states = [teachers.store.take(scored.keys[r.uid]) for r in records]
-    packed = pack_records(records, settings.row_tokens, weights)
-    kl_by_sample: dict[str, float] = {}
+    packed = pack_records(records, settings.row_tokens, [weight for _, weight in samples])
 
     def loss_fn(model: Any, micro: PackedRows):
         at = hidden_at_loss(model, micro, trace, wants_mtp=settings.mtp_weight > 0, is_detached=True)
         order = sample_order(at)
-        target = torch.cat([states[s] for s in order]).to(at.hidden.device)
         out = distill_loss(
             at.hidden,
             model.head.weight,
-            target,
+            torch.cat([states[s] for s in order]).to(at.hidden.device),
             head,
             at.weight,
             objective=settings.objective,
             target_ids=at.target_ids,
             chunk_tokens=settings.chunk_tokens,
         )
-        start = 0
-        for s in order:
-            stop = start + states[s].shape[0]
-            kl_by_sample[records[s].uid] = float(out.tokens.kl[start:stop].mean())
-            start = stop
+        uids, sizes = [records[s].uid for s in order], [states[s].shape[0] for s in order]
+        tally.kl.update(zip(uids, _parts(out.tokens.kl, sizes, torch.mean)))
+        tally.loss.update(zip(uids, _parts(out.tokens.value * at.weight, sizes, torch.sum)))
+
+        def measure(gradient: Tensor) -> None:
+            pulls = torch.linalg.vector_norm(gradient.detach().float(), dim=1)
+            tally.pull.update(zip(uids, _parts(pulls, sizes, torch.sum)))
+
+        at.hidden.register_hook(measure)
         if not at.ahead:
             return out.loss, out.sums
         # The blocks follow the trunk: its own samples are their targets, and nothing else learns from it.
         ahead = mtp_loss(at, model.head.weight.detach())
-        loss = out.loss + settings.mtp_weight * ahead
-        return loss, out.sums | {"mtp_loss": float(ahead.detach())}
+        return out.loss + settings.mtp_weight * ahead, out.sums | {"mtp_loss": float(ahead.detach())}
 
     # A row widened for a long episode is a micro-batch of its own.
     budget = max(settings.micro_tokens, packed.token_ids.shape[1])
     report = engine.forward_backward(loss_fn, split_micro_batches(packed, budget), {})
     report.pop("loss", None)
-    return report | {"train_tokens": packed.num_tokens, "kl_by_sample": kl_by_sample}
+    return report
+
+
+def _parts(values: Tensor, sizes: Sequence[int], reduce: Callable[[Tensor], Tensor]) -> list[float]:
+    """values [n] cut into samples, each made one number."""
+    return [float(reduce(part)) for part in values.detach().split(list(sizes))]
+
+
+def _shares(records: Sequence[RolloutRecord], tally: _Tally) -> dict[str, dict[str, float]]:
+    """Each domain's share of the phase's prompts, loss tokens, loss and update."""
+    amounts: dict[str, dict[str, float]] = {}
+    for r in records:
+        loss, pull = tally.loss[r.uid], tally.pull[r.uid]
+        for name, amount in (("prompt", 1.0), ("token", r.num_sampled), ("loss", loss), ("update", pull)):
+            mine = amounts.setdefault(f"{name}_share", {})
+            mine[r.domain] = mine.get(r.domain, 0.0) + amount
+    return {name: shares(by_domain) for name, by_domain in amounts.items()}
 
 
 def pack_records(

@@ -2,9 +2,11 @@
 
     for teacher in (largest queue first):
         load → score all its samples in batches, each written to the store → release
+        meanwhile the next teacher's files are read
 
-Samples whose hidden states are already stored (an earlier run was killed, or two samples are the same) are
-not scored again, and a teacher with nothing left to score is not loaded (post-training notes 7.2, step 5).
+Two names of one checkpoint are one teacher. Samples whose hidden states are already stored (an earlier run
+was killed, or two samples are the same) are not scored again, and a teacher with nothing left to score is
+not loaded (post-training notes 7.2, step 5).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from torch import Tensor
 from consilience.conf.errors import AdmissionError, EngineError
 from consilience.teachers.heads import TeacherDigests, read_digests
 from consilience.teachers.hidden_store import HiddenStore, hidden_key
+from consilience.teachers.read_ahead import WarmFiles
 from consilience.teachers.registry import TeacherRecord, TeacherRegistry
 from consilience.teachers.teacher import Teacher
 
@@ -85,14 +89,14 @@ class TeacherScheduler:
         What was stored before an error stays stored.
         """
         keys = self._keys(requests)
-        missing: dict[str, dict[str, ScoreRequest]] = {}
+        missing: dict[TeacherDigests, tuple[str, dict[str, ScoreRequest]]] = {}
         for request in requests:
             key = keys[request.uid]
             if key not in self._store:
-                missing.setdefault(request.teacher, {}).setdefault(key, request)
-        queues = sorted(missing.items(), key=lambda queue: (-_num_tokens(queue[1].values()), queue[0]))
-        for name, queue in queues:
-            self._score_queue(self._registry.get(name), queue)
+                digests = self._digests[request.teacher]
+                missing.setdefault(digests, (request.teacher, {}))[1].setdefault(key, request)
+        queues = sorted(missing.values(), key=lambda queue: (-_num_tokens(queue[1].values()), queue[0]))
+        self._score_all([(self._registry.get(name), queue) for name, queue in queues])
         self._store.reserve(keys.values())
         num_scored = sum(len(queue) for _, queue in queues)
         return ScoreReport(
@@ -103,6 +107,25 @@ class TeacherScheduler:
             num_tokens=sum(_num_tokens(queue.values()) for _, queue in queues),
         )
 
+    def digests(self, name: str) -> TeacherDigests:
+        """Digests of a teacher, read once. ConfigError on an unknown name, CheckpointError as `digests`."""
+        if name not in self._digests:
+            self._digests[name] = self._read_digests(self._registry.get(name))
+        return self._digests[name]
+
+    def _score_all(self, queues: Sequence[tuple[TeacherRecord, dict[str, ScoreRequest]]]) -> None:
+        """Each teacher's queue; the files of the next are read while one scores."""
+        warm: WarmFiles | None = None
+        try:
+            for (record, queue), following in zip_longest(queues, queues[1:]):
+                if warm is not None:
+                    warm.finish()
+                warm = None if following is None else WarmFiles(following[0].checkpoint)
+                self._score_queue(record, queue)
+        finally:
+            if warm is not None:
+                warm.stop()
+
     def _keys(self, requests: Sequence[ScoreRequest]) -> dict[str, str]:
         keys: dict[str, str] = {}
         for request in requests:
@@ -110,10 +133,7 @@ class TeacherScheduler:
                 raise ValueError(f"two requests have the uid '{request.uid}'; uids must differ")
             if any(not 0 <= t < len(request.token_ids) for t in request.positions):
                 raise ValueError(f"{request.uid}: positions outside its {len(request.token_ids)} tokens")
-            name = request.teacher
-            if name not in self._digests:
-                self._digests[name] = self._read_digests(self._registry.get(name))
-            digests = self._digests[name]
+            digests = self.digests(request.teacher)
             keys[request.uid] = hidden_key(
                 digests.weights, digests.head, request.token_ids, request.positions, digests.dtype
             )

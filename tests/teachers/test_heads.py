@@ -1,12 +1,13 @@
 """Heads come from checkpoint folders, one at a time, and their loads are counted."""
 
 import json
+import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from consilience.conf.errors import CheckpointError
+from consilience.conf.errors import AdmissionError, CheckpointError
 from consilience.model.digest import weights_digest
 from consilience.teachers.heads import HeadCache, HeadLoads, head_digest, head_shape, read_digests, read_head
 from consilience.teachers.registry import TeacherRecord
@@ -59,6 +60,46 @@ def test_no_second_head_is_read_before_the_first_is_released():
     for name in "abcab":
         heads.take(record(name))
     assert len(alive) == 5
+
+
+def test_two_names_of_one_head_share_a_load_and_the_announced_order_is_read_ahead():
+    began = []
+
+    def read(r):
+        began.append(r.name)
+        return torch.full((2, 2), float(ord(r.name[0])))
+
+    digest = {name: head_digest(torch.full((2, 2), float(ord(name[0])))) for name in ("a", "again", "b", "c")}
+    assert digest["a"] == digest["again"] != digest["b"]
+    heads, order = HeadCache(read=read), ["a", "again", "b", "c"]
+    heads.begin([(record(name), digest[name]) for name in order])
+    for i, name in enumerate(order):
+        assert heads.take(record(name), digest[name])[0, 0] == ord(name[0])
+        expected = [["a", "b"], ["a", "b"], ["a", "b", "c"], ["a", "b", "c"]][i]
+        deadline = time.monotonic() + 10
+        while began != expected and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert began == expected  # the next one is under way while this one is used, and no third
+    assert heads.finish() == HeadLoads(distinct=3, loads=3)
+
+
+def test_a_head_that_is_not_the_one_the_states_belong_to_is_refused_now_or_read_ahead():
+    wrong = head_digest(torch.ones(2, 2))
+    heads = HeadCache(read=lambda r: torch.zeros(2, 2))
+    with pytest.raises(AdmissionError, match="the folder changed during the run"):
+        heads.take(record("a"), wrong)
+    right = head_digest(torch.zeros(2, 2))
+    heads.begin([(record("a"), right), (record("b"), wrong)])
+    heads.take(record("a"), right)
+    with pytest.raises(AdmissionError, match="head of teacher 'b'"):
+        heads.take(record("b"), wrong)
+
+
+def test_an_order_that_is_not_kept_gives_the_right_heads_all_the_same():
+    heads = HeadCache(read=lambda r: torch.full((1, 1), float(ord(r.name))))
+    heads.begin([(record("a"), None), (record("b"), None), (record("c"), None)])
+    assert [heads.take(record(name)).item() for name in "acb"] == [ord(name) for name in "acb"]
+    assert heads.finish() == HeadLoads(distinct=3, loads=3)
 
 
 def test_a_head_is_read_from_the_shard_the_index_names_or_from_the_only_file(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from consilience.conf.errors import AdmissionError, ConfigError, EngineError
+from consilience.teachers import scheduler as scheduler_file
 from consilience.teachers.fake_teacher import FakeTeacher
 from consilience.teachers.heads import TeacherDigests
 from consilience.teachers.hidden_store import HiddenStore
@@ -59,6 +60,43 @@ def test_teachers_are_loaded_once_each_largest_queue_first_and_states_are_theirs
     for r in REQUESTS:
         expected = build(r.teacher).score([r.token_ids], [r.positions])[0]
         assert torch.equal(store.take(found.keys[r.uid]), expected)
+
+
+def test_two_names_of_one_checkpoint_are_loaded_once(registry, store):
+    same = TeacherDigests(build("math").digest, build("math").head_digest)
+    loaded = []
+
+    def loader(record):
+        loaded.append(record.name)
+        return build("math")
+
+    found = TeacherScheduler(registry, loader, store, digests=lambda record: same).score(REQUESTS)
+    assert loaded == ["math"] == list(found.loads) and found.num_scored == 5
+    for r in REQUESTS:
+        expected = build("math").score([r.token_ids], [r.positions])[0]
+        assert torch.equal(store.take(found.keys[r.uid]), expected)
+
+
+def test_the_next_teachers_files_are_read_while_one_scores(registry, store, tmp_path, monkeypatch):
+    events = []
+
+    class Warm(scheduler_file.WarmFiles):
+        def __init__(self, folder):
+            events.append(f"warm {folder.name}")
+            super().__init__(folder)
+
+    for name in SEEDS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    apart = TeacherRegistry([TeacherRecord(name, tmp_path / name, (name,)) for name in SEEDS])
+    monkeypatch.setattr(scheduler_file, "WarmFiles", Warm)
+
+    def loader(record):
+        events.append(f"load {record.name}")
+        return build(record.name)
+
+    TeacherScheduler(apart, loader, store, digests=digests).score(REQUESTS)
+    assert events == ["warm math", "load code", "warm agent", "load math", "load agent"]
 
 
 def test_never_two_teachers_in_memory(registry, store):
@@ -193,6 +231,7 @@ def test_states_that_cannot_be_right_are_refused(registry, store, change, messag
 
 MEMORY = """
 import resource, sys, tempfile, pathlib
+from consilience.teachers import scheduler as scheduler_file
 from consilience.teachers.fake_teacher import FakeTeacher
 from consilience.teachers.heads import TeacherDigests
 from consilience.teachers.hidden_store import HiddenStore
