@@ -12,7 +12,7 @@ it is known only after the backward pass, so what one mini-batch missed the next
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 MEMORY = 0.9
@@ -36,12 +36,18 @@ class UpdateBalance:
     def factors(self, teachers: set[str]) -> dict[str, float]:
         """A factor for each teacher of the coming mini-batch: 1 where nothing was seen of one of them yet.
 
-        Once shares are reached the factors' geometric mean is 1.
+        What each has had and is to have lies as the weights do; the level is that at which the factors of
+        all teachers, once their shares are reached, have a geometric mean of 1.
         """
-        if not teachers or any(self._usual.get(name, 0.0) <= 0 for name in teachers):
+        known = sorted(name for name, usual in self._usual.items() if usual > 0)
+        if not teachers <= set(known):
             return dict.fromkeys(teachers, 1.0)
-        wanted = self._wanted(sorted(teachers))
-        return {name: min(MOST, max(1 / MOST, wanted[name] / self._usual[name])) for name in sorted(teachers)}
+        share = shares({name: self._weights[name] for name in known})
+        even = math.exp(sum(math.log(self._usual[n] / share[n]) for n in known) / len(known))
+        past = {name: MEMORY * self._pulled[name] for name in known}
+        total = sum(past.values()) + even * sum(share[name] for name in teachers)
+        wanted = {name: share[name] * total - past[name] for name in teachers}
+        return {n: min(MOST, max(1 / MOST, wanted[n] / self._usual[n])) for n in sorted(teachers)}
 
     def observe(self, pulls: Mapping[str, float], factors: Mapping[str, float]) -> None:
         """Σ of the token pulls of each teacher of a mini-batch that ran with these factors."""
@@ -59,14 +65,6 @@ class UpdateBalance:
         for name in self._pulled:
             self._pulled[name] = float(state["pulled"].get(name, 0.0))
         self._usual = {n: float(v) for n, v in state["usual"].items() if n in self._pulled}
-
-    def _wanted(self, teachers: Sequence[str]) -> dict[str, float]:
-        """What each is to pull so that past and coming together lie as the weights do."""
-        share = shares({name: self._weights[name] for name in teachers})
-        past = {name: MEMORY * self._pulled[name] for name in teachers}
-        coming = math.exp(sum(math.log(self._usual[n] / share[n]) for n in teachers) / len(teachers))
-        total = sum(past.values()) + coming
-        return {name: share[name] * total - past[name] for name in teachers}
 
 
 def shares(amounts: Mapping[str, float]) -> dict[str, float]:

@@ -9,6 +9,8 @@ import small_trainer
 import torch
 from small_trainer import GradientKeeper, small_model
 
+from consilience.distill.balance import UpdateBalance
+from consilience.distill.objectives import OBJECTIVES, Objective
 from consilience.distill.train import (
     DistillSettings,
     TeacherSide,
@@ -126,13 +128,92 @@ def test_the_reported_kl_is_that_of_the_two_models_own_logits(registry, tmp_path
         assert report["kl"][name] > 1e-3
 
 
-def test_kl_falls_when_the_student_trains(registry, tmp_path):
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "sampled_token"])
+def test_the_objective_falls_when_the_student_trains(registry, tmp_path, name):
     engine = TorchEngine(model(), OptimizerSettings(lr=0.01, weight_decay=0.0))
-    teachers = side(registry, tmp_path)
-    kl = [phase(engine, samples(), teachers, warmup=0)["kl"] for _ in range(4)]
+    teachers, settings = side(registry, tmp_path), {"objective": Objective(name, top_k=8), "warmup": 0}
+    found = [phase(engine, samples(), teachers, **settings) for _ in range(4)]
     assert engine.num_steps == 8
-    for name in SEEDS:
-        assert kl[-1][name] < 0.7 * kl[0][name], name
+    assert ("objective" in found[0]) == (name != "reverse_kl")
+    for teacher in SEEDS:
+        first, last = (report.get("objective", report["kl"])[teacher] for report in (found[0], found[-1]))
+        assert last < 0.7 * first, teacher
+
+
+def test_the_sampled_token_needs_no_more_than_the_stored_states_and_moves_the_student(registry, tmp_path):
+    engine = GradientKeeper(model())
+    settings = {"objective": Objective("sampled_token"), "mini_batches": 1}
+    report = phase(engine, samples(), side(registry, tmp_path), **settings)
+    assert max(float(g.abs().max()) for g in engine.steps[0].values()) > 0
+    for r in samples():  # the mean of log p − log q of the tokens that the student took
+        assert r.uid in report["kl_by_sample"]
+    own = []
+    for r in [r for r in samples() if r.teacher == "math"]:
+        ids = torch.tensor([r.prompt_ids + r.token_ids])
+        with torch.no_grad():
+            p, q = (
+                m.head(m.hidden(ids))[0].double().log_softmax(-1) for m in (model(), model(SEEDS["math"]))
+            )
+        at = list(score_request(r).positions)
+        own += [float((p - q)[t, ids[0, t + 1]]) for t in at]
+    assert report["objective"]["math"] == pytest.approx(sum(own) / len(own), rel=1e-3, abs=1e-4)
+
+
+def test_shares_of_prompts_tokens_loss_and_update_are_each_domains(registry, tmp_path):
+    records = samples(teachers=["math", "code", "math"])
+    report = phase(GradientKeeper(model()), records, side(registry, tmp_path), mini_batches=1)
+    tokens = {"math": 6 + 8, "code": 7}
+    assert report["prompt_share"] == pytest.approx({"math": 2 / 3, "code": 1 / 3})
+    assert report["token_share"] == pytest.approx({name: n / 21 for name, n in tokens.items()})
+    loss = {name: report["kl"][name] * n for name, n in tokens.items()}
+    assert report["loss_share"] == pytest.approx({name: x / sum(loss.values()) for name, x in loss.items()})
+    alone = {}  # each domain by itself, its gradient at the hidden states with the same denominator
+    for name in tokens:
+        balance = UpdateBalance({"math": 1.0, "code": 1.0})
+        teachers = side(registry, tmp_path / name)
+        mine = [r for r in records if r.teacher == name]
+        scored = teachers.scheduler.score([score_request(r) for r in mine])
+        train_phase(
+            GradientKeeper(model()), mine, scored, teachers, DistillSettings(10, mini_batches=1), 5, balance
+        )
+        alone[name] = balance.state()["pulled"][name] * tokens[name]
+    wanted = {name: x / sum(alone.values()) for name, x in alone.items()}
+    assert report["update_share"] == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("normalisation", ["tokens", "teacher", "sequences"])
+def test_a_teachers_share_of_the_update_is_its_weight_within_2_percent(registry, tmp_path, normalisation):
+    weights = {"math": 1.0, "code": 3.0}
+    weighted = TeacherRegistry([replace(r, weight=weights[r.name]) for r in registry])
+    teachers, balance = side(weighted, tmp_path), UpdateBalance(weights)
+    settings = DistillSettings(10, mini_batches=2, normalisation=normalisation, balance="update")
+    found = []
+    for step in range(24):
+        records = samples(step, ["math", "math", "code", "math", "math", "code"])  # twice the tokens
+        scored = teachers.scheduler.score([score_request(r) for r in records])
+        report = train_phase(GradientKeeper(model()), records, scored, teachers, settings, step, balance)
+        found.append(report["update_share"]["code"])
+    assert sum(found[8:]) / 16 == pytest.approx(0.75, abs=0.02)
+    plain = phase(GradientKeeper(model()), records, teachers, normalisation=normalisation)
+    assert abs(plain["update_share"]["code"] - 0.75) > 0.05  # what it would be by itself
+
+
+def test_two_names_of_one_checkpoint_share_states_and_head(registry, tmp_path):
+    math = next(r for r in registry if r.name == "math")
+    others = [r for r in registry if r.name != "math"]
+    named = TeacherRegistry([*others, math, replace(math, name="also", domains=("also",))])
+    teachers = side(named, tmp_path)
+    records = samples(teachers=["math", "code", "also", "code", "math", "also"])
+    scored = teachers.scheduler.score([score_request(r) for r in records])
+    assert sorted(scored.loads) == ["code", "math"]
+    report = train_phase(
+        GradientKeeper(model()), records, scored, teachers, DistillSettings(10, mini_batches=1), 0
+    )
+    assert report["head_loads"] == [{"distinct": 2, "loads": 2}] and set(report["kl"]) == {
+        "math",
+        "code",
+        "also",
+    }
 
 
 def test_the_prediction_block_follows_the_student_and_the_student_does_not_notice(registry, tmp_path):
@@ -161,7 +242,7 @@ def test_a_student_equal_to_its_teacher_has_no_kl_and_no_gradient(registry, tmp_
     assert mine < 1e-4 * others
 
 
-@pytest.mark.parametrize("normalisation", ["tokens", "teacher"])
+@pytest.mark.parametrize("normalisation", ["tokens", "teacher", "sequences"])
 def test_cutting_a_mini_batch_into_rows_changes_no_gradient(registry, tmp_path, normalisation):
     found = []
     for i, cut in enumerate(({}, {"row_tokens": 32, "micro_tokens": 32, "chunk_tokens": 3})):
@@ -219,7 +300,7 @@ class PowerCut(MemorySink):
             raise KeyboardInterrupt
 
 
-def run(folder, registry, sampler, *, seed=0, every_s=1e9, log=None, teachers=None, **how):
+def run(folder, registry, sampler, *, seed=0, every_s=1e9, log=None, teachers=None, balance="weights", **how):
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer-source.json").write_text("{}")
     engine = TorchEngine(model(seed), OptimizerSettings(lr=0.01))
@@ -233,7 +314,7 @@ def run(folder, registry, sampler, *, seed=0, every_s=1e9, log=None, teachers=No
         sampler,
         lambda step: [SimpleNamespace(uid=r.uid, step=step) for r in answers(step)],
         teachers or side(registry, folder / "hidden"),
-        DistillSettings(3, seed=2),
+        DistillSettings(3, seed=2, balance=balance),
         store=RolloutStore(folder / "rollouts"),
         decode=lambda ids: " ".join(map(str, ids)),
         checkpoints=checkpoints,
@@ -274,12 +355,13 @@ def test_a_student_may_sample_ahead_and_with_nothing_ahead_it_is_the_same_run(re
     assert [row["step"] for row in log.rows] == [1, 2, 3] and all("age_max" in row for row in log.rows)
 
 
-def test_a_killed_run_resumes_without_sampling_again_and_ends_bit_for_bit_equal(registry, tmp_path):
+@pytest.mark.parametrize("balance", ["weights", "update"])
+def test_a_killed_run_resumes_without_sampling_again_and_ends_bit_for_bit_equal(registry, tmp_path, balance):
     first, second = CountingSampler(), CountingSampler()
-    whole, log, result = run(tmp_path / "whole", registry, CountingSampler())
+    whole, log, result = run(tmp_path / "whole", registry, CountingSampler(), balance=balance)
     with pytest.raises(KeyboardInterrupt):  # a checkpoint of 1 update; phase 1 is sampled and not saved
-        run(tmp_path / "cut", registry, first, every_s=0.0, log=PowerCut(at=2))
-    resumed, rest, again = run(tmp_path / "cut", registry, second, seed=9)
+        run(tmp_path / "cut", registry, first, every_s=0.0, log=PowerCut(at=2), balance=balance)
+    resumed, rest, again = run(tmp_path / "cut", registry, second, seed=9, balance=balance)
     assert (first.calls, second.calls) == ([0, 1], [2])
     a, b = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(a[n], b[n]) for n in a)
