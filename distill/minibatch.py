@@ -49,7 +49,7 @@ def sort_by_teacher(
     """
     chosen = np.asarray(members, dtype=np.int64)
     places = {name: ((heads or {}).get(name, ""), name) for name in set(teachers)}
-    rank = {name: i for i, name in enumerate(sorted(places, key=places.__getitem__))}
+    rank = {name: i for i, name in enumerate(sorted(places, key=lambda name: places[name]))}
     return chosen[np.argsort([rank[teachers[i]] for i in chosen], kind="stable")]
 
 
