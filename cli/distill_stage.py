@@ -117,7 +117,8 @@ def teacher_registry(context: StageContext) -> TeacherRegistry:
                 t.weight,
             )
             for name, t in given.items()
-        ]
+        ],
+        cfg.teachers.shared,
     )
 
 
@@ -133,7 +134,7 @@ def distill_jobs(cfg: Config, domains: Mapping[str, Domain], registry: TeacherRe
             samples=settings.samples_per_prompt,
             temperature=settings.temperature,
             run_seed=cfg.run.seed,
-            teacher=registry.owner(name).name,
+            teacher=registry.names(name),
             is_graded=False,
         )
     return sorted(jobs, key=lambda job: -job.max_tokens)

@@ -88,7 +88,7 @@ def _distill_needs(cfg: Config) -> tuple[str, ...]:
         if registry
         else list(cfg.task.domains)
     )
-    return (*(() if cfg.distill.init else ("base",)), *(f"grpo/{domain}" for domain in own))
+    return (*(() if cfg.distill.init else ("base",)), *(f"grpo/{domain}" for domain in dict.fromkeys(own)))
 
 
 def _stage(

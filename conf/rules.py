@@ -121,9 +121,10 @@ def _check_teachers(cfg: Config) -> None:
             raise ConfigError(f"{key}.domains is empty; name the domains it owns: {key}.domains=[math]")
         for domain in teacher.domains:
             check_domain(cfg, domain, f"{key}.domains")
-            if domain in owner:
+            if domain in owner and not cfg.teachers.shared:
                 raise ConfigError(
-                    f"domain '{domain}' has two teachers, '{owner[domain]}' and '{name}'; keep one"
+                    f"domain '{domain}' has two teachers, '{owner[domain]}' and '{name}'; keep one, or set "
+                    "teachers.shared=true to add up their weighted KLs"
                 )
             owner[domain] = name
         if teacher.checkpoint is None and len(teacher.domains) > 1:

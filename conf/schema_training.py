@@ -204,7 +204,7 @@ class TeacherConfig:
     """One teacher of the registry."""
 
     checkpoint: str | None = setting(None, "checkpoint folder; null: the run's GRPO stage of its domain")
-    domains: tuple[str, ...] = setting((), "domains it owns; each domain has exactly one owner")
+    domains: tuple[str, ...] = setting((), "domains it owns; a domain has one owner unless teachers.shared")
     weight: float = setting(1.0, "weight of its KL in the loss", above=0, high=1000)
 
 
@@ -212,6 +212,7 @@ class TeacherConfig:
 class TeachersConfig:
     """Who teaches what. Empty: the run's own specialists, one a domain, weight 1."""
 
+    shared: bool = setting(False, "several teachers may own a domain: their weighted KLs add up")
     registry: dict[str, TeacherConfig] = setting({}, "name -> teacher; `teachers.registry.NAME.KEY=VALUE`")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from torch import Tensor
@@ -38,10 +39,13 @@ def sample_weights(
     teachers: Sequence[str],
     teacher_weights: Mapping[str, float],
     normalisation: str = "tokens",
+    num_teachers: Sequence[int] | None = None,
 ) -> list[float]:
     """ω of each loss token of each sample of a mini-batch, w_e of its teacher included.
 
     num_tokens  loss tokens of each sample;  teachers  its owner;  teacher_weights  w_e ≥ 0 by teacher
+    num_teachers  how many teachers its trajectory has, which then stands here once for each (all 1 if
+                  None): its tokens are counted once, so L is the sum over teachers of w_e KL_e
 
     "tokens" (default)  w_e / all loss tokens: every token equal, long samples dominate
     "teacher"           w_e / the teacher's own: w_e means what the sum over teachers says, even where
@@ -63,10 +67,12 @@ def sample_weights(
     own: Counter[str] = Counter()
     for name, count in zip(teachers, num_tokens, strict=True):
         own[name] += count
-    num_samples = sum(count > 0 for count in num_tokens)
+    shared = num_teachers or [1] * len(num_tokens)
+    total = sum(Fraction(count, n) for count, n in zip(num_tokens, shared, strict=True))
+    num_samples = sum(Fraction(count > 0, n) for count, n in zip(num_tokens, shared))
     weights = []
     for name, count in zip(teachers, num_tokens):
-        divisor = {"tokens": own.total(), "teacher": own[name], "sequences": num_samples * count}
+        divisor = {"tokens": int(total), "teacher": own[name], "sequences": int(num_samples) * count}
         weights.append(teacher_weights[name] / divisor[normalisation] if count else 0.0)
     return weights
 

@@ -8,7 +8,7 @@ by teacher; the trainer rebuilds logits through that teacher's head and minimise
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -117,7 +117,7 @@ def train_distill(
         usable = [r for r in records if r.teacher and r.finish is not FinishReason.ABORT]
         records = [sample for r in usable for sample in r.samples() if sample.num_sampled]
         with clock.phase("score"):
-            scored = teachers.scheduler.score([score_request(r) for r in records])
+            scored = teachers.scheduler.score([score_request(c) for r in records for c in by_teacher(r)])
         with clock.phase("train"):
             report = train_phase(engine, records, scored, teachers, settings, step, balance)
         store.ledger.trained(step, uids)
@@ -162,6 +162,14 @@ def score_request(record: RolloutRecord) -> ScoreRequest:
     first = len(record.prompt_ids)
     positions = tuple(first + i - 1 for i, sampled in enumerate(record.loss_mask) if sampled)
     return ScoreRequest(record.uid, record.teacher or "", (*record.prompt_ids, *record.token_ids), positions)
+
+
+def by_teacher(record: RolloutRecord) -> list[RolloutRecord]:
+    """A record with several teachers ("a+b") once for each, the teacher in its uid; others as they are."""
+    names = (record.teacher or "").split("+")
+    if len(names) == 1:
+        return [record]
+    return [replace(record, uid=f"{record.uid}@{name}", teacher=name) for name in names]
 
 
 @dataclass
@@ -213,7 +221,8 @@ def train_phase(
         total["train_tokens"] += sum(len(r.prompt_ids) + len(r.token_ids) for r in chosen)
         total |= engine.step(scale, trace.expert_load)
         teachers.store.free_taken()
-    total["kl_by_sample"] = tally.kl
+    mean = lambda values: sum(values) / len(values)
+    total["kl_by_sample"] = {r.uid: mean([tally.kl[c.uid] for c in by_teacher(r)]) for r in records}
     names = ["kl", "top1_agreement", "student_entropy"]
     names += ["objective"] * (settings.objective.name != "reverse_kl")
     names += ["mtp_loss"] * any("mtp_loss" in part for part in tally.by_teacher.values())
@@ -230,7 +239,9 @@ def _mini_batch(
     tally: _Tally,
     trace: Trace,
 ) -> HeadLoads:
-    """Gradients of one mini-batch, teacher by teacher."""
+    """Gradients of one mini-batch, teacher by teacher; a record runs once for each teacher that it has."""
+    copies = [(copy, len(own)) for own in map(by_teacher, records) for copy in own]
+    records = [copy for copy, _ in copies]
     owners = [r.teacher or "" for r in records]
     heads = {owner: teachers.scheduler.digests(owner).head for owner in set(owners)}
     is_balanced = settings.balance == "update"
@@ -240,6 +251,7 @@ def _mini_batch(
         owners,
         {owner: factors[owner] * teachers.registry.get(owner).weight for owner in factors},
         settings.normalisation,
+        [num_teachers for _, num_teachers in copies],
     )
     segments = segments_by_teacher(range(len(records)), owners, heads)
     teachers.heads.begin([(teachers.registry.get(s.teacher), heads[s.teacher]) for s in segments])
@@ -316,7 +328,7 @@ def _shares(records: Sequence[RolloutRecord], tally: _Tally) -> dict[str, dict[s
     """Each domain's share of the phase's prompts, loss tokens, loss and update."""
     amounts: dict[str, dict[str, float]] = {}
     for r in records:
-        loss, pull = tally.loss[r.uid], tally.pull[r.uid]
+        loss, pull = (sum(found[c.uid] for c in by_teacher(r)) for found in (tally.loss, tally.pull))
         for name, amount in (("prompt", 1.0), ("token", r.num_sampled), ("loss", loss), ("update", pull)):
             mine = amounts.setdefault(f"{name}_share", {})
             mine[r.domain] = mine.get(r.domain, 0.0) + amount

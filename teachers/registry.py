@@ -1,7 +1,8 @@
-"""Who teaches what: one owner teacher for each domain (post-training notes 6.1).
+"""Who teaches what: one owner teacher for each domain (post-training notes 6.1), or several by request.
 
 A teacher is a name, the checkpoint folder it is read from, the domains it owns and the weight w_e of its
-KL in the loss. Every domain has exactly one owner, so every prompt has one teacher, fixed before rollout.
+KL in the loss. Every prompt has its teachers from the start, by its domain: one, unless domains may be
+shared; then the loss of its tokens is the sum of w_e KL_e over them.
 """
 
 from __future__ import annotations
@@ -31,13 +32,17 @@ class TeacherRecord:
 class TeacherRegistry:
     """All teachers of a run, looked up by name or by the domain they own.
 
-    ConfigError: no teacher at all, a name or domain given twice, a teacher without domains, a weight that
-    is not finite and above 0. CheckpointError: a checkpoint folder that is missing or holds no config.json.
+    is_shared  a domain may have several teachers; else that is taken for a mistake
+
+    ConfigError: no teacher at all, a name given twice or with a "+" or "@" in it, a domain given twice that
+    is not to be shared, a teacher without domains, a weight that is not finite and above 0.
+    CheckpointError: a checkpoint folder that is missing or holds no config.json.
     """
 
-    def __init__(self, records: Iterable[TeacherRecord]) -> None:
+    def __init__(self, records: Iterable[TeacherRecord], is_shared: bool = False) -> None:
         self._by_name: dict[str, TeacherRecord] = {}
-        self._owner: dict[str, str] = {}
+        self._owners: dict[str, list[str]] = {}
+        self._is_shared = is_shared
         for record in records:
             self._add(record)
         if not self._by_name:
@@ -48,6 +53,8 @@ class TeacherRegistry:
     def _add(self, record: TeacherRecord) -> None:
         if record.name in self._by_name:
             raise ConfigError(f"teacher '{record.name}' is registered twice; names must differ")
+        if set("+@") & set(record.name):
+            raise ConfigError(f"teacher '{record.name}': a name has no '+' and no '@'")
         if not record.domains:
             raise ConfigError(f"teacher '{record.name}' owns no domain; give it at least one")
         if not (math.isfinite(record.weight) and record.weight > 0):
@@ -55,10 +62,13 @@ class TeacherRegistry:
                 f"teacher '{record.name}' has weight {record.weight}; it must be finite and above 0"
             )
         for domain in record.domains:
-            if domain in self._owner:
-                pair = f"'{self._owner[domain]}' and '{record.name}'"
-                raise ConfigError(f"domain '{domain}' has two teachers, {pair}; a domain has one owner")
-            self._owner[domain] = record.name
+            owners = self._owners.setdefault(domain, [])
+            if owners and (not self._is_shared or record.name in owners):
+                raise ConfigError(
+                    f"domain '{domain}' has two teachers, '{owners[0]}' and '{record.name}'; a domain has "
+                    "one owner, unless teachers.shared=true makes their weighted KLs add up"
+                )
+            owners.append(record.name)
         check_checkpoint(record)
         self._by_name[record.name] = record
 
@@ -75,11 +85,15 @@ class TeacherRegistry:
             raise ConfigError(f"unknown teacher '{name}'; {nearest(name, self._by_name)}")
         return self._by_name[name]
 
-    def owner(self, domain: str) -> TeacherRecord:
-        """The teacher that owns a domain. ConfigError names the nearest domain if nobody does."""
-        if domain not in self._owner:
-            raise ConfigError(f"no teacher owns domain '{domain}'; {nearest(domain, self._owner)}")
-        return self._by_name[self._owner[domain]]
+    def owners(self, domain: str) -> tuple[TeacherRecord, ...]:
+        """The teachers of a domain, as registered. ConfigError names the nearest domain if it has none."""
+        if domain not in self._owners:
+            raise ConfigError(f"no teacher owns domain '{domain}'; {nearest(domain, self._owners)}")
+        return tuple(self._by_name[name] for name in self._owners[domain])
+
+    def names(self, domain: str) -> str:
+        """What a prompt of the domain carries as its teacher: "math", or "math+style"."""
+        return "+".join(record.name for record in self.owners(domain))
 
 
 def check_checkpoint(record: TeacherRecord) -> None:

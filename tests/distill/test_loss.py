@@ -37,6 +37,19 @@ def test_a_teachers_tokens_add_up_to_its_weight_however_long_its_samples_are():
     assert 3 * weights[1] + 7 * weights[3] == pytest.approx(2.0, rel=1e-15)
 
 
+@pytest.mark.parametrize(
+    ("normalisation", "expected"),
+    [
+        ("tokens", [1 / 10, 3 / 10, 1 / 10]),  # ten tokens in all, of which six have two teachers
+        ("teacher", [1 / 10, 3 / 6, 1 / 10]),
+        ("sequences", [1 / 12, 3 / 12, 1 / 8]),  # two trajectories
+    ],
+)
+def test_a_trajectory_with_two_teachers_is_counted_once(normalisation, expected):
+    found = sample_weights([6, 6, 4], ["math", "code", "math"], WEIGHTS, normalisation, [2, 2, 1])
+    assert found == pytest.approx(expected, rel=1e-15)
+
+
 def test_words_and_weights_out_of_range_are_refused():
     with pytest.raises(ConfigError, match="is 'sequence'; it must be one of tokens, teacher, sequences"):
         sample_weights(NUM_TOKENS, TEACHERS, WEIGHTS, "sequence")

@@ -14,6 +14,7 @@ from consilience.distill.objectives import OBJECTIVES, Objective
 from consilience.distill.train import (
     DistillSettings,
     TeacherSide,
+    by_teacher,
     score_request,
     train_distill,
     train_phase,
@@ -196,6 +197,33 @@ def test_a_teachers_share_of_the_update_is_its_weight_within_2_percent(registry,
     assert sum(found[8:]) / 16 == pytest.approx(0.75, abs=0.02)
     plain = phase(GradientKeeper(model()), records, teachers, normalisation=normalisation)
     assert abs(plain["update_share"]["code"] - 0.75) > 0.05  # what it would be by itself
+
+
+@pytest.mark.parametrize("normalisation", ["tokens", "teacher", "sequences"])
+def test_several_teachers_of_a_prompt_add_their_weighted_gradients(registry, tmp_path, normalisation):
+    weights = {"math": 1.0, "code": 2.5}
+    weighted = TeacherRegistry([replace(r, weight=weights[r.name]) for r in registry])
+
+    def gradient(folder, teachers):
+        engine, records = GradientKeeper(model()), samples(teachers=teachers)
+        its = side(weighted, folder)
+        scored = its.scheduler.score([score_request(c) for r in records for c in by_teacher(r)])
+        settings = DistillSettings(10, mini_batches=1, normalisation=normalisation, mtp_weight=0.0)
+        return engine, train_phase(engine, records, scored, its, settings, 5)
+
+    both, report = gradient(tmp_path / "both", ["code+math"] * 3)
+    alone = {name: gradient(tmp_path / name, [name] * 3) for name in weights}
+    for name, found in both.steps[0].items():  # fp32 sums in another order
+        wanted = sum(engine.steps[0][name] for engine, _ in alone.values())
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7, msg=name)
+    assert report["head_loads"] == [{"distinct": 2, "loads": 2}]
+    for name, (_, its) in alone.items():
+        assert report["kl"][name] == pytest.approx(its["kl"][name], rel=1e-6)
+    uid = samples()[0].uid
+    assert report["kl_by_sample"][uid] == pytest.approx(
+        sum(its["kl_by_sample"][uid] for _, its in alone.values()) / 2, rel=1e-6
+    )
+    assert report["token_share"] == {"code+math": 1.0}
 
 
 def test_two_names_of_one_checkpoint_share_states_and_head(registry, tmp_path):
