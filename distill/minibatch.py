@@ -48,8 +48,8 @@ def sort_by_teacher(
     of each teacher's head, so that names of one checkpoint lie side by side (none: every name its own).
     """
     chosen = np.asarray(members, dtype=np.int64)
-    places = {name: ((heads or {}).get(name, ""), name) for name in set(teachers)}
-    rank = {name: i for i, name in enumerate(sorted(places, key=lambda name: places[name]))}
+    digests = heads or {}
+    rank = {name: i for i, name in enumerate(sorted(set(teachers), key=lambda n: (digests.get(n, ""), n)))}
     return chosen[np.argsort([rank[teachers[i]] for i in chosen], kind="stable")]
 
 
