@@ -50,7 +50,7 @@ def sort_by_teacher(
     chosen = np.asarray(members, dtype=np.int64)
     digests = heads or {}
     rank = {name: i for i, name in enumerate(sorted(set(teachers), key=lambda n: (digests.get(n, ""), n)))}
-    return chosen[np.argsort([rank[teachers[i]] for i in chosen], kind="stable")]
+    return chosen[np.argsort([rank[teachers[int(i)]] for i in chosen], kind="stable")]
 
 
 def segments_by_teacher(
