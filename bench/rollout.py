@@ -260,8 +260,8 @@ def speed(given: argparse.Namespace, picture: Path | None) -> Iterator[str]:
 CAPTION = """Sampled at temperature 1, prompts of {prompt} random tokens, {tokens} new ones a row,
 median (range) of {rounds} rounds; V4 is `{model}`. Equal digests: the arms of a model hold equal values. On a
 CPU the vLLM arm serves a dense checkpoint, because its CPU build cannot serve V4, and is to be compared with
-`generate` of that one only; "× generate" is each arm's ratio to transformers on the same checkpoint. `publish`
-verifies the digest and loads; vLLM's also exports and scores the probes that prove the update.
+`generate` of that one only; "× generate" is each arm's ratio to transformers on the same checkpoint.
+`publish` verifies the digest and loads; vLLM's also exports and scores the probes that prove the update.
 """
 
 

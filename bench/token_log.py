@@ -90,7 +90,7 @@ def measure(rows: int, steps: int, *, survives_power: bool) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-HEAD = """| survives | rows | step, ms | log, ms | of decoding | syncs in steps | bytes a token | replay, M/s |
+HEAD = """| survives | rows | step, ms | log, ms | of decoding | syncs in steps | bytes a token | replay M/s |
 |---|---|---|---|---|---|---|---|"""
 
 
