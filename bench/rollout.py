@@ -182,18 +182,19 @@ def speed_lines(arms: Sequence[Arm], rows: Sequence[dict[str, Any]]) -> Iterator
         yield f"| {arm.model} | {arm.name} | {told[0]} | {told[1]} | {ready.get('start_s', 0):.0f} |"
     yield ""
     unit = "GiB" if IS_GPU else "MiB"
-    ratios = "× generate | × vLLM | × generate by CPU s"
+    ratios = "× generate | × vLLM | tokens a CPU s | × generate by it"
     yield f"| model | batch | arm | tokens/s | {ratios} | with prompts, tokens/s | {unit} |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         arm, batch = row["arm"], row["batch"]
         head = f"| {arm.model} | {batch} | {arm.name} |"
         if not row["found"]:
-            yield f"{head} {row.get('failed', 'did not start')} | | | | | |"
+            yield f"{head} {row.get('failed', 'did not start')} | | | | | | |"
             continue
         beside = {r["arm"].name: r for r in rows if r["arm"].model == arm.model and r["batch"] == batch}
         generate, vllm = beside.get("transformers"), beside.get("vllm")
-        times = [ratio(row, generate), ratio(row, vllm), ratio(row, generate, "cpu_s")]
+        by_cpu = [median_text(rates(row, time_="cpu_s"), digits=0), ratio(row, generate, "cpu_s")]
+        times = [ratio(row, generate), ratio(row, vllm), *by_cpu]
         whole = median_text(rates(row, "all_tokens", "all_s"), digits=0)
         peak = max(found["peak"] for found in row["found"]) / 2 ** (30 if IS_GPU else 20)
         shown = [median_text(rates(row), digits=0), *times, whole, f"{peak:.{1 if IS_GPU else 0}f}"]
@@ -286,10 +287,12 @@ def other_table(command: Sequence[str]) -> str:
 
 
 def sections(given: argparse.Namespace, picture: Path | None) -> Iterator[str]:
-    cores, load = os.cpu_count(), os.getloadavg()[0]
+    cores, load = os.cpu_count(), os.getloadavg()[0]  # before any arm of ours
     yield f"# Rollouts, {date.today()}\n"
     threads = f"{given.threads} threads of {cores} cores, load {load:.1f}"
     yield f"{device_name()}, {threads}, torch {torch.__version__}\n"
+    if load > 1:
+        yield "Others were computing here: of wall times believe nothing that A/A does not bear out.\n"
     for table in given.tables:
         yield f"## {table}\n"
         if table == "speed":
