@@ -77,19 +77,28 @@ def measure(rows: int, steps: int, *, survives_power: bool) -> str:
         episodes = replay(Path(folder)).episodes
         replay_s = time.thread_time() - began
     assert sum(len(e.turns[0].token_ids) for e in episodes.values()) == tokens
-    kind = "power" if survives_power else "process"
-    return (
-        f"{kind:8s} {rows:4d} rows: step {1e3 * step_s / num_steps:8.3f} ms, "
-        f"log {1e6 * log_s / num_steps:7.1f} us a step = {100 * log_s / step_s:.2f} % of decoding "
-        f"({num_syncs} syncs in {num_steps} steps); {num_bytes / tokens:.1f} bytes a token; replay "
-        f"{1e3 * replay_s:.1f} ms, {tokens / replay_s / 1e6:.2f} M tokens/s"
+    cells = (
+        "power" if survives_power else "process",
+        rows,
+        f"{1e3 * step_s / num_steps:.2f}",
+        f"{1e3 * log_s / num_steps:.3f}",
+        f"{100 * log_s / step_s:.2f} %",
+        f"{num_syncs} in {num_steps}",
+        f"{num_bytes / tokens:.1f}",
+        f"{tokens / replay_s / 1e6:.2f}",
     )
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+HEAD = """| survives | rows | step, ms | log, ms | of decoding | syncs in steps | bytes a token | replay M/s |
+|---|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:
     torch.set_num_threads(1)
     rows = [int(sys.argv[1])] if len(sys.argv) > 1 else [8, 64]
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else 64
+    print(HEAD)
     for count in rows:
         for survives_power in (False, True):
             print(measure(count, steps, survives_power=survives_power))

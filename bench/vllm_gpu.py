@@ -1,6 +1,6 @@
-"""The vLLM engine over DeepSeek-V4 on a GPU: updates that arrive, what it is off by, speed, sleep.
+"""The vLLM engine over DeepSeek-V4 on a GPU: updates, what it is off by, sleep (speed: rollout.py).
 
-    python bench/vllm_gpu.py A B [--graphs] [--batch-invariant] [--prove] [--routing] [--sleep] [--throughput]
+    python bench/vllm_gpu.py A B [--graphs] [--batch-invariant] [--prove] [--routing] [--sleep]
 
 A and B are two checkpoints of one model in the released FP8/FP4 layout with random weights, so with different
 sinks. On a machine without vLLM, or without A and B, it says so and measures nothing.
@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rollout_arms import stored_weights
 
 from consilience.conf.errors import EngineError
 from consilience.model.config import ModelConfig
 from consilience.model.digest import weights_digest
-from consilience.model.released_checkpoint import TensorsOnDisk, open_checkpoint
+from consilience.model.released_checkpoint import open_checkpoint
 from consilience.rollout.engine import Request, SamplingParams
 from consilience.rollout.vllm_engine import VllmEngine
 from consilience.rollout.vllm_launch import probe_sequences, v4_export
@@ -32,6 +33,14 @@ from consilience.rollout.vllm_proof import compare
 from consilience.rollout.vllm_reference import reference_of
 
 MAX_LENGTH = 2048
+# As seen to serve V4 on an H100 (vLLM 0.24).
+SETTINGS = {
+    "dtype": "bfloat16",
+    "kv_cache_dtype": "fp8",
+    "max_num_batched_tokens": 2048,
+    "gpu_memory_utilization": 0.4,
+    "enable_prefix_caching": False,
+}
 KINDS = (
     "layers.*.attn.attn_sink",
     "layers.*.attn_norm.weight",
@@ -40,22 +49,9 @@ KINDS = (
 )
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """What a checkpoint's quantised tensors stand for, in bf16 where they were quantised."""
-    stored = TensorsOnDisk(open_checkpoint(folder))
-    return {name: stored[name] for name in stored}
-
-
 def build(folder: Path, arguments: argparse.Namespace) -> VllmEngine:
     config = open_checkpoint(folder).config
-    settings = {
-        "dtype": "bfloat16",
-        "kv_cache_dtype": "fp8",
-        "max_num_batched_tokens": 2048,
-        "gpu_memory_utilization": 0.4,
-        "enable_prefix_caching": False,
-        "enforce_eager": not arguments.graphs,
-    }
+    settings = SETTINGS | {"enforce_eager": not arguments.graphs}
     if arguments.graphs:
         settings["cudagraph_capture_sizes"] = [1, 8, 64]
     if arguments.sleep:
@@ -96,22 +92,20 @@ def repeats(engine: VllmEngine, probes: list[list[int]]) -> None:
     )
 
 
-def sample(engine: VllmEngine, batch: int, num_new: int, name: str) -> tuple[float, list]:
+def sample(engine: VllmEngine, batch: int, num_new: int, name: str) -> list:
     generator = torch.Generator().manual_seed(batch)
     prompts = [torch.randint(3, 2000, (64,), generator=generator).tolist() for _ in range(batch)]
     sampling = [SamplingParams(max_tokens=num_new, seed=i) for i in range(batch)]
-    began = time.perf_counter()
     engine.submit([Request(f"{name}/{i}", tuple(p), s) for i, (p, s) in enumerate(zip(prompts, sampling))])
     done = []
     while len(done) < batch:
         done += engine.step()
-    took = time.perf_counter() - began
-    return took, [(prompts[int(c.uid.rpartition("/")[2])], c) for c in done]
+    return [(prompts[int(c.uid.rpartition("/")[2])], c) for c in done]
 
 
 def decoding(engine: VllmEngine, reference, weights) -> None:
     """Sampled log-probabilities against our forward over the same tokens, and against vLLM's own scoring."""
-    _, turns = sample(engine, 8, 128, "decode")
+    turns = sample(engine, 8, 128, "decode")
     streams = [[*prompt, *turn.token_ids] for prompt, turn in turns]
     own = [np.array(turn.logprobs) for _, turn in turns]
     for name, scores in (
@@ -120,13 +114,6 @@ def decoding(engine: VllmEngine, reference, weights) -> None:
     ):
         m = compare(0, own, [row[-128:] for row in scores], None)
         print(f"decoding against {name}: {m.mean:.3f} nats, {m.largest:.2f} at most, r {m.correlation:.4f}")
-
-
-def throughput(engine: VllmEngine) -> None:
-    print("\n| batch | tokens/s, 3 rounds behind one that may compile |\n|---|---|")
-    for batch in (8, 64):
-        rates = [batch * 128 / sample(engine, batch, 128, f"rate{batch}/{turn}")[0] for turn in range(4)][1:]
-        print(f"| {batch} | {', '.join(f'{rate:.0f}' for rate in rates)} |", flush=True)
 
 
 def sleeping(engine: VllmEngine, weights) -> None:
@@ -144,7 +131,7 @@ def sleeping(engine: VllmEngine, weights) -> None:
 
 def routing(engine: VllmEngine, weights) -> None:
     """Whether the captured experts of hash layers are those of their tables."""
-    ((prompt, turn),) = sample(engine, 1, 32, "routing")[1]
+    ((prompt, turn),) = sample(engine, 1, 32, "routing")
     tokens = torch.tensor([*prompt, *turn.token_ids])
     captured = engine.take_routing(turn.uid)
     if captured is None:
@@ -163,7 +150,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoints", nargs="*", type=Path)
-    for flag in ("graphs", "batch-invariant", "prove", "routing", "sleep", "throughput"):
+    for flag in ("graphs", "batch-invariant", "prove", "routing", "sleep"):
         parser.add_argument(f"--{flag}", action="store_true")
     arguments = parser.parse_args()
     if find_spec("vllm") is None or len(arguments.checkpoints) != 2:
@@ -172,7 +159,7 @@ def main() -> None:
     if arguments.batch_invariant:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
     first, second = arguments.checkpoints
-    checkpoints = {"A": weights_of(first), "B": weights_of(second)}
+    checkpoints = {"A": stored_weights(first), "B": stored_weights(second)}
     config = ModelConfig.from_json_dict(open_checkpoint(first).row)
     print(f"{torch.cuda.get_device_name()}, {config.num_hidden_layers} layers, {vars(arguments)}")
     began = time.perf_counter()
@@ -184,8 +171,6 @@ def main() -> None:
     decoding(engine, reference_of(first, "cuda"), checkpoints["A"])
     if arguments.routing:
         routing(engine, checkpoints["A"])
-    if arguments.throughput:
-        throughput(engine)
     if arguments.sleep:
         sleeping(engine, checkpoints["A"])
     if arguments.prove:

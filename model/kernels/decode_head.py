@@ -12,7 +12,8 @@ from torch import Tensor
 
 from consilience.model import exact
 from consilience.model.kernels.compiled import call, library
-from consilience.model.kernels.decode_moe import MOST_OUTS, MOST_ROWS, SIDE
+from consilience.model.kernels.decode_moe import MOST_OUTS, SIDE
+from consilience.model.kernels.decode_step import MOST_ROWS
 
 GROUP = 64  # as in the C file
 

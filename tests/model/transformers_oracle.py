@@ -5,7 +5,9 @@ Names follow specification 11.1's last column. Only tests and bench/ import tran
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,8 +139,13 @@ def hf_twin(model: Transformer):
 def hf_gradients(model: Transformer, twin) -> dict[str, Tensor | None]:
     """The twin's gradients under our parameter names; None where the twin has none."""
     theirs = {name: p.grad for name, p in twin.named_parameters()}
-    found: dict[str, Tensor | None] = {}
-    for name, _ in model.named_parameters():
+    return under_our_names([name for name, _ in model.named_parameters()], theirs)
+
+
+def under_our_names(names: Iterable[str], theirs: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    """What `theirs` has for each of our parameters or buffers; None where it has nothing."""
+    found = {}
+    for name in names:
         if ".ffn.experts." in name:
             stem, leaf = f"model.{name.replace('.ffn.', '.mlp.')}".rsplit(".", 1)
             gate, up = theirs[f"{stem}.gate_up_proj"].chunk(2, dim=1)

@@ -32,7 +32,7 @@ def test_this_machine_runs_the_compiled_kernels_where_no_gradient_is_wanted():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 32, 33, 70])
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 32, 33, 70, 300])
 @pytest.mark.parametrize(("width", "size"), [(64, 640), (37, 17), (5, 300), (16, 8)])
 def test_logits_equal_the_twin_s_and_a_row_s_bits_do_not_depend_on_its_company(rows, width, size):
     hidden, weight = draw(rows, width), draw(size, width, seed=1)

@@ -58,6 +58,12 @@ def test_this_machine_runs_the_compiled_step_where_nothing_is_traced_or_rounded(
     with torch.no_grad():
         assert decode_step.is_available(block, streams, layout)
         assert not decode_step.is_available(block, streams.double(), layout)
+        few, most = (filled(smallest, decode_step.MOST_ROWS + more) for more in (0, 1))
+        for state, fits in ((few, True), (most, False)):
+            layout = chunk_layout(smallest, state, 1, None, None)
+            wide = draw(len(state.position), smallest.hc_mult, smallest.hidden_size)
+            assert decode_step.is_available(block, wide, layout) == fits
+        layout = chunk_layout(smallest, filled(smallest, 2), 1, None, None)
         assert not decode_step.is_available(block, streams, replace(layout, trace=Trace()))
         assert not decode_step.is_available(block, streams, replace(layout, routing=Routing()))
         assert not decode_step.is_available(block, streams, replace(layout, routing=Routing.fixed({})))
@@ -68,7 +74,7 @@ def test_this_machine_runs_the_compiled_step_where_nothing_is_traced_or_rounded(
 
 
 @pytest.mark.parametrize("lookahead", [0, 3])
-@pytest.mark.parametrize("num_rows", [1, 9, 40])
+@pytest.mark.parametrize("num_rows", [1, 9, 40, 300])
 @pytest.mark.parametrize("layer", range(4))
 def test_streams_and_state_equal_the_twin_s(layer, num_rows, lookahead, model, smallest):
     assert len(model.layers) == 4
@@ -97,7 +103,7 @@ def test_the_indexer_picks_where_there_is_a_choice(topk, sees_all, rough_model, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("num_rows", [2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 49, 70])
+@pytest.mark.parametrize("num_rows", [2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 49, 70, 261])
 @pytest.mark.parametrize("layer", range(4))
 def test_a_row_has_the_same_bits_alone_and_in_any_company(layer, num_rows, model, smallest):
     streams = draw(num_rows, smallest.hc_mult, smallest.hidden_size, seed=4)
