@@ -290,7 +290,10 @@ class RolloutPool:
         for slot in dead:
             self._replace(slot)
         for slot in late:
-            self._catch_up(slot)
+            try:
+                self._catch_up(slot)
+            except DEATHS:
+                self._replace(slot)
 
     def _catch_up(self, slot: int) -> None:
         """Give the worker in `slot` the current weights, if there are any, by themselves."""
@@ -303,8 +306,7 @@ class RolloutPool:
 
     def evidence(self, prompts: Sequence[Sequence[int]], exact: bool) -> dict[str, Evidence]:
         """What each worker holds and computes (`proof.py`), by its name."""
-        answers = [actor.evidence.remote(prompts, exact) for actor in self._workers.actors]
-        found = [self._workers.answer(slot, "evidence", answer) for slot, answer in enumerate(answers)]
+        found = self._ask("evidence", lambda actor: actor.evidence.remote(prompts, exact))
         names = [
             f"rollout worker {i} (process {p.pid} on {p.host})" for i, p in enumerate(self._workers.places)
         ]
@@ -312,18 +314,31 @@ class RolloutPool:
 
     def sleep(self, level: int = 1) -> None:
         """Let every worker give memory back until `wake`; EngineError where an engine cannot."""
-        for slot, answer in enumerate([actor.sleep.remote(level) for actor in self._workers.actors]):
-            self._workers.answer(slot, "sleep", answer)
+        self._ask("sleep", lambda actor: actor.sleep.remote(level))
 
     def wake(self) -> None:
         """Undo `sleep`."""
-        for slot, answer in enumerate([actor.wake.remote() for actor in self._workers.actors]):
-            self._workers.answer(slot, "wake", answer)
+        self._ask("wake", lambda actor: actor.wake.remote())
 
     def states(self) -> list[EngineState]:
         """Each worker's engine counters, by slot. EngineError from one that does not answer."""
-        answers = [actor.state.remote() for actor in self._workers.actors]
-        return [self._workers.answer(slot, "state", answer) for slot, answer in enumerate(answers)]
+        return self._ask("state", lambda actor: actor.state.remote())
+
+    def _ask(self, stage: str, ask: Callable[[Any], Any]) -> list[Any]:
+        """What each worker answers, by slot; one that is dead is replaced, and its successor asked."""
+        answers = [ask(actor) for actor in self._workers.actors]
+        return [self._answer_of(slot, stage, ask, answer) for slot, answer in enumerate(answers)]
+
+    def _answer_of(self, slot: int, stage: str, ask: Callable[[Any], Any], answer: Any) -> Any:
+        for num_left in reversed(range(self._max_restarts + 1)):
+            try:
+                return self._workers.answer(slot, stage, answer)
+            except DEATHS as death:
+                if not num_left:
+                    why = f"rollout worker {slot} died again and again over '{stage}': {last_line(death)}"
+                    raise EngineError(why) from None
+                self._replace(slot)
+                answer = ask(self._workers.actors[slot])
 
     def close(self) -> None:
         """Let the workers close their boxes, then end their processes. Safe to call twice."""

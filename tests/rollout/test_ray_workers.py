@@ -110,6 +110,20 @@ def test_a_worker_killed_in_the_middle_loses_and_doubles_no_sample(pool):
     assert pool.states()[0].digest == weights_digest(weights)
 
 
+def test_a_worker_that_dies_before_it_is_asked_is_replaced_and_its_successor_answers(pool):
+    """The proof at a stage's start asks for evidence: a death then is no reason to end the stage."""
+    weights = {"w": torch.ones(4)}
+    pool.publish(weights, weights_digest(weights), 11)
+    victim, replaced = pool.pids[1], pool.num_replaced
+    os.kill(victim, signal.SIGKILL)
+    found = pool.evidence([(1, 2, 3)], True)
+    assert pool.num_replaced == replaced + 1 and pool.pids[1] != victim
+    assert [f"process {pid} on" in name for pid, name in zip(pool.pids, found)] == [True, True]
+    assert len({evidence.tensors["w"].digest for evidence in found.values()}) == 1
+    os.kill(pool.pids[0], signal.SIGKILL)
+    assert [(s.digest, s.weight_version) for s in pool.states()] == [(weights_digest(weights), 11)] * 2
+
+
 def test_workers_that_keep_dying_are_one_clear_error(cluster):
     kwargs = {**SLOW, "die_after": 3}
     with (
