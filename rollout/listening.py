@@ -1,7 +1,7 @@
 """Who of several workers speaks, and who has been silent for too long. No Ray here.
 
 ready? ─► the one that was heard least recently ─► its records, its end, its death
-not ready, and silent for more than `stall_s` ─► stacks, the end of its process, a stall
+silent for more than `stall_s`, and again when it alone is asked ─► stacks, the end of its process, a stall
 """
 
 from __future__ import annotations
@@ -75,11 +75,14 @@ class Listener:
     def hear(self, shares: Sequence[Share], dispatch: Dispatch) -> Heard:
         """What the next worker says; shares without a stream are left out."""
         streams = {slot: share.stream for slot, share in enumerate(shares) if share.stream is not None}
-        ready = self._processes.ready(streams, LOOK_S)
+        ready = list(self._processes.ready(streams, LOOK_S))
         now = time.monotonic()
         for slot in streams.keys() - ready:  # first: others may speak all the time
-            if (silent_s := now - shares[slot].heard_at) > self._stall_s:
+            if (silent_s := now - shares[slot].heard_at) <= self._stall_s:
+                continue
+            if not self._processes.ready({slot: streams[slot]}, LOOK_S):
                 return slot, None, self._stalled(slot, shares[slot], dispatch, silent_s)
+            ready.append(slot)  # this process was away, not the worker
         if not ready:
             return None, None, ""
         slot = min(ready, key=lambda s: shares[s].heard_at)

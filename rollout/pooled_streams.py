@@ -97,8 +97,9 @@ class PooledStreams:
 
     def hear(self) -> None:
         """See `RolloutStreams.hear`. EngineError: too many deaths since weights were published last."""
+        now = time.monotonic()
         for share in self._shares:  # nobody listened meanwhile, so nobody was silent
-            share.heard_at += time.monotonic() - self._left_at
+            share.heard_at = min(now, share.heard_at + now - self._left_at)
         try:
             self._hear_one()
         finally:

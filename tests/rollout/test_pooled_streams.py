@@ -122,6 +122,21 @@ def test_a_trainer_that_is_busy_for_longer_than_the_limit_replaces_nobody(tmp_pa
         assert (pool.num_replaced, pool.log.stalls) == (0, [])
 
 
+def test_a_trainer_that_was_busy_gives_a_fresh_worker_no_more_time_than_others(tmp_path):
+    store = RolloutStore(tmp_path)
+    with ForkedStreams(builder()) as pool, PooledStreams(pool) as streams:
+        streams.publish(WEIGHTS, DIGEST, 0)
+        with closing(PhasesAhead(store, streams, jobs_of, start=0, num_steps=1, max_age=0)) as phases:
+            phases.admit(0)
+            time.sleep(1.0)
+            send(pool, 0, signal.SIGKILL)
+            streams.publish(WEIGHTS, DIGEST, 0)
+            streams.hear()
+            assert pool.num_replaced == 1
+            assert all(share.heard_at <= time.monotonic() for share in streams._shares)
+            assert [r.uid for r in phases.take(0)] == [job.uid for job in jobs_of(0)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_ends_while_it_is_given_weights_is_replaced_and_loses_nothing(tmp_path, number):
     class Ending(ForkedStreams):
