@@ -108,6 +108,10 @@ class RolloutPool:
             self.close()
             if isinstance(error, DEATHS):
                 raise EngineError(f"a rollout worker died at its start: {last_line(error)}") from None
+            if isinstance(error, GetTimeoutError):
+                raise EngineError(
+                    f"a rollout worker started and gave no answer for {publish_limit_s:g} s"
+                ) from None
             raise
 
     def __enter__(self) -> RolloutPool:

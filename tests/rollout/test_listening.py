@@ -60,7 +60,7 @@ def test_a_silent_one_is_ended_though_another_one_speaks():
 
 
 def test_who_is_ready_when_it_alone_is_asked_was_not_silent():
-    """The driver was stopped for an hour: what the workers said meanwhile may reach it one after the other."""
+    """The driver was stopped for an hour: what workers said meanwhile may reach it one after the other."""
     processes = Scripted([[], [0], [1]])
     hear, _, stalls, _ = listening(processes, 3600.0, 3601.0)
     assert hear() == (1, [], "") and (processes.ended, stalls) == ([], [])

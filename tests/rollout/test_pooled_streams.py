@@ -188,6 +188,26 @@ def test_a_sample_that_kills_its_worker_each_time_is_dropped_and_the_stage_goes_
     assert len(trained[1]) >= GROUP and len(trained[2]) == len(trained[3]) == GROUPS * GROUP
 
 
+def test_a_step_of_which_nothing_comes_back_is_one_clear_error_and_is_tried_anew(tmp_path):
+    """Else a run whose workers all die would go through its steps without a sample, to a happy end."""
+    healed = tmp_path / "healed"
+
+    def poison(request):
+        if not healed.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for _ in range(2):
+        with (
+            ForkedStreams(builder(poison, heartbeat_s=60.0), max_restarts=1000) as pool,
+            pytest.raises(EngineError, match="every group"),
+        ):
+            run(tmp_path, pool, 2, 0)
+        assert RolloutStore(tmp_path).phases() == []
+    healed.touch()
+    with ForkedStreams(builder(poison)) as pool:
+        assert whole(run(tmp_path, pool, 2, 0))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_workers_are_killed_and_frozen_at_random_and_every_sample_is_trained_on_once(tmp_path, seed):
     rng, over = random.Random(seed), threading.Event()
