@@ -87,7 +87,7 @@ class ForkedStreams:
     """build() makes the RolloutWorker in its own process."""
 
     def __init__(
-        self, build, num=2, *, stall_s=1.0, publish_limit_s=2.0, max_restarts=3, most_redispatches=2
+        self, build, num=2, *, stall_s=30.0, publish_limit_s=30.0, max_restarts=3, most_redispatches=2
     ):
         self.build, self.publish_limit_s = build, publish_limit_s
         self.max_restarts, self.most_redispatches = max_restarts, most_redispatches

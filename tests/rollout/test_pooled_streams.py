@@ -110,15 +110,15 @@ def test_a_frozen_worker_is_missed_though_another_one_speaks_all_the_time(tmp_pa
             send(pool, 0, signal.SIGSTOP)
 
     began = time.monotonic()
-    with ForkedStreams(builder(), stall_s=1.0) as pool:
+    with ForkedStreams(builder(), stall_s=3.0) as pool:
         assert whole(run(tmp_path, pool, 2, 1, freeze))
         assert [stall.stage for stall in pool.log.stalls] == ["stream"] and pool.num_replaced == 1
     assert time.monotonic() - began < 60  # it was for ever
 
 
 def test_a_trainer_that_is_busy_for_longer_than_the_limit_replaces_nobody(tmp_path):
-    with ForkedStreams(builder(), stall_s=0.5) as pool:
-        assert whole(run(tmp_path, pool, 3, 1, lambda step: time.sleep(0.8)))
+    with ForkedStreams(builder(), stall_s=2.0) as pool:
+        assert whole(run(tmp_path, pool, 2, 1, lambda step: time.sleep(3.0)))
         assert (pool.num_replaced, pool.log.stalls) == (0, [])
 
 
@@ -145,7 +145,7 @@ def test_a_worker_that_ends_while_it_is_given_weights_is_replaced_and_loses_noth
                 send(self, 1, number)
             super().publish(weights, announced, version)
 
-    with Ending(builder(step_s=0.005), publish_limit_s=1.0) as pool:
+    with Ending(builder(step_s=0.005), publish_limit_s=3.0) as pool:
         taken = run(tmp_path, pool, 5, 2)
         assert whole(taken) and pool.num_replaced == 1
         assert [s.stage for s in pool.log.stalls] == (["publish"] if number == signal.SIGSTOP else [])
@@ -175,9 +175,9 @@ def test_a_sample_that_kills_its_worker_each_time_is_dropped_and_the_stage_goes_
         if request.uid.startswith("s/1/2/1#"):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with ForkedStreams(builder(poison, heartbeat_s=0.5)) as pool:
+    with ForkedStreams(builder(poison, heartbeat_s=20.0), max_restarts=20) as pool:
         taken = run(tmp_path, pool, 4, 1)
-        assert pool.num_replaced in (3, 4) and [s.action for s in pool.log.stalls][-1] == "dropped"
+        assert pool.num_replaced >= 3 and [s.action for s in pool.log.stalls][-1] == "dropped"
     dropped = set(RolloutStore(tmp_path).ledger._dropped)
     assert {f"s/1/2/{i}" for i in range(GROUP)} <= dropped
     trained = [{r.uid for r in records} for records in taken]
@@ -223,7 +223,7 @@ def test_workers_are_killed_and_frozen_at_random_and_every_sample_is_trained_on_
                 send(pool, slot, signal.SIGCONT)
 
     with ForkedStreams(
-        builder(step_s=0.01), stall_s=0.4, publish_limit_s=0.5, max_restarts=1000, most_redispatches=1000
+        builder(step_s=0.01), stall_s=0.5, publish_limit_s=1.0, max_restarts=1000, most_redispatches=1000
     ) as pool:
         thread = threading.Thread(target=disturb)
         thread.start()
