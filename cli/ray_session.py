@@ -25,7 +25,7 @@ from consilience.model.config import ModelConfig
 from consilience.rollout import deadlines
 from consilience.rollout.deadlines import STALLS, StallLog
 from consilience.rollout.ray_cluster import RayCluster, start_ray, stop_ray
-from consilience.rollout.ray_streams import RayStreams
+from consilience.rollout.ray_streams import ray_streams
 from consilience.rollout.ray_workers import RolloutPool
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.sandboxes.protocol import Isolation, Limits, SandboxSpec
@@ -144,7 +144,7 @@ def rollout_pool(
 def ahead(pool: RolloutPool, given: GrpoConfig | DistillConfig) -> Iterator[tuple[Any, dict[str, Any]]]:
     """What a stage whose `mode` is not sync samples with, and how far ahead: max_age, is_whole."""
     is_whole = given.mode == "one_step_off"
-    with RayStreams(pool, recompute=given.state_on_publish == "recompute") as streams:
+    with ray_streams(pool, recompute=given.state_on_publish == "recompute") as streams:
         yield streams, {"max_age": 1 if is_whole else given.max_age, "is_whole": is_whole}
 
 

@@ -147,21 +147,26 @@ def pack_records(
 
     A conversation whose reasoning was dropped at each user message is one sample a user turn, all with the
     episode's advantage. Counted by "episode", each has the `share` of its tokens in the episode's, so that
-    the loss is that of one sample with all the tokens; by "turn" each is one.
+    the loss is that of one sample with all the tokens; by "turn" each is one. Tokens that `mask_of` leaves
+    out count in neither.
     """
-    parts = [(s, a, r) for r, a in zip(records, advantages) for s in r.samples()]
+    parts = [(s, a) for r, a in zip(records, advantages) for s in r.samples()]
+    masks = [mask_of(s) for s, _ in parts]
     arrays = {
-        "old_logprob": [s.logprobs for s, _, _ in parts],
-        "advantage": [np.full(len(s.token_ids), a, np.float32) for s, a, _ in parts],
+        "old_logprob": [s.logprobs for s, _ in parts],
+        "advantage": [np.full(len(s.token_ids), a, np.float32) for s, a in parts],
     }
     if normalisation == "episode" and len(parts) > len(records):
-        arrays["share"] = [
-            np.full(len(s.token_ids), s.num_sampled / r.num_sampled, np.float32) for s, _, r in parts
-        ]
+        totals = iter([int(np.asarray(mask).sum()) for mask in masks])
+        arrays["share"] = []
+        for record in records:
+            own = [(len(s.token_ids), next(totals)) for s in record.samples()]
+            of_all = max(1, sum(total for _, total in own))
+            arrays["share"] += [np.full(length, total / of_all, np.float32) for length, total in own]
     return pack_episodes(
-        [s.prompt_ids for s, _, _ in parts],
-        [s.token_ids for s, _, _ in parts],
-        [mask_of(s) for s, _, _ in parts],
+        [s.prompt_ids for s, _ in parts],
+        [s.token_ids for s, _ in parts],
+        masks,
         row_tokens,
         arrays,
     )

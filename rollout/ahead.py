@@ -20,7 +20,7 @@ from consilience.rollout.store import RolloutStore
 
 
 class RolloutStreams(Publisher, Protocol):
-    """Workers that sample all the time (`ray_streams.RayStreams`, `local_streams.LocalStreams`).
+    """Workers that sample all the time (`ray_streams.ray_streams`, `local_streams.LocalStreams`).
 
     `publish` gives every worker new weights between two of its steps, and returns once all have them.
     """

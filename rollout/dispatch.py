@@ -36,6 +36,11 @@ class Dispatch:
         self._lost: Counter[str] = Counter()
         self._dropped: dict[str, str] = {}  # group -> why
 
+    @property
+    def num_dropped(self) -> int:
+        """Groups that were given up so far."""
+        return len(self._dropped)
+
     def add(self, slot: int, jobs: Sequence[RolloutJob]) -> None:
         """More jobs for a slot, of a call that does not end."""
         self.pending[slot] |= {job.uid: job for job in jobs}

@@ -89,14 +89,18 @@ class OpenPhase:
         except BaseException:
             self.close()
             raise
+        known = self._partial.records
+        is_barren = len(known) == len(self._jobs) and _is_barren(list(known.values()))
+        self._anew = {uid for uid, r in known.items() if is_barren and DROPPED in r.metadata}
 
     @property
     def missing(self) -> list[RolloutJob]:
-        return [job for job in self._jobs if job.uid not in self._partial.records]
+        return [j for j in self._jobs if j.uid not in self._partial.records or j.uid in self._anew]
 
     def keep(self, records: Sequence[RolloutRecord]) -> None:
         """Store these records; on the disk when it returns."""
-        self._partial.add(records)
+        self._partial.add(records, again=self._anew)
+        self._anew.difference_update(r.uid for r in records)
         self._store.ledger.stored(r.uid for r in records)
 
     def keep_last(self, records: Sequence[RolloutRecord]) -> None:
@@ -107,21 +111,26 @@ class OpenPhase:
         """
         made = {record.uid: record for record in records}
         whole = [self._partial.records.get(job.uid) or made[job.uid] for job in self._jobs]
-        if any(DROPPED in r.metadata for r in whole) and not drop_groups(whole)[0]:
-            raise EngineError(
-                f"step {self._step}: every group has a sample that never came back; see stalls.jsonl and run "
-                "again: what has a record is kept, the others are tried anew"
-            )
+        self._must_have_groups(whole)
         self.keep(records)
 
     def finish(self) -> list[RolloutRecord]:
         """Its records in job order, once they are the store's file of this phase; groups that lost an
-        environment are in the file and not returned. KeyError while one is missing."""
+        environment are in the file and not returned. KeyError while one is missing; EngineError, and no file,
+        where workers lost samples of every group: the next attempt has another try."""
         records = [self._partial.records[job.uid] for job in self._jobs]
+        self._must_have_groups(records)
         self.close()
         self._store.append(self._name, records)
         self._store.clear_partial(self._name)
         return _without_dropped(self._store, self._step, records)
+
+    def _must_have_groups(self, records: list[RolloutRecord]) -> None:
+        if _is_barren(records):
+            raise EngineError(
+                f"step {self._step}: every group has a sample that never came back; see stalls.jsonl and run "
+                "again: what has a record is kept, the others are tried anew"
+            )
 
     def close(self) -> None:
         """Leave it as it is, to be gone on with by another process. Safe to call twice."""
@@ -165,6 +174,11 @@ def _without_dropped(store: RolloutStore, step: int, records: list[RolloutRecord
     health = phase_health(records, read_stalls(store.stalls) if store.stalls else ())
     store.health[step] = health | drop_report(step, dropped)
     return kept
+
+
+def _is_barren(records: list[RolloutRecord]) -> bool:
+    """Whether no group is left, and workers have a part in that."""
+    return any(DROPPED in r.metadata for r in records) and not drop_groups(records)[0]
 
 
 def _name_of(step: int) -> str:

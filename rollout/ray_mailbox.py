@@ -83,7 +83,7 @@ class Mailbox:
             self._inbox = None
 
     def hand_over(self, jobs: Sequence[RolloutJob], lease: Lease | None) -> None:
-        if self._inbox is not None:
+        if self._inbox is not None:  # else the stream is over, which its reader hears
             self._inbox.submit(jobs, lease)
 
     def end(self) -> None:

@@ -14,12 +14,18 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayT
 from consilience.conf.errors import ConsilienceError, EngineError
 from consilience.rollout.deadlines import REPLACED, Stall, StallLog
 from consilience.rollout.lease import Lease, fence
+from consilience.rollout.listening import WorkerDied
 from consilience.rollout.ray_cluster import worker_runtime
 from consilience.rollout.ray_mailbox import Mailbox, Place, end_process, is_running_here, load_factory
+from consilience.rollout.records import RolloutRecord
 
 DEATHS = (RayActorError, WorkerCrashedError, ObjectLostError)
 _KILL_S = 2.0
 _CLOSE_TIMEOUT_S = 10.0
+
+
+class SilentWorker(EngineError):
+    """A worker did not answer in time, and was ended."""
 
 
 class WorkerSlots:
@@ -60,15 +66,15 @@ class WorkerSlots:
         self.places = [self._built(answer) for answer in answers]
 
     def answer(self, slot: int, stage: str, ref: Any) -> Any:
-        """What a worker says within `answer_limit_s`. EngineError, and its end, if it says nothing."""
+        """What a worker says within `answer_limit_s`. SilentWorker, and its end, if it says nothing."""
         try:
             return get(ref, self._answer_limit_s)
         except GetTimeoutError:
-            stall = self.end(slot, stage, self._answer_limit_s, self._answer_limit_s)
+            stall = self.end_process(slot, stage, self._answer_limit_s, self._answer_limit_s)
             self._stall_log.add(stall)
-            raise EngineError(str(stall)) from None
+            raise SilentWorker(str(stall)) from None
 
-    def end(
+    def end_process(
         self, slot: int, stage: str, waited_s: float, limit_s: float, uids: tuple[str, ...] = ()
     ) -> Stall:
         """Stacks and end of a worker's process; the stall it is, not noted yet."""
@@ -86,10 +92,34 @@ class WorkerSlots:
             place.stacks,
         )
 
+    def ready(self, streams: Mapping[int, Any], limit_s: float) -> list[int]:
+        """See `Processes.ready`."""
+        waiting = list(streams.values())
+        ready = ray.wait(waiting, num_returns=1, timeout=limit_s)[0]
+        if ready and len(waiting) > 1:  # all that are, so that none speaks for the others
+            ready = ray.wait(waiting, num_returns=len(waiting), timeout=0)[0] or ready
+        return [slot for slot, stream in streams.items() if any(stream is one for one in ready)]
+
+    def read(self, stream: Any, limit_s: float) -> list[RolloutRecord] | None:
+        """See `Processes.read`."""
+        try:
+            return get(next(stream), limit_s)
+        except StopIteration:
+            return None
+        except GetTimeoutError:
+            raise TimeoutError from None
+        except DEATHS as death:
+            raise WorkerDied(last_line(death)) from None
+
+    def died(self, slot: int, waited_s: float, uids: tuple[str, ...]) -> Stall:
+        """See `Processes.died`."""
+        place = self.places[slot]
+        return Stall("death", waited_s, 0.0, name_of(slot), uids, REPLACED, place.host, place.pid)
+
     def replace(self, slot: int, welcome: Callable[[int], None], lease: Lease | None = None) -> None:
         """A fresh worker in `slot`, which `welcome` gives what it needs; the old one has no say now.
 
-        One that dies at its start is replaced in turn, `max_restarts` times.
+        One that dies at its start, or is silent there, is replaced in turn, `max_restarts` times.
         """
         if lease is not None:
             fence(lease.folder, [lease.epoch])
@@ -103,7 +133,7 @@ class WorkerSlots:
                 self.places[slot] = self._built(actor.build.remote(self._stacks))
                 welcome(slot)
                 return
-            except DEATHS as death:
+            except (*DEATHS, SilentWorker) as death:
                 if not num_left:
                     why = f"a replaced rollout worker died at its start: {last_line(death)}"
                     raise EngineError(why) from None

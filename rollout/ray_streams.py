@@ -1,134 +1,79 @@
-"""`RolloutStreams` over a pool of Ray workers: each has one stream that never ends (`continuous.py`).
-
-A worker that dies, or says nothing for the pool's `stall_s` while it is listened to, is replaced as the pool
-does it; the new one gets the current weights, then the jobs without a record, under leases of their own. A
-friend of `RolloutPool`: it waits and replaces with the pool's own means.
-"""
+"""`pooled_streams.StreamPool` over a pool of Ray workers; a friend of `RolloutPool`, whose means it uses."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError
 
 from consilience.conf.errors import EngineError
-from consilience.rollout.dispatch import DROPPED, Dispatch, split_by_group
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.lease import Lease, fence
-from consilience.rollout.local_streams import keep
-from consilience.rollout.phases import Durable
+from consilience.rollout.lease import Lease
+from consilience.rollout.listening import Listener, WorkerDied
+from consilience.rollout.pooled_streams import PooledStreams
 from consilience.rollout.publishing import Announced
-from consilience.rollout.ray_slots import name_of
-from consilience.rollout.ray_workers import RolloutPool, _Share
+from consilience.rollout.ray_slots import DEATHS, get, last_line
+from consilience.rollout.ray_workers import RolloutPool
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_END_TIMEOUT_S = 10.0
+_END_S = 10.0
+_POST = {"concurrency_group": "post"}
 
 
-class RayStreams:
-    """Takes the pool until it is closed; the pool must be continuous. Use it as a context manager.
+def ray_streams(pool: RolloutPool, *, recompute: bool = False) -> PooledStreams:
+    """Takes the pool, which must be continuous, until it is closed. See `PooledStreams`."""
+    return PooledStreams(_Continuous(pool), recompute=recompute)
 
-    recompute  running requests compute their state again when weights arrive; else they keep it
-    """
 
-    def __init__(self, pool: RolloutPool, *, recompute: bool = False) -> None:
-        self._pool, self._recompute = pool, recompute
-        self._slots = [_Share() for _ in pool._workers.actors]
-        self._dispatch = Dispatch([], len(pool._workers.actors), pool._most_redispatches)
-        self._leases: list[list[Lease]] = [[] for _ in pool._workers.actors]
-        self._served: list[Any] = [None] * len(pool._workers.actors)  # the actor whose stream a slot has
-        self._durable_of: dict[str, Durable] = {}
-        self._num_deaths = 0  # since weights were published last
-        self._attach()
+class _Continuous:
+    def __init__(self, pool: RolloutPool) -> None:
+        self._pool, self._workers = pool, pool._workers
+        self.max_restarts, self.most_redispatches = pool._max_restarts, pool._most_redispatches
 
-    def __enter__(self) -> RayStreams:
-        return self
+    @property
+    def listener(self) -> Listener:
+        return self._pool._listener
 
-    def __exit__(self, *exc: object) -> None:
-        for actor, share in zip(self._served, self._slots):
-            with suppress(Exception):  # a dead worker has ended too
-                ray.get(actor.end.options(concurrency_group="post").remote(), timeout=_END_TIMEOUT_S)
-                while ray.wait([share.stream], timeout=_END_TIMEOUT_S)[0]:
-                    ray.get(next(share.stream), timeout=_END_TIMEOUT_S)
+    @property
+    def processes(self) -> Sequence[Any]:
+        return self._workers.actors
 
-    def hand_over(self, jobs: Sequence[RolloutJob], durable: Durable) -> None:
-        """See `RolloutStreams.hand_over`. Groups stay together."""
-        fence(durable.log_folder)  # whoever still writes there belongs to a driver that is gone
-        self._durable_of |= dict.fromkeys((job.uid for job in jobs), durable)
-        for slot, share in enumerate(split_by_group(jobs, len(self._slots))):
-            self._dispatch.add(slot, share)
-            self._give(slot, share, durable)
+    def open(self, slot: int, recompute: bool) -> Any:
+        """See `StreamPool.open`; a worker that does not answer is ended, noted, and dead."""
+        actor, limit_s = self._workers.actors[slot], self._pool._publish_limit_s
+        try:
+            get(actor.open.remote(recompute), limit_s)
+        except DEATHS as death:
+            raise WorkerDied(last_line(death)) from None
+        except GetTimeoutError:
+            stall = self._workers.end_process(slot, "open", limit_s, limit_s)
+            self._pool.stall_log.add(stall)
+            raise WorkerDied(str(stall)) from None
+        return actor.serve.options(num_returns="streaming").remote()
 
-    def hear(self) -> None:
-        """See `RolloutStreams.hear`. EngineError: too many deaths since weights were published last."""
-        for share in self._slots:
-            share.heard_at = time.monotonic()  # nobody listened before, so nobody was silent
-        slot = None
-        while slot is None:
-            slot, batch, death = self._pool._hear(self._slots, self._dispatch)
-        if batch is not None:
-            new, stalls = self._dispatch.take(slot, batch)
-            keep(new, self._durable_of)
-            for stall in stalls:
-                self._pool._note(replace(stall, actor=name_of(slot)), self._dispatch, slot)
-            if stalls:  # with the threads that never came back
-                self._pool._replace(slot)
-        elif death:
-            self._num_deaths += 1
-            if self._num_deaths > self._pool._max_restarts:
-                raise EngineError(
-                    f"a rollout worker died, {self._num_deaths} deaths in one step; last: {death}"
-                )
-            self._pool._replace(slot)
-        else:
-            raise EngineError(f"the stream of rollout worker {slot} ended by itself")
-        self._attach()
-        self._keep_dropped()
+    def post(self, slot: int, jobs: Sequence[RolloutJob], lease: Lease) -> None:
+        self._workers.actors[slot].hand_over.options(**_POST).remote(list(jobs), lease)
+
+    def replace(self, slot: int) -> None:
+        self._pool._replace(slot)
 
     def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None:
-        """See `RolloutStreams.publish` and `RolloutPool.publish`."""
         self._pool.publish(weights, announced, version)
-        self._num_deaths = 0
-        self._attach()
 
-    def _attach(self) -> None:
-        """A stream for every worker that has none, with the jobs that its slot had."""
-        for slot, actor in enumerate(self._pool._workers.actors):
-            if actor is self._served[slot]:
-                continue
-            for lease in self._leases[slot]:  # the one before has no say from here on
-                if lease.folder.exists():
-                    fence(lease.folder, [lease.epoch])
-            self._leases[slot].clear()
-            try:
-                self._pool._workers.answer(slot, "open", actor.open.remote(self._recompute))
-            except RayActorError as death:
-                raise EngineError(f"rollout worker {slot} died before it had a stream: {death}") from None
-            self._slots[slot].stream = actor.serve.options(num_returns="streaming").remote()
-            self._served[slot] = actor
-            pending = self._dispatch.next_jobs(slot)
-            phases = {id(durable): durable for durable in (self._durable_of[job.uid] for job in pending)}
-            for durable in phases.values():
-                self._give(slot, [j for j in pending if self._durable_of[j.uid] is durable], durable)
-
-    def _keep_dropped(self) -> None:
-        """Records of samples that were given up, with their groups; the call never returns them."""
-        for slot in range(len(self._slots)):
-            self._dispatch.next_jobs(slot)
-        dropped = [record for record in self._dispatch.records.values() if DROPPED in record.metadata]
-        keep(dropped, self._durable_of)
-        self._dispatch.records.clear()
-
-    def _give(self, slot: int, jobs: Sequence[RolloutJob], durable: Durable) -> None:
-        if not jobs:
-            return
-        lease = durable.take_lease(f"worker {slot}")
-        self._leases[slot] = [held for held in self._leases[slot] if held.folder.exists()] + [lease]
-        self._served[slot].hand_over.options(concurrency_group="post").remote(list(jobs), lease)
+    def end(self, streams: Mapping[int, Any]) -> None:
+        """See `StreamPool.end`: all are told first, so the time is that of one."""
+        told = [self._workers.actors[slot].end.options(**_POST).remote() for slot in streams]
+        with suppress(Exception):  # a dead worker has ended too
+            ray.wait(told, num_returns=len(told), timeout=_END_S)
+        until = time.monotonic() + _END_S
+        for slot, stream in streams.items():
+            with suppress(WorkerDied, TimeoutError, EngineError):
+                while time.monotonic() < until and self._workers.ready({slot: stream}, _END_S):
+                    if self._workers.read(stream, _END_S) is None:
+                        break

@@ -14,23 +14,23 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import ray
 from ray.exceptions import GetTimeoutError
 
 from consilience.conf.errors import ConfigError, EngineError
-from consilience.rollout.deadlines import DROPPED, REDISPATCHED, Stall, StallLog
+from consilience.rollout.deadlines import Stall, StallLog
 from consilience.rollout.dispatch import Dispatch, split_by_group
 from consilience.rollout.engine import EngineState
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.lease import Lease, fence
+from consilience.rollout.listening import Listener, Share
 from consilience.rollout.phases import Durable
 from consilience.rollout.proof import Evidence
 from consilience.rollout.publishing import Announced, Publication, announce, verify
 from consilience.rollout.ray_cluster import RayCluster, ray_cluster, start_ray, stop_ray
-from consilience.rollout.ray_slots import DEATHS, WorkerSlots, get, last_line, name_of
+from consilience.rollout.ray_slots import DEATHS, SilentWorker, WorkerSlots, get, last_line, name_of
 from consilience.rollout.ray_transport import Shipment, choose_transport
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.weight_broadcast import BroadcastBroken
@@ -41,18 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["RayCluster", "RolloutPool", "ray_cluster", "split_by_group", "start_ray", "stop_ray"]
 
 Progress = Callable[[int, int, int], None]
-_LOOK_S = 1.0  # how often a pool that waits looks for workers that say nothing
-
-
-@dataclass(slots=True)
-class _Share:
-    """One slot's stream and its lease, its last sign of life, if it gave any, if its threads stalled."""
-
-    stream: Any = None
-    lease: Lease | None = None
-    heard_at: float = 0.0
-    has_spoken: bool = False
-    has_stalled: bool = False
+_LEAST_S = 1.0  # what a worker has for its answer where the others took all the time
 
 
 class RolloutPool:
@@ -95,7 +84,7 @@ class RolloutPool:
             raise ConfigError(f"num_workers is {num_workers}, at least 1")
         self.stall_log = stalls if stalls is not None else StallLog()
         self._max_restarts, self._most_redispatches = max_restarts, most_redispatches
-        self._stall_s, self._publish_limit_s = stall_s, publish_limit_s
+        self._publish_limit_s = publish_limit_s
         self._post = {"concurrency_group": "post"} if is_continuous else {}
         self._current: tuple[Shipment, Publication] | None = None
         self._workers = WorkerSlots(  # a wrong name is found here, before any process starts
@@ -109,6 +98,7 @@ class RolloutPool:
             python=python,
             stalls=self.stall_log,
         )
+        self._listener = Listener(self._workers, self.stall_log, stall_s)
         try:
             self._workers.start(num_workers)
             hosts = [place.host for place in self._workers.places]
@@ -118,6 +108,10 @@ class RolloutPool:
             self.close()
             if isinstance(error, DEATHS):
                 raise EngineError(f"a rollout worker died at its start: {last_line(error)}") from None
+            if isinstance(error, GetTimeoutError):
+                raise EngineError(
+                    f"a rollout worker started and gave no answer for {publish_limit_s:g} s"
+                ) from None
             raise
 
     def __enter__(self) -> RolloutPool:
@@ -159,12 +153,13 @@ class RolloutPool:
         dispatch = Dispatch(jobs, len(self._workers.actors), self._most_redispatches)
         if durable is not None:
             fence(durable.log_folder)  # whoever still writes there belongs to a driver that is gone
-        shares = [_Share() for _ in self._workers.actors]
+        shares = [Share() for _ in self._workers.actors]
         for slot in range(len(shares)):
             self._begin(slot, shares[slot], dispatch, durable)
         num_deaths = num_sampled = 0
         while any(share.stream is not None for share in shares):
-            slot, batch, death = self._hear(shares, dispatch)
+            num_dropped = dispatch.num_dropped
+            slot, batch, death = self._listener.hear(shares, dispatch)
             if slot is None:
                 continue
             share = shares[slot]
@@ -173,10 +168,10 @@ class RolloutPool:
                 durable.keep(new)
             for stall in stalls:
                 share.has_stalled = True
-                self._note(replace(stall, actor=name_of(slot)), dispatch, slot)
+                self._listener.note(replace(stall, actor=name_of(slot)), dispatch, slot)
             num_sampled += sum(record.num_sampled for record in new)
             if death:
-                num_deaths += 1
+                num_deaths = 0 if dispatch.num_dropped > num_dropped else num_deaths + 1
                 if num_deaths > self._max_restarts:
                     raise EngineError(
                         f"a rollout worker died, {num_deaths} deaths in one call; last: {death}"
@@ -190,64 +185,16 @@ class RolloutPool:
                 on_progress(len(dispatch.records), len(jobs), num_sampled)
         return dispatch.in_order()
 
-    def _begin(self, slot: int, share: _Share, dispatch: Dispatch, durable: Durable | None) -> None:
+    def _begin(self, slot: int, share: Share, dispatch: Dispatch, durable: Durable | None) -> None:
         """Give a slot's worker the jobs that have no record yet, under a lease of their own."""
-        share.stream, share.heard_at = None, time.monotonic()
-        share.has_spoken = share.has_stalled = False
+        share.begin(None)
         jobs = dispatch.next_jobs(slot)
         if not jobs:
             return
         if durable is not None:
             share.lease = durable.take_lease(f"worker {slot}")
         actor = self._workers.actors[slot]
-        share.stream = actor.generate.options(num_returns="streaming").remote(jobs, share.lease)
-
-    def _hear(
-        self, shares: Sequence[_Share], dispatch: Dispatch
-    ) -> tuple[int | None, list[RolloutRecord] | None, str]:
-        """(slot, its next records, "") of a worker that speaks; (slot, None, why) of one that died or stalls.
-
-        No records and no reason: the stream is over. A slot of None: nobody speaks, all within their time.
-        """
-        streams = {slot: share.stream for slot, share in enumerate(shares) if share.stream is not None}
-        ready, _ = ray.wait(list(streams.values()), num_returns=1, timeout=_LOOK_S)
-        now = time.monotonic()
-        if ready:
-            slot = next(s for s, stream in streams.items() if stream is ready[0])
-            try:
-                batch = self._next_batch(streams[slot])
-                shares[slot].heard_at, shares[slot].has_spoken = now, True
-                return slot, batch, ""
-            except GetTimeoutError:  # it was said that there is one; the machine that has it is gone
-                return slot, None, self._stalled(slot, shares[slot], dispatch, self._stall_s)
-            except DEATHS as death:
-                if not shares[slot].has_spoken:
-                    place, waited_s = self._workers.places[slot], round(now - shares[slot].heard_at, 3)
-                    uids = tuple(dispatch.pending[slot])
-                    died = Stall("death", waited_s, 0.0, name_of(slot), uids, "", place.host, place.pid)
-                    self._note(died, dispatch, slot)
-                return slot, None, last_line(death)
-        for slot in streams:
-            if (silent_s := now - shares[slot].heard_at) > self._stall_s:
-                return slot, None, self._stalled(slot, shares[slot], dispatch, silent_s)
-        return None, None, ""
-
-    def _stalled(self, slot: int, share: _Share, dispatch: Dispatch, silent_s: float) -> str:
-        """Note which worker says nothing and what it has, have it write down where it is, and end it."""
-        stall = self._workers.end(slot, "stream", silent_s, self._stall_s, tuple(dispatch.pending[slot]))
-        if share.has_spoken:
-            self.stall_log.add(replace(stall, action=REDISPATCHED))
-        else:
-            self._note(stall, dispatch, slot)
-        return str(stall)
-
-    def _note(self, stall: Stall, dispatch: Dispatch, slot: int) -> None:
-        """Write down a stall that counts against its samples, and what becomes of them."""
-        why = f"{stall.waited_s:.1f} s in '{stall.stage}' of {stall.actor} on {stall.host}"
-        again, dropped = dispatch.lost(slot, stall.uids, why)
-        for uids, action in ((again, REDISPATCHED), (dropped, DROPPED)):
-            if uids:
-                self.stall_log.add(replace(stall, uids=tuple(uids), action=action))
+        share.begin(actor.generate.options(num_returns="streaming").remote(jobs, share.lease))
 
     @property
     def transport(self) -> str:
@@ -276,21 +223,24 @@ class RolloutPool:
         dead, late = [], []
         for slot, answer in enumerate(answers):
             try:
-                get(answer, max(_LOOK_S, deadline - time.monotonic()))
+                get(answer, max(_LEAST_S, deadline - time.monotonic()))
             except BroadcastBroken:
                 late.append(slot)
             except DEATHS:
                 dead.append(slot)
             except GetTimeoutError:
                 self.stall_log.add(
-                    self._workers.end(slot, "publish", self._publish_limit_s, self._publish_limit_s)
+                    self._workers.end_process(slot, "publish", self._publish_limit_s, self._publish_limit_s)
                 )
                 dead.append(slot)
         self._current = (shipment, publication)
         for slot in dead:
             self._replace(slot)
         for slot in late:
-            self._catch_up(slot)
+            try:
+                self._catch_up(slot)
+            except (*DEATHS, SilentWorker):
+                self._replace(slot)
 
     def _catch_up(self, slot: int) -> None:
         """Give the worker in `slot` the current weights, if there are any, by themselves."""
@@ -303,8 +253,7 @@ class RolloutPool:
 
     def evidence(self, prompts: Sequence[Sequence[int]], exact: bool) -> dict[str, Evidence]:
         """What each worker holds and computes (`proof.py`), by its name."""
-        answers = [actor.evidence.remote(prompts, exact) for actor in self._workers.actors]
-        found = [self._workers.answer(slot, "evidence", answer) for slot, answer in enumerate(answers)]
+        found = self._ask("evidence", lambda actor: actor.evidence.remote(prompts, exact))
         names = [
             f"rollout worker {i} (process {p.pid} on {p.host})" for i, p in enumerate(self._workers.places)
         ]
@@ -312,18 +261,31 @@ class RolloutPool:
 
     def sleep(self, level: int = 1) -> None:
         """Let every worker give memory back until `wake`; EngineError where an engine cannot."""
-        for slot, answer in enumerate([actor.sleep.remote(level) for actor in self._workers.actors]):
-            self._workers.answer(slot, "sleep", answer)
+        self._ask("sleep", lambda actor: actor.sleep.remote(level))
 
     def wake(self) -> None:
         """Undo `sleep`."""
-        for slot, answer in enumerate([actor.wake.remote() for actor in self._workers.actors]):
-            self._workers.answer(slot, "wake", answer)
+        self._ask("wake", lambda actor: actor.wake.remote())
 
     def states(self) -> list[EngineState]:
         """Each worker's engine counters, by slot. EngineError from one that does not answer."""
-        answers = [actor.state.remote() for actor in self._workers.actors]
-        return [self._workers.answer(slot, "state", answer) for slot, answer in enumerate(answers)]
+        return self._ask("state", lambda actor: actor.state.remote())
+
+    def _ask(self, stage: str, ask: Callable[[Any], Any]) -> list[Any]:
+        """What each worker answers, by slot; one that is dead is replaced, and its successor asked."""
+        answers = [ask(actor) for actor in self._workers.actors]
+        return [self._answer_of(slot, stage, ask, answer) for slot, answer in enumerate(answers)]
+
+    def _answer_of(self, slot: int, stage: str, ask: Callable[[Any], Any], answer: Any) -> Any:
+        for num_left in reversed(range(self._max_restarts + 1)):
+            try:
+                return self._workers.answer(slot, stage, answer)
+            except DEATHS as death:
+                if not num_left:
+                    why = f"rollout worker {slot} died again and again over '{stage}': {last_line(death)}"
+                    raise EngineError(why) from None
+                self._replace(slot)
+                answer = ask(self._workers.actors[slot])
 
     def close(self) -> None:
         """Let the workers close their boxes, then end their processes. Safe to call twice."""
@@ -332,10 +294,3 @@ class RolloutPool:
     def _replace(self, slot: int, lease: Lease | None = None) -> None:
         """A fresh worker in `slot`, with the current weights before any job; the old one has no say now."""
         self._workers.replace(slot, self._catch_up, lease)
-
-    def _next_batch(self, stream: Any) -> list[RolloutRecord] | None:
-        """The next records of a stream that is ready, None at its end. GetTimeoutError if they don't come."""
-        try:
-            return get(next(stream), self._stall_s)
-        except StopIteration:
-            return None

@@ -12,7 +12,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -133,9 +133,10 @@ class PartialPhase:
         lines = (payload.decode("utf-8", "surrogatepass") for payload in payloads)
         self.records = {record.uid: record for record in _parse(path, lines)}
 
-    def add(self, records: Sequence[RolloutRecord]) -> None:
-        """EngineError when the disk does not take them. A record of a known uid is not taken again."""
-        new = {r.uid: r for r in records if r.uid not in self.records}
+    def add(self, records: Sequence[RolloutRecord], again: Container[str] = ()) -> None:
+        """EngineError when the disk does not take them. A record of a known uid is taken only if `again` has
+        it; the newer one then counts."""
+        new = {r.uid: r for r in records if r.uid not in self.records or r.uid in again}
         if new:
             self._file.append([r.to_json().encode("utf-8", "surrogatepass") for r in new.values()])
             self._file.sync()

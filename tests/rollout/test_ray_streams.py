@@ -12,7 +12,7 @@ from consilience.model.digest import weights_digest
 from consilience.rollout.ahead import PhasesAhead, ages
 from consilience.rollout.engine import SamplingParams
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.ray_streams import RayStreams
+from consilience.rollout.ray_streams import ray_streams
 from consilience.rollout.ray_workers import RolloutPool, ray_cluster
 from consilience.rollout.store import RolloutStore
 
@@ -61,7 +61,7 @@ def test_two_workers_sample_ahead_take_weights_meanwhile_and_one_may_die(cluster
             threading.Timer(0.1, lambda: os.kill(pool.pids[0], signal.SIGKILL)).start()
 
     with RolloutPool(2, FACTORY, SLOW, is_continuous=True) as pool:
-        with RayStreams(pool) as streams:
+        with ray_streams(pool) as streams:
             taken = steps(tmp_path, streams, 6, 2, kill)
             assert pool.num_replaced == 1 and len(set(pool.pids)) == 2
             with pytest.raises(WeightsRefused):
@@ -77,16 +77,18 @@ def test_a_frozen_worker_is_named_and_its_samples_go_on_from_the_log(cluster, tm
         if step == 0:
             os.kill(pool.pids[0], signal.SIGSTOP)
 
-    with RolloutPool(1, FACTORY, SLOW, stall_s=5.0, is_continuous=True) as pool:
-        with RayStreams(pool) as streams:
+    with RolloutPool(2, FACTORY, SLOW, stall_s=5.0, is_continuous=True) as pool:
+        frozen, alive = pool.pids
+        with ray_streams(pool) as streams:
             steps(tmp_path, streams, 2, 1, freeze)
-        assert len(pool.stalls) == pool.num_replaced == 1
+        assert pool.num_replaced == 1 and pool.pids[1] == alive
+        assert [(stall.pid, stall.stage) for stall in pool.stalls] == [(frozen, "stream")]
 
 
 def test_workers_that_keep_dying_are_one_clear_error(cluster, tmp_path):
     with (
         RolloutPool(1, FACTORY, {**SLOW, "die_after": 3}, max_restarts=0, is_continuous=True) as pool,
-        RayStreams(pool) as streams,
+        ray_streams(pool) as streams,
         pytest.raises(EngineError, match="1 deaths in one step"),
     ):
         steps(tmp_path, streams, 1, 0)

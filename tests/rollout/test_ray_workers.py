@@ -8,10 +8,12 @@ import torch
 
 from consilience.conf.errors import ConfigError, EngineError, WeightsRefused
 from consilience.model.digest import weights_digest
+from consilience.rollout import ray_workers
 from consilience.rollout.dispatch import REDISPATCHES
 from consilience.rollout.engine import SamplingParams
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.phases import Durable
+from consilience.rollout.ray_transport import choose_transport
 from consilience.rollout.ray_workers import RolloutPool, ray_cluster, split_by_group
 
 FACTORY = "consilience.rollout.fake_worker:build_fake_worker"
@@ -110,6 +112,20 @@ def test_a_worker_killed_in_the_middle_loses_and_doubles_no_sample(pool):
     assert pool.states()[0].digest == weights_digest(weights)
 
 
+def test_a_worker_that_dies_before_it_is_asked_is_replaced_and_its_successor_answers(pool):
+    """The proof at a stage's start asks for evidence: a death then is no reason to end the stage."""
+    weights = {"w": torch.ones(4)}
+    pool.publish(weights, weights_digest(weights), 11)
+    victim, replaced = pool.pids[1], pool.num_replaced
+    os.kill(victim, signal.SIGKILL)
+    found = pool.evidence([(1, 2, 3)], True)
+    assert pool.num_replaced == replaced + 1 and pool.pids[1] != victim
+    assert [f"process {pid} on" in name for pid, name in zip(pool.pids, found)] == [True, True]
+    assert len({evidence.tensors["w"].digest for evidence in found.values()}) == 1
+    os.kill(pool.pids[0], signal.SIGKILL)
+    assert [(s.digest, s.weight_version) for s in pool.states()] == [(weights_digest(weights), 11)] * 2
+
+
 def test_workers_that_keep_dying_are_one_clear_error(cluster):
     kwargs = {**SLOW, "die_after": 3}
     with (
@@ -158,6 +174,21 @@ def test_a_replacement_that_dies_at_its_start_is_replaced_in_turn(cluster, tmp_p
 def test_a_worker_that_dies_at_its_first_start_is_one_clear_error(cluster, tmp_path, monkeypatch):
     with pytest.raises(EngineError, match="died at its start"):
         RolloutPool(1, *mortal(tmp_path, monkeypatch, 1))
+
+
+def test_a_worker_that_is_silent_after_its_start_is_one_clear_error(cluster, monkeypatch):
+    """`choose_transport` asks each worker what it can map."""
+    frozen = []
+
+    def choose(wanted, actors, hosts, get, options):
+        frozen.append(get(actors[0].build.remote(None)).pid)
+        os.kill(frozen[0], signal.SIGSTOP)
+        return choose_transport(wanted, actors, hosts, get, options)
+
+    monkeypatch.setattr(ray_workers, "choose_transport", choose)
+    with pytest.raises(EngineError, match="gave no answer for 3 s"):
+        RolloutPool(1, FACTORY, publish_limit_s=3.0)
+    assert len(frozen) == 1
 
 
 def test_a_factory_that_cannot_be_loaded_or_fails_is_one_clear_error(cluster):
