@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from consilience.rollout.vllm_engine import VllmEngine
 from consilience.rollout.vllm_reference import reference_of
@@ -37,6 +37,11 @@ def write_checkpoint(folder: Path, seed: int = 0) -> dict[str, torch.Tensor]:
     model = Qwen3ForCausalLM(config).float()
     model.save_pretrained(folder)
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of such a folder."""
+    return load_file(folder / "model.safetensors")
 
 
 def rewrite_checkpoint(source: Path, folder: Path, architecture: str, weights) -> Path:
