@@ -311,14 +311,19 @@ class RolloutPool:
         return dict(zip(names, found))
 
     def sleep(self, level: int = 1) -> None:
-        """Let every worker give memory back until `wake`; EngineError where an engine cannot."""
+        """Let every worker give memory back until `wake`; EngineError where an engine cannot.
+
+        A dead one is replaced when weights or samples are next asked of it.
+        """
         for slot, answer in enumerate([actor.sleep.remote(level) for actor in self._workers.actors]):
-            self._workers.answer(slot, "sleep", answer)
+            with contextlib.suppress(*DEATHS):
+                self._workers.answer(slot, "sleep", answer)
 
     def wake(self) -> None:
         """Undo `sleep`."""
         for slot, answer in enumerate([actor.wake.remote() for actor in self._workers.actors]):
-            self._workers.answer(slot, "wake", answer)
+            with contextlib.suppress(*DEATHS):
+                self._workers.answer(slot, "wake", answer)
 
     def states(self) -> list[EngineState]:
         """Each worker's engine counters, by slot. EngineError from one that does not answer."""
