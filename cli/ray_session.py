@@ -33,7 +33,6 @@ from consilience.sandboxes.protocol import Isolation, Limits, SandboxSpec
 from consilience.tasks.domain import Domain
 from consilience.tasks.registry import load_domain
 
-VLLM_UPDATES = "vllm_updates.jsonl"  # in the run folder: a line an update and worker
 _open: dict[str, Any] = {}
 
 
@@ -64,6 +63,11 @@ def domains_of(cfg: Config) -> dict[str, Domain]:
 def stalls_path(cfg: Config) -> Path:
     """Where the run's processes note what was over its limit."""
     return Path(cfg.run.folder) / cfg.run.name / STALLS
+
+
+def vllm_updates(cfg: Config) -> Path:
+    """Where vLLM's workers note what they found of each update: a line each."""
+    return (Path(cfg.run.folder) / cfg.run.name / "vllm_updates.jsonl").resolve()
 
 
 def worker_limits(cfg: Config) -> deadlines.Limits:
@@ -170,7 +174,7 @@ def _vllm_arguments(cfg: Config) -> dict[str, Any]:
         "checkpoint": vllm.checkpoint and str(Path(vllm.checkpoint).resolve()),
         "max_mismatch": vllm.max_mismatch,
         "settings": vllm.settings,
-        "record": str((Path(cfg.run.folder) / cfg.run.name / VLLM_UPDATES).resolve()),
+        "record": str(vllm_updates(cfg)),
     }
 
 
