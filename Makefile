@@ -7,6 +7,7 @@
 #   make vllm               vLLM's CPU build, in an environment over the first: .venv-vllm (77 s, 1.3 GB)
 #   make test-vllm          the tests of the vLLM engine, there
 #   make chaos              kill -9 of drivers and workers at random points (KILLS=100 SEED=0)
+#   make chaos-vllm         lengths of 5,000 samples of a real vLLM that dies again and again (SAMPLES=5000)
 #   make fuzz               the prompt protocol against damaged input  (FUZZ_S=60 FUZZ_SEED=1)
 #   make check              ruff (lint, format) and pyright
 #   make bench              every measurement in bench/ that needs no GPU
@@ -24,6 +25,7 @@ ROOM ?=
 FUZZ_S ?= 600
 FUZZ_SEED ?= 0
 KILLS ?= 100
+SAMPLES ?= 5000
 SEED ?= 0
 
 VENV := .venv
@@ -52,7 +54,7 @@ step = printf '  %s … ' "$(1)"; began=$$SECONDS; \
 	if $(2) >>$(LOG) 2>&1; then echo "$$((SECONDS - began)) s"; \
 	else echo "failed, see $(LOG):"; tail -n 12 $(LOG); exit 1; fi
 
-.PHONY: setup demo demo-ci test test-all test-kernels vllm test-vllm chaos fuzz check format bench bench-gpu docs clean
+.PHONY: setup demo demo-ci test test-all test-kernels vllm test-vllm chaos chaos-vllm fuzz check format bench bench-gpu docs clean
 
 setup: $(STAMP)
 
@@ -103,6 +105,9 @@ test-vllm: vllm
 
 chaos: setup
 	@CHAOS_KILLS=$(KILLS) CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -s tests/chaos $(ARGS)
+
+chaos-vllm: vllm
+	@CHAOS_SAMPLES=$(SAMPLES) $(VLLM)/bin/python -m pytest -s tests/rollout/with_vllm/test_vllm_lengths.py $(ARGS)
 
 fuzz: setup
 	@$(BIN)/python -m consilience.rollout.fuzzing --seconds $(FUZZ_S) --seed $(FUZZ_SEED) --failures tests/rollout/kept_cases $(ARGS)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from consilience.cli.prompt_family import prompt_family
 from consilience.cli.talk import Talker
-from consilience.conf.errors import RunError
+from consilience.conf.errors import ConfigError, RunError
 from consilience.conf.schema import Config
 from consilience.model.quantization import Quantization
 from consilience.rollout.tokenizer import Tokenizer
@@ -36,12 +36,19 @@ def generate(cfg: Config) -> int:
 def open_talker(cfg: Config) -> tuple[Talker, Path]:
     """The policy `generate.*` names, on this process's own engine, and its folder.
 
-    RunError if the run has no model yet; CheckpointError if the checkpoint is damaged.
+    RunError if the run has no model yet; CheckpointError if the checkpoint is damaged. ConfigError if it is
+    not V4's.
     """
+    from consilience.model.dense import DenseModel
     from consilience.rollout.native_engine import NativeEngine
 
     folder = find_checkpoint(cfg)
     model, meta = load_checkpoint(folder)
+    if isinstance(model, DenseModel):
+        raise ConfigError(
+            f"generate and chat sample on this project's own engine, which is V4's; {folder} holds a model "
+            f"of type {model.config.row['model_type']}: give it to transformers or vLLM"
+        )
     cast("Transformer", model).quantize(Quantization.from_name(cfg.engine.quantization))
     settings = cfg.generate
     rows = max(2, min(settings.num, 16))

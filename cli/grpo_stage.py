@@ -29,6 +29,7 @@ from consilience.grpo.train import GrpoSettings, GrpoStage, train_grpo
 from consilience.model.quantization import Quantization
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.tokenizer import Tokenizer
+from consilience.rollout.vllm_sleep import SleepingSampler
 from consilience.training.checkpoint import load_checkpoint
 from consilience.training.metrics import read_metrics
 
@@ -56,6 +57,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
     reference.requires_grad_(False).to(device_of(cfg))
     reference.quantize(Quantization.from_name(cfg.engine.quantization))  # type: ignore[operator]
     tokenizer = Tokenizer.load(start.tokenizer)
+    sleep = cfg.rollout.vllm.sleep if cfg.rollout.engine == "vllm" else None
     pool = rollout_pool(cfg, start.model.config, start.tokenizer, domains, start.family, num_workers)
 
     def jobs_of(step: int):
@@ -96,7 +98,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         places = shared(parts)
         first = places.pop("start")
         stage = GrpoStage(parts["engine"], reference, schedule, store, tokenizer.decode, **places)
-        result = _train(stage, pool, jobs_of, settings, first)
+        result = _train(stage, pool, jobs_of, settings, first, sleep)
         folder = parts["checkpoints"].save(settings.steps, {"clock": parts["clock"].state()})
     counted = {key: result[key] for key in ("train_tokens", "sampled_tokens")}
     counted["mismatch_max"] = max(
@@ -113,10 +115,13 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
     }
 
 
-def _train(stage: GrpoStage, pool: Any, jobs_of: Any, settings: GrpoConfig, start: int) -> dict[str, Any]:
+def _train(
+    stage: GrpoStage, pool: Any, jobs_of: Any, settings: GrpoConfig, start: int, sleep: int | None
+) -> dict[str, Any]:
     """The driver that `grpo.mode` names."""
     if settings.mode == "sync":
-        return train_grpo(stage, pool, jobs_of, start=start)
+        sampler = pool if sleep is None else SleepingSampler(pool, sleep)
+        return train_grpo(stage, sampler, jobs_of, start=start)
     with ahead(pool, settings) as (streams, how):
         return train_grpo_ahead(stage, streams, jobs_of, start=start, **how)
 

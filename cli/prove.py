@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from consilience.cli.generate import find_checkpoint
 from consilience.cli.prompt_family import prompt_family
-from consilience.cli.ray_session import rollout_pool
+from consilience.cli.ray_session import rollout_pool, vllm_updates
 from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import device_of
+from consilience.conf.errors import WeightsRefused
 from consilience.conf.rules import sampler_quantization
 from consilience.conf.schema import Config
 from consilience.model.checkpoint import to_official
@@ -25,10 +27,20 @@ from consilience.model.exact import exact_mode
 from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.model.quantization import Quantization
 from consilience.model.transformer import Transformer
-from consilience.rollout.proof import Logprobs, Prompts, Proof, ProvableSampler, fixed_prompts
+from consilience.rollout.proof import (
+    CHANGED_VERSION,
+    Logprobs,
+    Prompts,
+    Proof,
+    ProvableSampler,
+    changed_weights,
+    fixed_prompts,
+)
 from consilience.rollout.proof import prove as prove_sampler
 from consilience.rollout.publication_log import PublicationLog
 from consilience.rollout.publishing import announce
+from consilience.rollout.ray_workers import RolloutPool
+from consilience.rollout.vllm_proof import STALE_SHARE
 from consilience.training.checkpoint import load_checkpoint
 from consilience.training.forward import hidden_at_loss
 from consilience.training.packing import pack
@@ -44,6 +56,10 @@ def prove(cfg: Config) -> int:
     model.to(device_of(cfg)).quantize(Quantization.from_name(cfg.engine.quantization))
     family = prompt_family(cfg, folder, meta)
     pool = rollout_pool(cfg, model.config, folder / "tokenizer.json", {}, family)
+    if cfg.rollout.engine == "vllm":
+        print(f"checkpoint: {folder}")
+        print(_prove_updates(cfg, pool, to_official(model), meta.step))
+        return 0
     proof = _prove(cfg, pool, model, meta.step)
     print(f"checkpoint: {folder}")
     print(
@@ -55,6 +71,37 @@ def prove(cfg: Config) -> int:
         f"{proof.mismatch_max:.3g} nats"
     )
     return 0
+
+
+def _prove_updates(cfg: Config, pool: RolloutPool, weights: Mapping[str, Tensor], version: int) -> str:
+    """What vLLM's workers, which cannot show their bytes, found of these weights, of others, of these again.
+
+    EngineError where log-probabilities are more than `rollout.vllm.max_mismatch` off; WeightsRefused where
+    the changed weights moved them by too little to tell.
+    """
+    path = vllm_updates(cfg)
+    num_before = len(path.read_bytes().splitlines()) if path.is_file() else 0
+    for given, number in (
+        (weights, version),
+        (changed_weights(weights), CHANGED_VERSION),
+        (weights, version),
+    ):
+        pool.publish(given, announce(given, number), number)
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()[num_before:]]
+    off, moved = (
+        max(row["mean"] for row in rows),
+        min(row["moved"] for row in rows if row["moved"] is not None),
+    )
+    if not off < STALE_SHARE * moved:
+        raise WeightsRefused(
+            f"changed weights moved the probes by {moved:.3g} nats, and vLLM is {off:.3g} off on average: "
+            "an update that does not arrive would not be seen"
+        )
+    return (
+        f"{len({row['pid'] for row in rows})} workers of vLLM took the weights, others and these again; "
+        f"log-probabilities moved by {moved:.3g} nats and are {off:.3g} off on average, "
+        f"{max(row['largest'] for row in rows):.3g} at most"
+    )
 
 
 def prove_start(

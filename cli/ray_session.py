@@ -17,11 +17,12 @@ from typing import Any
 import ray
 
 from consilience.cli.side_by_side import SharedWorkers
+from consilience.conf.errors import ConfigError
 from consilience.conf.rules import sampler_quantization
 from consilience.conf.schema import Config
-from consilience.conf.schema_rollout import VllmConfig
 from consilience.conf.schema_training import DistillConfig, GrpoConfig
 from consilience.model.config import ModelConfig
+from consilience.model.dense import DenseConfig, is_dense
 from consilience.rollout import deadlines
 from consilience.rollout.deadlines import STALLS, StallLog
 from consilience.rollout.ray_cluster import RayCluster, start_ray, stop_ray
@@ -64,6 +65,11 @@ def stalls_path(cfg: Config) -> Path:
     return Path(cfg.run.folder) / cfg.run.name / STALLS
 
 
+def vllm_updates(cfg: Config) -> Path:
+    """Where vLLM's workers note what they found of each update: a line each."""
+    return (Path(cfg.run.folder) / cfg.run.name / "vllm_updates.jsonl").resolve()
+
+
 def worker_limits(cfg: Config) -> deadlines.Limits:
     """How long an episode's threads may take; grading follows the limit of one score.
 
@@ -83,7 +89,7 @@ def worker_share(num_workers: int, slots: int) -> int:
 
 def rollout_pool(
     cfg: Config,
-    model: ModelConfig,
+    model: ModelConfig | DenseConfig,
     tokenizer: Path,
     domains: Mapping[str, Domain],
     family: str,
@@ -93,8 +99,14 @@ def rollout_pool(
 
     family       checkpoint family whose prompts the model knows (`prompt_family`)
     num_workers  None: rollout.num_workers
+    ConfigError if the engine cannot serve the model.
     """
     num_workers = num_workers or cfg.rollout.num_workers
+    if cfg.rollout.engine == "native" and is_dense(row := model.to_json_dict()):
+        raise ConfigError(
+            f"rollout.engine=native samples from V4, and this is a model of type {row['model_type']}; "
+            "set rollout.engine=vllm"
+        )
     kwargs = {
         "model": model.to_json_dict(),
         "tokenizer_path": str(tokenizer.resolve()),
@@ -106,7 +118,7 @@ def rollout_pool(
         "records_routing": cfg.grpo.replay_routing,
         "exact": cfg.engine.exact,
         "engine": cfg.rollout.engine,
-        "vllm": _vllm_arguments(cfg.rollout.vllm),
+        "vllm": _vllm_arguments(cfg),
         "quantization": sampler_quantization(cfg),
         "sandbox": sandbox_spec(cfg),
         "warm": cfg.sandbox.warm,
@@ -155,12 +167,14 @@ def _prefixes(cfg: Config) -> dict[str, Any] | None:
     return None if path is None else {"folder": str(Path(path).resolve()), **settings}
 
 
-def _vllm_arguments(vllm: VllmConfig) -> dict[str, Any]:
+def _vllm_arguments(cfg: Config) -> dict[str, Any]:
     """What `vllm_launch.launch` takes of the configuration."""
+    vllm = cfg.rollout.vllm
     return {
         "checkpoint": vllm.checkpoint and str(Path(vllm.checkpoint).resolve()),
         "max_mismatch": vllm.max_mismatch,
         "settings": vllm.settings,
+        "record": str(vllm_updates(cfg)),
     }
 
 

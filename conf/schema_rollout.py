@@ -47,6 +47,14 @@ class VllmConfig:
         unit="nats",
         above=0,
     )
+    sleep: int | None = setting(
+        None,
+        "how deep GRPO's workers sleep while the trainer learns: caches given back (0), weights moved to the "
+        "host (1) or dropped (2); null: awake",
+        low=0,
+        high=2,
+        speed_only=True,
+    )
     settings: dict[str, Any] = setting({}, "further arguments of vLLM (rollout/vllm_settings.py says which)")
 
 

@@ -31,6 +31,7 @@ from consilience.rollout.vllm_proof import (
     compare,
     kind_proof,
     kinds_of,
+    note_update,
     tensor_digests,
 )
 from consilience.rollout.vllm_settings import seed_at, start_vllm
@@ -53,6 +54,7 @@ class VllmEngine:
     max_mismatch  mean absolute difference to the reference, in nats, above which an update has failed
     export      published weights -> tensors in the checkpoint's names and types; None: they are that already
     settings    further arguments of vLLM (`vllm_settings.ALLOWED`)
+    record      file that gets a JSON line an update: what was found of it, by which process
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class VllmEngine:
         max_mismatch: float,
         export: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
         settings: Mapping[str, Any] | None = None,
+        record: Path | None = None,
     ) -> None:
         config = json.loads((checkpoint / "config.json").read_text())
         self._llm: Any = start_vllm(
@@ -79,6 +82,7 @@ class VllmEngine:
         self._reference, self._max_mismatch = reference, max_mismatch
         self._reference_scores: Scores | None = None
         self.mismatches: list[Mismatch] = []
+        self._record = record
         self._streams: dict[str, Stream] = {}
         self._held: dict[str, tuple[int, ...]] = {}
         self._routing: dict[str, np.ndarray] = {}  # uid -> what `take_routing` hands out
@@ -242,6 +246,8 @@ class VllmEngine:
         mismatch = compare(version, self.score(self._probes), scores, self._reference_scores)
         self._reference_scores = scores
         self.mismatches.append(mismatch)
+        if self._record is not None:
+            note_update(self._record, mismatch, self._digest)
         if not mismatch.mean <= self._max_mismatch:
             self._fault = (
                 f"after the update to version {version} log-probabilities are {mismatch.mean:.3g} nats "

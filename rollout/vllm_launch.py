@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from consilience.model.config import ModelConfig
+from consilience.model.dense import build_causal, is_dense
 from consilience.model.initialize import initialize
 from consilience.model.release import Source, from_model, write_release
 from consilience.model.transformer import Transformer
@@ -31,18 +32,18 @@ def launch(
     checkpoint: str | None = None,
     max_mismatch: float = 0.35,
     settings: Mapping[str, Any] | None = None,
+    record: str | None = None,
 ) -> VllmEngine:
-    """An engine over `checkpoint`, or over random weights of the V4 model that `model` describes.
+    """An engine over `checkpoint`, or over random weights of the model that `model` describes.
 
     model       config.json fields; of no use where a checkpoint is given
     checkpoint  folder in a layout that vLLM reads; any causal language model that vLLM serves
-    max_mismatch, settings  see `VllmEngine`
+    max_mismatch, settings, record  see `VllmEngine`
     """
     with tempfile.TemporaryDirectory(prefix="vllm-start-") as made:
         folder = Path(checkpoint or made)
         if checkpoint is None:
-            config = ModelConfig.from_json_dict(model)
-            write_release(folder, from_model(initialize(Transformer(config), seed=0)))
+            _write_start(folder, model)
         row = json.loads((folder / "config.json").read_text())
         return VllmEngine(
             folder,
@@ -53,7 +54,17 @@ def launch(
             max_mismatch=max_mismatch,
             export=v4_export(ModelConfig.from_json_dict(row)) if row["architectures"] == [V4] else None,
             settings=settings,
+            record=None if record is None else Path(record),
         )
+
+
+def _write_start(folder: Path, row: Mapping[str, Any]) -> None:
+    """Random weights for vLLM to start from, in the layout that it reads."""
+    if is_dense(row):
+        build_causal(row).save_pretrained(folder)
+    else:
+        config = ModelConfig.from_json_dict(row)
+        write_release(folder, from_model(initialize(Transformer(config), seed=0)))
 
 
 def probe_sequences(vocab_size: int, max_length: int) -> list[list[int]]:

@@ -5,9 +5,14 @@ Plain mathematics over probe sequences: no engine. P probes, N scored tokens in 
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,6 +57,15 @@ def compare(version: int, ours: Scores, reference: Scores, before: Scores | None
     varies = x.std() > 0 and y.std() > 0
     correlation = float(np.corrcoef(x, y)[0, 1]) if varies else 1.0
     return Mismatch(version, float(difference.mean()), float(difference.max()), correlation, moved)
+
+
+def note_update(path: Path, mismatch: Mismatch, digest: str) -> None:
+    """A line of `path` in one write, so that lines of several processes stay whole."""
+    moved = None if math.isnan(mismatch.moved) else mismatch.moved
+    row = {**asdict(mismatch), "moved": moved, "digest": digest, "pid": os.getpid(), "time_s": time.time()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        file.write(json.dumps(row).encode() + b"\n")
 
 
 def kinds_of(names: Sequence[str]) -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,16 @@ from consilience.rollout.vllm_settings import V4
 
 
 def reference_of(checkpoint: Path, device: str = "cpu") -> Reference:
-    """Our own forward for V4, transformers' in fp32 for any other causal model; on `device`."""
-    architecture = json.loads((checkpoint / "config.json").read_text())["architectures"][0]
-    return _native(checkpoint, device) if architecture == V4 else _transformers(checkpoint, device)
+    """Our own forward for V4, transformers' in fp32 for any other causal model; on `device`.
+
+    The folder is read now and not needed later; the model is built when there is something to score.
+    """
+    row = json.loads((checkpoint / "config.json").read_text())
+    if row["architectures"] == [V4]:
+        return _native(row, device)
+    from transformers import AutoConfig
+
+    return _transformers(AutoConfig.from_pretrained(checkpoint), device)
 
 
 def _scores(logits: Tensor, tokens: Sequence[int]) -> np.ndarray:
@@ -26,16 +34,15 @@ def _scores(logits: Tensor, tokens: Sequence[int]) -> np.ndarray:
     return torch.log_softmax(logits[:-1].double(), -1).gather(1, chosen)[:, 0].cpu().numpy()
 
 
-def _transformers(checkpoint: Path, device: str) -> Reference:
+def _transformers(config: Any, device: str) -> Reference:
     model = None
 
     @torch.no_grad()
     def score(weights: Mapping[str, Tensor], sequences: Sequence[Sequence[int]]) -> Scores:
         nonlocal model
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         if model is None:
-            config = AutoConfig.from_pretrained(checkpoint)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
             model = model.to(device).eval()
         missing, unexpected = model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
@@ -50,7 +57,7 @@ def _transformers(checkpoint: Path, device: str) -> Reference:
     return score
 
 
-def _native(checkpoint: Path, device: str) -> Reference:
+def _native(row: Mapping[str, Any], device: str) -> Reference:
     model = None
 
     @torch.no_grad()
@@ -61,7 +68,6 @@ def _native(checkpoint: Path, device: str) -> Reference:
         from consilience.model.transformer import Transformer
 
         if model is None:
-            row = json.loads((checkpoint / "config.json").read_text())
             model = Transformer(ModelConfig.from_json_dict(row)).to(device).eval()
         load_official(model, weights)
         return [_scores(model(torch.tensor([list(s)], device=device))[0], s) for s in sequences]

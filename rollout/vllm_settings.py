@@ -34,6 +34,7 @@ REFUSED = {
     "return_sampling_mask": "it is for top-k, which importance sampling refuses: no kept set is recorded",
     "enable_lora": "published weights are whole models",
 }
+DEFAULT_STEP_TOKENS = 4096  # prefilled and decoded in one step on a CPU
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -51,6 +52,8 @@ def start_vllm(
     from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore
 
     check_settings(settings, architecture, current_platform.is_cpu())
+    if current_platform.is_cpu():
+        settings = {**whole_prompts(max_rows, max_length), **settings}
     unknown = settings.keys() - {field.name for field in fields(EngineArgs)}
     if unknown:
         raise ConfigError(
@@ -70,6 +73,18 @@ def start_vllm(
     return LLMEngine.from_engine_args(args)
 
 
+def whole_prompts(max_rows: int, max_length: int) -> dict[str, Any]:
+    """Settings under which a prompt is prefilled in one step, which vLLM's CPU build needs.
+
+    Where it cuts one in two, it winds a seeded request's generator back, which a CPU's generator refuses:
+    the engine would end with "CPU Generator does not use offset".
+    """
+    return {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(DEFAULT_STEP_TOKENS, max_rows, max_length),
+    }
+
+
 def prepare_environment() -> None:
     """What vLLM reads when it is first imported; other values that are set already stay."""
     for name, value in _ENVIRONMENT.items():
@@ -85,6 +100,11 @@ def check_settings(settings: Mapping[str, Any], architecture: str, is_cpu: bool)
         if name not in ALLOWED:
             raise ConfigError(f"rollout.vllm.settings.{name} is no setting that is known to be safe; "
                               f"{nearest(name, ALLOWED)}")  # fmt: skip
+        if name == "enable_chunked_prefill" and value and is_cpu:
+            raise ConfigError(
+                "rollout.vllm.settings.enable_chunked_prefill: vLLM's CPU build cannot wind back the random "
+                "numbers of a prompt in two parts; leave it out"
+            )
         if name == "enable_sleep_mode" and value and is_cpu:
             raise ConfigError(
                 "rollout.vllm.settings.enable_sleep_mode: vLLM's CPU build has none; leave it out"

@@ -36,6 +36,7 @@ from consilience.training.durable_files import (
     restore_folder,
 )
 from consilience.training.engine import TrainEngine
+from consilience.training.model_format import ModelFormat, dense_format, format_for, format_of
 from consilience.training.tensor_files import (
     INDEX,
     check_tensors,
@@ -81,40 +82,6 @@ class CheckpointMeta:
 
 
 @dataclass(frozen=True)
-class ModelFormat:
-    """How a model becomes config and tensors and back; `v4_format` is the one in use.
-
-    to_official    its tensors, in its own memory
-    load_official  copies such tensors into it
-    check          CheckpointError if what was read into it cannot be computed with
-    """
-
-    config_dict: Callable[[nn.Module], dict[str, Any]]
-    build: Callable[[Mapping[str, Any], torch.dtype], nn.Module]
-    to_official: Callable[[nn.Module], dict[str, Tensor]]
-    load_official: Callable[[nn.Module, Mapping[str, Tensor]], None]
-    check: Callable[[nn.Module], None]
-    digest: Callable[[Mapping[str, Tensor]], str]
-
-
-def v4_format() -> ModelFormat:
-    """The V4 `Transformer` (imported here, so that reading a checkpoint's meta stays light)."""
-    from consilience.model.checkpoint import check_hash_tables, load_official, to_official
-    from consilience.model.config import ModelConfig
-    from consilience.model.digest import weights_digest
-    from consilience.model.transformer import Transformer
-
-    return ModelFormat(
-        config_dict=lambda model: model.config.to_json_dict(),  # type: ignore[union-attr, operator]
-        build=lambda row, dtype: Transformer(ModelConfig.from_json_dict(row), dtype),
-        to_official=to_official,  # type: ignore[arg-type]
-        load_official=load_official,  # type: ignore[arg-type]
-        check=check_hash_tables,  # type: ignore[arg-type]
-        digest=weights_digest,
-    )
-
-
-@dataclass(frozen=True)
 class Disk:
     """Every way a checkpoint touches the disk, so that a test can let any of them fail."""
 
@@ -143,7 +110,7 @@ def save_checkpoint(
     CheckpointError when the disk is full or cannot be written; an older checkpoint in `folder` is
     then untouched and nothing else is left behind.
     """
-    folder, disk, model_format = Path(folder), disk or Disk(), model_format or v4_format()
+    folder, disk, model_format = Path(folder), disk or Disk(), model_format or format_for(model)
     beside: Path | None = None
     try:
         restore_folder(folder)
@@ -220,22 +187,13 @@ def load_checkpoint(
     """
     folder = Path(folder)
     if model_format is None and (folder / CONFIG).is_file() and not (folder / META).is_file():
-        from consilience.training.released_weights import read_released
-
-        model, digest = read_released(folder)
-        return model, CheckpointMeta("released", seed=0, step=0, family=None, digest=digest)
-    model_format = model_format or v4_format()
+        return _load_released(folder)
     meta = read_meta(folder)
     config = read_config(folder)
-    stored = read_folder(folder)
-    with torch.random.fork_rng(devices=[]):
-        model = model_format.build(config, getattr(torch, _main_dtype(stored)))
-    tensors = model_format.to_official(model)
-    check_tensors(folder, stored, tensors)
-    for name, tensor in tensors.items():
-        read_into(tensor, stored[name])
+    model_format = model_format or format_of(config)
+    model = _read(folder, config, model_format)
     if verify:
-        found = model_format.digest(tensors)
+        found = model_format.digest(model_format.to_official(model))
         if found != meta.digest:
             raise CheckpointError(
                 f"{folder}: the weights have digest {found[:16]}…, {META} says "
@@ -245,6 +203,33 @@ def load_checkpoint(
         _verify_files(folder, {n: d for n, d in meta.files.items() if not n.startswith(f"{STATE}/")})
     model_format.check(model)
     return model, meta
+
+
+def _read(folder: Path, config: Mapping[str, Any], model_format: ModelFormat) -> nn.Module:
+    """The model with the weights of the folder's shards, in their type. CheckpointError says what fails."""
+    stored = read_folder(folder)
+    with torch.random.fork_rng(devices=[]):
+        model = model_format.build(config, getattr(torch, _main_dtype(stored)))
+    tensors = model_format.to_official(model)
+    check_tensors(folder, stored, tensors)
+    for name, tensor in tensors.items():
+        read_into(tensor, stored[name])
+    return model
+
+
+def _load_released(folder: Path) -> tuple[nn.Module, CheckpointMeta]:
+    """The model of a folder that was not saved here, and a meta that says so."""
+    from consilience.model.dense import is_dense
+    from consilience.training.released_weights import read_released
+
+    if is_dense(config := read_config(folder)):
+        model_format = dense_format()
+        model = _read(folder, config, model_format)
+        model_format.check(model)
+        digest = model_format.digest(model_format.to_official(model))
+    else:
+        model, digest = read_released(folder)
+    return model, CheckpointMeta("released", seed=0, step=0, family=None, digest=digest)
 
 
 def load_engine_state(folder: Path, engine: TrainEngine) -> None:
@@ -367,11 +352,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _main_dtype(tensors: Mapping[str, Tensor] | Mapping[str, Stored]) -> str:
     """Type of the embedding: the one config.json calls torch_dtype (others may stay fp32)."""
-    if "embed.weight" not in tensors:
-        raise CheckpointError(
-            f"{INDEX}: tensor embed.weight is missing; these are not the weights of a V4 model"
-        )
-    return str(tensors["embed.weight"].dtype).removeprefix("torch.")
+    for name in ("embed.weight", "model.embed_tokens.weight"):
+        if name in tensors:
+            return str(tensors[name].dtype).removeprefix("torch.")
+    raise CheckpointError(f"{INDEX}: tensor embed.weight is missing; these are not the weights of a V4 model")
 
 
 def _why(folder: Path, error: Exception) -> str:

@@ -6,6 +6,8 @@
     rule     `ffn.gate.bias`: moved by load, never by gradient
     frozen   `ffn.gate.tid2eid`
 
+Dense models go the same way: matrices to Muon, embedding, head, norms and biases to AdamW.
+
 Weight decay of AdamW falls on embedding and head only: norms, sinks, gates and position biases have
 no scale to shrink (our reading; the report names one weight decay and no exemptions).
 """
@@ -55,6 +57,10 @@ OWNERS: tuple[tuple[str, Owner], ...] = (
     (rf"{_LAYER}ffn\.experts\.\d+\.w[123]\.weight", Owner.MUON),
     (rf"{_LAYER}ffn\.shared_experts\.w[123]\.weight", Owner.MUON),
     (r"mtp\.\d+\.(e_proj|h_proj)\.weight", Owner.MUON),
+    (r"(model\.embed_tokens|lm_head)\.weight", Owner.ADAMW_DECAYED),  # from here on: dense models
+    (r"model\.(layers\.\d+\.(\w+\.)?)?\w*norm\.weight", Owner.ADAMW),
+    (r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight", Owner.MUON),
+    (r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.bias", Owner.ADAMW),
 )
 _PATTERNS = tuple((re.compile(pattern), owner) for pattern, owner in OWNERS)
 

@@ -20,9 +20,9 @@ from consilience.training.checkpoint import (
     remove_later_checkpoints,
     save_checkpoint,
     step_folder,
-    v4_format,
 )
 from consilience.training.engine import TrainEngine
+from consilience.training.model_format import format_for
 
 
 class StageCheckpoints:
@@ -85,7 +85,7 @@ class StageCheckpoints:
 
     def _load(self, folder: Path) -> tuple[int, dict[str, Any]]:
         model, meta = load_checkpoint(folder)
-        model_format = v4_format()
+        model_format = format_for(self.engine.model)
         model_format.load_official(self.engine.model, model_format.to_official(model))
         load_engine_state(folder, self.engine)
         self.tensors = read_stage_tensors(folder)

@@ -7,13 +7,16 @@ import io
 import os
 from pathlib import Path
 
+import pytest
 import ray
 
 from consilience.cli.graph import Graph
 from consilience.cli.progress_display import ProgressLines
-from consilience.cli.ray_session import close_session, share_cluster
+from consilience.cli.ray_session import close_session, rollout_pool, share_cluster
 from consilience.cli.stage_process import warm_up
+from consilience.conf.errors import ConfigError
 from consilience.conf.schema import Config, RolloutConfig
+from consilience.model.dense import DenseConfig
 from consilience.training.run_folder import RunFolder
 
 
@@ -35,3 +38,8 @@ def test_children_attach_to_this_process_s_cluster_and_leave_it_up(tmp_path, mon
     finally:
         close_session()
     assert not ray.is_initialized() and "RAY_ADDRESS" not in os.environ
+
+
+def test_the_native_engine_is_not_asked_to_sample_from_a_dense_model(tmp_path):
+    with pytest.raises(ConfigError, match=r"model of type qwen3; set rollout\.engine=vllm"):
+        rollout_pool(Config(), DenseConfig({"model_type": "qwen3"}), tmp_path, {}, "official")

@@ -1,5 +1,7 @@
 """What stands around vLLM for a V4 model: the released layout, the reference, the probes. No vLLM in it."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,15 @@ def test_the_reference_of_v4_is_our_own_forward(released):
         )  # fp32: the same operations, in another batch at most
     quantised = reference(weights, probes)
     assert np.abs(np.concatenate(quantised) - np.concatenate(scores)).max() > 1e-4
+
+
+def test_a_reference_needs_its_folder_no_longer_than_the_start_of_an_engine(released):
+    folder, _, weights = released
+    probes = probe_sequences(CONFIG.vocab_size, 20)
+    wanted = reference_of(folder)(weights, probes)
+    reference = reference_of(folder)
+    shutil.rmtree(folder)  # as random weights to start from are: `launch` has them in a temporary folder
+    assert all((a == b).all() for a, b in zip(reference(weights, probes), wanted))
 
 
 def test_probes_fit_the_engine_and_are_the_same_at_every_call():

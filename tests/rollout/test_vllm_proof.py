@@ -1,10 +1,20 @@
+import json
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 
-from consilience.rollout.vllm_proof import changed, compare, kind_proof, kinds_of, tensor_digests
+from consilience.rollout.vllm_proof import (
+    Mismatch,
+    changed,
+    compare,
+    kind_proof,
+    kinds_of,
+    note_update,
+    tensor_digests,
+)
 
 NAMES = [
     "layers.0.attn.attn_sink",
@@ -62,3 +72,12 @@ def test_a_sampler_that_follows_is_told_from_one_that_stays_though_both_are_off_
     )
     stays = kind_proof("k", (offset, offset), (before, after))
     assert stays.missing == pytest.approx(0.6) and stays.is_stale
+
+
+def test_what_was_found_of_an_update_is_a_line_of_a_file_that_several_processes_write(tmp_path):
+    path = tmp_path / "run" / "updates.jsonl"
+    note_update(path, Mismatch(0, 1e-6, 2e-6, 0.5, float("nan")), "ab")
+    note_update(path, Mismatch(1, 1e-6, 2e-6, 0.5, 0.25), "cd")
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert (first["version"], first["moved"], first["digest"], first["pid"]) == (0, None, "ab", os.getpid())
+    assert (second["version"], second["mean"], second["moved"], second["digest"]) == (1, 1e-6, 0.25, "cd")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from consilience.conf.errors import ConfigError
-from consilience.rollout.vllm_settings import ALLOWED, REFUSED, V4, check_settings, seed_at
+from consilience.rollout.vllm_settings import ALLOWED, REFUSED, V4, check_settings, seed_at, whole_prompts
 
 
 def test_what_changes_the_sampled_distribution_is_refused_by_name_and_reason():
@@ -25,6 +25,14 @@ def test_v4_needs_a_gpu_and_an_fp8_cache():
     check_settings({"kv_cache_dtype": "fp8", "enable_sleep_mode": True}, V4, False)
     with pytest.raises(ConfigError, match="has none"):
         check_settings({"enable_sleep_mode": True}, "Qwen3ForCausalLM", True)
+
+
+def test_a_cpu_prefills_whole_prompts_in_steps_that_hold_the_longest_and_all_rows():
+    with pytest.raises(ConfigError, match="in two parts"):
+        check_settings({"enable_chunked_prefill": True}, "Qwen3ForCausalLM", True)
+    check_settings({"enable_chunked_prefill": True, "kv_cache_dtype": "fp8"}, V4, False)
+    for sizes, wanted in (((8, 256), 4096), ((8, 9000), 9000), ((5000, 256), 5000)):
+        assert whole_prompts(*sizes) == {"enable_chunked_prefill": False, "max_num_batched_tokens": wanted}
 
 
 def test_a_request_that_goes_on_draws_other_numbers_than_its_prefix_did():

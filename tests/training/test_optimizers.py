@@ -121,8 +121,18 @@ def test_the_number_of_output_groups_can_be_given():
         parameter_groups(module(shapes), o_groups=5)
 
 
+def test_matrices_of_dense_models_are_muons_and_all_else_is_adamws():
+    inner = "model.layers.3."
+    assert {owner_of(f"{inner}self_attn.{n}_proj.weight") for n in "qkvo"} == {Owner.MUON}
+    assert {owner_of(f"{inner}mlp.{n}_proj.weight") for n in ("gate", "up", "down")} == {Owner.MUON}
+    assert {owner_of(n) for n in ("model.embed_tokens.weight", "lm_head.weight")} == {Owner.ADAMW_DECAYED}
+    norms = ("model.norm", f"{inner}input_layernorm", f"{inner}self_attn.q_norm")
+    assert {owner_of(f"{n}.weight") for n in norms} == {Owner.ADAMW}
+    assert owner_of(f"{inner}self_attn.q_proj.bias") is Owner.ADAMW
+
+
 @pytest.mark.parametrize(
-    "name", ["layers.0.attn.wq.weight", "layers.x.attn_norm.weight", "model.embed.weight", "lm_head.weight"]
+    "name", ["layers.0.attn.wq.weight", "layers.x.attn_norm.weight", "model.embed.weight", "lm_head.bias"]
 )
 def test_an_unknown_name_is_an_error_that_names_it(name):
     with pytest.raises(EngineError, match=f"parameter {name} has no optimiser"):

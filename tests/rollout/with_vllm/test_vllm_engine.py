@@ -86,6 +86,15 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd_and_another_seed_othe
     assert len({c.token_ids for c in crowd.values()}) == 30
 
 
+def test_prompts_that_no_step_holds_together_wait_and_are_not_cut(engine, checkpoint):
+    """With a seed a cut one would end this vLLM: "CPU Generator does not use offset"."""
+    long = tuple(i % 250 + 5 for i in range(240))  # 32 of them: 7,680 tokens, a step holds 4,096
+    done, _ = run(engine, *(request(f"long/{i}", long, seed=i, max_tokens=5) for i in range(32)))
+    for turn in (done["long/0"], done["long/31"]):
+        wanted, _ = logprobs_of(*checkpoint, long, turn.token_ids)
+        np.testing.assert_allclose(turn.logprobs, wanted, atol=TOLERANCE)
+
+
 def test_a_stop_id_ends_the_turn_and_is_its_last_token(engine):
     (free,) = run(engine, request("free", max_tokens=20))[0].values()
     stop = free.token_ids[9]

@@ -21,7 +21,7 @@ from consilience.rollout.vllm_reference import reference_of
 from consilience.sandboxes.protocol import SandboxSpec
 
 TOLERANCE = 1e-4  # see test_vllm_engine.py
-pytestmark = pytest.mark.timeout(300)  # two starts of vLLM, 17 s each on an idle core
+pytestmark = pytest.mark.timeout(300)  # three starts of vLLM, 17 s each on an idle core
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +121,15 @@ def test_workers_sleep_between_two_phases_and_wake_with_new_weights(pool, checkp
     assert worst(folder, newer, records) < TOLERANCE
     assert worst(folder, weights, records) > 0.1  # or the line above could not fail
     assert torch.isfinite(torch.tensor([x for r in records for x in r.logprobs])).all()
+
+
+def test_a_worker_that_dies_asleep_is_replaced_when_it_gets_weights(pool, checkpoint):
+    folder, weights = checkpoint
+    newer, num_replaced = other_weights(weights, 3), pool.num_replaced
+    pool.sleep(2)
+    os.kill(pool.pids[0], signal.SIGKILL)
+    pool.wake()
+    pool.publish(newer, weights_digest(newer), 3)
+    records = pool.generate(jobs("replaced", 4))
+    assert pool.num_replaced == num_replaced + 1 and {v for r in records for v in r.weight_version} == {3}
+    assert worst(folder, newer, records) < TOLERANCE

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from consilience.rollout.vllm_engine import VllmEngine
 from consilience.rollout.vllm_reference import reference_of
@@ -17,7 +17,7 @@ MAX_MISMATCH = 1e-4
 SETTINGS = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 32 << 20}
 
 
-def write_checkpoint(folder: Path, seed: int = 0) -> dict[str, torch.Tensor]:
+def write_checkpoint(folder: Path, seed: int = 0, most_tokens: int = 512) -> dict[str, torch.Tensor]:
     """A Qwen3 of two layers into `folder`; its tensors. Heads of 32 channels: fewer are not served."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -30,13 +30,18 @@ def write_checkpoint(folder: Path, seed: int = 0) -> dict[str, torch.Tensor]:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=most_tokens,
         tie_word_embeddings=False,
         initializer_range=0.3,  # peaked enough that log-probabilities vary
     )
     model = Qwen3ForCausalLM(config).float()
     model.save_pretrained(folder)
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of such a folder."""
+    return load_file(folder / "model.safetensors")
 
 
 def rewrite_checkpoint(source: Path, folder: Path, architecture: str, weights) -> Path:
