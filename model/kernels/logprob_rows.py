@@ -20,7 +20,7 @@ from consilience.model.kernels.head_products import project
 
 
 def is_available(*tensors: Tensor) -> bool:
-    """Whether rows of these, widened to fp32, go through the compiled kernel: on the CPU, no fp64, not exact."""
+    """Whether rows of these, widened to fp32, go through the compiled kernel: on the CPU, not exact."""
     fits = all(t.device.type == "cpu" and t.dtype != torch.float64 for t in tensors)
     return fits and not exact.is_on() and not isinstance(library("logprob_rows"), str)
 
