@@ -48,22 +48,9 @@ Step = dict[str, float]
 
 
 def config_of(name: str):
-    """tiny: the demo's model; small: 2.2 M parameters; wide: width 256, 8 layers, 31 M. All layer kinds."""
+    """tiny: the demo's model; wide: width 256, 8 layers, 31 M parameters. All layer kinds."""
     from consilience.model.config import MINI, TINY
 
-    small = replace(
-        TINY,
-        vocab_size=1664,
-        hidden_size=128,
-        num_hidden_layers=6,
-        q_lora_rank=64,
-        compress_ratios=(0, 0, 4, 128, 4, 128),
-        index_n_heads=4,
-        index_head_dim=32,
-        index_topk=64,
-        moe_intermediate_size=64,
-        num_hash_layers=2,
-    )
     wide = replace(
         MINI,
         vocab_size=4096,
@@ -75,7 +62,7 @@ def config_of(name: str):
         compress_ratios=(0, 0, 4, 128, 4, 128, 4, 128),
         moe_intermediate_size=256,
     )
-    return {"tiny": TINY, "small": small, "wide": wide}[name]
+    return {"tiny": TINY, "wide": wide}[name]
 
 
 # ---- an arm: a process that does as it is told, one JSON line in, one out ----
@@ -375,7 +362,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="tiny only, one timed step each: under a minute")
     parser.add_argument("--slope", action="store_true", help="our memory by length instead of the comparison")
-    parser.add_argument("--config", action="append", choices=["tiny", "small", "wide"])
+    parser.add_argument("--config", action="append", choices=["tiny", "wide"])
     parser.add_argument(
         "--recompute", nargs="+", default=["none"], metavar="NAME", help="engine.recompute of ours"
     )

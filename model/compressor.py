@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from consilience.model import exact
 from consilience.model.config import CSA_RATIO, ModelConfig
 from consilience.model.exact import Linear
-from consilience.model.kernels import gpu_compressor
+from consilience.model.kernels import gpu_compressor, window_pool
 from consilience.model.kernels.gpu_decode import step_kernels
 from consilience.model.layout import Closing, Layout
 from consilience.model.norm import RMSNorm
@@ -67,7 +67,11 @@ class Compressor(nn.Module):
             turn = layout.compressed_rotation
             return self._cut(gpu_compressor.compress(hidden, weights, closing, turn, windows.num_columns))
         values, gates = self._projected(hidden)
-        entries = self._pool(values, self._biased(gates, layout), closing, layout, hidden.dtype)
+        if window_pool.is_available(values, self.ape):
+            pooled = window_pool.pool(values, gates, self.ape, closing).to(hidden.dtype)
+            entries = self._finished(pooled, closing, layout)
+        else:
+            entries = self._pool(values, self._biased(gates, layout), closing, layout, hidden.dtype)
         flat = closing.row * windows.num_columns + closing.column
         shape = (hidden.shape[0], windows.num_columns, self.width)
         return entries.new_zeros(shape).view(-1, self.width).index_copy(0, flat, entries).view(shape)
@@ -123,9 +127,11 @@ class Compressor(nn.Module):
             pooled_gates = pooled_gates.masked_fill(~closing.is_present[:, :, None], float("-inf"))
         else:
             pooled_values, pooled_gates = flat_values[closing.source], flat_gates[closing.source]
-        entries = exact.by_tiles(_pooled, pooled_gates, pooled_values).to(dtype)
-        turn = rotations(closing.position, layout.frequencies[True])
-        return self._cut(self.norm(entries, turn))
+        return self._finished(exact.by_tiles(_pooled, pooled_gates, pooled_values).to(dtype), closing, layout)
+
+    def _finished(self, entries: Tensor, closing: Closing, layout: Layout) -> Tensor:
+        """What was pooled [E, C], normed and turned."""
+        return self._cut(self.norm(entries, rotations(closing.position, layout.frequencies[True])))
 
     def _cut(self, entries: Tensor) -> Tensor:
         """Entries [..., C] as the quantized model reads them."""

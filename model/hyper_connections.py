@@ -145,8 +145,7 @@ class HyperConnection(nn.Module):
     def read(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """streams [R, N, D] -> layer input [R, D], post [R, N], comb [R, N, N] (both fp32)."""
         if fused.is_available(streams, self.fn):
-            sizes = {"rounds": self.rounds, "eps": self.eps, "norm_eps": self.norm_eps}
-            return fused.read(streams, self.fn, self.base, self.scale, **sizes)
+            return fused.receive(streams, *self._reader())[1:]
         if gpu.is_available(streams, None, self.fn):
             return gpu.read(streams, self._reader())
         return exact.by_tiles(self.read_plainly, streams)
@@ -185,6 +184,8 @@ class HyperConnection(nn.Module):
         """Streams [R, N, D] as the last sub-layer left them, and what `read` finds in them."""
         if isinstance(streams, Written):
             return gpu.write_read(streams, self._reader())
+        if fused.is_available(streams, self.fn):
+            return fused.receive(streams, *self._reader())
         return streams, *self.read(streams)
 
     def _reader(self) -> Reader:

@@ -8,7 +8,10 @@ R tokens, D model width, E experts, K experts a token, I expert width, n rows of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import itertools
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,12 +22,22 @@ from consilience.model.kernels.compiled import call, library
 from consilience.model.recompute import named
 
 ROWS = 512  # of one expert at a time
+MOST_PARTS = 4  # of an expert that takes every token: each has gradients of its own until they are summed
 
 
 def is_available(*tensors: Tensor) -> bool:
-    """Whether these can go through the compiled kernel: fp32 on the CPU, not exact, a compiler found."""
+    """Whether these can go through the compiled kernel: fp32 on the CPU, not exact, a compiler found, and a
+    PyTorch that shows the product of its matrix library."""
     fits = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-    return fits and not exact.is_on() and not isinstance(library("experts"), str)
+    return fits and not exact.is_on() and not isinstance(library("experts"), str) and _product() != 0
+
+
+@cache
+def _product() -> int:
+    """Where sgemm of PyTorch's matrix library begins, 0 if it shows none; serial within OpenMP's threads."""
+    found = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
+    function = None if found is None else getattr(ctypes.CDLL(str(found)), "sgemm_", None)
+    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 class Expert(NamedTuple):
@@ -34,117 +47,77 @@ class Expert(NamedTuple):
     w2: Tensor
     w3: Tensor
 
-    def of(self, index: int) -> Expert:
-        return Expert(self.w1[index], self.w2[index], self.w3[index])
-
 
 class _Pairs(NamedTuple):
     """Pairs of token and expert, sorted by expert, tokens in order within each."""
 
-    order: Tensor  # [R K] of the flattened choices
+    places: Tensor  # [R, K] of the choices among the pairs
     tokens: Tensor  # [R K]
-    counts: list[int]  # [E]
+    starts: list[int]  # [E + 1]
 
-    def pieces(self) -> Iterator[tuple[int, slice]]:
-        """Experts and where their pairs lie, at most ROWS at a time."""
-        start = 0
-        for expert, count in enumerate(self.counts):
-            yield from ((expert, here) for here in _cut(start, start + count))
-            start += count
+    @classmethod
+    def of(cls, experts: Tensor, num_experts: int) -> _Pairs:
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order))
+        starts = torch.bincount(flat, minlength=num_experts).cumsum(0).tolist()
+        return cls(places.view_as(experts), order // experts.shape[1], [0, *starts])
 
+    def sorted(self, shares: Tensor) -> Tensor:
+        """shares [R, K] of the pairs in their order."""
+        return torch.empty_like(shares.flatten()).index_copy_(0, self.places.flatten(), shares.flatten())
 
-def _cut(start: int, stop: int) -> Iterator[slice]:
-    return (slice(first, min(first + ROWS, stop)) for first in range(start, stop, ROWS))
-
-
-def _sorted_pairs(experts: Tensor, num_experts: int) -> _Pairs:
-    flat = experts.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=num_experts).tolist()
-    return _Pairs(order, order // experts.shape[1], counts)
-
-
-class _Buffers:
-    """Memory for a piece: `of(i, n, width)` is the i-th buffer as [n, width], with anything in it."""
-
-    def __init__(self, count: int, own: Expert) -> None:
-        self.memory = torch.empty(count, ROWS * max(own.w1.shape[-2:]))
-
-    def of(self, index: int, num_rows: int, width: int) -> Tensor:
-        return self.memory[index, : num_rows * width].view(num_rows, width)
-
-    def gathered(self, index: int, source: Tensor, rows: Tensor) -> Tensor:
-        """source [R, D] at rows [n], in the i-th buffer."""
-        target = self.of(index, len(rows), source.shape[1])
-        call("experts", "experts_gather", *target.shape, rows, source, target)
-        return target
+    def sums(self, rows: Tensor) -> Tensor:
+        """Each token's rows of the pairs' [R K, D], added in the order of its choices: [R, D]."""
+        found = rows.new_empty(len(self.places), rows.shape[1])
+        call("experts", "experts_sum", *self.places.shape, rows.shape[1], self.places, rows, found)
+        return found
 
 
-def _scatter(rows: Tensor, source: Tensor, target: Tensor) -> None:
-    """target [R, D] at rows [n] += source [n, D], row by row in order."""
-    call("experts", "experts_scatter", *source.shape, rows, source, target)
+def _pieces(starts: list[int]) -> list[tuple[int, int, int]]:
+    """Expert, first pair and the one behind the last of at most ROWS pairs at a time."""
+    return [
+        (expert, first, min(first + ROWS, stop))
+        for expert, (start, stop) in enumerate(itertools.pairwise(starts))
+        for first in range(start, stop, ROWS)
+    ]
 
 
-def _inner(x: Tensor, own: Expert, buffers: _Buffers) -> tuple[Tensor, Tensor]:
-    """Gate and up [n, I] of x [n, D], in buffers 0 and 1."""
-    shape = (len(x), len(own.w1))
-    gate = torch.mm(x, own.w1.t(), out=buffers.of(0, *shape))
-    return gate, torch.mm(x, own.w3.t(), out=buffers.of(1, *shape))
+def _parts(num_rows: int) -> list[tuple[int, int, int]]:
+    """Rows of one expert in parts whose gradients are summed apart; the rows alone decide how many."""
+    count = min(MOST_PARTS, max(1, num_rows // ROWS))
+    edges = [part * num_rows // count for part in range(count + 1)]
+    return [(0, first, stop) for first, stop in itertools.pairwise(edges)]
 
 
-def _apply(
-    x: Tensor, own: Expert, limit: float, share: Tensor | None, buffers: _Buffers, out: Tensor
-) -> Tensor:
-    """out [n, D] = one expert of x [n, D], times share [n] where there is one."""
-    gate, up = _inner(x, own, buffers)
-    call("experts", "experts_activate", *gate.shape, limit, gate, up, share, gate)
-    return torch.mm(gate, own.w2.t(), out=out)
+def _sizes(own: Expert, tasks: list[tuple[int, int, int]], limit: float) -> tuple[int | float | Tensor, ...]:
+    """What both functions of the C file begin with."""
+    inner, width = own.w1.shape[-2:]
+    return _product(), len(tasks), width, inner, ROWS, limit, torch.tensor(tasks, dtype=torch.int64)
+
+
+def _work(count: int, own: Expert) -> Tensor:
+    """Memory for `count` buffers of a piece for each thread."""
+    return torch.empty(torch.get_num_threads(), count, ROWS, max(own.w1.shape[-2:]))
 
 
 def _forward(
     hidden: Tensor, shares: Tensor | None, experts: Tensor | None, limit: float, own: Expert
 ) -> Tensor:
-    buffers = _Buffers(4, own)
     if shares is None or experts is None:
         output = torch.empty_like(hidden)
-        for here in _cut(0, len(hidden)):
-            _apply(hidden[here], own, limit, None, buffers, output[here])
+        sizes = _sizes(own, _pieces([0, len(hidden)]), limit)
+        call("experts", "experts_forward", *sizes, None, hidden, None, *own, output, _work(3, own))
         return output
-    pairs = _sorted_pairs(experts, len(own.w1))
-    share, output = shares.flatten().index_select(0, pairs.order), torch.zeros_like(hidden)
-    for e, here in pairs.pieces():
-        tokens = pairs.tokens[here]
-        x, out = buffers.gathered(2, hidden, tokens), buffers.of(3, len(tokens), hidden.shape[1])
-        _scatter(tokens, _apply(x, own.of(e), limit, share[here], buffers, out), output)
-    return output
-
-
-class _Backward(NamedTuple):
-    """What the pieces of a backward share."""
-
-    limit: float
-    buffers: _Buffers
-    wants_weights: bool
-
-    def apply(
-        self,
-        x: Tensor,
-        grad: Tensor,
-        own: Expert,
-        grads: Expert,
-        share: tuple[Tensor, Tensor] | tuple[None, None],
-        d_x: Tensor,
-    ) -> Tensor:
-        """d_x [n, D] of one expert from grad [n, D]; adds to `grads`. share: the router's, its gradient."""
-        gate, up = _inner(x, own, self.buffers)
-        active = torch.mm(grad, own.w2, out=self.buffers.of(2, *gate.shape))
-        given = (share[0], gate, up, active, share[1])
-        call("experts", "experts_activate_backward", *gate.shape, self.limit, *given)
-        if self.wants_weights:
-            grads.w2.addmm_(grad.t(), active)
-            grads.w1.addmm_(gate.t(), x)
-            grads.w3.addmm_(up.t(), x)
-        return torch.mm(gate, own.w1, out=d_x).addmm_(up, own.w3)
+    pairs = _Pairs.of(experts, len(own.w1))
+    made, sizes = (
+        hidden.new_empty(experts.numel(), hidden.shape[1]),
+        _sizes(own, _pieces(pairs.starts), limit),
+    )
+    given = (pairs.tokens, hidden, pairs.sorted(shares), *own)
+    call("experts", "experts_forward", *sizes, *given, made, _work(3, own))
+    return pairs.sums(made)
 
 
 class _Experts(torch.autograd.Function):
@@ -158,23 +131,22 @@ class _Experts(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         hidden, shares, experts, *weights = ctx.saved_tensors
         own, grad = Expert(*weights), grad.contiguous()
-        grads, buffers = Expert(*map(torch.zeros_like, own)), _Buffers(6, own)
-        work = _Backward(ctx.limit, buffers, any(ctx.needs_input_grad[4:]))
+        wants_weights = any(ctx.needs_input_grad[4:])
         if experts is None:
-            d_hidden = torch.empty_like(hidden)
-            for here in _cut(0, len(hidden)):
-                work.apply(hidden[here], grad[here], own, grads, (None, None), d_hidden[here])
-            return d_hidden, None, None, None, *grads
-        pairs = _sorted_pairs(experts, len(own.w1))
-        share, d_hidden = shares.flatten().index_select(0, pairs.order), torch.zeros_like(hidden)
-        d_share, d_shares = torch.empty_like(share), torch.empty_like(share)
-        for e, here in pairs.pieces():
-            tokens = pairs.tokens[here]
-            x, g = buffers.gathered(3, hidden, tokens), buffers.gathered(4, grad, tokens)
-            d_x, each = buffers.of(5, *x.shape), (share[here], d_share[here])
-            _scatter(tokens, work.apply(x, g, own.of(e), grads.of(e), each, d_x), d_hidden)
-        d_shares[pairs.order] = d_share
-        return d_hidden, d_shares.view_as(shares), None, None, *grads
+            d_hidden, tasks = torch.empty_like(hidden), _parts(len(hidden))
+            grads = [w.new_empty(len(tasks), *w.shape) if wants_weights else None for w in own]
+            given = (None, hidden, None, *own, grad, *grads, None, d_hidden, _work(5, own))
+            call("experts", "experts_backward", *_sizes(own, tasks, ctx.limit), *given)
+            summed = (None if g is None else g.sum(0) if len(tasks) > 1 else g[0] for g in grads)
+            return d_hidden, None, None, None, *summed
+        pairs = _Pairs.of(experts, len(own.w1))
+        tasks = [(e, *edges) for e, edges in enumerate(itertools.pairwise(pairs.starts))]
+        grads = [torch.empty_like(w) if wants_weights else None for w in own]
+        share, d_x = pairs.sorted(shares), hidden.new_empty(experts.numel(), hidden.shape[1])
+        d_share = torch.empty_like(share)
+        given = (pairs.tokens, hidden, share, *own, grad, *grads, d_share, d_x, _work(5, own))
+        call("experts", "experts_backward", *_sizes(own, tasks, ctx.limit), *given)
+        return pairs.sums(d_x), d_share[pairs.places], None, None, *grads
 
 
 def routed_experts(hidden: Tensor, shares: Tensor, experts: Tensor, limit: float, own: Expert) -> Tensor:

@@ -137,7 +137,7 @@ INLINE void read_forward(long R, int n, long D, int is_whole, int rounds, float 
             vec squares = {0};
             x[l] = streams + (r0 + l) * width;
             y[l] = mixes + (r0 + l) * K;
-            ALONG(width, const vec v = fetch(x[l] + c, count); squares += v * v;)
+            ALONG(width, const vec v = fetch(x[l] + c, count); squares = fused(v, v, squares);)
             inv[r0 + l] = 1.0f / sqrtf(total(squares) / (float)width + norm_eps);
         }
         if (fn) product(lanes, K, width, x, fn, y);
@@ -155,7 +155,7 @@ INLINE void read_forward(long R, int n, long D, int is_whole, int rounds, float 
             for (int j = 0; is_whole && j < n; j++) post[r * n + j] = z[n + j][l];
             for (int e = 0; is_whole && e < n * n; e++) comb[r * n * n + e] = z[2 * n + e][l];
             ALONG(D, vec sum = {0};
-                  STREAMS(j) sum += p[j] * fetch(x[l] + j * D + c, count);
+                  STREAMS(j) sum = fused(every(p[j]), fetch(x[l] + j * D + c, count), sum);
                   put(input + r * D + c, sum, count);)
         }
     }
@@ -165,11 +165,11 @@ INLINE void read_forward(long R, int n, long D, int is_whole, int rounds, float 
 typedef struct {
     int n, K;
     long D;
-    const float *streams, *fn, *pre, *d_input, *d_mixes;
+    const float *streams, *fn, *pre, *d_input, *d_mixes, *passed; /* passed: may be null */
     float *d_streams;
 } read_t;
 
-/* d_streams = pre d_input + along streams + d_mixes · fn: stream j from channel c, `rows` tokens from r0. */
+/* d_streams = pre d_input + along streams + d_mixes · fn + passed: stream j from channel c, `rows` tokens from r0. */
 INLINE void stripe(int rows, int vectors, long count, const read_t *q, long r0, const float *along, int j,
                    long c) {
     const long D = q->D, width = q->n * D, at = j * D + c;
@@ -183,9 +183,13 @@ INLINE void stripe(int rows, int vectors, long count, const read_t *q, long r0, 
     for (int k = 0; k < q->K; k++) {
         vec line[STRIPE];
         ALSO(vectors) line[o] = fetch(q->fn + k * width + at + o * LANES, count);
-        EACH(rows) ALSO(vectors) sum[r][o] += d_mixes[r * q->K + k] * line[o];
+        EACH(rows) ALSO(vectors) sum[r][o] = fused(every(d_mixes[r * q->K + k]), line[o], sum[r][o]);
     }
-    EACH(rows) ALSO(vectors) put(q->d_streams + (r0 + r) * width + at + o * LANES, sum[r][o], count);
+    EACH(rows) ALSO(vectors) {
+        const long to = (r0 + r) * width + at + o * LANES;
+        if (q->passed) sum[r][o] += fetch(q->passed + to, count);
+        put(q->d_streams + to, sum[r][o], count);
+    }
 }
 
 INLINE void stripes(int rows, const read_t *q, long r0, const float *along) {
@@ -202,12 +206,12 @@ INLINE void stripes(int rows, const read_t *q, long r0, const float *along) {
 INLINE void read_backward(long R, int n, long D, int is_whole, int rounds, float eps, const float *streams,
                           const float *fn, const float *base, const float *scale, const float *mixes,
                           const float *pre, const float *inv, const float *d_input, const float *d_post,
-                          const float *d_comb, float *d_streams, float *d_mixes, double *d_base,
-                          double *d_scale, vec *work) {
+                          const float *d_comb, const float *passed, float *d_streams, float *d_mixes,
+                          double *d_base, double *d_scale, vec *work) {
     const int K = is_whole ? n * (n + 2) : n, steps = 2 * rounds - 1;
     const long width = n * D;
     vec *trail = work, *sums = work + steps * n * n;
-    const read_t q = {n, K, D, streams, fn, pre, d_input, d_mixes, d_streams};
+    const read_t q = {n, K, D, streams, fn, pre, d_input, d_mixes, passed, d_streams};
     for (long r0 = 0; r0 < R; r0 += LANES) {
         vec z[MOST_ROWS], d[MOST_ROWS], y[MOST * MOST];
         float lines[MOST_ROWS][LANES], along[LANES];
@@ -218,7 +222,7 @@ INLINE void read_backward(long R, int n, long D, int is_whole, int rounds, float
             vec dot[MOST];
             STREAMS(j) dot[j] = (vec){0};
             ALONG(D, const vec g = fetch(d_input + r * D + c, count);
-                  STREAMS(j) dot[j] += g * fetch(streams + r * width + j * D + c, count);)
+                  STREAMS(j) dot[j] = fused(g, fetch(streams + r * width + j * D + c, count), dot[j]);)
             STREAMS(j) {
                 const float s = pre[r * n + j] - eps;
                 lines[j][l] = total(dot[j]) * s * (1 - s);
@@ -264,7 +268,7 @@ INLINE void write_forward(long R, int n, long D, const float *streams, const flo
               STREAMS(j) line[j] = fetch(x + j * D + c, count);
               STREAMS(k) {
                   vec sum = p[k] * o;
-                  STREAMS(j) sum += weight[j * n + k] * line[j];
+                  STREAMS(j) sum = fused(every(weight[j * n + k]), line[j], sum);
                   put(written + (r * n + k) * D + c, sum, count);
               })
     }
@@ -281,16 +285,16 @@ INLINE void write_backward(long R, int n, long D, const float *streams, const fl
         ALONG(D, const vec o = fetch(output + r * D + c, count); vec g[MOST]; vec sum = {0};
               STREAMS(k) {
                   g[k] = fetch(grad + (r * n + k) * D + c, count);
-                  of_post[k] += g[k] * o;
-                  sum += p[k] * g[k];
+                  of_post[k] = fused(g[k], o, of_post[k]);
+                  sum = fused(every(p[k]), g[k], sum);
               }
               put(d_output + r * D + c, sum, count);
               STREAMS(j) {
                   const vec x = fetch(streams + (r * n + j) * D + c, count);
                   sum = (vec){0};
                   STREAMS(k) {
-                      of_comb[j * n + k] += x * g[k];
-                      sum += weight[j * n + k] * g[k];
+                      of_comb[j * n + k] = fused(x, g[k], of_comb[j * n + k]);
+                      sum = fused(every(weight[j * n + k]), g[k], sum);
                   }
                   put(d_streams + (r * n + j) * D + c, sum, count);
               })
@@ -321,19 +325,19 @@ void hc_read_forward(long R, int n, long D, int is_whole, int rounds, float eps,
 #undef READ
 }
 
-/* d_base [fixed_parts(R), K], d_scale [fixed_parts(R), …] are added to; work: for each part what it says above. */
+/* passed [R, n, D] or null: what else is added to d_streams. d_base [fixed_parts(R), K], d_scale [fixed_parts(R), …] are added to; work: for each part what it says above. */
 void hc_read_backward(long R, int n, long D, int is_whole, int rounds, float eps, const float *streams,
                       const float *fn, const float *base, const float *scale, const float *mixes,
                       const float *pre, const float *inv, const float *d_input, const float *d_post,
-                      const float *d_comb, float *d_streams, float *d_mixes, double *d_base, double *d_scale,
-                      float *work) {
+                      const float *d_comb, const float *passed, float *d_streams, float *d_mixes, double *d_base,
+                      double *d_scale, float *work) {
     const long parts = fixed_parts(R), K = is_whole ? n * (n + 2) : n, groups = is_whole ? 3 : 1;
     const long space = is_whole ? (2 * rounds - 1) * n * (n + 1) : 0;
 #define READ(n)                                                                                             \
     read_backward(m, n, D, is_whole, rounds, eps, streams + r0 * n * D, fn, base, scale, mixes + r0 * K,    \
                   pre + r0 * n, inv + r0, d_input + r0 * D, d_post + r0 * n, d_comb + r0 * n * n,           \
-                  d_streams + r0 * n * D, d_mixes + r0 * K, d_base + p * K, d_scale + p * groups,           \
-                  (vec *)work + p * space)
+                  passed ? passed + r0 * n * D : 0, d_streams + r0 * n * D, d_mixes + r0 * K,               \
+                  d_base + p * K, d_scale + p * groups, (vec *)work + p * space)
     FOR_PARTS(FOR_STREAMS(READ(4), READ(n)))
 #undef READ
 }

@@ -49,7 +49,10 @@ def _read(
 
 
 class _Read(torch.autograd.Function):
-    """streams [R, N, D] -> layer input [R, D], post [R, N], comb [R, N, N] (empty for a collapse)."""
+    """streams [R, N, D] -> the same, layer input [R, D], post [R, N], comb [R, N, N] (empty for a collapse).
+
+    Who reads the streams that come back hands their gradient here, where it is added in the same pass.
+    """
 
     @staticmethod
     def forward(
@@ -65,21 +68,25 @@ class _Read(torch.autograd.Function):
         found = named("layer_input", _read, streams, fn, base, scale, rounds, eps, norm_eps)
         ctx.save_for_backward(streams, fn, base, scale, *found[3:])
         ctx.settings = (rounds, eps)
-        return found[:3]
+        ctx.shapes = [x.shape for x in found[:3]]
+        ctx.set_materialize_grads(False)
+        return streams, *found[:3]
 
     @staticmethod
-    def backward(ctx, d_input: Tensor, d_post: Tensor, d_comb: Tensor):  # type: ignore[override]
+    def backward(ctx, passed: Tensor | None, *grads: Tensor | None):  # type: ignore[override]
         streams, fn, base, scale, mixes, pre, inverse = ctx.saved_tensors
         rounds, eps = ctx.settings
         num_tokens, n, width = streams.shape
         d_streams, d_mixes = torch.empty_like(streams), torch.empty_like(mixes)
+        pairs = zip(grads, ctx.shapes, strict=True)
+        given = [streams.new_zeros(shape) if g is None else g.contiguous() for g, shape in pairs]
         parts = fixed_parts(num_tokens)
         d_base, d_scale = (torch.zeros(parts, *t.shape, dtype=torch.float64) for t in (base, scale))
         work = streams.new_empty(parts * max(2 * rounds - 1, 0) * n * (n + 1) * LANES)
         _call(
             "hc_read_backward", num_tokens, n, width, int(rounds > 0), rounds, eps,
             streams, fn, base, scale, mixes, pre, inverse,
-            d_input.contiguous(), d_post.contiguous(), d_comb.contiguous(),
+            *given, None if passed is None else passed.contiguous(),
             d_streams, d_mixes, d_base, d_scale, work,
         )  # fmt: skip
         flat = streams.view(num_tokens, -1)
@@ -118,12 +125,21 @@ class _Write(torch.autograd.Function):
         return tuple(grads)
 
 
+def receive(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rounds: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The streams [R, N, D] themselves, and what `read` finds in them; `HyperConnection.receive`."""
+    arguments = (streams.contiguous(), fn, base, scale, rounds, eps, norm_eps)
+    if torch.is_grad_enabled():
+        return _Read.apply(*arguments)  # type: ignore[return-value]
+    return arguments[0], *_read(*arguments)[:3]  # type: ignore[return-value]
+
+
 def read(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, rounds: int, eps: float, norm_eps: float
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rounds: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Layer input [R, D], post [R, N], comb [R, N, N] from streams [R, N, D]; `HyperConnection.read`."""
-    arguments = (streams.contiguous(), fn, base, scale, rounds, eps, norm_eps)
-    return _Read.apply(*arguments) if torch.is_grad_enabled() else _read(*arguments)[:3]  # type: ignore[return-value]
+    return receive(streams, fn, base, scale, rounds, eps, norm_eps)[1:]
 
 
 def collapse(

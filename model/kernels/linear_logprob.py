@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from consilience.model import exact
+from consilience.model.kernels import logprob_rows
 from consilience.model.kernels.choice import can_use_triton
 from consilience.model.kernels.head_products import compute_dtype, default_chunk, project
 
@@ -80,6 +81,8 @@ def linear_logprob(
         raise ValueError("head_grad is given, but this device has no kernel that adds to it; leave it out")
     keep = KEEP_BYTES if keep_bytes is None else keep_bytes
     settings = (chunk, float(temperature), keep if wants_grad else 0)
+    if logprob_rows.is_available(hidden, head):
+        return LinearLogprob(*logprob_rows.run(hidden.float(), head.float(), target_ids, settings))
     return LinearLogprob(*_LinearLogprob.apply(hidden, head, target_ids, settings))  # pyright: ignore
 
 

@@ -58,7 +58,7 @@ INLINE void mix_block(int rows, int vectors, long n, long C, long most, const fl
     for (long j = 0; j < n; j++) {
         vec line[OUTS];
         ALSO(vectors) line[o] = *(const vec *)(keys + j * C + c + o * LANES);
-        EACH(rows) ALSO(vectors) sum[r][o] += weights[r * most + j] * line[o];
+        EACH(rows) ALSO(vectors) sum[r][o] = fused(every(weights[r * most + j]), line[o], sum[r][o]);
     }
     EACH(rows) ALSO(vectors) *(vec *)(out + r * C + c + o * LANES) = sum[r][o];
 }
@@ -127,7 +127,10 @@ INLINE void spread_block(int rows, int vectors, const query_t *q, const float *s
             own[o] = *(const vec *)(x + h * C + c + o * LANES);
             from[o] = *(const vec *)(grad + h * C + c + o * LANES);
         }
-        EACH(rows) ALSO(vectors) sum[r][o] += score[h * most + r] * own[o] + weight[h * most + r] * from[o];
+        EACH(rows) ALSO(vectors) {
+            sum[r][o] = fused(every(score[h * most + r]), own[o], sum[r][o]);
+            sum[r][o] = fused(every(weight[h * most + r]), from[o], sum[r][o]);
+        }
     }
     EACH(rows) ALSO(vectors) *(vec *)(d_key[r] + c + o * LANES) = sum[r][o];
 }

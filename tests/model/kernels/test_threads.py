@@ -10,8 +10,8 @@ import pytest
 import torch
 from attention_cases import SCALE, case, packed
 
-from consilience.model.kernels import hyper_connections, index_pick, range_attention
-from consilience.model.kernels.compiled import call, even_parts, fixed_parts
+from consilience.model.kernels import experts, hyper_connections, index_pick, range_attention
+from consilience.model.kernels.compiled import even_parts, fixed_parts
 from consilience.model.kernels.norm_rotate import norm_rotate
 from consilience.model.layout import chunk_layout
 from consilience.model.state import DecodeState
@@ -62,14 +62,16 @@ def _picks():
     return (index_pick.pick(*given, torch.zeros_like(stop), stop, 17),)
 
 
-def _activations():
-    gate, up, grad, share = draw(R, 70), draw(R, 70, seed=1), draw(R, 70, seed=2), draw(R, seed=3)
-    gathered, out, slope = torch.empty(R, 70), torch.empty(R, 70), torch.empty(R)
-    rows = torch.randperm(R, generator=torch.Generator().manual_seed(4))
-    call("experts", "experts_gather", R, 70, rows, gate, gathered)
-    call("experts", "experts_activate", R, 70, 1.5, gate, up, share, out)
-    call("experts", "experts_activate_backward", R, 70, 1.5, share, gate, up, grad, slope)
-    return gathered, out, gate, up, grad, slope
+def _experts():
+    hidden, shares = draw(R, 48).requires_grad_(), draw(R, 2, seed=1).requires_grad_()
+    choices = torch.rand(R, 5, generator=torch.Generator().manual_seed(2)).argsort(1)[:, :2]
+    weights = [
+        draw(5, *size, seed=i).requires_grad_() for i, size in enumerate(((40, 48), (48, 40), (40, 48)))
+    ]
+    shared = [w.detach()[0].requires_grad_() for w in weights]
+    out = experts.routed_experts(hidden, shares, choices, 1.5, experts.Expert(*weights))
+    out = out + experts.one_expert(hidden, 1.5, experts.Expert(*shared))
+    return out, *torch.autograd.grad(out, (hidden, shares, *weights, *shared), draw(R, 48, seed=6))
 
 
 def _decoding(model, num_rows):
@@ -100,7 +102,7 @@ def test_threads_change_no_bit(work, smallest, rough_model):
         "ranges": lambda: _attention(config, None),
         "picked": lambda: _attention(config, 5),
         "picks": _picks,
-        "experts": _activations,
+        "experts": _experts,
         "decoding": lambda: _decoding(model, 32),
     }[work]
     before = torch.get_num_threads()
