@@ -14,25 +14,18 @@ import json
 import os
 import socket
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from consilience.conf.errors import SandboxLost, SandboxUnavailable
 from consilience.sandboxes.box import MODEL_ENV, START_TIMEOUT_S, RunnerSandbox, new_box_id, new_uid, settings
 from consilience.sandboxes.channel import Channel
 from consilience.sandboxes.protocol import Enforced, Isolation, Limits, Sandbox, SandboxSpec
+from consilience.sandboxes.runner_bundle import BOOTSTRAP, bootstrap_frame
 from consilience.sandboxes.seccomp import docker_profile
 from consilience.sandboxes.verify import check_isolation, probe_program
 
 DEFAULT_IMAGE = "consilience-sandbox:1"
 BUILD_COMMAND = "python -m consilience.sandboxes.build_image"
-RUNNER = Path(__file__).with_name("runner.py")
-# reads the runner from the channel first, so that no file has to get into the container
-BOOTSTRAP = (
-    "import os\nleft, text = int(os.read(0, 8)), b''\n"
-    "while left: chunk = os.read(0, left); text += chunk; left -= len(chunk) or exit(1)\n"
-    "exec(compile(text, 'runner.py', 'exec'))"
-)
 COUNTER_FILES = (
     ("oom", "/sys/fs/cgroup/memory/memory.oom_control", "oom_kill"),
     ("pids", "/sys/fs/cgroup/pids/pids.events", "max"),
@@ -240,9 +233,8 @@ async def open_docker(spec: SandboxSpec) -> Sandbox:
 async def _configured(
     engine: Engine, name: str, channel: Channel, transport: _DockerTransport, limits: Limits
 ) -> RunnerSandbox:
-    runner = RUNNER.read_bytes()
     async with asyncio.timeout(START_TIMEOUT_S):
-        await transport.send(b"%-8d" % len(runner) + runner)
+        await transport.send(bootstrap_frame())
     uid = 1000 + new_uid() % 50000 if engine.has_userns else new_uid()  # remapped ranges hold 65536
     request = settings(
         limits,
