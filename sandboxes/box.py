@@ -8,6 +8,7 @@ import math
 import os
 import random
 import sys
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -32,6 +33,7 @@ MODEL_ENV = {
     "OMP_NUM_THREADS": "1",
     "SOURCE_DATE_EPOCH": "0",
 }
+OOM_SCORE = 500  # of the whole box: it goes before the harness does, and nothing inside may go lower
 MODEL_UIDS = range(0x70000000, 0x71000000)  # above what systemd and subuid files hand out
 _CPU_SIGNALS = (-24, -9)  # SIGXCPU, and SIGKILL a second later for those that ignore it
 _SIZE_SIGNALS = (-25,)  # SIGXFSZ
@@ -164,7 +166,17 @@ class RunnerSandbox:
         if timeout_s is not None and not timeout_s > 0:
             raise ValueError(f"timeout_s is {timeout_s}; it must be above 0")
         limit_s = self.limits.wall_s if timeout_s is None else min(timeout_s, self.limits.wall_s)
-        reply, blob = await self._channel.call({**request, "timeout_s": limit_s}, *blobs, timeout_s=limit_s)
+        began = time.monotonic()
+        try:
+            reply, blob = await self._channel.call(
+                {**request, "timeout_s": limit_s}, *blobs, timeout_s=limit_s
+            )
+        except SandboxLost:
+            before, self._kills = self._kills, dict(self._count_kills())
+            if self._kills.get("oom", 0) > before.get("oom", 0):  # it made the kernel choose the runner
+                wall_s = time.monotonic() - began
+                return ExecResult(ExecStatus.OOM, None, b"", b"", 0, 0, wall_s)
+            raise
         if "errno" in reply:
             await self._channel.abandon(f"the runner could not start a command: {reply['text']}")
             raise SandboxLost(f"{self.id} is gone: {self._channel.lost}")
@@ -187,6 +199,7 @@ def _result(reply: dict[str, Any], blob: bytes, grown: set[str], limits: Limits)
     checks = [
         (ExecStatus.OOM, "oom" in grown and exit_code != 0),
         (ExecStatus.OUTPUT_CAPPED, is_capped),
+        (ExecStatus.DISK, reply["is_flooded"]),
         (ExecStatus.TIMEOUT, exit_code is None or is_out_of_cpu),
         (ExecStatus.PIDS, "pids" in grown and exit_code != 0),
         (ExecStatus.DISK, exit_code != 0 and (reply["is_full"] or exit_code in _SIZE_SIGNALS)),

@@ -15,6 +15,7 @@ pass through buffers that are wiped, because `python` children are forked from t
 import builtins
 import contextlib
 import errno
+import fcntl
 import gc
 import json
 import os
@@ -28,12 +29,13 @@ import time
 
 LENGTH = struct.Struct(">I")
 MAX_HEADER_BYTES = 8 << 20
-CHUNK_BYTES = 1 << 16  # also the capacity of a pipe, so that a blob this small never blocks
+CHUNK_BYTES = 1 << 16
 PRELOADED = (
     "bisect collections contextlib copy datetime functools heapq io itertools math operator random re "
     "string traceback types typing"
 )
 KILL_PATIENCE_S = 1.5
+INODE_WATCH_S = 0.05
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36
 
 
@@ -124,13 +126,14 @@ class Runner:
     def __init__(self, control):
         self.control = control
         self.is_init = os.getpid() == 1
-        self.settings, self.cpu_s = {}, 0.0
+        self.settings, self.cpu_s, self.is_flooded = {}, 0.0, False
         self.scratch, self.feeding = bytearray(CHUNK_BYTES), bytearray(CHUNK_BYTES)
         self.prctl = lambda option, value: -1
 
     def configure(self, request):
         """Keys: workspace, writable (folders that reset empties), uid (or null), env, rlimits, nice,
-        output_bytes (kept of each stream), die_with_parent, counters [[name, path, field]], remove_at_end.
+        output_bytes (kept of each stream), die_with_parent, counters [[name, path, field]], remove_at_end,
+        num_inodes (files that one writable folder may hold; absent: not watched).
 
         `rlimits` maps names without the RLIMIT_ prefix to [soft, hard].
         """
@@ -175,7 +178,7 @@ class Runner:
 
     def run(self, request, start):
         """Fork, confine, `start()`; capture until the main process ends or time is up; kill the rest."""
-        began = time.monotonic()
+        began, self.is_flooded = time.monotonic(), False
         with contextlib.ExitStack() as parent_ends:
             with contextlib.ExitStack() as child_ends:
                 pipes = [os.pipe() for _ in range(4)]
@@ -207,7 +210,8 @@ class Runner:
         what ends the program's input.
         """
         feed = None
-        if self.control.blob_left > CHUNK_BYTES:
+        capacity = fcntl.fcntl(in_w, fcntl.F_GETPIPE_SZ) if hasattr(fcntl, "F_GETPIPE_SZ") else CHUNK_BYTES
+        if self.control.blob_left > min(capacity, CHUNK_BYTES):  # a user who holds many gets small ones
             feed = os.dup(in_w)
         while feed is None and (num_bytes := self.control.read_blob_into(self.scratch)):
             os.write(in_w, memoryview(self.scratch)[:num_bytes])
@@ -228,8 +232,14 @@ class Runner:
         pending = memoryview(b"")
         if feed_fd is not None:
             poller.register(feed_fd, select.POLLOUT)
+        watch = self.inode_watch()
         try:
             while (left_s := deadline - time.monotonic()) > 0:
+                if watch is not None:
+                    left_s = min(left_s, INODE_WATCH_S)
+                    if watch():
+                        self.is_flooded = True
+                        return None
                 if pidfd is None:  # systems without pidfds: look every few milliseconds
                     left_s = min(left_s, 0.005)
                     done, status, used = os.wait4(pid, os.WNOHANG)
@@ -256,6 +266,20 @@ class Runner:
             for fd in (pidfd, feed_fd):
                 if fd is not None:
                     os.close(fd)
+
+    def inode_watch(self):
+        """A function that tells whether the command made too many files, or None if nobody asked.
+
+        A flood of an earlier command is no fault of this one: only one that grows counts.
+        """
+        if not self.settings.get("num_inodes"):
+            return None
+        most = max(self.settings["num_inodes"], self.num_inodes())
+        return lambda: self.num_inodes() > most
+
+    def num_inodes(self):
+        infos = [os.statvfs(folder) for folder in self.settings["writable"]]
+        return max(info.f_files - info.f_ffree for info in infos)
 
     def feed(self, fd, pending):
         """Moves the next piece of the request's blob to the program; None when that is over."""
@@ -295,6 +319,7 @@ class Runner:
             "failure": failure,
             "clean": is_clean,
             "is_full": disk.f_bavail == 0,
+            "is_flooded": self.is_flooded,
             "stdout_bytes": out.total,
             "stderr_bytes": err.total,
             "stdout_kept": sum(len(part) for part in out.parts()),
@@ -333,7 +358,11 @@ class Runner:
                 os.setresgid(self.uid, self.uid, self.uid)
                 os.setresuid(self.uid, self.uid, self.uid)
                 self.prctl(PR_SET_DUMPABLE, 1)  # the change of uid took it away again
-            os.chdir(self.settings["workspace"])
+            try:
+                os.chdir(self.settings["workspace"])
+            except PermissionError:  # a command before closed it to everybody, itself included
+                os.chmod(self.settings["workspace"], 0o1777)
+                os.chdir(self.settings["workspace"])
             if cwd:
                 os.chdir(cwd)
             code = start()
