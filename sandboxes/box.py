@@ -8,6 +8,7 @@ import math
 import os
 import random
 import sys
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -36,6 +37,7 @@ MODEL_ENV = {
     "OMP_NUM_THREADS": "1",
     "SOURCE_DATE_EPOCH": "0",
 }
+OOM_SCORE = 500  # of the whole box: it goes before the harness does, and nothing inside may go lower
 MODEL_UIDS = range(0x70000000, 0x71000000)  # above what systemd and subuid files hand out
 _CPU_SIGNALS = (-24, -9)  # SIGXCPU, and SIGKILL a second later for those that ignore it
 _SIZE_SIGNALS = (-25,)  # SIGXFSZ
@@ -239,8 +241,15 @@ class RunnerSandbox:
         first, rest = (data[:CHUNK_BYTES], data[CHUNK_BYTES:]) if is_fed else (data, b"")
         header = {**request, "timeout_s": limit_s, "more": bool(rest)}
         async with self._turn:  # no limit: each command before has one
+            began = time.monotonic()
             try:
                 reply, blob = await self._exchange(header, first, rest, limit_s)
+            except SandboxLost:
+                before, self._kills = self._kills, dict(self._count_kills())
+                if self._kills.get("oom", 0) > before.get("oom", 0):  # it made the kernel choose the runner
+                    wall_s = time.monotonic() - began
+                    return ExecResult(ExecStatus.OOM, None, b"", b"", 0, 0, wall_s, self.enforced)
+                raise
             except asyncio.CancelledError:
                 await asyncio.shield(self._channel.abandon("its request was cancelled"))
                 raise
@@ -325,13 +334,15 @@ def _result(reply: dict[str, Any], blob: bytes, grown: set[str], limits: Limits)
     exit_code, failure = reply["exit"], reply["failure"]
     is_capped = max(reply["stdout_bytes"], reply["stderr_bytes"]) > limits.output_bytes
     stderr = blob[reply["stdout_kept"] :]
-    is_out_of_cpu = exit_code in _CPU_SIGNALS and reply["cpu_s"] > 0.9 * limits.cpu_s
+    # the limit counts ticks, the report exact time: they differ where many share a processor
+    is_out_of_cpu = exit_code in _CPU_SIGNALS and reply["cpu_s"] > 0.5 * limits.cpu_s
     if failure is not None:
         return _denied(f"cannot start: {failure['text']}", wall_s=reply["wall_s"], number=failure["errno"])
     checks = [
         (ExecStatus.OOM, "oom" in grown and exit_code != 0),
         (ExecStatus.OUTPUT_CAPPED, is_capped),
         (ExecStatus.PROTOCOL_ERROR, reply["is_broken"]),
+        (ExecStatus.DISK, reply["is_flooded"]),
         (ExecStatus.TIMEOUT, exit_code is None or is_out_of_cpu),
         (ExecStatus.PIDS, "pids" in grown and exit_code != 0),
         (ExecStatus.DISK, exit_code != 0 and (reply["is_full"] or exit_code in _SIZE_SIGNALS)),

@@ -28,6 +28,7 @@ from consilience.conf.errors import SandboxLost, SandboxUnavailable
 from consilience.sandboxes import cgroups, seccomp
 from consilience.sandboxes.box import (
     MODEL_ENV,
+    OOM_SCORE,
     START_TIMEOUT_S,
     RunnerSandbox,
     find_python,
@@ -327,6 +328,7 @@ async def open_bwrap(spec: SandboxSpec, *, is_root_mode: bool | None = None) -> 
             nice=0 if is_root_mode else 3,
             rlimit_memory=group is None,
             rlimit_processes=True,
+            num_inodes=max(1024, limits.workspace_bytes // 4096),  # bubblewrap caps bytes only
         )
         reply, _ = await channel.call(request, timeout_s=START_TIMEOUT_S)
         if reply["pid"] != 1 or not reply["shielded"]:
@@ -354,6 +356,8 @@ async def _place(
     transport.watch(box_pid)
     if group is not None:
         group.add(box_pid)
+    with contextlib.suppress(OSError):  # root's write also is the least that programs inside may set
+        Path(f"/proc/{box_pid}/oom_score_adj").write_text(str(OOM_SCORE))
     if is_root_mode:  # the runner must get its turn beside a fork bomb; its children go back to 0
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, box_pid, -5)

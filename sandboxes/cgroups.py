@@ -31,6 +31,7 @@ class Group:
     def __init__(self, where: Hierarchy, name: str, *, memory_bytes: int, processes: int) -> None:
         """Makes and limits the group; OSError (and nothing left) where that is refused."""
         self._where = where
+        self._last = {"oom": 0, "pids": 0}
         self._folders = list(dict.fromkeys((where.memory / name, where.pids / name)))
         made: list[Path] = []
         try:
@@ -64,10 +65,13 @@ class Group:
     def counters(self) -> dict[str, int]:
         memory, pids = self._folders[0], self._folders[-1]
         events = "memory.oom_control" if self._where.version == 1 else "memory.events"
-        return {"oom": _field(memory / events, "oom_kill"), "pids": _field(pids / "pids.events", "max")}
+        found = {"oom": _field(memory / events, "oom_kill"), "pids": _field(pids / "pids.events", "max")}
+        self._last = {name: max(number, found[name]) for name, number in self._last.items()}
+        return self._last
 
     def remove(self, *, patience_s: float = 1.0) -> bool:
         """True once the group is gone; it can only go after its last process was reaped."""
+        self.counters()  # what ended the box may be asked afterwards
         deadline = time.monotonic() + patience_s
         for folder in self._folders:
             while folder.exists():

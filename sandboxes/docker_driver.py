@@ -17,7 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from consilience.conf.errors import SandboxLost, SandboxUnavailable
-from consilience.sandboxes.box import MODEL_ENV, START_TIMEOUT_S, RunnerSandbox, new_box_id, new_uid, settings
+from consilience.sandboxes.box import (
+    MODEL_ENV,
+    OOM_SCORE,
+    START_TIMEOUT_S,
+    RunnerSandbox,
+    new_box_id,
+    new_uid,
+    settings,
+)
 from consilience.sandboxes.channel import Channel
 from consilience.sandboxes.protocol import Enforced, Isolation, Limits, Sandbox, SandboxSpec
 from consilience.sandboxes.runner_bundle import BOOTSTRAP, bootstrap_frame
@@ -134,6 +142,7 @@ def container_config(engine: Engine, limits: Limits, name: str) -> dict[str, Any
             "SecurityOpt": ["no-new-privileges:true", f"seccomp={json.dumps(docker_profile())}"],
             "Memory": limits.memory_bytes,
             "MemorySwap": limits.memory_bytes,
+            "OomScoreAdj": OOM_SCORE,
             "PidsLimit": limits.processes + 1,  # the runner is one of them
             "ShmSize": min(limits.workspace_bytes, 16 << 20),
             "Tmpfs": {"/workspace": tmpfs, "/tmp": small},

@@ -45,7 +45,8 @@ class Runner:
 
     def configure(self, request):
         """Keys: workspace, writable (folders that reset empties), uid (or null), env, rlimits, nice,
-        output_bytes (kept of each stream), die_with_parent, counters [[name, path, field]], remove_at_end.
+        output_bytes (kept of each stream), die_with_parent, counters [[name, path, field]], remove_at_end,
+        num_inodes (files that one writable folder may hold; absent: not watched).
 
         `rlimits` maps names without the RLIMIT_ prefix to [soft, hard].
         """

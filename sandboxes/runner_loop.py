@@ -30,6 +30,7 @@ from consilience.sandboxes.runner_jobs import (
 
 MAX_JOBS = 16  # shells and streamed processes of one box
 TICK_S = 0.25  # how long an orphan of a running job may stay unreaped
+INODE_WATCH_S = 0.05
 NO_PIDFD_TICK_S = 0.005  # systems without pidfds: look every few milliseconds
 
 
@@ -72,7 +73,18 @@ class Jobs:
         now = time.monotonic()
         waits_s = [j.deadline - now for j in self.all if j.deadline is not None and not j.is_finished]
         waits_s.append(TICK_S if all(job.pidfd is not None for job in self.all) else NO_PIDFD_TICK_S)
+        if self.settings.get("num_inodes") and len(waits_s) > 1:
+            waits_s.append(INODE_WATCH_S)
         return max(0, math.ceil(min(waits_s) * 1000))
+
+    def allowed_inodes(self):
+        """A flood of an earlier command is no fault of this one: only one that grows counts."""
+        allowed = self.settings.get("num_inodes")
+        return max(allowed, self.num_inodes()) if allowed else None
+
+    def num_inodes(self):
+        infos = [os.statvfs(folder) for folder in self.settings["writable"]]
+        return max(info.f_files - info.f_ffree for info in infos)
 
     def reap(self):
         """Collects whatever has ended: jobs keep their status, of others nothing is left."""
@@ -89,8 +101,9 @@ class Jobs:
     def end_jobs(self):
         now = time.monotonic()
         for job in list(self.all):
-            if job.status is None and job.deadline is not None and now >= job.deadline:
-                job.is_over_time = True
+            if job.status is None and job.deadline is not None and not job.is_finished:
+                job.is_flooded = job.most_inodes is not None and self.num_inodes() > job.most_inodes
+                job.is_over_time |= job.is_flooded or now >= job.deadline
             if (job.status is not None or job.is_over_time) and not job.is_finished:
                 self.finish_job(job)
 
@@ -119,6 +132,7 @@ class Jobs:
                 raise BlockingIOError(errno.EAGAIN, f"{MAX_JOBS} processes are kept already")
             shell = self.start_shell(request, action)
         shell.begin(request, text, self.streams)
+        shell.most_inodes = self.allowed_inodes()
         self.command = shell
         for fd in shell.sinks:
             self.watch(fd, select.POLLIN, self.on_output, shell, fd)
@@ -168,6 +182,7 @@ class Jobs:
             raise
         finally:
             close_all(fds.values())
+        job.most_inodes = self.allowed_inodes()
         self.all.append(job)
         if hasattr(os, "pidfd_open"):
             job.pidfd = os.pidfd_open(job.pid)
@@ -302,6 +317,7 @@ class Jobs:
             "failure": job.read_failure(),
             "clean": is_clean,
             "is_full": disk.f_bavail == 0,
+            "is_flooded": job.is_flooded,
             "wall_s": time.monotonic() - job.began,
             "cpu_s": job.cpu_s,
         }

@@ -102,7 +102,11 @@ class Confinement:
                 os.setresgid(self.uid, self.uid, self.uid)
                 os.setresuid(self.uid, self.uid, self.uid)
                 self.prctl(PR_SET_DUMPABLE, 1)  # the change of uid took it away again
-            os.chdir(self.workspace)
+            try:
+                os.chdir(self.workspace)
+            except PermissionError:  # a command before closed it to everybody, itself included
+                os.chmod(self.workspace, 0o1777)
+                os.chdir(self.workspace)
             if cwd:
                 os.chdir(cwd)
             code = start()
