@@ -28,6 +28,7 @@ from consilience.conf.errors import SandboxLost, SandboxUnavailable
 from consilience.sandboxes import cgroups, seccomp
 from consilience.sandboxes.box import (
     MODEL_ENV,
+    OOM_SCORE,
     START_TIMEOUT_S,
     RunnerSandbox,
     find_python,
@@ -39,9 +40,9 @@ from consilience.sandboxes.box import (
 from consilience.sandboxes.channel import Channel, PipeEnds, readiness
 from consilience.sandboxes.janitor import janitor
 from consilience.sandboxes.protocol import Enforced, Isolation, Limits, Sandbox, SandboxSpec
+from consilience.sandboxes.runner_bundle import runner_text
 from consilience.sandboxes.verify import check_isolation, host_paths, probe_program
 
-RUNNER = Path(__file__).with_name("runner.py")
 RUNNER_INSIDE = "/etc/runner.py"
 USER_UID = 1000  # inside the user namespace
 OUTSIDE_UID = 65534  # what root becomes before it makes a user-mode box
@@ -178,7 +179,7 @@ def _arguments(
     arch = seccomp.machine() or ""
     passwd = f"root:x:0:0::/:/bin/false\nmodel:x:{uid}:{uid}::/workspace:/bin/sh\n"
     texts = {
-        RUNNER_INSIDE: RUNNER.read_text(),
+        RUNNER_INSIDE: runner_text().decode(),
         "/etc/passwd": passwd,
         "/etc/group": f"root:x:0:\nmodel:x:{uid}:\n",
         "/etc/hosts": "127.0.0.1 localhost box\n::1 localhost\n",
@@ -236,7 +237,7 @@ class _BwrapTransport:
     def describe_end(self) -> str:
         if not self._errors.closed:
             self._errors.seek(0)
-            self._said = self._errors.read(600).decode(errors="replace").strip()
+            self._said = self._errors.read(20000).decode(errors="replace").strip()[-600:]
         return self._said
 
     async def kill(self) -> None:
@@ -327,6 +328,7 @@ async def open_bwrap(spec: SandboxSpec, *, is_root_mode: bool | None = None) -> 
             nice=0 if is_root_mode else 3,
             rlimit_memory=group is None,
             rlimit_processes=True,
+            num_inodes=max(1024, limits.workspace_bytes // 4096),  # bubblewrap caps bytes only
         )
         reply, _ = await channel.call(request, timeout_s=START_TIMEOUT_S)
         if reply["pid"] != 1 or not reply["shielded"]:
@@ -354,6 +356,8 @@ async def _place(
     transport.watch(box_pid)
     if group is not None:
         group.add(box_pid)
+    with contextlib.suppress(OSError):  # root's write also is the least that programs inside may set
+        Path(f"/proc/{box_pid}/oom_score_adj").write_text(str(OOM_SCORE))
     if is_root_mode:  # the runner must get its turn beside a fork bomb; its children go back to 0
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, box_pid, -5)

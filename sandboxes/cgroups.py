@@ -31,6 +31,7 @@ class Group:
     def __init__(self, where: Hierarchy, name: str, *, memory_bytes: int, processes: int) -> None:
         """Makes and limits the group; OSError (and nothing left) where that is refused."""
         self._where = where
+        self._last = {"oom": 0, "pids": 0}
         self._folders = list(dict.fromkeys((where.memory / name, where.pids / name)))
         made: list[Path] = []
         try:
@@ -64,10 +65,13 @@ class Group:
     def counters(self) -> dict[str, int]:
         memory, pids = self._folders[0], self._folders[-1]
         events = "memory.oom_control" if self._where.version == 1 else "memory.events"
-        return {"oom": _field(memory / events, "oom_kill"), "pids": _field(pids / "pids.events", "max")}
+        found = {"oom": _field(memory / events, "oom_kill"), "pids": _field(pids / "pids.events", "max")}
+        self._last = {name: max(number, found[name]) for name, number in self._last.items()}
+        return self._last
 
     def remove(self, *, patience_s: float = 1.0) -> bool:
         """True once the group is gone; it can only go after its last process was reaped."""
+        self.counters()  # what ended the box may be asked afterwards
         deadline = time.monotonic() + patience_s
         for folder in self._folders:
             while folder.exists():
@@ -111,7 +115,7 @@ def find_hierarchy(
 
 def owner_prefix() -> str:
     """The group name prefix of this process."""
-    return f"{PREFIX}{os.getpid()}-{_start_time(os.getpid())}-"
+    return f"{PREFIX}{os.getpid()}-{start_time(os.getpid())}-"
 
 
 def sweep(where: Hierarchy) -> int:
@@ -120,7 +124,7 @@ def sweep(where: Hierarchy) -> int:
     for folder in {where.memory, where.pids}:
         for group in folder.glob(PREFIX + "*-*-*"):
             pid, start = group.name[len(PREFIX) :].split("-")[:2]
-            if pid.isdigit() and _start_time(int(pid)) != start:
+            if pid.isdigit() and start_time(int(pid)) != start:
                 with contextlib.suppress(OSError):
                     group.rmdir()
                     count += 1
@@ -144,7 +148,8 @@ def _tried(where: Hierarchy) -> Hierarchy | str:
     return where
 
 
-def _start_time(pid: int) -> str:
+def start_time(pid: int) -> str:
+    """When a process started, in ticks since boot: with its pid a name that is not used twice; "" if gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

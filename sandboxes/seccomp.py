@@ -97,11 +97,14 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "msgctl": (71, 187),
     "mq_open": (240, 180),
     "mq_unlink": (241, 181),
+    "file_setattr": (469, 469),
 }
 CLONE3 = (435, 435)  # its flags lie behind a pointer: ENOSYS makes libc fall back to clone
 CLONE, SOCKET, SOCKETPAIR, IOCTL = (56, 220), (41, 198), (53, 199), (16, 29)
 PRLIMIT64, PERSONALITY, SCHED_SETAFFINITY = (302, 261), (135, 92), (203, 122)
-MEMFD_CREATE = (319, 279)
+MEMFD_CREATE, MMAP = (319, 279), (9, 222)
+SETPRIORITY, IOPRIO_SET = (141, 140), (251, 30)
+HUGE_MAP, HUGE_FILE = 0x40000, 0x4  # MAP_HUGETLB, MFD_HUGETLB: a pool of the host's that no cap here counts
 NAMESPACE_FLAGS = (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000, 0x80)
 ALLOWED_FAMILIES = (1, 2, 10)  # unix, and the two that stay in the empty network namespace
 DENIED_IOCTLS = (
@@ -118,7 +121,7 @@ PERSONALITIES = (0x0, 0xFFFFFFFF)
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _LOAD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_NR, _ARCH, _ARG0, _ARG1 = 0, 4, 16, 24  # offsets in struct seccomp_data, low words
+_NR, _ARCH, _ARG0, _ARG1, _ARG3 = 0, 4, 16, 24, 40  # offsets in struct seccomp_data, low words
 
 
 def machine() -> str | None:
@@ -170,6 +173,11 @@ def bpf_program(arch: str, *, is_memory_capped: bool) -> bytes:
     on_argument(PERSONALITY, _ARG0, only(PERSONALITIES, deny))
     on_argument(PRLIMIT64, _ARG0, only((0,), deny))  # a limit put on the runner would end the box
     on_argument(SCHED_SETAFFINITY, _ARG0, only((0,), deny))
+    for numbers, own in ((SETPRIORITY, 0), (IOPRIO_SET, 1)):  # which, who: only the caller itself
+        rest = [(_LOAD, 0, 0, _ARG1), *only((0,), deny)]
+        on_argument(numbers, _ARG0, [(_JEQ, 1, 0, own), deny, *rest])
+    on_argument(MMAP, _ARG3, [(_JSET, 0, 1, HUGE_MAP), deny, allow])
+    on_argument(MEMFD_CREATE, _ARG1, [(_JSET, 0, 1, HUGE_FILE), deny, allow])
     denied_ioctls = [test for value in DENIED_IOCTLS for test in ((_JEQ, 0, 1, value), deny)]
     on_argument(IOCTL, _ARG1, [*denied_ioctls, allow])
     code.append(allow)
@@ -193,12 +201,19 @@ def docker_profile() -> dict[str, Any]:
         rules += [rule(names, EAFNOSUPPORT, when(0, "EQ", family)) for family in families]
         rules.append(rule(names, EAFNOSUPPORT, when(0, "GE", first_denied)))
     rules += [rule(["ioctl"], EPERM, when(1, "MASKED_EQ", 0xFFFFFFFF, value)) for value in DENIED_IOCTLS]
-    rules.append(rule(["prlimit64", "sched_setaffinity"], EPERM, when(0, "NE", 0)))
+    rules.append(
+        rule(["prlimit64", "sched_setaffinity", "personality", "setpriority"], EPERM, when(0, "NE", 0))
+    )
+    rules.append(rule(["setpriority", "ioprio_set"], EPERM, when(1, "NE", 0)))
+    rules.append(rule(["ioprio_set"], EPERM, when(0, "NE", 1)))
+    rules.append(rule(["mmap"], EPERM, when(3, "MASKED_EQ", HUGE_MAP, HUGE_MAP)))
+    rules.append(rule(["memfd_create"], EPERM, when(1, "MASKED_EQ", HUGE_FILE, HUGE_FILE)))
     return {
         "defaultAction": "SCMP_ACT_ALLOW",
+        # no 32-bit calls: socketcall and ipc hide behind one number what is denied above
         "archMap": [
-            {"architecture": "SCMP_ARCH_X86_64", "subArchitectures": ["SCMP_ARCH_X86", "SCMP_ARCH_X32"]},
-            {"architecture": "SCMP_ARCH_AARCH64", "subArchitectures": ["SCMP_ARCH_ARM"]},
+            {"architecture": "SCMP_ARCH_X86_64", "subArchitectures": []},
+            {"architecture": "SCMP_ARCH_AARCH64", "subArchitectures": []},
         ],
         "syscalls": rules,
     }

@@ -62,6 +62,13 @@ def test_calls_are_judged_by_their_arguments_where_it_matters(arch):
     assert decide(arch, seccomp.PRLIMIT64[column], 1) == EPERM
     assert decide(arch, seccomp.PERSONALITY[column], 0xFFFFFFFF) == ALLOW
     assert decide(arch, seccomp.PERSONALITY[column], 0x0040000) == EPERM
+    priority, io_priority = seccomp.SETPRIORITY[column], seccomp.IOPRIO_SET[column]
+    assert decide(arch, priority, 0, 0) == decide(arch, io_priority, 1, 0) == ALLOW  # its own
+    assert {decide(arch, priority, *who) for who in ((0, 1), (1, 0), (2, 0), (2, 7))} == {EPERM}
+    assert {decide(arch, io_priority, *who) for who in ((1, 1), (2, 0), (3, 0), (0, 0))} == {EPERM}
+    mmap, memfd = seccomp.MMAP[column], seccomp.MEMFD_CREATE[column]
+    assert decide(arch, mmap, 0, 4096, 3, 0x22) == decide(arch, memfd, 0, 1) == ALLOW
+    assert decide(arch, mmap, 0, 4096, 3, 0x40022) == decide(arch, memfd, 0, 5) == EPERM  # huge pages
 
 
 def test_another_architecture_and_x32_numbers_are_no_way_around():

@@ -1,0 +1,445 @@
+"""Kernel, host and secrets (K): every attempt of a program must be refused, and the runner must not feel it."""
+# ruff: noqa: E501 (a payload's line is one attempt)
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+from attack import Attack, probes, shell
+
+SECRET = "canary-4f1d77"
+
+
+def _secrets(box):
+    os.environ["RLSBX_CANARY"] = SECRET
+    folder = tempfile.mkdtemp(prefix="attack-")
+    Path(folder, "secret").write_text(SECRET)
+    return {"folder": folder, "cwd": os.getcwd(), "home": os.path.expanduser("~"), "pid": os.getpid()}
+
+
+def _forget(box, result):
+    del os.environ["RLSBX_CANARY"]
+
+
+def _listeners(box):
+    """An abstract socket and a file socket of the host that nothing inside may reach."""
+    abstract = socket.socket(socket.AF_UNIX)
+    abstract.bind(f"\0attack-{os.getpid()}-{id(abstract)}")
+    abstract.listen()
+    abstract.settimeout(0.05)
+    _held.append(abstract)
+    return {"name": abstract.getsockname()[1:].decode()}
+
+
+def _nobody_came(box, result):
+    server = _held.pop()
+    try:
+        server.accept()
+    except TimeoutError:
+        return
+    finally:
+        server.close()
+    raise AssertionError("a program in the box reached a socket of the host")
+
+
+_held: list[socket.socket] = []
+
+ATTACKS: list[Attack] = [
+    probes(
+        "K01",
+        "environments and arguments of everybody",
+        """
+        import glob
+        for path in glob.glob('/proc/[0-9]*/environ') + glob.glob('/proc/[0-9]*/cmdline') + glob.glob('/proc/*/task/*/environ'):
+            attempt(path, lambda: b'canary-' in open(path, 'rb').read())
+        attempt('own', lambda: 'canary-' in repr(os.environ) + repr(sys.argv))
+        attempt('auxv', lambda: held('/proc/1/auxv'))
+        """,
+        arrange=_secrets,
+        check=_forget,
+    ),
+    probes(
+        "K02",
+        "places of the host",
+        """
+        for path in ('<folder>/secret', '<cwd>', '/root/.ssh', '/root/.netrc', '/root/.bashrc', '/root/.cache', '/tmp/ray',
+                     '/etc/shadow', '/etc/ssh', '/home', '/boot', '/var/lib/docker', '/run/secrets', '/var/run/secrets',
+                     '/proc/<pid>/cwd', '/proc/1/root/root', '/proc/1/cwd/../root/.bashrc', '/proc/self/root/root/.ssh'):
+            attempt(path, lambda: os.path.lexists(path) and (os.listdir(path) if os.path.isdir(path) else held(path)))
+        """,
+        arrange=_secrets,
+        check=_forget,
+    ),
+    probes(
+        "K03",
+        "sockets of engines",
+        """
+        for path in ('/var/run/docker.sock', '/run/docker.sock', '/run/containerd/containerd.sock', '/run/podman/podman.sock',
+                     '/run/dbus/system_bus_socket', '/run/systemd/private', '/tmp/hd/docker.sock', '/run/crio/crio.sock'):
+            attempt(path, lambda: socket.socket(socket.AF_UNIX).connect(path) or 1)
+        for port in (2375, 2376, 6379, 8265, 10001, 8000):
+            for host in ('127.0.0.1', '172.17.0.1', '10.0.2.2', '169.254.169.254'):
+                def reach():
+                    s = socket.socket(); s.settimeout(0.05); s.connect((host, port)); return 1
+                attempt(f'{host}:{port}', reach)
+        """,
+    ),
+    probes(
+        "K04",
+        "kernel settings",
+        """
+        for name in ('kernel/core_pattern', 'kernel/modprobe', 'kernel/hostname', 'kernel/sysrq', 'vm/drop_caches',
+                     'kernel/ns_last_pid', 'vm/overcommit_memory', 'fs/file-max', 'kernel/randomize_va_space',
+                     'net/ipv4/ip_forward', 'user/max_user_namespaces', 'fs/binfmt_misc/register', 'kernel/poweroff_cmd'):
+            attempt(name, lambda: opened('/proc/sys/' + name, os.O_WRONLY))
+        for path in ('/proc/sysrq-trigger', '/proc/kcore', '/proc/kmsg', '/proc/kpagecgroup', '/proc/kpagecount',
+                     '/proc/kpageflags', '/proc/timer_list', '/proc/sched_debug', '/proc/keys',
+                     '/proc/latency_stats', '/proc/vmallocinfo', '/proc/slabinfo'):
+            attempt('read ' + path, lambda: set(held(path, 1 << 20) or b'') - set(b'0\\n') and held(path, 99))
+        """,
+    ),
+    probes(
+        "K05",
+        "device and kernel trees",
+        """
+        for path in ('/sys/kernel/debug', '/sys/kernel/tracing', '/sys/firmware/efi/efivars', '/sys/kernel/security'):
+            attempt('write ' + path, lambda: os.access(path, os.W_OK))
+            attempt('list ' + path, lambda: os.listdir(path))
+        for root, folders, files in os.walk('/sys', followlinks=False):
+            if root.count('/') > 4: folders.clear()
+            for name in files:
+                attempt(root + '/' + name, lambda: opened(root + '/' + name, os.O_WRONLY))
+        for path in ('/proc/bus', '/proc/fs', '/proc/irq', '/proc/acpi', '/proc/scsi'):
+            for root, folders, files in os.walk(path):
+                for name in files: attempt(root + '/' + name, lambda: opened(root + '/' + name, os.O_WRONLY))
+        for path in ('/sys/kernel/uevent_helper', '/sys/power/state', '/sys/kernel/mm/ksm/run'):
+            attempt(path, lambda: opened(path, os.O_WRONLY))
+        """,
+    ),
+    probes(
+        "K06",
+        "mounts by the old and the new calls",
+        """
+        b = lambda text: ctypes.c_char_p(text)
+        for target in (b'/workspace', b'/usr', b'/etc', b'/proc', b'/'):
+            attempt('tmpfs', lambda: call(165, 40, b(b'x'), b(target), b(b'tmpfs'), 0, 0) == 0)
+            attempt('bind', lambda: call(165, 40, b(b'/'), b(target), b(b''), 4096, 0) == 0)
+            attempt('remount', lambda: call(165, 40, b(b''), b(target), b(b''), 32, 0) == 0)
+            attempt('umount', lambda: call(166, 39, b(target), 2) == 0)
+        attempt('pivot_root', lambda: call(155, 41, b(b'/workspace'), b(b'/workspace')) == 0)
+        attempt('chroot', lambda: call(161, 51, b(b'/workspace')) == 0)
+        attempt('fsopen', lambda: call(430, 430, b(b'tmpfs'), 0))
+        attempt('fspick', lambda: call(433, 433, -100, b(b'/'), 0))
+        attempt('open_tree', lambda: call(428, 428, -100, b(b'/'), 1))
+        attempt('mount_setattr', lambda: call(442, 442, -100, b(b'/'), 0, b(bytes(32)), 32))
+        attempt('open_by_handle', lambda: call(304, 265, -100, b(bytes(16)), 0))
+        attempt('name_to_handle', lambda: call(303, 264, -100, b(b'/'), b(bytes(64)), b(bytes(8)), 0))
+        """,
+    ),
+    probes(
+        "K07",
+        "namespaces",
+        """
+        for flag in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000, 0x80):
+            attempt(f'unshare {flag:#x}', lambda: call(272, 97, flag) == 0)
+        for flag in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000):
+            def child():
+                pid = call(56, 220, flag | 17, 0, 0, 0, 0)
+                if pid == 0: os._exit(0)
+                return pid
+            attempt(f'clone {flag:#x}', child)
+        attempt('clone3', lambda: call(435, 435, ctypes.c_char_p(bytes(88)), 88))
+        for name in ('mnt', 'pid', 'net', 'user', 'uts', 'ipc'):
+            attempt('setns ' + name, lambda: call(308, 268, os.open('/proc/1/ns/' + name, 0), 0) == 0)
+            attempt('setns own ' + name, lambda: call(308, 268, os.open('/proc/self/ns/' + name, 0), 0) == 0)
+        for name in ('uid_map', 'gid_map', 'setgroups'):
+            attempt(name, lambda: written('/proc/self/' + name, b'0 0 1'))
+        """,
+    ),
+    probes(
+        "K08",
+        "the runner: read it, stop it, starve it",
+        """
+        for name in ('mem', 'environ', 'maps', 'fd', 'fd/0', 'fd/1', 'fd/3', 'fd/4', 'cwd', 'root', 'exe', 'stack', 'syscall',
+                     'map_files', 'pagemap', 'auxv', 'io', 'smaps', 'ns/mnt', 'fdinfo/0', 'task/1/mem', 'personality'):
+            path = '/proc/1/' + name
+            attempt(name, lambda: os.listdir(path) if os.path.isdir(path) else held(path))
+            attempt('write ' + name, lambda: opened(path, os.O_WRONLY))
+        for name in ('oom_score_adj', 'coredump_filter', 'clear_refs', 'comm', 'timerslack_ns', 'attr/current', 'autogroup',
+                     'loginuid', 'sched', 'timens_offsets'):
+            attempt(name, lambda: written('/proc/1/' + name))
+        import resource
+        for limit in (resource.RLIMIT_CPU, resource.RLIMIT_NOFILE, resource.RLIMIT_AS, resource.RLIMIT_NPROC):
+            attempt('prlimit', lambda: resource.prlimit(1, limit, (1, 1)) or 1)
+        for which, who in ((0, 1), (1, 0), (2, 0), (2, os.getuid()), (1, 1)):
+            attempt(f'setpriority {which} {who}', lambda: os.setpriority(which, who, 19) or 1)
+        attempt('ioprio', lambda: call(251, 30, 1, 1, 3 << 13) == 0)
+        attempt('ioprio of the user', lambda: call(251, 30, 3, os.getuid(), 3 << 13) == 0)
+        attempt('affinity', lambda: os.sched_setaffinity(1, {0}) or 1)
+        attempt('scheduler', lambda: os.sched_setscheduler(1, 5, os.sched_param(0)) or 1)
+        attempt('ptrace', lambda: call(101, 117, 16, 1, 0, 0) == 0)
+        attempt('seize', lambda: call(101, 117, 0x4206, 1, 0, 0) == 0)
+        buffer = ctypes.create_string_buffer(16)
+        vec = (ctypes.c_ulong * 2)(ctypes.addressof(buffer), 16)
+        attempt('vm_readv', lambda: call(310, 270, 1, vec, 1, vec, 1, 0))
+        attempt('vm_writev', lambda: call(311, 271, 1, vec, 1, vec, 1, 0))
+        attempt('kcmp', lambda: call(312, 272, 1, 1, 0, 0, 0))
+        def steal():
+            fd = os.pidfd_open(1)
+            return call(438, 438, fd, 0, 0)
+        attempt('pidfd_getfd', steal)
+        attempt('process_madvise', lambda: call(440, 440, os.pidfd_open(1), vec, 1, 21, 0))
+        attempt('move_pages', lambda: call(279, 239, 1, 0, 0, 0, 0, 0))
+        for number in (1, 2, 3, 9, 13, 14, 15, 17, 19, 20, 24, 25, 31, 34, 64):
+            for work in (lambda: os.kill(1, number), lambda: signal.pidfd_send_signal(os.pidfd_open(1), number),
+                         lambda: call(234, 131, 1, 1, number), lambda: os.killpg(1, number)):
+                try: work()
+                except OSError: pass
+        """,
+    ),
+    probes(
+        "K08b",
+        "every process but the own, by number",
+        """
+        me = os.getpid()
+        for pid in range(1, 400):
+            if pid == me: continue
+            for number in (19, 9):
+                try: os.kill(pid, number)
+                except OSError: pass
+            attempt(f'fd of {pid}', lambda: os.listdir(f'/proc/{pid}/fd'))
+        """,
+    ),
+    probes(
+        "K08c",
+        "descriptors inherited from the runner",
+        """
+        import fcntl
+        kinds = {}
+        for fd in range(256):
+            try: info = os.fstat(fd)
+            except OSError: continue
+            if fd > 2: attempt(f'descriptor {fd}', lambda: os.readlink(f'/proc/self/fd/{fd}') if not _own(fd) else None)
+        attempt('stdin', lambda: os.write(0, b'x'))
+        """.replace(
+            "if not _own(fd) else None",
+            "if not os.readlink(f'/proc/self/fd/{fd}').startswith('/proc') else None",
+        ),
+        kind="isolated",
+    ),
+    probes(
+        "K09",
+        "key rings",
+        """
+        key = ctypes.c_char_p(b'user')
+        attempt('add_key', lambda: call(248, 217, key, key, key, 4, -3))
+        attempt('request_key', lambda: call(249, 218, key, key, key, -3))
+        for command in (0, 1, 6, 11, 22): attempt(f'keyctl {command}', lambda: call(250, 219, command, -3, 0, 0, 0))
+        """,
+    ),
+    probes(
+        "K10",
+        "io_uring, bpf, perf, userfaultfd, fanotify",
+        """
+        zero = ctypes.c_char_p(bytes(256))
+        attempt('io_uring_setup', lambda: call(425, 425, 8, zero))
+        attempt('io_uring_enter', lambda: call(426, 426, 3, 1, 0, 0, 0, 0))
+        attempt('bpf', lambda: call(321, 280, 0, zero, 64))
+        attempt('perf', lambda: call(298, 241, zero, 0, -1, -1, 0))
+        attempt('userfaultfd', lambda: call(323, 282, 1))
+        attempt('/dev/userfaultfd', lambda: opened('/dev/userfaultfd', os.O_RDWR))
+        attempt('fanotify', lambda: call(300, 262, 0, 0))
+        attempt('memfd_secret', lambda: call(447, 447, 0))
+        attempt('kexec', lambda: call(246, 104, 0, 0, 0, 0))
+        attempt('lookup', lambda: call(103, 116, 3, zero, 100))
+        """,
+    ),
+    probes(
+        "K11",
+        "sockets that leave the namespace: vsock, netlink, packets, and others",
+        """
+        for family in range(3, 46):
+            if family == 10: continue
+            for kind in (1, 2, 3, 5):
+                attempt(f'family {family} {kind}', lambda: socket.socket(family, kind, 0).family)
+            attempt(f'pair {family}', lambda: socket.socketpair(family, 2))
+        for family in (2, 10):
+            for protocol in (1, 6, 17, 58, 255): attempt(f'raw {family}', lambda: socket.socket(family, 3, protocol).family)
+        attempt('ping', lambda: _ping())
+        """.replace("lambda: _ping()", "lambda: socket.socket(2, 2, 1).connect(('127.0.0.1', 0)) and 1"),
+    ),
+    probes(
+        "K12",
+        "calls of another architecture, that pass a filter by number",
+        """
+        import mmap
+        if X86:
+            for number, first in ((102, 1), (286, 0), (288, 0), (26, 0), (117, 23), (21, 0)):
+                pid = os.fork()
+                if pid == 0:
+                    import resource
+                    code = bytes([0xB8]) + number.to_bytes(4, 'little') + bytes([0xBB]) + first.to_bytes(4, 'little')
+                    code += bytes([0x31, 0xC9, 0x31, 0xD2, 0x31, 0xF6, 0x31, 0xFF, 0xCD, 0x80, 0xC3])
+                    area = mmap.mmap(-1, 4096, prot=7); area.write(code)
+                    run = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(area)))
+                    os._exit(1 if run() >= 0 else 0)
+                attempt(f'int80 {number}', lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1)
+            for number in (101, 250, 321, 41):
+                pid = os.fork()
+                if pid == 0: os._exit(1 if call(0x40000000 | number, 0, 40, 1, 0, 0, 0) else 0)
+                attempt(f'x32 {number}', lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1)
+        else: count = 1
+        """,
+    ),
+    probes(
+        "K13",
+        "ioctls of file systems, leases, watches, swaps",
+        """
+        import fcntl
+        fd = os.open('/workspace/f', os.O_RDWR | os.O_CREAT)
+        for request in (0xC0C0586D, 0x40049409, 0x4020940D, 0x40086602, 0x401C5820, 0x5412, 0x541C, 0x40087602):
+            attempt(hex(request), lambda: fcntl.ioctl(fd, request, bytes(192)) is not None)
+        attempt('swapon', lambda: call(167, 224, ctypes.c_char_p(b'/workspace/f'), 0) == 0)
+        attempt('quotactl', lambda: call(179, 60, 0x800007 << 8, 0, 0, 0) == 0)
+        attempt('acct', lambda: call(163, 89, ctypes.c_char_p(b'/workspace/f')) == 0)
+        """,
+    ),
+    probes(
+        "K14",
+        "device nodes, and what lies in /dev",
+        """
+        for name, kind, major, minor in (('sda', stat.S_IFBLK, 8, 0), ('vda', stat.S_IFBLK, 254, 0), ('mem', stat.S_IFCHR, 1, 1),
+                                         ('kmsg', stat.S_IFCHR, 1, 11), ('kvm', stat.S_IFCHR, 10, 232)):
+            attempt('mknod ' + name, lambda: os.mknod('/workspace/' + name, kind | 0o666, os.makedev(major, minor)) or 1)
+        allowed = {'null', 'zero', 'full', 'random', 'urandom', 'tty', 'ptmx', 'console', 'core', 'stdin', 'stdout', 'stderr', 'fd',
+                   'shm', 'pts', 'mqueue'}
+        attempt('names', lambda: set(os.listdir('/dev')) - allowed)
+        for name in ('kvm', 'fuse', 'mem', 'kmsg', 'vda', 'sda', 'loop-control', 'net/tun', 'vsock', 'vhost-vsock', 'tty', 'console'):
+            attempt(name, lambda: opened('/dev/' + name, os.O_RDWR))
+        attempt('write null over', lambda: os.unlink('/dev/null') or 1)
+        attempt('new in /dev', lambda: opened('/dev/x', os.O_CREAT | os.O_WRONLY))
+        """,
+    ),
+    probes(
+        "K15",
+        "control groups",
+        """
+        for root, folders, files in os.walk('/sys/fs/cgroup'):
+            for name in files:
+                attempt(root + '/' + name, lambda: opened(root + '/' + name, os.O_WRONLY))
+            attempt('mkdir ' + root, lambda: os.mkdir(root + '/x') or 1)
+        attempt('release_agent', lambda: opened('/sys/fs/cgroup/memory/release_agent', os.O_WRONLY))
+        count += 1
+        """,
+    ),
+    probes(
+        "K16",
+        "a listener of the host in the abstract space",
+        """
+        attempt('connect', lambda: socket.socket(socket.AF_UNIX).connect('\\0' + '<name>') or 1)
+        attempt('send', lambda: socket.socket(socket.AF_UNIX, 2).sendto(b'x', '\\0' + '<name>'))
+        attempt('list', lambda: b'<name>' in open('/proc/net/unix', 'rb').read())
+        """,
+        arrange=_listeners,
+        check=_nobody_came,
+    ),
+    probes(
+        "K17",
+        "a terminal to type into",
+        """
+        import fcntl
+        attempt('controlling terminal', lambda: opened('/dev/tty', os.O_RDWR))
+        attempt('session', lambda: os.tcgetpgrp(0))
+        for path in ('/dev/tty', '/dev/console', '/dev/pts/0', '/dev/tty0', '/dev/tty1'):
+            attempt(path, lambda: fcntl.ioctl(os.open(path, os.O_RDWR | os.O_NONBLOCK), 0x5412, b'x') is not None)
+        def own_terminal():
+            master = os.open('/dev/ptmx', os.O_RDWR | os.O_NOCTTY)
+            return fcntl.ioctl(master, 0x5412, b'x') is not None
+        attempt('push into an own terminal', own_terminal)
+        """,
+    ),
+    shell(
+        "K18",
+        "programs with the setuid bit",
+        """
+        for tool in su sudo mount umount newuidmap newgidmap passwd chsh gpasswd pkexec ping; do
+          command -v $tool >/dev/null && $tool -c 'id -u' root </dev/null 2>/dev/null | grep -qx 0 && echo BREACH $tool
+        done
+        cp /bin/sh s 2>/dev/null; chmod 6755 s; ./s -p -c 'id -u' | grep -qx 0 && echo BREACH
+        echo tried
+        """,
+        says=b"tried",
+    ),
+    probes(
+        "K18b",
+        "other users, root again, capabilities",
+        """
+        for work in (lambda: os.setuid(0), lambda: os.setresuid(-1, 0, -1), lambda: os.setgroups([0]), lambda: os.setgid(0),
+                     lambda: os.setuid(1), lambda: os.seteuid(65534), lambda: os.setgroups([])):
+            attempt('user', lambda: work() or 1)
+        attempt('capset', lambda: call(126, 91, ctypes.c_char_p((0x20080522).to_bytes(4, 'little') + bytes(4)),
+                                       ctypes.c_char_p(b'\\xff' * 24)) == 0)
+        attempt('no_new_privs', lambda: call(157, 167, 39, 0, 0, 0) == 0 or call(157, 167, 38, 0, 0, 0, 0) == 0)
+        attempt('ambient', lambda: call(157, 167, 47, 2, 21, 0, 0) == 0)
+        attempt('file capability', lambda: os.setxattr('/workspace', 'security.capability', bytes(20)) or 1)
+        attempt('chown', lambda: os.chown('/workspace', 0, 0) or 1)
+        attempt('chown own', lambda: (open('/workspace/c', 'w').close(), os.chown('/workspace/c', 0, 0), 1)[2])
+        """,
+    ),
+    probes(
+        "K19",
+        "personality, modules, reboot, names of the machine",
+        """
+        zero = ctypes.c_char_p(bytes(64))
+        for value in (0x0040000, 0x0400000, 0x0020000, 0x8): attempt(f'personality {value:#x}', lambda: call(135, 92, value) is not None)
+        attempt('init_module', lambda: call(175, 105, zero, 64, zero) == 0)
+        attempt('finit_module', lambda: call(313, 273, 0, zero, 0) == 0)
+        attempt('delete_module', lambda: call(176, 106, zero, 0) == 0)
+        attempt('reboot', lambda: call(169, 142, 0xfee1dead, 672274793, 0, 0) == 0)
+        attempt('sethostname', lambda: socket.sethostname('x') or 1)
+        attempt('iopl', lambda: call(172, None, 3) == 0)
+        attempt('settimeofday', lambda: call(164, 170, zero, 0) == 0)
+        attempt('adjtimex', lambda: call(159, 171, ctypes.c_char_p((1).to_bytes(4, 'little') + bytes(250))) == 0)
+        attempt('modify_ldt', lambda: call(154, None, 1, zero, 16) == 0)
+        """,
+    ),
+    probes(
+        "K20",
+        "what survives a process: System V and POSIX objects",
+        """
+        attempt('shmget', lambda: call(29, 194, 0, 4096, 0o1600))
+        attempt('semget', lambda: call(64, 190, 0, 1, 0o1600))
+        attempt('msgget', lambda: call(68, 186, 0, 0o1600))
+        attempt('mq_open', lambda: call(240, 180, ctypes.c_char_p(b'x'), 0o102, 0o600, 0))
+        """,
+    ),
+    probes(
+        "K21",
+        "finger marks: whose box this is",
+        """
+        texts = ''
+        for path in ('/proc/self/cgroup', '/proc/self/mountinfo', '/proc/self/environ', '/proc/1/cmdline', '/etc/hostname',
+                     '/etc/hosts', '/proc/sys/kernel/hostname', '/proc/self/cmdline'):
+            try: texts += open(path, errors='replace').read()
+            except OSError: pass
+        attempt('place of the project', lambda: '<cwd>' in texts)
+        attempt('name of the host', lambda: '<host>' in texts and '<host>' != 'box')
+        """,
+        arrange=lambda box: {"cwd": os.getcwd(), "host": socket.gethostname()},
+    ),
+    probes(
+        "K22",
+        "system files overwritten",
+        """
+        for path in ('/bin/bash', '/bin/sh', '/usr/bin/python3', '/etc/ld.so.preload', '/etc/passwd', '/etc/runner.py', '/etc/hosts',
+                     '/usr/lib/python3/sitecustomize.py', '/usr/local/bin/python3', '/usr/local/bin/sh', '/lib/ld-linux.so.2',
+                     sys.prefix + '/lib/python3.11/site-packages/x.pth', '/proc/self/exe', '/usr/bin/env', '/init', '/x'):
+            attempt('write ' + path, lambda: opened(path, os.O_WRONLY))
+            attempt('make ' + path, lambda: opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+            attempt('replace ' + path, lambda: os.rename('/workspace', path) or 1)
+            attempt('remove ' + path, lambda: os.unlink(path) or 1)
+            attempt('link ' + path, lambda: os.link(path, '/workspace/l') or 1)
+        """,
+    ),
+]
