@@ -13,10 +13,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from consilience.conf.errors import SandboxLost
-from consilience.sandboxes.box import FILE_TIMEOUT_S
+from consilience.sandboxes.box import FILE_TIMEOUT_S, PACK_TIMEOUT_S
 from consilience.sandboxes.pool import LEASE_LIMIT_S, LeasedSandbox, Opener, SandboxPool
 from consilience.sandboxes.probe import open_sandbox
-from consilience.sandboxes.protocol import Enforced, ExecResult, Sandbox, SandboxSpec
+from consilience.sandboxes.protocol import Enforced, ExecResult, Process, Sandbox, SandboxSpec, Snapshot
 
 T = TypeVar("T")
 ORDER_LIMIT_S = 60.0  # what only tells the loop to begin something
@@ -75,6 +75,31 @@ def loop_thread() -> LoopThread:
         return _shared
 
 
+class BlockingProcess:
+    """The verbs of `Process`, blocking. `limit_s`: where a wait has no limit of its own."""
+
+    def __init__(self, inner: Process, thread: LoopThread, limit_s: float) -> None:
+        self.inner, self._thread, self._limit_s = inner, thread, limit_s
+
+    def write(self, data: bytes) -> None:
+        self._thread.run(self.inner.write(data), self._limit_s)
+
+    def close_stdin(self) -> None:
+        self._thread.run(self.inner.close_stdin(), self._limit_s)
+
+    def read(
+        self, max_bytes: int = 1 << 16, *, is_stderr: bool = False, timeout_s: float | None = None
+    ) -> bytes:
+        work = self.inner.read(max_bytes, is_stderr=is_stderr, timeout_s=timeout_s)
+        return self._thread.run(work, self._limit_s)
+
+    def kill(self, number: int = 9) -> None:
+        self._thread.run(self.inner.kill(number), self._limit_s)
+
+    def wait(self, timeout_s: float | None = None) -> ExecResult:
+        return self._thread.run(self.inner.wait(timeout_s), self._limit_s)
+
+
 class BlockingSandbox:
     """The verbs of `Sandbox`, blocking. `inner` is the awaitable box, `wall_s` the limit of its commands."""
 
@@ -106,6 +131,36 @@ class BlockingSandbox:
 
     def run_python(self, code: str, *, stdin: bytes = b"", timeout_s: float | None = None) -> ExecResult:
         return self._thread.run(self.inner.run_python(code, stdin=stdin, timeout_s=timeout_s), self._limit_s)
+
+    def shell(
+        self,
+        script: str,
+        *,
+        session: str = "main",
+        timeout_s: float | None = None,
+        is_background: bool = False,
+    ) -> ExecResult:
+        work = self.inner.shell(script, session=session, timeout_s=timeout_s, is_background=is_background)
+        return self._thread.run(work, self._limit_s)
+
+    def spawn(
+        self,
+        argv: list[str],
+        *,
+        stdin: bytes = b"",
+        cwd: str | None = None,
+        env: dict[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> BlockingProcess:
+        work = self.inner.spawn(argv, stdin=stdin, cwd=cwd, env=env, timeout_s=timeout_s)
+        limit_s = self._limit_s if timeout_s is None else self._limit_s + timeout_s
+        return BlockingProcess(self._thread.run(work, limit_s), self._thread, limit_s)
+
+    def snapshot(self, *, max_bytes: int | None = None) -> Snapshot:
+        return self._thread.run(self.inner.snapshot(max_bytes=max_bytes), self._limit_s + 2 * PACK_TIMEOUT_S)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        self._thread.run(self.inner.restore(snapshot), self._limit_s + 2 * PACK_TIMEOUT_S)
 
     def read(self, path: str, *, max_bytes: int = 1 << 20) -> bytes:
         return self._thread.run(self.inner.read(path, max_bytes=max_bytes), self._limit_s)

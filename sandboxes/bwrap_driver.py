@@ -40,9 +40,9 @@ from consilience.sandboxes.box import (
 from consilience.sandboxes.channel import Channel, PipeEnds, readiness
 from consilience.sandboxes.janitor import janitor
 from consilience.sandboxes.protocol import Enforced, Isolation, Limits, Sandbox, SandboxSpec
+from consilience.sandboxes.runner_bundle import runner_text
 from consilience.sandboxes.verify import check_isolation, host_paths, probe_program
 
-RUNNER = Path(__file__).with_name("runner.py")
 RUNNER_INSIDE = "/etc/runner.py"
 USER_UID = 1000  # inside the user namespace
 OUTSIDE_UID = 65534  # what root becomes before it makes a user-mode box
@@ -179,7 +179,7 @@ def _arguments(
     arch = seccomp.machine() or ""
     passwd = f"root:x:0:0::/:/bin/false\nmodel:x:{uid}:{uid}::/workspace:/bin/sh\n"
     texts = {
-        RUNNER_INSIDE: RUNNER.read_text(),
+        RUNNER_INSIDE: runner_text().decode(),
         "/etc/passwd": passwd,
         "/etc/group": f"root:x:0:\nmodel:x:{uid}:\n",
         "/etc/hosts": "127.0.0.1 localhost box\n::1 localhost\n",
@@ -237,7 +237,7 @@ class _BwrapTransport:
     def describe_end(self) -> str:
         if not self._errors.closed:
             self._errors.seek(0)
-            self._said = self._errors.read(600).decode(errors="replace").strip()
+            self._said = self._errors.read(20000).decode(errors="replace").strip()[-600:]
         return self._said
 
     async def kill(self) -> None:

@@ -1,4 +1,4 @@
-"""The host's side of the runner's frames: one request at a time, a hard time limit, typed failure.
+"""The host's side of the runner's frames: requests, their events and replies, hard limits, typed failure.
 
 Whatever goes wrong on this channel (no answer in time, a frame that is not one, the end of the
 stream) means the box cannot be trusted any more: it is killed and `SandboxLost` is raised.
@@ -10,6 +10,8 @@ import asyncio
 import json
 import os
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from consilience.conf.errors import SandboxLost
@@ -18,6 +20,19 @@ LENGTH = struct.Struct(">I")
 MAX_HEADER_BYTES = 8 << 20
 MAX_BLOB_BYTES = 256 << 20
 GRACE_S = 2.0  # the runner answers by a command's limit plus this, or the box is killed
+
+
+_UNASKED = "an answer that nobody asked for"
+
+
+@dataclass(slots=True)
+class Request:
+    """One that was sent and whose reply is still to come."""
+
+    id: int
+    verb: str
+    reply: asyncio.Future[tuple[dict[str, Any], bytes]]
+    on_event: Callable[[dict[str, Any], bytes], None] | None
 
 
 class Transport(Protocol):
@@ -35,14 +50,14 @@ class Transport(Protocol):
 
 
 class Channel:
-    """Requests to one runner. Belongs to the event loop that first uses it."""
+    """Requests to one runner, any number at once. Belongs to the event loop that first uses it."""
 
     def __init__(self, name: str, transport: Transport) -> None:
         self.name = name
         self._transport = transport
         self._buffer = bytearray()
-        self._lock = asyncio.Lock()
-        self._reply: asyncio.Future[tuple[dict[str, Any], bytes]] | None = None
+        self._lock = asyncio.Lock()  # of the sending side: frames go out whole
+        self._requests: dict[int, Request] = {}
         self._next_id = 0
         self.lost: str | None = None  # why the box is gone, once it is
 
@@ -50,49 +65,85 @@ class Channel:
         self, header: dict[str, Any], *blobs: bytes, timeout_s: float
     ) -> tuple[dict[str, Any], bytes]:
         """The reply's header and blob. SandboxLost if none comes within `timeout_s` + 2 s."""
-        async with self._lock:  # no limit: each call before has one
-            if self.lost is not None:
-                raise SandboxLost(f"{self.name} is gone: {self.lost}")
+        try:
+            request = await self.begin(header, *blobs, timeout_s=timeout_s)
+            return await self.finish(request, timeout_s)
+        except asyncio.CancelledError:
+            await asyncio.shield(self.abandon("its request was cancelled"))
+            raise
+
+    async def begin(
+        self,
+        header: dict[str, Any],
+        *blobs: bytes,
+        timeout_s: float,
+        on_event: Callable[[dict[str, Any], bytes], None] | None = None,
+    ) -> Request:
+        """Sends a request. Its events, if it may have any, go to `on_event`, in order."""
+        async with self._lock:  # no limit: each that sends has one
             self._next_id += 1
-            text = json.dumps({**header, "id": self._next_id, "blob": sum(map(len, blobs))}).encode()
-            self._reply = asyncio.get_running_loop().create_future()
+            request = Request(
+                self._next_id, header["verb"], asyncio.get_running_loop().create_future(), on_event
+            )
+            self._requests[request.id] = request
+            request.reply.add_done_callback(lambda _: self._requests.pop(request.id, None))
+            await self._send({**header, "id": request.id}, blobs, timeout_s)
+        return request
+
+    async def finish(self, request: Request, timeout_s: float) -> tuple[dict[str, Any], bytes]:
+        """The reply to a request that was sent. SandboxLost if none comes within `timeout_s` + 2 s."""
+        # asyncio.wait rather than wait_for: an answer that lies there when a starved loop
+        # wakes late is taken, not thrown away for being late
+        await asyncio.wait({request.reply}, timeout=timeout_s + GRACE_S)
+        if not request.reply.done():
+            self._break(f"no answer to {request.verb} within {timeout_s + GRACE_S:.1f} s")
+        try:
+            return request.reply.result()  # no limit: it is done
+        except SandboxLost as error:
+            await self.abandon(str(error))
+            raise SandboxLost(f"{self.name} is gone: {self.lost}") from None
+
+    async def notify(self, header: dict[str, Any], blob: bytes = b"", *, timeout_s: float = 10.0) -> None:
+        """Sends what has no reply: input, credit and signals for a request that goes on."""
+        async with self._lock:  # no limit: each that sends has one
+            await self._send(header, (blob,), timeout_s)
+
+    async def _send(self, header: dict[str, Any], blobs: tuple[bytes, ...], timeout_s: float) -> None:
+        if self.lost is None:
+            text = json.dumps({**header, "blob": sum(map(len, blobs))}).encode()
             try:
                 async with asyncio.timeout(timeout_s + 30):
                     await self._transport.send(b"".join((LENGTH.pack(len(text)), text, *blobs)))
-                # asyncio.wait rather than wait_for: an answer that lies there when a starved loop
-                # wakes late is taken, not thrown away for being late
-                await asyncio.wait({self._reply}, timeout=timeout_s + GRACE_S)
-                if not self._reply.done():
-                    raise SandboxLost(f"no answer to {header['verb']} within {timeout_s + GRACE_S:.1f} s")
-                reply, blob = self._reply.result()  # no limit: it is done
-                if reply.get("id") != self._next_id:
-                    raise SandboxLost(f"answer to request {reply.get('id')}, expected {self._next_id}")
-                return reply, blob
-            except (SandboxLost, OSError, TimeoutError) as error:
-                self._reply.cancel()
+                return
+            except (OSError, TimeoutError) as error:
                 await self.abandon(str(error) or type(error).__name__)
-                raise SandboxLost(f"{self.name} is gone: {self.lost}") from None
-            except asyncio.CancelledError:
-                self._reply.cancel()
-                await asyncio.shield(self.abandon("its request was cancelled"))
+            except asyncio.CancelledError:  # half a frame may be on its way
+                await asyncio.shield(self.abandon("what was being sent was cancelled"))
                 raise
-            finally:
-                self._reply = None
+        raise SandboxLost(f"{self.name} is gone: {self.lost}")
 
     async def abandon(self, reason: str) -> None:
         """Kills the box and lets every later call fail with `reason`."""
-        if self.lost is None:
-            self.lost = reason
+        self._break(reason)
         await self._transport.kill()
 
     def feed(self, data: bytes) -> None:
         """Bytes from the runner, in any portions."""
         self._buffer += data
-        while (frame := self._take_frame()) is not None:
-            if self._reply is None or self._reply.done():
-                self._break("an answer that nobody asked for")
-                return
-            self._reply.set_result(frame)
+        while self.lost is None and (frame := self._take_frame()) is not None:
+            header, blob = frame
+            request = self._requests.get(header.get("id", 0))
+            if request is None or request.reply.done():
+                wanted = sorted(self._requests)
+                self._break(
+                    f"answer to request {header.get('id')}, expected {wanted}" if wanted else _UNASKED
+                )
+            elif "event" not in header:
+                request.reply.set_result(frame)
+            elif request.on_event is not None:
+                request.on_event(header, blob)
+            else:
+                self._break(f"an event of {request.verb}, which has none")
 
     def feed_eof(self) -> None:
         """The runner's stream ended."""
@@ -126,8 +177,10 @@ class Channel:
         if self.lost is None:
             self.lost = reason
         self._buffer.clear()
-        if self._reply is not None and not self._reply.done():
-            self._reply.set_exception(SandboxLost(reason))
+        for request in list(self._requests.values()):
+            if not request.reply.done():
+                request.reply.set_exception(SandboxLost(self.lost))
+                request.reply.exception()  # no limit: it is done; seen here, as nobody may be waiting
 
 
 class _Inlet(asyncio.Protocol):

@@ -13,14 +13,10 @@ import http.client
 import json
 import os
 import socket
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from consilience.conf.errors import SandboxLost, SandboxUnavailable
 from consilience.sandboxes.box import (
-    MODEL_ENV,
-    OOM_SCORE,
     START_TIMEOUT_S,
     RunnerSandbox,
     new_box_id,
@@ -28,46 +24,20 @@ from consilience.sandboxes.box import (
     settings,
 )
 from consilience.sandboxes.channel import Channel
+from consilience.sandboxes.docker_profile import Engine, check_applied, check_kernel, container_config
 from consilience.sandboxes.protocol import Enforced, Isolation, Limits, Sandbox, SandboxSpec
-from consilience.sandboxes.seccomp import docker_profile
+from consilience.sandboxes.runner_bundle import bootstrap_frame
 from consilience.sandboxes.verify import check_isolation, probe_program
 
 DEFAULT_IMAGE = "consilience-sandbox:1"
 BUILD_COMMAND = "python -m consilience.sandboxes.build_image"
-RUNNER = Path(__file__).with_name("runner.py")
-# reads the runner from the channel first, so that no file has to get into the container
-BOOTSTRAP = (
-    "import os\nleft, text = int(os.read(0, 8)), b''\n"
-    "while left: chunk = os.read(0, left); text += chunk; left -= len(chunk) or exit(1)\n"
-    "exec(compile(text, 'runner.py', 'exec'))"
-)
 COUNTER_FILES = (
     ("oom", "/sys/fs/cgroup/memory/memory.oom_control", "oom_kill"),
     ("pids", "/sys/fs/cgroup/pids/pids.events", "max"),
     ("oom", "/sys/fs/cgroup/memory.events", "oom_kill"),
     ("pids", "/sys/fs/cgroup/pids.events", "max"),
 )
-TMPFS = "rw,exec,nosuid,nodev,mode=1777,size={size},nr_inodes={inodes}"
 CREATE_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """A Docker Engine that answers and has the image."""
-
-    url: str
-    version: str
-    image: str
-    image_id: str
-    has_userns: bool
-
-    @property
-    def level(self) -> Isolation:
-        return Isolation.CONTAINER_USERNS if self.has_userns else Isolation.CONTAINER
-
-    @property
-    def runtime(self) -> str:
-        return f"docker {self.version}, runc"
 
 
 def engine_socket() -> str:
@@ -76,7 +46,7 @@ def engine_socket() -> str:
     return url.removeprefix("unix://") if url.startswith("unix://") else ""
 
 
-def find_engine(image: str | None = None) -> Engine | str:
+def find_engine(image: str | None = None, oci_runtime: str = "runc") -> Engine | str:
     """The engine, asked over its socket in a few milliseconds, or why there is none to use."""
     path, image = engine_socket(), image or DEFAULT_IMAGE
     if not path:
@@ -97,7 +67,13 @@ def find_engine(image: str | None = None) -> Engine | str:
     if not any("name=seccomp" in option for option in options):
         return "the engine has no seccomp support"
     has_userns = any("name=userns" in option or "name=rootless" in option for option in options)
-    return Engine(f"unix://{path}", info["ServerVersion"], image, found["Id"], has_userns)
+    runtimes = sorted(info.get("Runtimes") or {"runc": {}})
+    if oci_runtime not in runtimes:
+        return f"the engine has no runtime {oci_runtime}; it has {', '.join(runtimes)}"
+    has_quota = bool(info.get("CpuCfsQuota", True))
+    return Engine(
+        f"unix://{path}", info["ServerVersion"], image, found["Id"], has_userns, oci_runtime, has_quota
+    )
 
 
 def _get(path: str, target: str) -> dict[str, Any] | None:
@@ -117,49 +93,6 @@ def _get(path: str, target: str) -> dict[str, Any] | None:
         return json.loads(body)
     finally:
         connection.close()
-
-
-def container_config(engine: Engine, limits: Limits, name: str) -> dict[str, Any]:
-    """What is asked of the engine: everything off that a small program does not need."""
-    inodes = max(1024, limits.workspace_bytes // 4096)
-    tmpfs = TMPFS.format(size=limits.workspace_bytes, inodes=inodes)
-    small = TMPFS.format(size=min(limits.workspace_bytes, 16 << 20), inodes=4096)
-    return {
-        "Image": engine.image_id,
-        "Entrypoint": [],
-        "Cmd": ["python3", "-s", "-S", "-c", BOOTSTRAP],
-        "Env": [f"{key}={value}" for key, value in MODEL_ENV.items()],
-        "User": "0:0",
-        "WorkingDir": "/workspace",
-        "Hostname": "box",
-        "NetworkDisabled": True,
-        "OpenStdin": True,
-        "StdinOnce": True,
-        "AttachStdin": True,
-        "AttachStdout": True,
-        "AttachStderr": True,
-        "Tty": False,
-        "Labels": {"consilience.box": name, "consilience.owner": f"{socket.gethostname()}:{os.getpid()}"},
-        "HostConfig": {
-            "AutoRemove": True,
-            "NetworkMode": "none",
-            "ReadonlyRootfs": True,
-            "CapDrop": ["ALL"],
-            "CapAdd": ["SETUID", "SETGID", "KILL"],
-            "SecurityOpt": ["no-new-privileges:true", f"seccomp={json.dumps(docker_profile())}"],
-            "Memory": limits.memory_bytes,
-            "MemorySwap": limits.memory_bytes,
-            "OomScoreAdj": OOM_SCORE,
-            "PidsLimit": limits.processes + 1,  # the runner is one of them
-            "ShmSize": min(limits.workspace_bytes, 16 << 20),
-            "Tmpfs": {"/workspace": tmpfs, "/tmp": small},
-            "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],
-            "IpcMode": "private",
-            "LogConfig": {"Type": "none"},
-            "Init": False,
-            "RestartPolicy": {"Name": "no"},
-        },
-    }
 
 
 class _DockerTransport:
@@ -225,7 +158,7 @@ async def open_docker(spec: SandboxSpec) -> Sandbox:
         import aiodocker
     except ImportError:
         raise SandboxUnavailable("docker: the Python package aiodocker is not installed") from None
-    engine = await asyncio.to_thread(find_engine, spec.image)
+    engine = await asyncio.to_thread(find_engine, spec.image, spec.runtime)
     if isinstance(engine, str):
         raise SandboxUnavailable(f"docker: {engine}")
     name, client = new_box_id(), aiodocker.Docker(url=engine.url)
@@ -237,6 +170,7 @@ async def open_docker(spec: SandboxSpec) -> Sandbox:
             transport = _DockerTransport(client, container)
             channel = Channel(name, transport)
             await transport.start(channel)
+            check_applied(config, await container.show())
         return await _configured(engine, name, channel, transport, spec.limits)
     except BaseException as error:
         await asyncio.shield(transport.kill() if transport else client.close())
@@ -249,14 +183,13 @@ async def open_docker(spec: SandboxSpec) -> Sandbox:
 async def _configured(
     engine: Engine, name: str, channel: Channel, transport: _DockerTransport, limits: Limits
 ) -> RunnerSandbox:
-    runner = RUNNER.read_bytes()
     async with asyncio.timeout(START_TIMEOUT_S):
-        await transport.send(b"%-8d" % len(runner) + runner)
+        await transport.send(bootstrap_frame())
     uid = 1000 + new_uid() % 50000 if engine.has_userns else new_uid()  # remapped ranges hold 65536
     request = settings(
         limits,
         uid=uid,
-        nice=0,
+        nice=10,  # in one share of the processor with the runner, which must get its turn beside a bomb
         rlimit_memory=False,
         rlimit_processes=True,
         die_with_parent=False,
@@ -272,13 +205,16 @@ async def _configured(
     if not told.is_ok:
         raise SandboxUnavailable(f"docker: the probe inside the box failed: {told.stderr.decode()[-300:]}")
     report = check_isolation("docker", told.stdout)
+    check_kernel(engine, report["boot_id"])
     counted = await probe.run_python(CAPS_PROBE)
     caps = json.loads(counted.stdout)
     if not 0 < caps["memory"] <= limits.memory_bytes or not 0 < caps["pids"] <= limits.processes + 1:
         raise SandboxUnavailable(f"docker: the container's limits are {caps}, asked for were {limits}")
     notes = (f"image {engine.image} {engine.image_id[:19]}",)
+    notes += () if engine.has_cpu_quota else ("no cap on processors: this engine has none",)
     notes += () if reply["shielded"] else ("the runner is protected by its uid only",)
-    level = engine.level if report["is_mapped"] or not engine.has_userns else Isolation.CONTAINER
+    is_promised = report["is_mapped"] or engine.level is not Isolation.CONTAINER_USERNS
+    level = engine.level if is_promised else Isolation.CONTAINER
     enforced = Enforced(level, "docker", engine.runtime, False, True, "cgroup", "cgroup", notes)
     return RunnerSandbox(name, channel, limits, enforced)
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
-from pathlib import Path
 from typing import IO
 
 from consilience.conf.errors import SandboxLost, SandboxUnavailable
@@ -31,8 +30,8 @@ from consilience.sandboxes.box import (
 )
 from consilience.sandboxes.channel import Channel, PipeEnds
 from consilience.sandboxes.protocol import Enforced, Isolation, Sandbox, SandboxSpec
+from consilience.sandboxes.runner_bundle import BOOTSTRAP, bootstrap_frame
 
-RUNNER = Path(__file__).with_name("runner.py")
 BANNER = (
     "\033[1;31mINSECURE: programs run as plain subprocesses of this machine. They can read its files and use "
     "its network. Use this for code you wrote, never for code a model wrote.\033[0m"
@@ -58,7 +57,7 @@ class _SubprocessTransport:
 
     def describe_end(self) -> str:
         self._errors.seek(0)
-        return self._errors.read(600).decode(errors="replace").strip()
+        return self._errors.read(20000).decode(errors="replace").strip()[-600:]
 
     async def kill(self) -> None:
         """The end of its stdin lets the runner kill its tree, as nobody else can find it; then by force."""
@@ -91,7 +90,7 @@ async def open_insecure(spec: SandboxSpec) -> Sandbox:
     reply_r, reply_w = os.pipe()
     try:
         process = subprocess.Popen(
-            [find_python()[0], "-s", "-S", str(RUNNER)],
+            [find_python()[0], "-s", "-S", "-c", BOOTSTRAP],
             stdin=request_r,
             stdout=reply_w,
             stderr=errors,
@@ -107,6 +106,8 @@ async def open_insecure(spec: SandboxSpec) -> Sandbox:
     channel = Channel(name, transport)
     try:
         await pipes.connect(channel)
+        async with asyncio.timeout(START_TIMEOUT_S):
+            await transport.send(bootstrap_frame())
         can_count_processes = uid is not None  # an ordinary user's limit would count all of its processes
         request = settings(
             spec.limits,

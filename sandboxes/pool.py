@@ -13,7 +13,15 @@ from typing import Any, TypeVar
 
 from consilience.conf.errors import SandboxLost, SandboxUnavailable
 from consilience.sandboxes.probe import open_sandbox
-from consilience.sandboxes.protocol import Enforced, ExecResult, ExecStatus, Sandbox, SandboxSpec
+from consilience.sandboxes.protocol import (
+    Enforced,
+    ExecResult,
+    ExecStatus,
+    Process,
+    Sandbox,
+    SandboxSpec,
+    Snapshot,
+)
 
 T = TypeVar("T")
 Opener = Callable[[SandboxSpec], Awaitable[Sandbox]]
@@ -65,6 +73,36 @@ class LeasedSandbox:
     ) -> ExecResult:
         work = self._live().run_python(code, stdin=stdin, timeout_s=timeout_s)
         return self._judge(await self._watch(work))
+
+    async def shell(
+        self,
+        script: str,
+        *,
+        session: str = "main",
+        timeout_s: float | None = None,
+        is_background: bool = False,
+    ) -> ExecResult:
+        work = self._live().shell(script, session=session, timeout_s=timeout_s, is_background=is_background)
+        return self._judge(await self._watch(work))
+
+    async def spawn(
+        self,
+        argv: list[str],
+        *,
+        stdin: bytes = b"",
+        cwd: str | None = None,
+        env: dict[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Process:
+        """Its outcome is not looked at: a box that streamed a program is not used again."""
+        self.is_tainted = True
+        return await self._watch(self._live().spawn(argv, stdin=stdin, cwd=cwd, env=env, timeout_s=timeout_s))
+
+    async def snapshot(self, *, max_bytes: int | None = None) -> Snapshot:
+        return await self._watch(self._live().snapshot(max_bytes=max_bytes))
+
+    async def restore(self, snapshot: Snapshot) -> None:
+        await self._watch(self._live().restore(snapshot))
 
     async def read(self, path: str, *, max_bytes: int = 1 << 20) -> bytes:
         return await self._watch(self._live().read(path, max_bytes=max_bytes))

@@ -32,7 +32,7 @@ class Offer:
         return f"{self.level.label} ({self.driver}, {self.runtime}, memory by {self.memory_cap})"
 
 
-def available(*, image: str | None = None) -> list[Offer]:
+def available(*, image: str | None = None, runtime: str = "runc") -> list[Offer]:
     """Every driver with what it would enforce here, strongest first; then those that cannot, and why."""
     root, user = bwrap_driver.find_bwrap(True), bwrap_driver.find_bwrap(False)
     cap = "rlimit"
@@ -46,7 +46,7 @@ def available(*, image: str | None = None) -> list[Offer]:
         "rlimit",
         "rlimit" if os.geteuid() == 0 else "none",
     )
-    offers = [_docker_offer(image), _bwrap_offer(root, Isolation.BWRAP_ROOT, cap)]
+    offers = [_docker_offer(image, runtime), _bwrap_offer(root, Isolation.BWRAP_ROOT, cap)]
     offers += [_bwrap_offer(user, Isolation.BWRAP_USER, "rlimit"), insecure]
     return sorted(offers, key=lambda offer: (not offer.is_available, -offer.level))
 
@@ -57,10 +57,10 @@ def _bwrap_offer(found: bwrap_driver.Bwrap | str, level: Isolation, cap: str) ->
     return Offer("bwrap", level, True, found.runtime, cap, cap)
 
 
-def _docker_offer(image: str | None) -> Offer:
+def _docker_offer(image: str | None, runtime: str) -> Offer:
     from consilience.sandboxes.docker_driver import find_engine
 
-    engine = find_engine(image)
+    engine = find_engine(image, runtime)
     if isinstance(engine, str):
         return Offer("docker", Isolation.CONTAINER, False, reason=engine)
     return Offer("docker", engine.level, True, engine.runtime, "cgroup", "cgroup")
@@ -86,7 +86,7 @@ def choose(spec: SandboxSpec) -> Callable[[SandboxSpec], Awaitable[Sandbox]]:
     """The function that opens the box `spec` asks for, or SandboxUnavailable; starts nothing itself."""
     if spec.driver not in DRIVERS:
         raise SandboxUnavailable(f"sandbox.driver is {spec.driver!r}; allowed are {', '.join(DRIVERS)}")
-    offers = available(image=spec.image)
+    offers = available(image=spec.image, runtime=spec.runtime)
     named = [o for o in offers if spec.driver in ("auto", o.driver)]
     usable = [o for o in named if o.is_available and (spec.allow_insecure or o.level > Isolation.RLIMIT)]
     strongest = usable[0] if usable else None

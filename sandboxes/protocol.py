@@ -72,11 +72,36 @@ class Enforced:
     notes: tuple[str, ...] = ()
 
 
+class ShellState(StrEnum):
+    """What became of a shell's own state (folder, variables, functions) by one script.
+
+    new: this script started the shell, so earlier state, if there was any, is gone; kept: it goes on;
+    ended: the shell is gone (exit, `set -e`, a limit), and the next script starts a new one.
+    """
+
+    NEW = "new"
+    KEPT = "kept"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A workspace at one moment: an uncompressed tar of folders, regular files and symbolic links.
+
+    `digest` is the SHA-256 of `archive` in hex; equal workspaces give equal archives.
+    """
+
+    digest: str
+    archive: bytes
+    num_files: int
+
+
 @dataclass(frozen=True, slots=True)
 class ExecResult:
     """One command. stdout and stderr keep head and tail up to the cap; `*_bytes` count all of it.
 
     exit_code is negative for the signal that ended it, None if it was killed at a limit or never ran.
+    `enforced` is what was verified of the box it ran in. `shell` is told by `Sandbox.shell` only.
     """
 
     status: ExecStatus
@@ -86,6 +111,8 @@ class ExecResult:
     stdout_bytes: int
     stderr_bytes: int
     wall_s: float
+    enforced: Enforced | None = None
+    shell: ShellState | None = None
 
     @property
     def is_ok(self) -> bool:
@@ -100,7 +127,34 @@ class SandboxSpec:
     min_isolation: Isolation = Isolation.BWRAP_USER
     limits: Limits = field(default_factory=Limits)
     image: str | None = None
+    runtime: str = "runc"  # of docker: "runc", "runsc" or a Kata runtime's name, as the engine knows it
     allow_insecure: bool = False
+
+
+class Process(Protocol):
+    """A program that runs while its owner talks to it. Its output waits in the box until it is read:
+    a program that prints faster than it is read stands still, and costs no memory of the host.
+    """
+
+    async def write(self, data: bytes) -> None:
+        """Hands over stdin, no faster than the program takes it. BrokenPipeError once it has ended."""
+        ...
+
+    async def close_stdin(self) -> None: ...
+
+    async def read(
+        self, max_bytes: int = 1 << 16, *, is_stderr: bool = False, timeout_s: float | None = None
+    ) -> bytes:
+        """What has come of stdout (or stderr), at least one byte; b"" at its end. TimeoutError."""
+        ...
+
+    async def kill(self, number: int = 9) -> None:
+        """A signal to the program; 9 ends it and all that it has started."""
+        ...
+
+    async def wait(self, timeout_s: float | None = None) -> ExecResult:
+        """The outcome, once it has ended; stdout and stderr are empty: they were streamed. TimeoutError."""
+        ...
 
 
 class Sandbox(Protocol):
@@ -131,6 +185,49 @@ class Sandbox(Protocol):
         The fast way for many small programs: 2-4 ms instead of an interpreter's start. Standard
         library only; same user, limits and clean-up as `exec`.
         """
+        ...
+
+    async def shell(
+        self,
+        script: str,
+        *,
+        session: str = "main",
+        timeout_s: float | None = None,
+        is_background: bool = False,
+    ) -> ExecResult:
+        """`script` in a bash that stays: folder, variables and functions last until the next script.
+
+        Sessions of different names know nothing of each other. What a script leaves running is killed at
+        its end; with `is_background` jobs that are still children of the shell go on. A script that runs
+        out of time ends its shell. See `ExecResult.shell`.
+        """
+        ...
+
+    async def spawn(
+        self,
+        argv: list[str],
+        *,
+        stdin: bytes = b"",
+        cwd: str | None = None,
+        env: dict[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Process:
+        """Starts a program and returns at once. It may run beside commands, which leave it alone.
+
+        `timeout_s` may be longer than the box's own limit for commands, which it is when not given. A
+        program that cannot start is one whose `wait` says denied.
+        """
+        ...
+
+    async def snapshot(self, *, max_bytes: int | None = None) -> Snapshot:
+        """The workspace as it is, while everything else in the box stands still.
+
+        OSError (EFBIG) above `max_bytes` (twice what the workspace may hold), or when it cannot be read.
+        """
+        ...
+
+    async def restore(self, snapshot: Snapshot) -> None:
+        """`reset`, then the snapshot's files. ValueError for an archive that is none of ours; OSError."""
         ...
 
     async def read(self, path: str, *, max_bytes: int = 1 << 20) -> bytes:

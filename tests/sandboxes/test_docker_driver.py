@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from consilience.conf.errors import SandboxUnavailable
 from consilience.sandboxes import docker_driver
-from consilience.sandboxes.docker_driver import Engine, container_config
+from consilience.sandboxes.docker_profile import Engine, check_applied, check_kernel, container_config
 from consilience.sandboxes.protocol import Isolation, Limits
 
 ENGINE = Engine("unix:///x", "20.10", "img:1", "sha256:abc", False)
@@ -37,6 +38,57 @@ def test_everything_a_small_program_does_not_need_is_off():
     assert json.loads(profile.removeprefix("seccomp="))["syscalls"]
     assert config["Image"] == "sha256:abc"  # by digest: a moved tag changes nothing
     assert config["Labels"]["consilience.box"] == "box-1"
+    assert config["Labels"]["consilience.image"] == "sha256:abc"
+    host_name, pid, started = config["Labels"]["consilience.owner"].split(":")
+    assert (host_name, int(pid)) == (socket.gethostname(), os.getpid()) and started.isdigit()
+    ulimits = {limit["Name"]: limit["Hard"] for limit in host["Ulimits"]}
+    assert ulimits == {"core": 0, "nofile": 1024, "fsize": limits.file_bytes}
+    assert (host["CgroupnsMode"], host["IpcMode"], host["Runtime"]) == ("private", "private", "runc")
+    assert host["NanoCpus"] == 1_000_000_000
+
+
+def test_a_container_made_otherwise_than_asked_for_is_refused_setting_by_setting():
+    asked = container_config(ENGINE, Limits(), "box-1")
+    told = json.loads(json.dumps({"Image": asked["Image"], "HostConfig": asked["HostConfig"]}))
+    told["HostConfig"]["CapAdd"] = ["CAP_KILL", "CAP_SETGID", "CAP_SETUID"]  # as some engines write them
+    check_applied(asked, told)
+    changes = {
+        "Runtime": "runsc",
+        "NetworkMode": "bridge",
+        "ReadonlyRootfs": False,
+        "Privileged": True,
+        "CapAdd": ["SYS_ADMIN"],
+        "PidsLimit": 0,
+        "Memory": 0,
+        "Binds": ["/var/run/docker.sock:/var/run/docker.sock"],
+        "PidMode": "host",
+        "SecurityOpt": ["seccomp=unconfined"],
+        "Ulimits": [],
+    }
+    for name, value in changes.items():
+        with pytest.raises(SandboxUnavailable, match="is not set" if name == "SecurityOpt" else "is"):
+            check_applied(asked, {**told, "HostConfig": {**told["HostConfig"], name: value}})
+    with pytest.raises(SandboxUnavailable, match="its image is sha256:other"):
+        check_applied(asked, {**told, "Image": "sha256:other"})
+
+
+def test_a_runtime_that_promises_a_kernel_of_its_own_must_show_another_one():
+    here = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    for runtime, level in (("runsc", Isolation.GVISOR), ("kata-fc", Isolation.VM)):
+        engine = Engine("unix:///x", "20.10", "img:1", "sha256:abc", False, runtime)
+        assert engine.level is level and runtime in engine.runtime
+        check_kernel(engine, "another")
+        with pytest.raises(SandboxUnavailable, match="its own kernel"):
+            check_kernel(engine, here)
+    check_kernel(ENGINE, here)
+
+
+def test_a_runtime_the_engine_lacks_is_a_reason():
+    engine = docker_driver.find_engine(None, "runsc")
+    if not isinstance(docker_driver.find_engine(), str):
+        assert "no runtime runsc; it has" in str(engine)
+    else:
+        assert isinstance(engine, str)
 
 
 def test_a_remapped_engine_is_a_level_stronger():

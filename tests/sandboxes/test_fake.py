@@ -60,3 +60,22 @@ def test_a_lost_or_destroyed_box_raises_and_timeouts_are_typed():
 
     asyncio.run(used())
     assert result(exit_code=None).status is ExecStatus.TIMEOUT
+
+
+def test_shells_streamed_programs_and_snapshots_are_scripted_too():
+    async def used():
+        box = FakeSandbox(lambda argv, stdin, files: b" ".join(a.encode() for a in argv) + stdin)
+        first, second = await box.shell("cd /", session="s"), await box.shell("ls", session="s")
+        process = await box.spawn(["cat"], stdin=b" a")
+        await process.write(b"b")
+        read = await process.read(3), await process.read(), await process.read()
+        await box.write("f", b"x")
+        snapshot = await box.snapshot()
+        await box.write("g", b"y")
+        await box.restore(snapshot)
+        return first, second, read, await process.wait(), box.files
+
+    first, second, read, ended, files = asyncio.run(used())
+    assert (first.stdout, first.shell, second.shell) == (b"shell s cd /", "new", "kept")
+    assert read == (b"cat", b" ab", b"") and ended.is_ok and ended.stdout_bytes == 6
+    assert files == {"f": b"x"}

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from consilience.sandboxes import runner
 from consilience.sandboxes.protocol import ExecStatus
+from consilience.sandboxes.runner_bundle import BOOTSTRAP, bootstrap_frame
+from consilience.sandboxes.runner_files import empty_folder
+from consilience.sandboxes.runner_frames import Capture
 
 SETTINGS = {
     "verb": "configure",
@@ -102,7 +104,7 @@ def test_programs_of_one_box_leave_no_trace_in_the_memory_of_the_next(box):
 
 
 def test_a_capture_worked_by_hand():
-    capture = runner.Capture(5)  # head 3, tail 2
+    capture = Capture(5)  # head 3, tail 2
     capture.take(b"ab")
     assert b"".join(capture.parts()) == b"ab"
     capture.take(b"cdef")
@@ -116,7 +118,7 @@ def test_a_capture_keeps_head_and_tail_of_any_chunks(cap):
     rng = random.Random(cap)
     for _ in range(200):
         chunks = [rng.randbytes(rng.choice((0, 1, 2, 3, 50, 200))) for _ in range(rng.randrange(8))]
-        whole, capture = b"".join(chunks), runner.Capture(cap)
+        whole, capture = b"".join(chunks), Capture(cap)
         for chunk in chunks:
             capture.take(memoryview(chunk))
         head, tail = cap - cap // 2, cap // 2
@@ -135,7 +137,7 @@ def test_an_emptied_folder_is_empty_whatever_lay_in_it(tmp_path):
     (tmp_path / "other" / "file").write_text("x")
     (tmp_path / "other").chmod(0)
     os.mkfifo(tmp_path / "fifo")
-    runner.empty_folder(str(tmp_path))
+    empty_folder(str(tmp_path))
     assert list(tmp_path.iterdir()) == [] and Path("/etc/passwd").exists()
 
 
@@ -144,11 +146,13 @@ class Started:
 
     def __init__(self, folder: Path, *flags: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, *flags, runner.__file__],
+            [sys.executable, *flags, "-c", BOOTSTRAP],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
         )
+        assert self.process.stdin is not None
+        self.process.stdin.write(bootstrap_frame())
         self.call({**SETTINGS, "workspace": str(folder), "writable": [str(folder)]})
 
     def send(self, header: dict, blob: bytes = b"") -> None:
