@@ -30,7 +30,7 @@ FORGERIES = {
     "S02 an end by a child": "sh -c 'for i in 4 9 10 11 63; do echo 0 >&$i; done' 2>/dev/null; (exit 5)",
     "S03 its own shell killed": "kill -9 $$",
     "S04 its own shell replaced": "exec sh -c 'exit 4'",
-    "S05 functions under other names": "eval() { :; }; printf() { :; }; builtin() { :; }; trap : EXIT; (exit 6)",
+    "S05 names redefined": "eval() { :; }; printf() { :; }; builtin() { :; }; trap : EXIT; (exit 6)",
     "S06 an open quote and an open brace": "echo \"'{ (",
 }
 
