@@ -1,8 +1,10 @@
 """Builds the image that Docker boxes use, without a registry: `python -m consilience.sandboxes.build_image`.
 
-Two sources. "debootstrap" (root, the tool installed): a minimal Debian with python3 from the
-machine's own mirror, 45 s, 235 MB. "host": the interpreter, its library and a shell's tools copied
-from this machine, 5 s, about 60 MB, no root needed. Both end in the engine's image import.
+Two sources. "debootstrap" (root, the tool installed): a minimal Debian with python3, from the packages
+that `image.lock` names, fetched from the machine's own mirror and kept; the same lock gives the same
+image digest. Packages that moved upstream are named, the image is made of what there is, and `--repin`
+writes the new lock. "host": the interpreter, its library and a shell's tools copied from this machine,
+about 60 MB, no root needed. `--engine` first installs and starts a Docker Engine where none answers.
 An image that exists is kept unless `--rebuild` is given.
 """
 
@@ -21,7 +23,11 @@ import tempfile
 from pathlib import Path
 
 from consilience.conf.errors import SandboxUnavailable
-from consilience.sandboxes.docker_driver import DEFAULT_IMAGE, find_engine
+from consilience.sandboxes.docker_driver import BUILD_COMMAND, DEFAULT_IMAGE, find_engine
+from consilience.sandboxes.docker_engine import ensure_engine
+from consilience.sandboxes.image_packages import Lock, changes, make_image, make_layer, package_of, read_lock
+
+LOCK_FILE = Path(__file__).with_name("image.lock")
 
 TOOLS = (
     "sh bash ls cat cp mv rm mkdir rmdir ln touch chmod head tail wc sort uniq cut tr tee seq sleep true "
@@ -31,10 +37,12 @@ TOOLS = (
 FOLDERS = ("dev", "proc", "sys", "tmp", "workspace", "etc", "root", "run", "var")
 
 
-def build(image: str = DEFAULT_IMAGE, *, source: str = "auto", is_rebuild: bool = False) -> str:
+def build(
+    image: str = DEFAULT_IMAGE, *, source: str = "auto", is_rebuild: bool = False, is_repin: bool = False
+) -> str:
     """Makes `image` if it is missing; the source it came from, or "kept". SandboxUnavailable says why not."""
     engine = find_engine(image)
-    if not isinstance(engine, str) and not is_rebuild:
+    if not isinstance(engine, str) and not (is_rebuild or is_repin):
         return "kept"
     if isinstance(engine, str) and "has no image" not in engine:
         raise SandboxUnavailable(f"cannot build {image}: {engine}")
@@ -48,9 +56,14 @@ def build(image: str = DEFAULT_IMAGE, *, source: str = "auto", is_rebuild: bool 
             f"cannot build {image} by debootstrap: it needs root and the package debootstrap"
         )
     with tempfile.TemporaryDirectory(prefix="consilience-image-") as folder:
-        archive = Path(folder, "root.tar")
-        (_debootstrap if source == "debootstrap" else _copy_host)(Path(folder), archive)
-        _run("docker", "import", str(archive), image)
+        archive = Path(folder, "image.tar")
+        if source == "debootstrap":
+            lock, layer = locked_layer(is_repin=is_repin)
+            archive.write_bytes(make_image(layer, image, lock.architecture)[1])
+            _run("docker", "load", "--input", str(archive))
+        else:
+            _copy_host(Path(folder), archive)
+            _run("docker", "import", str(archive), image)
     return source
 
 
@@ -68,13 +81,55 @@ def _run(*command: str) -> None:
         )
 
 
-def _debootstrap(folder: Path, archive: Path) -> None:
-    suite, mirror = _debian_source()
-    root = folder / "root"
-    _run("debootstrap", "--variant=minbase", "--include=python3", suite, str(root), mirror)
-    (root / "workspace").mkdir(exist_ok=True)
-    shutil.rmtree(root / "var/cache/apt/archives", ignore_errors=True)
-    _run("tar", "-C", str(root), "--one-file-system", "-cf", str(archive), ".")
+def locked_layer(*, is_repin: bool = False) -> tuple[Lock, bytes]:
+    """The image's layer and the lock it answers to: `image.lock`, or what upstream has become.
+
+    Packages that are kept from before are not fetched again. SandboxUnavailable when the files of the
+    lock give another digest than it says.
+    """
+    lock, folder = read_lock(LOCK_FILE.read_text()), cache_folder()
+    kept = [folder / f"{package.sha256}.deb" for package in lock.packages]
+    if not is_repin and all(path.exists() for path in kept):
+        return _checked(lock, make_layer(kept))
+    with tempfile.TemporaryDirectory(prefix="consilience-packages-") as scratch:
+        suite, mirror = _debian_source()
+        command = ["debootstrap", "--variant=minbase", "--include=python3", "--download-only"]
+        _run(*command, suite, f"{scratch}/root", mirror)
+        fetched = sorted(Path(scratch, "root/var/cache/apt/archives").glob("*.deb"))
+        found = {package_of(path): path for path in fetched}
+        folder.mkdir(parents=True, exist_ok=True)
+        for package, path in found.items():
+            shutil.copyfile(path, folder / f"{package.sha256}.deb")
+    packages = tuple(sorted(found))
+    layer = make_layer([folder / f"{package.sha256}.deb" for package in packages])
+    architecture = packages_architecture(fetched)
+    new = Lock(suite, architecture, make_image(layer, "", architecture)[0], packages)
+    if told := changes(lock, new):
+        print("the archive has moved since image.lock was written:", *told, sep="\n  ", file=sys.stderr)
+        print(f"re-pin with `{BUILD_COMMAND} --repin` and commit image.lock", file=sys.stderr)
+    if is_repin:
+        LOCK_FILE.write_text(new.write())
+    return _checked(lock, layer) if not told and not is_repin else (new, layer)
+
+
+def _checked(lock: Lock, layer: bytes) -> tuple[Lock, bytes]:
+    digest, _ = make_image(layer, "", lock.architecture)
+    if digest != lock.image:
+        raise SandboxUnavailable(f"the packages of image.lock give {digest}; it says {lock.image}")
+    return lock, layer
+
+
+def packages_architecture(paths: list[Path]) -> str:
+    """The machine's, from the packages' file names; "all" is every machine's."""
+    found = {path.stem.rpartition("_")[2] for path in paths} - {"all"}
+    if len(found) != 1:
+        raise SandboxUnavailable(f"the packages are for {sorted(found)}; one architecture is needed")
+    return found.pop()
+
+
+def cache_folder() -> Path:
+    """Where packages are kept by checksum between builds."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "consilience", "packages")
 
 
 def _debian_source() -> tuple[str, str]:
@@ -151,9 +206,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--image", default=DEFAULT_IMAGE)
     parser.add_argument("--source", choices=("auto", "debootstrap", "host"), default="auto")
     parser.add_argument("--rebuild", action="store_true")
+    parser.add_argument("--repin", action="store_true", help="write image.lock as the archive is now")
+    parser.add_argument("--engine", action="store_true", help="install and start a Docker Engine if needed")
     chosen = parser.parse_args(arguments)
     try:
-        print(f"{chosen.image}: {build(chosen.image, source=chosen.source, is_rebuild=chosen.rebuild)}")
+        if chosen.engine:
+            print(f"engine: {ensure_engine()}")
+        source = "debootstrap" if chosen.repin else chosen.source
+        made = build(chosen.image, source=source, is_rebuild=chosen.rebuild, is_repin=chosen.repin)
+        print(f"{chosen.image}: {made}")
     except SandboxUnavailable as error:
         print(error, file=sys.stderr)
         return 1

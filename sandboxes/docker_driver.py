@@ -46,6 +46,14 @@ def engine_socket() -> str:
     return url.removeprefix("unix://") if url.startswith("unix://") else ""
 
 
+def ping_engine(path: str) -> bool:
+    """Whether an engine answers at a socket."""
+    try:
+        return os.path.exists(path) and _get(path, "/info") is not None
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+
+
 def find_engine(image: str | None = None, oci_runtime: str = "runc") -> Engine | str:
     """The engine, asked over its socket in a few milliseconds, or why there is none to use."""
     path, image = engine_socket(), image or DEFAULT_IMAGE
@@ -57,12 +65,15 @@ def find_engine(image: str | None = None, oci_runtime: str = "runc") -> Engine |
         info = _get(path, "/info")
         if info is None or info.get("OSType") != "linux":
             return f"the engine at {path} does not run Linux containers"
-        found = _get(path, f"/images/{image}/json")
+        name, _, pinned = image.partition("@")
+        found = _get(path, f"/images/{name}/json")
     except (OSError, ValueError, http.client.HTTPException) as error:
         return f"the engine at {path} does not answer ({error})"
     if found is None:
         build = BUILD_COMMAND + (f" --image {image}" if image != DEFAULT_IMAGE else "")
         return f"the engine has no image {image}; build it with `{build}` or set sandbox.image"
+    if pinned and found["Id"] != pinned:
+        return f"the image {name} is {found['Id']} now, pinned is {pinned}; build it again or change the pin"
     options = info.get("SecurityOptions") or []
     if not any("name=seccomp" in option for option in options):
         return "the engine has no seccomp support"

@@ -166,6 +166,23 @@ def test_an_engine_is_used_only_when_it_answers_and_has_what_is_needed(tmp_path,
         engine.close(path)
 
 
+def test_an_image_that_moved_away_from_its_pin_is_refused(tmp_path):
+    path = tmp_path / "engine.sock"
+    engine = FakeEngine(path, {"/info": (200, json.dumps(INFO).encode()), "/images/img:1/json": IMAGE})
+    script = "from consilience.sandboxes.docker_driver import find_engine as f\n"
+    script += "print(f('img:1@sha256:f00')); print(f('img:1@sha256:bad')); print(f('img:1', 'kata'))"
+    env = {**os.environ, "DOCKER_HOST": f"unix://{path}"}
+    root = Path(__file__).parents[2]
+    try:
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root, timeout=60)
+    finally:
+        engine.close(path)
+    kept, moved, missing = done.stdout.splitlines()
+    assert "image_id='sha256:f00'" in kept
+    assert "is sha256:f00 now, pinned is sha256:bad" in moved and "no runtime kata; it has runc" in missing
+
+
 def test_no_socket_a_dead_socket_and_a_remote_engine_are_reasons(tmp_path):
     assert "does not exist" in found(f"unix://{tmp_path}/absent.sock")
     with socket.socket(socket.AF_UNIX) as dead:
