@@ -23,7 +23,7 @@ from consilience.model.forward_trace import Trace
 from consilience.rollout.ahead import staleness
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.phases import Sampler, publish, sample_phase
-from consilience.rollout.records import FinishReason, RolloutRecord
+from consilience.rollout.records import FinishReason, OutcomeKind, RolloutRecord
 from consilience.rollout.store import RolloutStore
 from consilience.training.engine import TrainEngine
 from consilience.training.forward import hidden_at_loss, mtp_loss
@@ -239,6 +239,8 @@ def rollout_report(records: Sequence[RolloutRecord], advantages: Advantages) -> 
         "truncated_share": _mean([r.finish is FinishReason.LENGTH for r in records]),
         "malformed_share": _mean([r.finish is FinishReason.MALFORMED for r in records]),
         "failed": float(len(records) - len(scored)),
+        "tamper_rate": _mean([r.outcome.kind is OutcomeKind.TAMPER for r in records]),  # an alarm above 0
+        "infra_rate": _mean([r.outcome.kind is OutcomeKind.INFRA for r in records]),
         "groups": float(advantages.num_groups),
         "groups_without_signal": float(advantages.num_without_signal),
         "kept_samples": float(advantages.num_kept),

@@ -6,7 +6,9 @@ import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from consilience.rewards.interface import Completion, ToolCall
+from consilience.rewards.interface import Completion, Tier, ToolCall
+
+TIER = Tier.TEXT
 
 
 def score(

@@ -22,10 +22,10 @@ from typing import Any
 
 from consilience.conf.errors import ConsilienceError, SandboxLost, SandboxUnavailable
 from consilience.rewards.frames import FrameSocket
-from consilience.rewards.interface import Completion, RewardFunction, ToolCall
+from consilience.rewards.interface import Completion, RewardFunction, Tamper, ToolCall
 from consilience.rewards.judge_box import JudgeBox, spec_from_dict
 from consilience.rewards.load import load_reward
-from consilience.rewards.verdict import failed, infra, verdict_of
+from consilience.rewards.verdict import failed, infra, tamper, verdict_of
 from consilience.rollout.grading import Graded
 
 MAX_REQUEST_BYTES = 1 << 30
@@ -62,6 +62,8 @@ def _serve(
     box: JudgeBox | None,
 ) -> None:
     verdict, is_box_lost = _score(runner, function, item, box)
+    if is_box_lost and box is not None:
+        verdict, is_box_lost = _score_again(frames, runner, function, item, box)
     label, ids = (box.label, [box.id]) if box is not None else ("none", [])
     outcome = verdict.outcome
     frames.send(["score", verdict.reward, verdict.parts, outcome.kind.value, outcome.detail, label, ids])
@@ -73,6 +75,37 @@ def _serve(
             frames.send(["boxless", str(error)])
             raise EOFError from error
         frames.send(["ready"])
+
+
+def _score_again(
+    frames: FrameSocket,
+    runner: asyncio.Runner,
+    function: RewardFunction,
+    item: Mapping[str, Any],
+    box: JudgeBox,
+) -> tuple[Graded, bool]:
+    """A second verdict in another box, as the first one's was lost.
+
+    A box that is lost twice, while a third runs a program of ours, was ended by the candidate: or it could
+    have any bad answer masked as a fault of the machinery.
+    """
+    try:
+        _renew(frames, box)
+        verdict, is_lost = _score(runner, function, item, box)
+        if not is_lost:
+            return verdict, False
+        _renew(frames, box)
+        if box.run_python("print(1)").stdout != b"1\n":
+            return verdict, True
+        return tamper(f"the candidate ended two boxes ({verdict.outcome.detail}); a third one works"), False
+    except ConsilienceError as error:
+        return infra(f"{type(error).__name__}: {error}"), True
+
+
+def _renew(frames: FrameSocket, box: JudgeBox) -> None:
+    frames.send(["busy"])
+    box.renew(is_lost=True)
+    frames.send(["ready"])
 
 
 def _score(
@@ -93,6 +126,8 @@ def _score(
         return verdict_of(value), False
     except (SandboxLost, SandboxUnavailable) as error:
         return infra(f"{type(error).__name__}: {error}"), True
+    except Tamper as error:
+        return tamper(str(error)), False
     except BaseException as error:
         return failed(f"the reward function raised {type(error).__name__}: {error}{_line(error)}"), False
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from consilience.rewards.interface import Completion
+from consilience.rewards.interface import Completion, Tier
+
+TIER = Tier.TEXT
 
 
 def score(

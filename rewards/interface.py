@@ -6,14 +6,35 @@ A reward is a plain function or a coroutine, named by import path or file
     def score(completion, *, prompt, metadata, sandbox) -> float | dict[str, float]
 
 A dict's entry "reward" is the scalar used for training (the sum of the entries if there is none);
-"correct" (0 or 1), where present, is what evaluation counts.
+"correct" (0 or 1), where present, is what evaluation counts. A function that finds the machinery tampered
+with raises `Tamper`: reward 0, and an alarm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
+
+
+class Tier(StrEnum):
+    """What a reward function's verdict rests on; its module declares one as `TIER` (sandboxes.md 5.5).
+
+    TEXT     the text alone; nothing of the model's is run
+    PROGRAM  tier A: stdin to stdout of a fresh process; compared here
+    CALLS    tier B: values of function calls, as plain JSON; compared here
+    SUITE    tier C: tests that share a process with the candidate; canaries, nonce, counterfactual runs
+    """
+
+    TEXT = "text"
+    PROGRAM = "program"
+    CALLS = "calls"
+    SUITE = "suite"
+
+
+class Tamper(Exception):
+    """The candidate did not solve its task but worked on what judges it; the text says how it showed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from consilience.rewards.child import completion_to_dict
 from consilience.rewards.frames import SEND_TIMEOUT_S, FrameSocket
 from consilience.rewards.interface import Completion
 from consilience.rewards.judge_box import spec_to_dict
-from consilience.rewards.verdict import failed, infra, verdict_of
+from consilience.rewards.verdict import failed, infra, tamper, verdict_of
 from consilience.rollout.grading import Graded
 from consilience.rollout.records import OutcomeKind
 from consilience.sandboxes.protocol import SandboxSpec
@@ -261,5 +261,6 @@ def _verdict(reward: Any, parts: Any, kind: str, detail: str, label: str, ids: l
         if verdict.outcome.is_scored:
             verdict = replace(verdict, parts={name: float(parts[name]) for name in parts})
     else:
-        verdict = infra(str(detail)) if OutcomeKind(kind) is OutcomeKind.INFRA else failed(str(detail))
+        others = {OutcomeKind.INFRA: infra, OutcomeKind.TAMPER: tamper}
+        verdict = others.get(OutcomeKind(kind), failed)(str(detail))
     return replace(verdict, isolation=str(label), sandbox_ids=tuple(str(i) for i in ids))

@@ -9,7 +9,9 @@ from typing import Any
 
 import reasoning_gym
 
-from consilience.rewards.interface import Completion
+from consilience.rewards.interface import Completion, Tier
+
+TIER = Tier.TEXT
 
 
 def score(

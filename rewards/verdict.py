@@ -49,6 +49,11 @@ def verdict_of(value: Any) -> Graded:
     return Graded(reward, parts, Outcome(OutcomeKind.GRADED))
 
 
+def tamper(detail: str) -> Graded:
+    """The candidate worked on the judge instead of the task: reward 0, counted as an alarm."""
+    return Graded(0.0, {"reward": 0.0}, Outcome(OutcomeKind.TAMPER, detail[:MAX_DETAIL]))
+
+
 def failed(detail: str) -> Graded:
     """The reward function broke its contract: no reward, the sample is masked and counted."""
     return Graded(None, {}, Outcome(OutcomeKind.FAILED, detail[:MAX_DETAIL]))

@@ -18,7 +18,7 @@ from consilience.conf.errors import SandboxLost
 
 TABLES = (resource_attacks, output_attacks, file_attacks, kernel_attacks, network_attacks)
 ATTACKS = [attack for table in TABLES for attack in table.ATTACKS]
-START_SLACK_S = 0.5  # forks and kills on a machine that has other work
+LATE_S = 1.5  # two cores with other work on them: a process waits for its turn, and does so several times
 
 
 def _rows() -> list:
@@ -48,7 +48,7 @@ def test_the_attack_is_met_and_leaves_nothing_behind(boxes, driver: str, attack:
         output = result.stdout + result.stderr
         assert attack.says in output, output[-400:]
         assert not attack.hides or attack.hides not in output, output[-400:]
-        limit_s = attack.within_s if attack.within_s is not None else attack.timeout_s + START_SLACK_S
+        limit_s = (attack.within_s if attack.within_s is not None else attack.timeout_s) + LATE_S
         assert took < limit_s, f"it took {took:.2f} s"
         if attack.check is not None:
             attack.check(box, result)

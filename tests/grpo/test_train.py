@@ -19,7 +19,7 @@ from consilience.grpo.train import (
 )
 from consilience.model.checkpoint import to_official
 from consilience.model.digest import weights_digest
-from consilience.rollout.records import FinishReason, UserTurn
+from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, UserTurn
 from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 
 torch.set_num_threads(1)
@@ -186,6 +186,10 @@ def test_the_report_counts_what_was_lost():
     report = rollout_report(records, advantages)
     assert (report["reward"], report["correct"], report["failed"]) == (0.5, 0.5, 1.0)
     assert (report["truncated_share"], report["kept_samples"], report["groups"]) == (0.2, 4.0, 3.0)
+    assert (report["tamper_rate"], report["infra_rate"]) == (0.0, 0.2)
+    ends = [replace(FOUR[0], outcome=Outcome(kind)) for kind in (OutcomeKind.TAMPER, OutcomeKind.INFRA)]
+    report = rollout_report([*FOUR[:2], *ends], advantages)
+    assert (report["tamper_rate"], report["infra_rate"]) == (0.25, 0.25)
 
 
 def test_the_table_shows_rollouts_spread_over_the_phase():

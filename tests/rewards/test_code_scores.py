@@ -5,7 +5,7 @@ import json
 import pytest
 
 from consilience.conf.errors import RewardError, SandboxLost
-from consilience.rewards.code_scores import candidate_source, score
+from consilience.rewards.code_scores import candidate_source, run_candidate, score, shuffled
 from consilience.rewards.interface import Completion
 from consilience.rewards.judge_box import JudgeBox
 from consilience.sandboxes.blocking import BlockingSandbox, open_blocking
@@ -64,10 +64,17 @@ def test_every_demo_passes_and_every_other_program_fails(box, problems):
         "import os\ndef f(x): pass\nos._exit(0)",
         "import os\ndef f(x): os.kill(os.getpid(), 9)",
         "def f(x):\n class S(str):\n  __eq__ = lambda s, o: True\n return S('no')",
-        'def f(x): pass\nprint(\'["a","a","a","a","a","a"]\')',
+        "def f(x): pass\nprint('\"a\"')",
+        "import builtins\nbuiltins.type = lambda *a: str\ndef f(x): return 1",
+        "import sys\ndef f(x): return str(sys._getframe(1).f_globals) + str(sys._getframe(1).f_locals)",
+        "import gc\ndef f(x): return max((o for o in gc.get_objects() if isinstance(o, list)), key=len)",
+        "def f(x):\n S = type('S', (str,), {'__eq__': lambda s, o: True})\n return S('no')",
+        "import atexit, os\ndef f(x): return ''\natexit.register(lambda: os.write(1, b'\"late\"'))",
+        "def f(x): return float('nan')",
+        "class R:\n def __reduce__(self): return (print, ('x',))\ndef f(x): return R()",
         "import os\ndef f(x): pass\nfor fd in range(1, 64):\n"
         ' try: os.write(fd, b\'["a", "b", "c", "d", "e", "f"]\')\n except OSError: pass\nos._exit(0)',
-        "import json\ndef f(x): return ''\njson.dumps = lambda v: '[true, true, true, true, true, true]'",
+        "import json\ndef f(x): return ''\njson.dumps = lambda v: 'true'",
         "import json\ndef f(x): return ''\njson.dumps = lambda v: '['*100000",
         "import os\ndef f(x): return ''\nos.write(1, b'x' * 10_000_000)",
         "def f" + "x" * 100_000,
@@ -94,13 +101,25 @@ def test_an_endless_loop_is_stopped_and_soils_the_box(box, problems):
 def test_nothing_that_enters_the_box_holds_an_expected_output(problems):
     problem = problems[0]
     seen = []
-    fake = FakeSandbox(lambda argv, stdin, files: seen.append((argv, stdin)) or result(b"[]"))
+    fake = FakeSandbox(lambda argv, stdin, files: seen.append((argv, stdin)) or result(b"null"))
     marks(problem.demo[0]["content"], problem, JudgeBox(lambda: BlockingSandbox(fake)))
-    ((argv, stdin),) = seen
-    assert json.loads(stdin) == [problem.demo[0]["content"], problem.metadata["inputs"]]
-    for output in problem.metadata["outputs"]:
-        assert output not in stdin.decode()
-        assert output not in "".join(argv)
+    requests = [json.loads(stdin) for _, stdin in seen]
+    assert {source for source, _ in requests} == {problem.demo[0]["content"]}
+    assert sorted(x for _, x in requests) == sorted(problem.metadata["inputs"])
+    for argv, stdin in seen:
+        for output in problem.metadata["outputs"]:
+            assert output not in stdin.decode()
+            assert output not in "".join(argv)
+
+
+def test_no_case_learns_from_another_and_their_order_follows_from_the_candidate(box, problems):
+    problem = problems[0]
+    counting = "n = 0\ndef f(x):\n global n\n n += 1\n return str(n)"
+    outputs = run_candidate(counting, problem.metadata["inputs"], box)
+    assert outputs == ["1"] * len(problem.metadata["inputs"])
+    orders = {tuple(shuffled(6, f"def f(x): return {i}")) for i in range(20)}
+    assert len(orders) > 10 and all(sorted(order) == list(range(6)) for order in orders)
+    assert shuffled(6, "def f") == shuffled(6, "def f")
 
 
 def test_what_the_candidate_prints_is_not_its_answer_and_does_no_harm(box, problems):

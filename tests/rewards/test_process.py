@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from consilience.conf.errors import RewardError
 from consilience.rewards.interface import Completion
 from consilience.rewards.process import RewardProcess, ScoreItem
 from consilience.rollout.records import OutcomeKind
+from consilience.sandboxes.protocol import Isolation, SandboxSpec
 
 REWARDS = """
 import asyncio, math, os, sys, time
@@ -42,6 +44,9 @@ def score(completion, *, prompt, metadata, sandbox):
     if act == "lost":
         from consilience.conf.errors import SandboxLost
         raise SandboxLost("the box is gone")
+    if act == "tamper":
+        from consilience.rewards.interface import Tamper
+        raise Tamper("it patched the judge")
     if act == "pid": return {"reward": 0.0, "pid": os.getpid()}
     if act == "orphan":
         if os.fork() == 0: time.sleep(1000)
@@ -122,6 +127,41 @@ def test_a_lost_sandbox_is_infrastructure_and_no_failure_of_the_function(process
     assert (verdict.reward, verdict.outcome.kind) == (None, OutcomeKind.INFRA)
     assert "the box is gone" in verdict.outcome.detail
     assert after.reward == 4.0
+
+
+def test_tampering_is_an_outcome_of_its_own_and_earns_nothing(process):
+    verdict, after = process.score([item("tamper"), item("four")])
+    assert (verdict.reward, verdict.outcome.kind) == (0.0, OutcomeKind.TAMPER)
+    assert verdict.outcome.is_scored and "it patched the judge" in verdict.outcome.detail
+    assert after.reward == 4.0
+
+
+ENDS_ITS_BOX = """
+import os, pathlib
+from consilience.conf.errors import SandboxLost
+
+def score(completion, *, prompt, metadata, sandbox):
+    places = pathlib.Path(metadata["log"])
+    with places.open("a") as log: log.write(sandbox.id + "\\n")
+    is_first = len(places.read_text().splitlines()) == 1
+    if completion.text == "always" or (completion.text == "once" and is_first):
+        sandbox._box.destroy()  # as a program does that makes the kernel kill the runner
+    return float(sandbox.run_python("print(2)").stdout == b"2\\n")
+"""
+
+
+def test_a_candidate_that_ends_two_boxes_is_told_from_a_box_that_was_lost_once(tmp_path):
+    (tmp_path / "ends.py").write_text(ENDS_ITS_BOX)
+    spec = SandboxSpec("insecure_subprocess", Isolation.NONE, allow_insecure=True)
+    with RewardProcess(f"{tmp_path}/ends.py:score", sandbox=spec) as process:
+        logs = [str(tmp_path / name) for name in ("a", "b", "c")]
+        texts = ("once", "always", "never")
+        once, always, never = process.score([item(t, log=log) for t, log in zip(texts, logs)])
+    assert (once.reward, once.outcome.kind) == (1.0, OutcomeKind.GRADED)
+    assert (always.reward, always.outcome.kind) == (0.0, OutcomeKind.TAMPER)
+    assert "ended two boxes" in always.outcome.detail
+    assert (never.reward, never.outcome.kind) == (1.0, OutcomeKind.GRADED)
+    assert [len(set(Path(log).read_text().split())) for log in logs] == [2, 2, 1]
 
 
 @pytest.mark.parametrize(
