@@ -9,6 +9,7 @@ ConsilienceError
 ├── AdmissionError       a teacher that cannot teach this student
 ├── RewardError          a reward function that cannot be loaded or broke its contract
 ├── SandboxUnavailable   no isolation as strong as asked for
+│   └── CreationPaused   so many sandboxes could not be made that no more are tried for a while
 ├── SandboxLost          a sandbox died or broke its protocol (infrastructure, never reward 0)
 │   └── OutcomeUnknown   a tool call was begun, its result never seen, and it may not be run twice
 ├── EngineError          a rollout or train engine that cannot continue
@@ -78,6 +79,10 @@ class RewardError(ConsilienceError):
 
 class SandboxUnavailable(ConsilienceError):
     """This machine offers no isolation as strong as the configuration asks for."""
+
+
+class CreationPaused(SandboxUnavailable):
+    """Too many of the last sandboxes could not be made; a host tries again by itself in a while."""
 
 
 class SandboxLost(ConsilienceError):

@@ -111,7 +111,7 @@ def find_hierarchy(
 
 def owner_prefix() -> str:
     """The group name prefix of this process."""
-    return f"{PREFIX}{os.getpid()}-{_start_time(os.getpid())}-"
+    return f"{PREFIX}{os.getpid()}-{start_time(os.getpid())}-"
 
 
 def sweep(where: Hierarchy) -> int:
@@ -120,7 +120,7 @@ def sweep(where: Hierarchy) -> int:
     for folder in {where.memory, where.pids}:
         for group in folder.glob(PREFIX + "*-*-*"):
             pid, start = group.name[len(PREFIX) :].split("-")[:2]
-            if pid.isdigit() and _start_time(int(pid)) != start:
+            if pid.isdigit() and start_time(int(pid)) != start:
                 with contextlib.suppress(OSError):
                     group.rmdir()
                     count += 1
@@ -144,7 +144,7 @@ def _tried(where: Hierarchy) -> Hierarchy | str:
     return where
 
 
-def _start_time(pid: int) -> str:
+def start_time(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
