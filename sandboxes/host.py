@@ -11,6 +11,7 @@ after it. A verb that was begun goes on in the box when its caller dies, and end
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Coroutine
@@ -34,8 +35,9 @@ class HostLimits:
 
     most_boxes     boxes on lease at once; those who want more wait, first come first served
     most_waiting   callers that may wait; beyond them a lease is refused at once
-    lease_limit_s  how long one waits for a box
-    ttl_s          how long an owner may be silent before its boxes are destroyed
+    lease_limit_s  the longest that one waits for a box
+    ttl_s          how long an owner may be silent before its boxes are destroyed; its successor must have
+                   found them by then, so longer than a worker takes to start
     sweep_s        how often that is looked at, and warm boxes are made up
     idle_s         without any lease for so long the warm boxes are destroyed too
     """
@@ -43,7 +45,7 @@ class HostLimits:
     most_boxes: int = 64
     most_waiting: int = 1024
     lease_limit_s: float = 1800.0
-    ttl_s: float = 60.0
+    ttl_s: float = 300.0
     sweep_s: float = 5.0
     idle_s: float = 600.0
 
@@ -116,20 +118,21 @@ class SandboxHost:
         self._used_at = time.monotonic()
         self._refill(spec)
 
-    async def lease(self, owner: str, spec: SandboxSpec) -> Granted:
-        """A box of its own for this owner, empty.
+    async def lease(self, owner: str, spec: SandboxSpec, limit_s: float | None = None) -> Granted:
+        """A box of its own for this owner, empty; waits `limit_s` for it, `lease_limit_s` at most.
 
         SandboxUnavailable when none gets free in time, too many wait, or none as strong as asked for can be
         made; CreationPaused after many failures.
         """
         self._start()
         began = self._used_at = time.monotonic()
+        limit_s = min(limit_s or math.inf, self.limits.lease_limit_s)
         if self._num_waiting >= self.limits.most_waiting:
             self.counts.refused += 1
             raise SandboxUnavailable(f"{self._num_waiting} callers already wait for a sandbox here")
         self._num_waiting += 1
         try:
-            async with asyncio.timeout(self.limits.lease_limit_s):
+            async with asyncio.timeout(limit_s):
                 await self._free.acquire()
                 try:
                     box = await self._take(spec)
@@ -142,7 +145,7 @@ class SandboxHost:
         except TimeoutError:
             self.counts.refused += 1
             raise SandboxUnavailable(
-                f"no sandbox got free in {self.limits.lease_limit_s:g} s; {len(self._held)} are on lease, "
+                f"no sandbox got free in {limit_s:g} s; {len(self._held)} are on lease, "
                 f"{self.limits.most_boxes} are allowed"
             ) from None
         except SandboxUnavailable:

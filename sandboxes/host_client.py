@@ -69,6 +69,7 @@ class HostBox:
 class HostPool:
     """A `BoxPool` (rollout/boxes.py) over a host, for one owner; safe to use from many threads.
 
+    lease_limit_s  how long `lease` waits
     owner   name of this process in the host's leases; None: one that no other process has
     warm    boxes of this kind to keep ready on the machine
     beat_s  between two signs of life; a third of the host's `ttl_s` or less
@@ -97,7 +98,8 @@ class HostPool:
     def lease(self) -> HostBox:
         """Waits for a box. SandboxUnavailable when none can be made, or none gets free."""
         try:
-            granted = self._ask("lease", self.owner, self.spec, limit_s=self._lease_limit_s + ORDER_LIMIT_S)
+            wait_s = self._lease_limit_s
+            granted = self._ask("lease", self.owner, self.spec, wait_s, limit_s=wait_s + ORDER_LIMIT_S)
         except SandboxLost as error:
             raise SandboxUnavailable(f"no sandbox from this machine's host: {error}") from None
         return HostBox(self._ask, granted, self.spec.limits.wall_s)

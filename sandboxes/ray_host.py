@@ -100,6 +100,11 @@ def host_of_this_node(limits: HostLimits | None = None) -> RayAsk:
     return RayAsk(actor)
 
 
+def is_here() -> bool:
+    """Whether this process belongs to a cluster, so that `host_of_this_node` can be asked."""
+    return ray.is_initialized()
+
+
 def hosts() -> dict[str, Any]:
     """The actors of the hosts of this cluster, by node id."""
     named: Any = ray.util.list_named_actors(all_namespaces=True)

@@ -7,6 +7,7 @@ import time
 import pytest
 import ray
 
+from consilience.cli.worker_factory import _boxes
 from consilience.conf.errors import SandboxLost, SandboxUnavailable
 from consilience.rollout.ray_cluster import ray_cluster, worker_runtime
 from consilience.sandboxes.host import HostLimits
@@ -143,3 +144,15 @@ def _is_ours(pid):
     """Whether it belongs to this test's cluster, and not to another one on this machine."""
     token = os.environ["RAY_AUTH_TOKEN_PATH"].encode()
     return token in _read(f"/proc/{pid}/environ")
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_of_a_run_takes_its_boxes_from_the_host(ask):
+    boxes = _boxes(SPEC, warm=0, uses_per_box=16, wait_s=30.0)
+    try:
+        assert isinstance(boxes, HostPool)
+        wait_for(lambda: boxes.lease().exec(["true"]).is_ok)
+        (found,) = host_metrics().values()
+        assert found["leased"] >= 1
+    finally:
+        boxes.close()
