@@ -12,6 +12,8 @@ ConsilienceError
 │   └── CreationPaused   so many sandboxes could not be made that no more are tried for a while
 ├── SandboxLost          a sandbox died or broke its protocol (infrastructure, never reward 0)
 │   └── OutcomeUnknown   a tool call was begun, its result never seen, and it may not be run twice
+├── TrajectoryBroken     a sandbox's log whose hash chain does not hold
+├── TrajectoryDiverged   a command that is not the one the log has there
 ├── EngineError          a rollout or train engine that cannot continue
 └── RunError             a run folder or graph that cannot be used or resumed
 """
@@ -91,6 +93,14 @@ class SandboxLost(ConsilienceError):
 
 class OutcomeUnknown(SandboxLost):
     """A tool call that must not be run twice was begun, and nobody knows what it did."""
+
+
+class TrajectoryBroken(ConsilienceError):
+    """A sandbox's log was changed after it was written, or a blob of it is gone."""
+
+
+class TrajectoryDiverged(ConsilienceError):
+    """A command, or its result, is not what the sandbox's log has at this place."""
 
 
 class EngineError(ConsilienceError):
