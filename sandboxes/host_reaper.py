@@ -48,16 +48,24 @@ def reap_processes(proc: Path = Path("/proc")) -> int:
 
 def reap_containers(engine: str) -> int:
     """Removes containers labelled with an owner of this host that is dead. 0 where no engine answers."""
-    if not engine or not os.path.exists(engine):
-        return 0
     count = 0
-    with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
-        wanted = quote(json.dumps({"label": ["consilience.owner"]}))
-        for row in json.loads(_ask(engine, "GET", f"/containers/json?all=1&filters={wanted}") or b"[]"):
-            if is_dead_owner(row["Labels"]["consilience.owner"]):
-                _ask(engine, "DELETE", f"/containers/{row['Id']}?force=1&v=1")
+    for name, owner in labelled_containers(engine):
+        if is_dead_owner(owner):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                _ask(engine, "DELETE", f"/containers/{name}?force=1&v=1")
                 count += 1
     return count
+
+
+def labelled_containers(engine: str) -> list[tuple[str, str]]:
+    """(id, owner's label) of every container of ours, running or not; none where no engine answers."""
+    if not engine or not os.path.exists(engine):
+        return []
+    wanted = quote(json.dumps({"label": ["consilience.owner"]}))
+    with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+        rows = json.loads(_ask(engine, "GET", f"/containers/json?all=1&filters={wanted}") or b"[]")
+        return [(row["Id"], row["Labels"]["consilience.owner"]) for row in rows]
+    return []
 
 
 def is_dead_owner(label: str) -> bool:
