@@ -154,9 +154,9 @@ async def measure_flood(spec: SandboxSpec, is_quick: bool) -> bool:
     return verdict(said, f"under {FLOOD_AIM_BYTES >> 20} MiB", grown < FLOOD_AIM_BYTES)
 
 
-def measure_leaks(spec: SandboxSpec, is_quick: bool) -> bool:
+def measure_leaks(spec: SandboxSpec, num: int) -> bool:
     """Owners that are killed: every second one while it opens a box, the others while a command runs."""
-    num, marks = num_of(1000, is_quick), set()
+    marks = set()
     for number in range(num):
         reader, writer = os.pipe()
         pid = os.fork()
@@ -239,6 +239,7 @@ def main() -> None:
     )
     parser.add_argument("--driver", default="auto", choices=("auto", "bwrap", "docker"))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--owners", type=int, default=1000, help="killed in the table leaks")
     parser.add_argument("--table", nargs="+", choices=TABLES, default=TABLES)
     chosen = parser.parse_args()
     for offer in available():
@@ -250,7 +251,7 @@ def main() -> None:
             continue
         print(f"\n{table} (load {os.getloadavg()[0]:.1f})", flush=True)
         if table == "leaks":
-            is_met &= measure_leaks(spec, chosen.quick)
+            is_met &= measure_leaks(spec, num_of(chosen.owners, chosen.quick))
         else:
             is_met &= asyncio.run(MEASURES[table](spec, chosen.quick))
     sys.exit(0 if is_met else 1)

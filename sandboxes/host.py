@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from consilience.conf.errors import SandboxLost, SandboxUnavailable
@@ -24,6 +25,8 @@ from consilience.sandboxes.host_creation import Breaker, Opener, PacedCreator
 from consilience.sandboxes.leases import BoxLease, LeaseTable
 from consilience.sandboxes.probe import open_sandbox
 from consilience.sandboxes.protocol import Enforced, ExecResult, Sandbox, SandboxSpec
+from consilience.sandboxes.trajectory import TrajectoryLog
+from consilience.sandboxes.trajectory_box import LoggedSandbox
 
 VERBS = ("exec", "run_python", "read", "write")
 _NUM_LATENCIES = 512
@@ -40,6 +43,8 @@ class HostLimits:
                    found them by then, so longer than a worker takes to start
     sweep_s        how often that is looked at, and warm boxes are made up
     idle_s         without any lease for so long the warm boxes are destroyed too
+    log_folder     where each box's trajectory log is written, for audits (`trajectory.py`); None: in memory,
+                   enough for a successor to get the answer that its predecessor died waiting for
     """
 
     most_boxes: int = 64
@@ -48,6 +53,7 @@ class HostLimits:
     ttl_s: float = 300.0
     sweep_s: float = 5.0
     idle_s: float = 600.0
+    log_folder: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,7 @@ class HostCounts:
 class _Held:
     """A box on lease."""
 
-    box: Sandbox
+    box: LoggedSandbox
     is_lost: bool = False
 
 
@@ -153,7 +159,9 @@ class SandboxHost:
             raise
         finally:
             self._num_waiting -= 1
-        self._held[box.id] = _Held(box)
+        folder = self.limits.log_folder
+        log = TrajectoryLog(None if folder is None else Path(folder, box.id))
+        self._held[box.id] = _Held(LoggedSandbox(box, log))
         self.counts.leases += 1
         self._acquire_s.append(time.monotonic() - began)
         return self._granted(box, self._leases.grant(box.id, owner))
@@ -180,6 +188,18 @@ class SandboxHost:
         self._used_at = time.monotonic()
         # a caller that is gone does not end what it began: its successor finds the box as that leaves it
         return await asyncio.shield(self._in_background(self._do(held, verb, args, options)))
+
+    async def rewind(self, box_id: str, key: str, number: int) -> None:
+        """The next verb is the box's number `number`, counted from 1 over all of its owners.
+
+        If it was sent already it is not run again: its answer is what it answered, or will. SandboxLost if so
+        many were never sent.
+        """
+        self._leases.check(box_id, key)
+        try:
+            self._held[box_id].box.rewind(number)
+        except ValueError as error:
+            raise SandboxLost(f"{box_id} is not where its log says: {error}") from None
 
     async def release(self, box_id: str, key: str) -> None:
         """Gives a box back; it is destroyed in the background. SandboxLost if this key does not hold it."""
@@ -304,7 +324,7 @@ class SandboxHost:
 
         self._ends_with(end())
 
-    def _granted(self, box: Sandbox, lease: BoxLease) -> Granted:
+    def _granted(self, box: Sandbox | LoggedSandbox, lease: BoxLease) -> Granted:
         return Granted(box.id, lease.key, box.enforced)
 
     def _in_background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:

@@ -62,6 +62,14 @@ class HostBox:
     def write(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
         self._call("write", path, data, mode=mode)
 
+    def resume(self, num_done: int) -> None:
+        """The next verb is the one after `num_done` verbs of this box, whoever sent them.
+
+        If a holder that is gone had sent it already it is not run again, and answers as it did.
+        TrajectoryDiverged from the verb if it is another one, SandboxLost if fewer were ever sent.
+        """
+        self._ask("rewind", self.id, self.key, num_done + 1, limit_s=ORDER_LIMIT_S)
+
     def _call(self, verb: str, *args: Any, **options: Any) -> Any:
         return self._ask("call", self.id, self.key, verb, *args, limit_s=self._limit_s, **options)
 

@@ -28,6 +28,7 @@ from consilience.conf.errors import TrajectoryBroken
 from consilience.sandboxes.protocol import ExecResult, ExecStatus
 
 START = "0" * 64  # what the first record is bound to
+_KEPT_RESULTS = 8  # in memory
 _INLINE_BYTES = 256  # smaller blobs stand in the line itself
 
 
@@ -71,18 +72,21 @@ class TrajectoryLog:
     """The log of one box in `folder`, opened for more: `entries` are what it holds so far.
 
     TrajectoryBroken, naming the entry, if a record is not bound to the one before it or is none at all.
-    `survives_power`: fsync each record; without, it survives the death of the process.
+    `survives_power`: fsync each record; without, it survives the death of the process. Without a folder it is
+    kept in memory, for a box that ends with its process: hashes of all commands, the last results.
     """
 
-    def __init__(self, folder: Path, *, survives_power: bool = False) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, *, survives_power: bool = False) -> None:
         self._survives_power = survives_power
-        (folder / "blobs").mkdir(parents=True, exist_ok=True)
-        self._path = folder / "log.jsonl"
         self.pinned: dict[str, Any] | None = None
         self.events: list[dict[str, Any]] = []
         self.entries: list[Entry] = []
         self._head = START
+        self.folder, self._fd = folder, -1
+        if folder is None:
+            return
+        (folder / "blobs").mkdir(parents=True, exist_ok=True)
+        self._path = folder / "log.jsonl"
         whole = self._read()
         self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._fd, whole)
@@ -96,8 +100,13 @@ class TrajectoryLog:
 
     def intend(self, op: str, args: Mapping[str, Any], *, is_idempotent: bool) -> Entry:
         """A command that is about to be sent; durable when this returns."""
-        entry = Entry(len(self.entries) + 1, op, hash_of(op, args), plain(args), is_idempotent)
+        kept = {} if self.folder is None else plain(args)
+        entry = Entry(len(self.entries) + 1, op, hash_of(op, args), kept, is_idempotent)
         self.entries.append(entry)
+        if self.folder is None:
+            if len(self.entries) > _KEPT_RESULTS:
+                self.entries[-1 - _KEPT_RESULTS].outcome = None
+            return entry
         record = {"kind": "intent", "seq": entry.seq, "op": op, "args_hash": entry.args_hash}
         text = json.dumps(entry.args, sort_keys=True).encode()
         self._append({**record, "is_idempotent": is_idempotent, "args": self._keep(text)})
@@ -120,6 +129,8 @@ class TrajectoryLog:
             self._fd = -1
 
     def _append(self, record: dict[str, Any]) -> None:
+        if self.folder is None:
+            return
         clock = {"wall": time.time(), "monotonic": time.monotonic()}
         body = json.dumps({**record, **clock}, sort_keys=True).encode()
         self._head = _bound(self._head, body)
@@ -132,7 +143,7 @@ class TrajectoryLog:
     def _keep(self, data: bytes) -> dict[str, Any]:
         """Where the bytes are: in the line, or in a blob that is whole before the line names it."""
         digest = hashlib.sha256(data).hexdigest()
-        if len(data) <= _INLINE_BYTES:
+        if self.folder is None or len(data) <= _INLINE_BYTES:
             return {"sha256": digest, "bytes": base64.b64encode(data).decode()}
         path = self.folder / "blobs" / digest
         if not path.exists():
@@ -149,6 +160,7 @@ class TrajectoryLog:
         if "bytes" in where:
             data = base64.b64decode(where["bytes"])
         else:
+            assert self.folder is not None  # or nothing would be read
             path = self.folder / "blobs" / where["sha256"]
             data = path.read_bytes() if path.exists() else None
         if data is None or hashlib.sha256(data).hexdigest() != where["sha256"]:

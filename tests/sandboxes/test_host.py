@@ -4,11 +4,12 @@ import asyncio
 
 import pytest
 
-from consilience.conf.errors import CreationPaused, SandboxLost, SandboxUnavailable
+from consilience.conf.errors import CreationPaused, SandboxLost, SandboxUnavailable, TrajectoryDiverged
 from consilience.sandboxes.fake import FakeSandbox, result
 from consilience.sandboxes.host import HostLimits, SandboxHost
 from consilience.sandboxes.host_creation import Breaker
 from consilience.sandboxes.protocol import SandboxSpec
+from consilience.sandboxes.trajectory import TrajectoryLog
 
 SPEC = SandboxSpec()
 QUICK = HostLimits(ttl_s=0.2, sweep_s=0.02, lease_limit_s=2.0)
@@ -236,3 +237,47 @@ async def test_only_the_four_verbs_reach_a_box(host, opener):
     for verb in ("destroy", "reset", "_check"):
         with pytest.raises(ValueError, match="no verb of a leased box"):
             await host.call(granted.box_id, granted.key, verb)
+
+
+@host_test()
+async def test_a_successor_gets_the_answer_of_the_command_its_predecessor_died_waiting_for(host, opener):
+    old = await host.lease("dead", SPEC)
+    await host.call(old.box_id, old.key, "write", "f", b"1")
+    call = asyncio.create_task(host.call(old.box_id, old.key, "exec", ["sleep", "long"]))
+    await asyncio.sleep(0.01)
+    call.cancel()
+    for _ in range(2):  # while it runs, and once it has answered
+        new = await host.find("successor", old.box_id)
+        await host.rewind(new.box_id, new.key, 2)
+        assert (await host.call(new.box_id, new.key, "exec", ["sleep", "long"])).stdout == b"long"
+    assert [argv for argv, _ in opener.boxes[0].calls] == [["sleep", "long"]]
+    await host.call(new.box_id, new.key, "exec", ["next"])
+    await host.rewind(new.box_id, new.key, 4)  # it never got here: this is its first time
+    await host.call(new.box_id, new.key, "exec", ["next"])
+    assert [argv[0] for argv, _ in opener.boxes[0].calls] == ["sleep", "next", "next"]
+
+
+@host_test()
+async def test_another_command_than_the_one_that_was_begun_is_refused(host, opener):
+    granted = await host.lease("a", SPEC)
+    await host.call(granted.box_id, granted.key, "exec", ["one"])
+    await host.rewind(granted.box_id, granted.key, 1)
+    with pytest.raises(TrajectoryDiverged, match="nothing was run"):
+        await host.call(granted.box_id, granted.key, "exec", ["other"])
+    with pytest.raises(SandboxLost, match="not where its log says"):
+        await host.rewind(granted.box_id, granted.key, 5)
+    with pytest.raises(SandboxLost, match="taken over"):
+        await host.rewind(granted.box_id, "guess", 1)
+
+
+def test_a_host_that_is_told_to_writes_each_boxs_trajectory(tmp_path):
+    async def run():
+        host = SandboxHost(HostLimits(log_folder=str(tmp_path)), opener=Opener())
+        granted = await host.lease("a", SPEC)
+        await host.call(granted.box_id, granted.key, "exec", ["one"])
+        await host.close()
+        log = TrajectoryLog(tmp_path / granted.box_id)
+        assert [entry.op for entry in log.entries] == ["exec"] and log.entries[0].outcome["stdout"] == b"one"
+        assert log.pinned["driver"] == "fake" and log.events == [{"what": "destroyed"}]
+
+    asyncio.run(run())

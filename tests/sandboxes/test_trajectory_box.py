@@ -180,3 +180,20 @@ def test_only_what_differs_from_run_to_run_is_masked():
     text = b"at 0x7f3a2c1b4d50 2026-11-22 19:01:02.5 /tmp/tmp.aB3dE6gH1j pid 4711, took 0.03 s, 45 apples"
     assert normalized(text) == b"at 0xADDRESS TIME /tmp/NAME pid PID, took SPAN, 45 apples"
     assert normalized(3) == 3 and normalized(None) is None
+
+
+def test_in_memory_only_the_last_results_are_kept_and_older_ones_are_unknown():
+    async def used():
+        fake = FakeSandbox(counting)
+        box = LoggedSandbox(fake, TrajectoryLog(None))
+        for number in range(12):
+            await box.exec([str(number)])
+        for number in range(4, 12):
+            box.rewind(number + 1)
+            assert (await box.exec([str(number)])).stdout == b"run %d" % (number + 1)
+        box.rewind(1)
+        with pytest.raises(OutcomeUnknown):
+            await box.exec(["0"])
+        assert len(fake.calls) == 12
+
+    asyncio.run(used())
