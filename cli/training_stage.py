@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from consilience.cli.host_metrics import WithSandboxHosts
 from consilience.cli.prompt_family import prompt_family
 from consilience.cli.stage import StageContext
 from consilience.conf.errors import ConfigError
@@ -117,19 +118,18 @@ def open_stage(context: StageContext, start: Start, lr: float):
         context.folder.checkpoints, engine, start.tokenizer, meta, every_s=cfg.engine.checkpoint_s
     )
     first, cursor = checkpoints.resume()
-    log = FanOut(
-        [
-            MetricsLog(context.folder.metrics, resume_step=first),
-            WandbSink(
-                context.run.path,
-                mode=cfg.log.wandb,
-                project=cfg.log.project,
-                name=f"{cfg.run.name}/{context.name}",
-                group=cfg.run.name,
-                config={"stage": context.name, "seed": cfg.run.seed, "lr": lr},
-            ),
-        ]
-    )
+    sinks = [
+        MetricsLog(context.folder.metrics, resume_step=first),
+        WandbSink(
+            context.run.path,
+            mode=cfg.log.wandb,
+            project=cfg.log.project,
+            name=f"{cfg.run.name}/{context.name}",
+            group=cfg.run.name,
+            config={"stage": context.name, "seed": cfg.run.seed, "lr": lr},
+        ),
+    ]
+    log = WithSandboxHosts(FanOut(sinks))
     watch = Watch(f"stage {context.name}", cfg.run.phase_limit_s, StallLog(context.run.path / STALLS))
     watch.begin("start")
     parts = {

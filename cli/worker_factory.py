@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from consilience.rollout.deadlines import Limits
 from consilience.rollout.engine import RolloutEngine
 from consilience.rollout.worker import RolloutWorker
+from consilience.sandboxes.blocking import BlockingPool
+from consilience.sandboxes.host_client import HostPool
+from consilience.sandboxes.protocol import SandboxSpec
 
 
 def build_worker(
@@ -16,7 +20,7 @@ def build_worker(
     tokenizer_path: str,
     max_rows: int,
     max_length: int,
-    sandbox: Any,
+    sandbox: SandboxSpec,
     warm: int,
     uses_per_box: int,
     rewards: tuple[tuple[str, bool], ...],
@@ -52,7 +56,6 @@ def build_worker(
     from consilience.rewards.grader import RewardGrader
     from consilience.rollout.prefix_reuse import PrefixCaching
     from consilience.rollout.tokenizer import Tokenizer
-    from consilience.sandboxes.blocking import BlockingPool
 
     torch.set_grad_enabled(False)
     sizes = {"max_rows": max_rows, "max_length": max_length}
@@ -66,7 +69,7 @@ def build_worker(
         sampler = _native(model, quantization, speculative=speculative, exact=exact, **sizes, **more)
     grader = RewardGrader(timeout_s=reward_timeout_s, num_processes=reward_processes, sandbox=sandbox)
     wait_s = (limits or Limits()).lease_s + 60.0  # the worker's own look at its threads comes first
-    boxes = BlockingPool(sandbox, max(warm, 1), uses_per_box, lease_limit_s=wait_s) if needs_boxes else None
+    boxes = _boxes(sandbox, warm, uses_per_box, wait_s) if needs_boxes else None
     try:
         grader.start(rewards)
     except BaseException:
@@ -83,13 +86,23 @@ def build_worker(
     return RolloutWorker(
         sampler,
         Tokenizer.load(tokenizer_path),
-        boxes,  # type: ignore[arg-type]
+        boxes,
         grader,
         family=family,
         max_context=max_length,
         limits=limits,
         on_close=close,
     )
+
+
+def _boxes(sandbox: SandboxSpec, warm: int, uses_per_box: int, wait_s: float) -> Any:
+    """From this node's host, where Ray runs: its boxes outlive this worker. Else from a pool of its own."""
+    if "ray" in sys.modules:
+        from consilience.sandboxes.ray_host import host_of_this_node, is_here
+
+        if is_here():
+            return HostPool(host_of_this_node(), sandbox, warm=warm, lease_limit_s=wait_s)
+    return BlockingPool(sandbox, max(warm, 1), uses_per_box, lease_limit_s=wait_s)
 
 
 def _native(model: Mapping[str, Any], quantization: str, **settings: Any) -> RolloutEngine:

@@ -9,8 +9,11 @@ ConsilienceError
 ├── AdmissionError       a teacher that cannot teach this student
 ├── RewardError          a reward function that cannot be loaded or broke its contract
 ├── SandboxUnavailable   no isolation as strong as asked for
+│   └── CreationPaused   so many sandboxes could not be made that no more are tried for a while
 ├── SandboxLost          a sandbox died or broke its protocol (infrastructure, never reward 0)
 │   └── OutcomeUnknown   a tool call was begun, its result never seen, and it may not be run twice
+├── TrajectoryBroken     a sandbox's log whose hash chain does not hold
+├── TrajectoryDiverged   a command that is not the one the log has there
 ├── EngineError          a rollout or train engine that cannot continue
 └── RunError             a run folder or graph that cannot be used or resumed
 """
@@ -80,12 +83,24 @@ class SandboxUnavailable(ConsilienceError):
     """This machine offers no isolation as strong as the configuration asks for."""
 
 
+class CreationPaused(SandboxUnavailable):
+    """Too many of the last sandboxes could not be made; a host tries again by itself in a while."""
+
+
 class SandboxLost(ConsilienceError):
     """A sandbox died or broke its protocol. Infrastructure: masks the sample, is never reward 0."""
 
 
 class OutcomeUnknown(SandboxLost):
     """A tool call that must not be run twice was begun, and nobody knows what it did."""
+
+
+class TrajectoryBroken(ConsilienceError):
+    """A sandbox's log was changed after it was written, or a blob of it is gone."""
+
+
+class TrajectoryDiverged(ConsilienceError):
+    """A command, or its result, is not what the sandbox's log has at this place."""
 
 
 class EngineError(ConsilienceError):

@@ -1,4 +1,9 @@
-"""The box a reward function judges in: clean at the start of each call, replaced after trouble."""
+"""The box a reward function judges in: another one for each grading, so that none meets what another left.
+
+A grading has a uid, namespaces and a runner process of its own, because it has a box of its own; the next
+one is opened while it runs. Where opening costs too much (a container: half a second), several gradings may
+follow each other in one box, emptied in between; after any abnormal outcome it is thrown away at once.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +19,41 @@ ORDINARY = (ExecStatus.OK, ExecStatus.NONZERO)
 
 
 class JudgeBox:
-    """A held box as the score function's `sandbox`: exec, run_python, read, write, all blocking.
+    """A place as the score function's `sandbox`: exec, run_python, read, write, all blocking.
 
-    It notes every abnormal outcome (`is_soiled`); the owner then calls `renew`, so that no candidate
-    meets what another left behind. `begin` empties the workspace if the last call wrote into it.
+    It notes every abnormal outcome (`is_soiled`); the owner then calls `renew`. `begin` gives the next
+    grading a fresh box if the last one used this, or empties it while it may serve more.
     """
 
-    def __init__(self, start: Callable[[], Any]) -> None:
-        """`start` opens a box; it is called again by `renew`."""
-        self._start = start
+    def __init__(
+        self,
+        start: Callable[[], Any],
+        end: Callable[[Any], None] | None = None,
+        *,
+        gradings_per_box: int = 1,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`start` opens a box, `end` gives one back (None: it is destroyed)."""
+        if gradings_per_box < 1:
+            raise ValueError(f"gradings_per_box is {gradings_per_box}; it must be at least 1")
+        self._start, self._end, self._on_close = start, end or (lambda box: box.destroy()), on_close
+        self._gradings_per_box, self._num_gradings = gradings_per_box, 0
         self._box: Any = start()
         self._is_used = False
         self.is_soiled = False
 
     @classmethod
-    def open(cls, spec: SandboxSpec) -> JudgeBox:
+    def open(cls, spec: SandboxSpec, gradings_per_box: int = 1) -> JudgeBox:
         """SandboxUnavailable when this machine has no box as strong as `spec` asks for."""
-        from consilience.sandboxes.blocking import open_blocking
+        from consilience.sandboxes.blocking import OPEN_LIMIT_S, BlockingPool
 
-        return cls(lambda: open_blocking(spec))
+        # the pool's other box is opened while this one is used; no box is leased twice
+        pool = BlockingPool(spec, 2, uses_per_box=1, lease_limit_s=OPEN_LIMIT_S)
+        try:
+            return cls(pool.lease, pool.release, gradings_per_box=gradings_per_box, on_close=pool.close)
+        except BaseException:
+            pool.close()
+            raise
 
     @property
     def id(self) -> str:
@@ -48,21 +69,30 @@ class JudgeBox:
         return self.enforced.level.label
 
     def begin(self) -> None:
-        """Start of a call: an empty workspace."""
-        if self._is_used:
+        """Start of a grading: an empty workspace, in a box of its own or one that may serve more."""
+        if not self._is_used:
+            return
+        self._num_gradings += 1
+        if self._num_gradings >= self._gradings_per_box:
+            self.renew()
+        else:
             self._box.reset()
             self._is_used = False
 
     def renew(self, *, is_lost: bool = False) -> None:
         """Another box in place of this one. SandboxUnavailable, SandboxLost if none can be had."""
-        if not is_lost:
-            self.close()
+        self._give_back()
         self._box = self._start()
         self._is_used = self.is_soiled = False
+        self._num_gradings = 0
 
     def close(self) -> None:
+        self._give_back()
+        self._on_close()
+
+    def _give_back(self) -> None:
         with suppress(SandboxLost):
-            self._box.destroy()
+            self._end(self._box)
 
     def exec(self, argv: list[str], **options: Any) -> ExecResult:
         return self._noted(self._box.exec(argv, **options))

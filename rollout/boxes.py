@@ -48,7 +48,8 @@ class BoxPool(Protocol):
     def find(self, box_id: str) -> Box | None:
         """The box that a worker which is gone had leased, if it lives on, as it is; else None.
 
-        It is the caller's from here on: whoever held it before can do nothing there any more.
+        It is the caller's from here on: whoever held it before can do nothing there any more. One that
+        has `resume(num_done)` answers the verb that was begun when its worker died; it is not run again.
         """
         ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from consilience.conf.errors import ConsilienceError, EngineError, OutcomeUnknown, SandboxLost
 from consilience.rollout.boxes import Box, BoxPool
@@ -13,7 +14,7 @@ from consilience.rollout.log_frames import LoggedEpisode, crc_of
 from consilience.rollout.log_replay import replay
 from consilience.rollout.parsing import ToolCall
 from consilience.rollout.token_log import TokenLog
-from consilience.rollout.tools import TOOLS, run_tool
+from consilience.rollout.tools import TOOLS, argument_error, run_tool
 
 Begun = tuple[Request, Prefix | None]  # a turn that was being decoded, and what it had sampled, if anything
 
@@ -88,14 +89,17 @@ def without_parent(request: Request, episode: Episode, max_context: int | None) 
 def box_for(pool: BoxPool, episode: Episode, max_chars: int) -> Box:
     """The episode's own box if it outlived its worker, else a leased one brought to the same state.
 
-    OutcomeUnknown if a call was begun that may not be run again; SandboxLost if the box is gone and cannot be
-    rebuilt. A box is given back before either.
+    OutcomeUnknown if a call was begun that may not be run again nor asked for; SandboxLost if the box is gone
+    and cannot be rebuilt. A box is given back before either.
     """
     box = pool.find(episode.boxes[-1][0]) if episode.boxes else None
     survived = box is not None
     box = box if box is not None else pool.lease()
     try:
-        _check_begun(episode, acts_on=survived or box.enforced.network)
+        if survived and hasattr(box, "resume"):
+            _resume(box, episode)
+        else:
+            _check_begun(episode, acts_on=survived or box.enforced.network)
         if not survived:
             for path, text in episode.job.files.items():
                 box.write(path, text.encode("utf-8"))
@@ -104,6 +108,17 @@ def box_for(pool: BoxPool, episode: Episode, max_chars: int) -> Box:
         pool.release(box)
         raise
     return box
+
+
+def _resume(box: Any, episode: Episode) -> None:
+    """Where a call was begun: have the box answer it from what it did then (`HostBox.resume`).
+
+    Every file and every call that was run is one verb of the box.
+    """
+    if episode.num_begun > len(episode.answers):
+        tools = episode.job.tools
+        ran = [c for c in episode.executed_calls if not argument_error(ToolCall(c.name, c.arguments), tools)]
+        box.resume(len(episode.job.files) + len(ran))
 
 
 def _check_begun(episode: Episode, *, acts_on: bool) -> None:

@@ -9,10 +9,12 @@ carries it. And control groups are folders, which no process's end removes.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import subprocess
+from typing import NamedTuple
 
-from consilience.sandboxes.cgroups import Hierarchy, owner_prefix, sweep
+from consilience.sandboxes.cgroups import Hierarchy, owner_prefix, start_time, sweep
 
 _SCRIPT = """
 while read -r _; do :; done
@@ -31,6 +33,41 @@ done
 """
 
 
+_MARK = re.compile(r"owner-(\d+)-(\d+)-(\d+)-[0-9a-f]{16}")
+
+
+class Owner(NamedTuple):
+    """A process: its pid namespace, its id there, and when it began, for ids are used again."""
+
+    namespace: int
+    pid: int
+    start: str
+
+
+def new_mark() -> str:
+    """An argument that says whose a process is: this one's, and one call's."""
+    me = Owner(_namespace(), os.getpid(), start_time(os.getpid()) or "0")
+    return f"owner-{me.namespace}-{me.pid}-{me.start}-{secrets.token_hex(8)}"
+
+
+def read_mark(word: str) -> Owner | None:
+    """The owner that an argument names; None if it is no mark."""
+    found = _MARK.fullmatch(word)
+    return None if found is None else Owner(int(found[1]), int(found[2]), found[3])
+
+
+def is_alive(owner: Owner) -> bool:
+    """Whether the owner has not ended. Of other pid namespaces nothing can be known: True."""
+    return owner.namespace != _namespace() or start_time(owner.pid) == owner.start
+
+
+def _namespace() -> int:
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
 class Janitor:
     """`where`: the hierarchy whose groups of this process it removes, None where there are none.
 
@@ -39,7 +76,7 @@ class Janitor:
 
     def __init__(self, where: Hierarchy | None) -> None:
         folders = [str(where.memory), str(where.pids), owner_prefix()] if where else []
-        self.mark = f"owner-{secrets.token_hex(8)}"
+        self.mark = new_mark()
         self._process = subprocess.Popen(
             ["/bin/sh", "-c", _SCRIPT, "janitor", *folders],
             stdin=subprocess.PIPE,  # held open until this process ends, however it ends

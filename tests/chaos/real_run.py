@@ -122,6 +122,10 @@ class Facts:
     counted: dict[str, int]
 
 
+def _tells(name: str) -> bool:
+    return name in TELLING or name.startswith("sandbox/")  # what the hosts went through
+
+
 def facts(run: Path) -> Facts:
     folder = stage(run)
     done = json.loads((folder / "done.json").read_text())["result"]
@@ -133,7 +137,7 @@ def facts(run: Path) -> Facts:
         },
         trainings=trainings(folder / "rollouts" / "ledger.log"),
         tensors=_tensors(run / "chaos" / done["checkpoint"]),
-        metrics=[json.dumps({k: v for k, v in row.items() if k not in TELLING}) for row in rows],
+        metrics=[json.dumps({k: v for k, v in row.items() if not _tells(k)}) for row in rows],
         counted={name: done[name] for name in ("train_tokens", "sampled_tokens")},
     )
 

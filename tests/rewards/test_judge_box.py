@@ -1,5 +1,7 @@
 """The held judge box: clean at every start, replaced after trouble, described truthfully."""
 
+import itertools
+
 import pytest
 
 from consilience.conf.errors import SandboxLost
@@ -9,7 +11,7 @@ from consilience.sandboxes.fake import FakeSandbox, result
 from consilience.sandboxes.protocol import ExecStatus, Isolation, Limits, SandboxSpec
 
 
-def boxes(script):
+def boxes(script, gradings_per_box=1000):
     """A JudgeBox over fakes, and the list of the fakes it opened."""
     opened = []
 
@@ -17,7 +19,7 @@ def boxes(script):
         opened.append(FakeSandbox(script))
         return BlockingSandbox(opened[-1])
 
-    return JudgeBox(start), opened
+    return JudgeBox(start, gradings_per_box=gradings_per_box), opened
 
 
 def test_a_used_workspace_is_emptied_before_the_next_call_and_an_unused_one_left_alone():
@@ -61,3 +63,51 @@ def test_ordinary_outcomes_and_a_lost_box():
 def test_a_specification_travels_as_json():
     spec = SandboxSpec("bwrap", Isolation.BWRAP_ROOT, Limits(processes=7, wall_s=1.5), "image", True)
     assert spec_from_dict(spec_to_dict(spec)) == spec
+
+
+def test_each_grading_has_a_box_of_its_own_unless_told_otherwise():
+    box, opened = boxes(lambda argv, stdin, files: b"ok", gradings_per_box=1)
+    ids = []
+    for _ in range(3):
+        box.begin()
+        box.run_python("1")
+        ids.append(box.id)
+    assert len(set(ids)) == 3 and [fake._lost is None for fake in opened] == [False, False, True]
+    box.begin()
+    box.begin()  # nothing ran in between: the box is as good as new
+    assert len(opened) == 4
+    shared, few = boxes(lambda argv, stdin, files: b"ok", gradings_per_box=2)
+    for _ in range(4):
+        shared.begin()
+        shared.write("left", b"1")
+    assert len(few) == 2 and [fake.num_resets for fake in few] == [1, 1]
+    with pytest.raises(ValueError, match="at least 1"):
+        boxes(lambda argv, stdin, files: b"", gradings_per_box=0)
+
+
+@pytest.mark.timeout(120)
+def test_gradings_in_real_boxes_share_neither_uid_nor_namespaces_nor_files():
+    """What one leaves in every place that outlives a command is not there for the next."""
+    program = (
+        "import os, glob, time\n"
+        "spaces = [os.readlink(f'/proc/self/ns/{n}') for n in ('pid', 'mnt', 'ipc', 'net')]\n"
+        "print(os.getuid(), *spaces)\n"
+        "print(glob.glob('/workspace/*') + glob.glob('/tmp/*') + glob.glob('/dev/shm/*'))\n"
+        "for place in ('/workspace', '/tmp', '/dev/shm'): open(place + '/left', 'w').write('x')\n"
+    )
+    box = JudgeBox.open(SandboxSpec(driver="bwrap", limits=Limits(workspace_bytes=1 << 20)))
+    try:
+        seen = []
+        for _ in range(3):
+            box.begin()
+            done = box.run_python(program)
+            who, left = done.stdout.decode().splitlines()
+            assert done.is_ok and left == "[]"
+            seen.append(who.split())
+        if box.label == "bwrap_root":
+            assert len({who[0] for who in seen}) == 3
+        # the next box is made while the last one lives, so equal numbers would be the same namespace
+        for earlier, later in itertools.pairwise(seen):
+            assert all(earlier[space] != later[space] for space in range(1, 5))
+    finally:
+        box.close()

@@ -1,0 +1,59 @@
+"""The measurement of sandboxes: its aims can be missed, and it finds what is left."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from consilience.sandboxes.janitor import new_mark
+from consilience.sandboxes.protocol import Limits, SandboxSpec
+
+ROOT = Path(__file__).parents[1]
+SPEC = SandboxSpec(driver="bwrap", limits=Limits(workspace_bytes=1 << 20))
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import sandbox  # pyright: ignore
+
+    return sandbox
+
+
+def test_an_aim_that_is_missed_is_said_and_counts(bench, capsys):
+    assert bench.verdict("1 ms", "under 5 ms", True) and not bench.verdict("9 ms", "under 5 ms", False)
+    assert (
+        capsys.readouterr().out
+        == "  ok: 1 ms; the aim is under 5 ms\n  MISSED: 9 ms; the aim is under 5 ms\n"
+    )
+    assert bench.row("x", [1.0, 2.0, 9.0]) == 2.0
+    assert bench.num_of(1000, True) == 50 and bench.num_of(20, True) == 5
+
+
+def test_what_a_dead_owner_left_is_found_and_what_others_have_is_not(bench):
+    left = subprocess.Popen(["sh", "-c", "sleep 100; true", new_mark()])
+    try:
+        (found,) = bench.leftovers({os.getpid()})
+        assert found.startswith(f"process {left.pid} ")
+        assert bench.leftovers({1 << 22}) == []
+    finally:
+        left.kill()
+        left.wait(timeout=10)
+
+
+@pytest.mark.timeout(120)
+def test_floods_leave_the_memory_of_the_harness_flat(bench, capsys):
+    assert asyncio.run(bench.measure_flood(SPEC, True)), capsys.readouterr().out
+
+
+@pytest.mark.timeout(180)
+def test_killed_owners_leave_nothing():
+    command = [sys.executable, "bench/sandbox.py", "--quick", "--driver", "bwrap", "--table", "leaks"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True, timeout=170)  # fmt: skip
+    assert done.returncode == 0 and "50 owners killed, 0 processes and groups left" in done.stdout, (
+        done.stdout
+    )
