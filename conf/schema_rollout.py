@@ -69,6 +69,13 @@ class RolloutConfig:
     stall_s: float = setting(
         900.0, "a worker silent for so long is named, ended and replaced", unit="s", low=10, speed_only=True
     )
+    pause_limit_s: float = setting(
+        8.0,
+        "saving running streams when the run is stopped, so that nothing is computed again; 0: not at all",
+        unit="s",
+        low=0,
+        speed_only=True,
+    )
     transport: str = setting(
         "auto",
         "how weights reach the workers; auto: shared memory where all of them can map it, else Ray's store",

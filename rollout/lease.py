@@ -2,6 +2,7 @@
 
     <folder>/00000003.lease    made exclusively, so no two owners have one epoch
     <folder>/00000003.fenced   made before anybody else takes over; from then on epoch 3 acknowledges nothing
+    <folder>/00000003.pause    made by who gave the lease: its owner is to save its streams (streams/) and end
 
 An owner writes first and looks for its fence afterwards; who takes over makes the fence first and reads
 afterwards. So whatever an owner acknowledged is there for the reader, even if the owner was only frozen.
@@ -13,6 +14,7 @@ import contextlib
 import json
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,16 @@ class Lease:
     @property
     def is_fenced(self) -> bool:
         return _file(self.folder, self.epoch, "fenced").exists()
+
+    @property
+    def is_to_pause(self) -> bool:
+        """Whether who gave it asks its owner to save its streams and end."""
+        return _file(self.folder, self.epoch, "pause").exists()
+
+    @property
+    def streams_folder(self) -> Path:
+        """Where owners of this folder's leases leave the states of their streams when they pause."""
+        return self.folder / "streams"
 
     def must_hold(self) -> None:
         """EngineError once somebody else has taken over."""
@@ -78,6 +90,13 @@ def fence(folder: Path, epochs: list[int] | None = None) -> None:
             raise EngineError(f"cannot fence {folder}: {error.strerror}; free space there") from None
     if folder.exists():
         sync_folder(folder)  # a fence that a loss of power undoes would revive an owner
+
+
+def ask_to_pause(leases: Iterable[Lease]) -> None:
+    """Their owners are to save their streams and end. Where a folder takes no file, nobody is asked."""
+    for lease in leases:
+        with contextlib.suppress(OSError):
+            _file(lease.folder, lease.epoch, "pause").touch()
 
 
 def fenced_epochs(folder: Path) -> list[int]:

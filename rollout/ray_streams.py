@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError
 from consilience.conf.errors import EngineError
 from consilience.rollout.dispatch import DROPPED, Dispatch, split_by_group
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.lease import Lease, fence
+from consilience.rollout.lease import Lease, ask_to_pause, fence
 from consilience.rollout.local_streams import keep
 from consilience.rollout.phases import Durable
 from consilience.rollout.publishing import Announced
@@ -51,11 +51,15 @@ class RayStreams:
     def __enter__(self) -> RayStreams:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        limit_s = _END_TIMEOUT_S
+        if kind is not None and not issubclass(kind, Exception) and self._pool.pause_s:  # interrupted
+            ask_to_pause(lease for leases in self._leases for lease in leases)
+            limit_s += self._pool.pause_s
         for actor, share in zip(self._served, self._slots):
             with suppress(Exception):  # a dead worker has ended too
                 ray.get(actor.end.options(concurrency_group="post").remote(), timeout=_END_TIMEOUT_S)
-                while ray.wait([share.stream], timeout=_END_TIMEOUT_S)[0]:
+                while ray.wait([share.stream], timeout=limit_s)[0]:
                     ray.get(next(share.stream), timeout=_END_TIMEOUT_S)
 
     def hand_over(self, jobs: Sequence[RolloutJob], durable: Durable) -> None:

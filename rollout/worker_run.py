@@ -30,6 +30,7 @@ from consilience.rollout.grading_queue import STAGE, GradingQueue
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.lease import Lease
 from consilience.rollout.parsing import ToolCall
+from consilience.rollout.pausing import Pause
 from consilience.rollout.prompts import prompt_ids
 from consilience.rollout.records import Outcome, OutcomeKind, RolloutRecord
 from consilience.rollout.recovery import Begun, box_for, take_over, without_parent
@@ -60,6 +61,7 @@ class WorkerRun:
         self._num_final = self._num_empty = 0
         self._is_closed = False
         self._prompts: dict[tuple[str, str], tuple[Sequence, tuple[int, ...]]] = {}
+        self.pause = Pause(worker, lease)
         self._log = None if lease is None else TokenLog(lease)
         folder = None if lease is None else lease.columns_folder
         self._columns = None if lease is None or folder is None else ColumnFile(folder, lease.epoch)
@@ -69,7 +71,7 @@ class WorkerRun:
     def batches(self) -> Iterator[list[RolloutRecord]]:
         self.begin()
         last = time.monotonic()  # an empty batch now and then says that this worker lives
-        while not self.is_over:
+        while not self.is_over and not self.pause.is_due():
             self.take_events(may_wait=True)
             if self._decoding:
                 self.take_step(self.engine.step())
@@ -78,8 +80,16 @@ class WorkerRun:
             if waited > (self.worker.flush_s if self._final else self.worker.heartbeat_s):
                 last = time.monotonic()
                 yield self.take_final()
+        if not self.is_over:
+            self.save_streams()
+            self.engine.clear()
         if self._final:
             yield self.take_final()
+
+    def save_streams(self) -> None:
+        """The states of what is being decoded, or waits for a tool, for who goes on (`pausing.py`)."""
+        held = (uid for episode in self._episodes.values() for uid in episode.held)
+        self.pause.save(self._log, {*self._decoding, *held})
 
     def begin(self) -> None:
         """Send the first requests, or those that go on with what a former owner logged."""
@@ -170,8 +180,11 @@ class WorkerRun:
         self._send(episode, request)
 
     def _send(self, episode: Episode, request: Request) -> None:
+        newest = request.uid if request.prefix is not None else request.parent
         if request.parent in self._lost_streams:
             request = without_parent(request, episode, self.worker.max_context)
+        if request.parent is None:
+            request = self.pause.recalled(request, newest)
         try:
             self.engine.submit([request])
         except EngineError as error:
