@@ -66,6 +66,11 @@ class RolloutConfig:
         choices=("process", "power"),
         speed_only=True,
     )
+    log_copy: str | None = setting(
+        None,
+        "folder, on another disk or node, for a second copy of the token logs; null: there is none",
+        speed_only=True,
+    )
     stall_s: float = setting(
         900.0, "a worker silent for so long is named, ended and replaced", unit="s", low=10, speed_only=True
     )

@@ -28,12 +28,14 @@ class Lease:
 
     survives_power  what the worker's log must survive: the machine's end, or only its own
     columns_folder  where it puts the per-token fields of long records; None: nowhere
+    copy_folder     where a second copy of its log goes; None: nowhere
     """
 
     folder: Path
     epoch: int
     survives_power: bool = False
     columns_folder: Path | None = None
+    copy_folder: Path | None = None
 
     @property
     def is_fenced(self) -> bool:
@@ -59,11 +61,16 @@ class Lease:
 
 
 def take_lease(
-    folder: Path, owner: str, *, survives_power: bool = False, columns_folder: Path | None = None
+    folder: Path,
+    owner: str,
+    *,
+    survives_power: bool = False,
+    columns_folder: Path | None = None,
+    copy_folder: Path | None = None,
 ) -> Lease:
-    """A lease of an epoch above all others in the folder, which is made if need be."""
+    """A lease of an epoch above all others in the folder, which is made if need be, and in its copy."""
     folder.mkdir(parents=True, exist_ok=True)
-    epoch = max(_epochs(folder, "lease"), default=-1)
+    epoch = max([*_epochs(folder, "lease"), *_copied_epochs(copy_folder)], default=-1)
     while True:
         epoch += 1
         try:
@@ -78,12 +85,18 @@ def take_lease(
         with contextlib.suppress(OSError), open(descriptor, "w", encoding="utf-8") as file:
             file.write(json.dumps({"epoch": epoch, "owner": owner, "host": socket.gethostname()}) + "\n")
         sync_folder(folder)
-        return Lease(folder, epoch, survives_power, columns_folder)
+        return Lease(folder, epoch, survives_power, columns_folder, copy_folder)
 
 
-def fence(folder: Path, epochs: list[int] | None = None) -> None:
-    """End the say of `epochs`, of all epochs so far without it. What was fenced stays so."""
-    for epoch in _epochs(folder, "lease") if epochs is None else epochs:
+def fence(folder: Path, epochs: list[int] | None = None, *, copy_folder: Path | None = None) -> None:
+    """End the say of `epochs`, of all epochs so far without it. What was fenced stays so.
+
+    copy_folder  of the logs; epochs that only it still has are fenced too, in the first folder
+    """
+    lost = _copied_epochs(copy_folder)
+    if lost:
+        folder.mkdir(parents=True, exist_ok=True)
+    for epoch in sorted({*_epochs(folder, "lease"), *lost}) if epochs is None else epochs:
         try:
             _file(folder, epoch, "fenced").touch()
         except OSError as error:
@@ -102,6 +115,12 @@ def ask_to_pause(leases: Iterable[Lease]) -> None:
 def fenced_epochs(folder: Path) -> list[int]:
     """Epochs whose owners have no say any more, ascending."""
     return _epochs(folder, "fenced")
+
+
+def _copied_epochs(copy_folder: Path | None) -> set[int]:
+    """Epochs whose segments have a copy."""
+    found = () if copy_folder is None else copy_folder.glob("[0-9]" * 8 + "-*.log")
+    return {int(path.name[:8]) for path in found}
 
 
 def _epochs(folder: Path, kind: str) -> list[int]:

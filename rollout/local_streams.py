@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from consilience.conf.errors import EngineError
 from consilience.rollout.continuous import Inbox, serve
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.lease import Lease, ask_to_pause, fence
+from consilience.rollout.lease import Lease, ask_to_pause
 from consilience.rollout.phases import Durable
 from consilience.rollout.publishing import Announced, verify
 from consilience.rollout.records import RolloutRecord
@@ -48,7 +48,7 @@ class LocalStreams:
 
     def hand_over(self, jobs: Sequence[RolloutJob], durable: Durable) -> None:
         """See `RolloutStreams.hand_over`."""
-        fence(durable.log_folder)  # whoever still writes there belongs to a driver that is gone
+        durable.fence()
         lease = durable.take_lease("local")
         self._leases.append(lease)
         self._durable_of |= dict.fromkeys((job.uid for job in jobs), durable)

@@ -64,7 +64,7 @@ class RayStreams:
 
     def hand_over(self, jobs: Sequence[RolloutJob], durable: Durable) -> None:
         """See `RolloutStreams.hand_over`. Groups stay together."""
-        fence(durable.log_folder)  # whoever still writes there belongs to a driver that is gone
+        durable.fence()
         self._durable_of |= dict.fromkeys((job.uid for job in jobs), durable)
         for slot, share in enumerate(split_by_group(jobs, len(self._slots))):
             self._dispatch.add(slot, share)

@@ -25,7 +25,7 @@ from consilience.rollout.deadlines import DROPPED, REDISPATCHED, Stall, StallLog
 from consilience.rollout.dispatch import Dispatch, split_by_group
 from consilience.rollout.engine import EngineState
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.lease import Lease, ask_to_pause, fence
+from consilience.rollout.lease import Lease, ask_to_pause
 from consilience.rollout.phases import Durable
 from consilience.rollout.proof import Evidence
 from consilience.rollout.publishing import Announced, Publication, announce, verify
@@ -160,7 +160,7 @@ class RolloutPool:
         """
         dispatch = Dispatch(jobs, len(self._workers.actors), self._most_redispatches)
         if durable is not None:
-            fence(durable.log_folder)  # whoever still writes there belongs to a driver that is gone
+            durable.fence()
         shares = [_Share() for _ in self._workers.actors]
         for slot in range(len(shares)):
             self._begin(slot, shares[slot], dispatch, durable)

@@ -27,7 +27,8 @@ def take_over(
     decode state died with that owner. A log that cannot be used is noted in the record, and its episode
     starts anew: `rebuild` makes a fresh one, which takes its place in `episodes`.
     """
-    logged = replay(log.lease.folder, only=[e.job.uid for e in episodes])
+    lease, uids = log.lease, [episode.job.uid for episode in episodes]
+    logged = replay(lease.folder, only=uids, copy=lease.copy_folder)
     damage = "; ".join(f"{name}: {what}" for name, what in logged.faults.items() if name.endswith(".log"))
     begun: dict[str, Begun | None] = {}
     lost: set[str] = set()
