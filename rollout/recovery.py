@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from consilience.conf.errors import ConsilienceError, EngineError, OutcomeUnknown, SandboxLost
+from consilience.conf.errors import (
+    ConsilienceError,
+    EngineError,
+    OutcomeUnknown,
+    SandboxLost,
+    SandboxUnavailable,
+)
 from consilience.rollout.boxes import Box, BoxPool
 from consilience.rollout.engine import Completed, Prefix, Request
 from consilience.rollout.episode import Episode, State
 from consilience.rollout.log_frames import LoggedEpisode, crc_of
 from consilience.rollout.log_replay import replay
 from consilience.rollout.parsing import ToolCall
+from consilience.rollout.records import OutcomeKind
 from consilience.rollout.token_log import TokenLog
 from consilience.rollout.tools import TOOLS, run_tool
 
@@ -141,3 +148,10 @@ def _rebuild(box: Box, episode: Episode, max_chars: int) -> None:
 
 def _is_repeatable(name: str) -> bool:
     return name not in TOOLS or TOOLS[name].is_repeatable  # an unknown tool answers with an error, no more
+
+
+def kind_of(error: Exception) -> OutcomeKind:
+    """Which outcome an episode has whose lease or call raised this."""
+    if isinstance(error, OutcomeUnknown):
+        return OutcomeKind.UNKNOWN
+    return OutcomeKind.LOST if isinstance(error, (SandboxLost, SandboxUnavailable)) else OutcomeKind.INFRA
