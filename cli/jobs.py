@@ -62,6 +62,7 @@ def rollout_jobs(
                     sampling=replace(common, seed=seed_of(run_seed, uid)),
                     needs_sandbox=domain.needs_sandbox and is_graded,
                     user_turns=problem.user_turns,
+                    branches=problem.branches,
                 )
             )
     return jobs

@@ -79,6 +79,7 @@ def worker_limits(cfg: Config) -> deadlines.Limits:
         tool_s=cfg.rollout.tool_limit_s,
         lease_s=cfg.rollout.lease_limit_s,
         grade_sample_s=cfg.rewards.timeout_s + 30.0,
+        pause_s=cfg.rollout.pause_limit_s,
     )
 
 
@@ -137,6 +138,7 @@ def rollout_pool(
         "stall_s": rollout.stall_s,
         "publish_limit_s": rollout.publish_limit_s,
         "most_redispatches": rollout.most_redispatches,
+        "pause_s": rollout.pause_limit_s,
         "transport": rollout.transport,
         "is_continuous": {cfg.grpo.mode, cfg.distill.mode} != {"sync"},
         "python": rollout.vllm.python if rollout.engine == "vllm" else None,

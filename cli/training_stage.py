@@ -40,7 +40,14 @@ def rollout_store(context: StageContext) -> RolloutStore:
         survives_power=is_power,
         quantization=sampler_quantization(context.cfg),
         stalls=context.run.path / STALLS,
+        log_copy=log_copy_folder(context),
     )
+
+
+def log_copy_folder(context: StageContext) -> Path | None:
+    """Where second copies of the stage's token logs go."""
+    root = context.cfg.rollout.log_copy
+    return None if root is None else Path(root).resolve() / context.cfg.run.name / context.name
 
 
 def optimizer_settings(given: OptimizerConfig, lr: float) -> OptimizerSettings:

@@ -74,8 +74,20 @@ class RolloutConfig:
         choices=("process", "power"),
         speed_only=True,
     )
+    log_copy: str | None = setting(
+        None,
+        "folder, on another disk or node, for a second copy of the token logs; null: there is none",
+        speed_only=True,
+    )
     stall_s: float = setting(
         900.0, "a worker silent for so long is named, ended and replaced", unit="s", low=10, speed_only=True
+    )
+    pause_limit_s: float = setting(
+        8.0,
+        "saving running streams when the run is stopped, so that nothing is computed again; 0: not at all",
+        unit="s",
+        low=0,
+        speed_only=True,
     )
     transport: str = setting(
         "auto",

@@ -8,6 +8,7 @@ Messages act in the order in which they were sent: no job is begun with weights 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -159,6 +160,9 @@ class Server:
 
     def advance(self) -> list[RolloutRecord]:
         """One engine step and what else has come; finished records every `flush_s`, a run's last at once."""
+        if any(run.pause.is_due() for run in self._runs):
+            self.is_over = True
+            return self._flush()
         for run in self._runs:
             run.take_events(may_wait=False)
         if any(run.is_decoding for run in self._runs):
@@ -173,14 +177,19 @@ class Server:
                 self._runs.remove(run)
                 run.close()
                 is_due = True  # somebody may be waiting for the last of a phase
-        if not self._final or not is_due:
-            return []
+        return self._flush() if is_due else []
+
+    def _flush(self) -> list[RolloutRecord]:
         self._flushed_at = time.monotonic()
         batch, self._final = self._final, []
         return batch
 
     def close(self) -> None:
-        """Give back boxes and rows of what did not finish."""
+        """Give back boxes and rows of what did not finish; where it is only paused, save it first."""
+        with contextlib.suppress(EngineError):  # somebody has taken over
+            for run in self._runs:
+                if run.pause.is_due(must_look=True):
+                    run.save_streams()
         self._engine.clear()
         for run in self._runs:
             run.close()

@@ -36,6 +36,7 @@ class Limits:
     grade_s         one call of the grader, and grade_sample_s more for each of its samples
     release_s       cleaning a box that is given back
     close_s         threads that are still at work when the worker ends
+    pause_s         saving the states of its streams, when it is to pause; 0: none is saved
     """
 
     tool_s: float = 600.0
@@ -44,6 +45,7 @@ class Limits:
     grade_sample_s: float = 30.0
     release_s: float = 300.0
     close_s: float = 30.0
+    pause_s: float = 8.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -52,6 +53,14 @@ class Prefix:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedStream:
+    """Where a paused worker left the decode state of request `uid`, if it did (`saved_streams.py`)."""
+
+    folder: Path
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One generation turn.
 
@@ -63,6 +72,7 @@ class Request:
     hold         keep the decode state after the turn, so that a later request may continue it;
                  a held stream is dropped by `release`. With `max_tokens` 0 it is a turn of no tokens: the
                  native engine computes the prompt's state and holds it, to be forked and continued
+    saved        a state on disk of the beginning of what this request prefills; what is not there is computed
     """
 
     uid: str
@@ -72,6 +82,7 @@ class Request:
     group: str | None = None
     hold: bool = False
     prefix: Prefix | None = None
+    saved: SavedStream | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +146,7 @@ class EngineState:
     prefix_hits, prefix_misses  prompts that a prefix store had the beginning of, or not
     prefix_tokens     tokens that did not have to be computed for it
     prefix_corrupted  damaged entries that were found and removed
+    saved_tokens      tokens whose state a paused worker had left on disk
     """
 
     weight_version: int
@@ -152,6 +164,7 @@ class EngineState:
     prefix_misses: int = 0
     prefix_tokens: int = 0
     prefix_corrupted: int = 0
+    saved_tokens: int = 0
 
 
 class RolloutEngine(Protocol):

@@ -81,6 +81,7 @@ class Episode:
         self.fault = ""  # the ProtocolFault of a malformed turn
         self.held: list[str] = []
         self.request_uid = ""  # of the newest turn
+        self.first_answer_ids: tuple[int, ...] | None = None  # the stream up to its first end of a turn
         self.resumed_at = 0  # sampled tokens when a new worker took the episode over
         self.log_fault = ""  # why its log was of no use
         self.pending_calls: tuple[ToolCall, ...] = ()
@@ -139,6 +140,7 @@ class Episode:
         self._must_be(State.READY)
         job, turn = self.job, self._num_turns
         may_continue = bool(job.tools) and self._num_here + 1 < job.max_turns
+        may_continue = may_continue or (not turn and "title" in job.branches)  # to be forked
         may_continue = may_continue or (self._keeps_reasoning and len(self._answers) < len(job.user_turns))
         sampling = replace(
             job.sampling,
@@ -179,6 +181,8 @@ class Episode:
             self._last = _unfinished(text, self.thinking)
             self._end(FinishReason.LENGTH)
             return
+        if self._num_turns == 1:
+            self.first_answer_ids = self.stream_ids
         try:
             self._last = parse_turn(text, self.thinking)
         except ProtocolError as error:

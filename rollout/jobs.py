@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from consilience.rollout.engine import SamplingParams
+from consilience.rollout.protocol import TASK_TOKENS
+
+BRANCH_NAMES = frozenset(TASK_TOKENS) - {"read_url"}  # that one asks about a URL, which a prompt says itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,8 @@ class RolloutJob:
         tools          names of built-in tools (rollout/tools.py) that the episode may call
         sampling       how each turn is sampled; `max_tokens` there caps one turn
         needs_sandbox  the verifier wants a box
+        branches       quick instructions that are answered beside (`branches.py`), names of BRANCH_NAMES
+        branch_tokens  sampled tokens that each of them may take
     """
 
     uid: str
@@ -46,8 +51,15 @@ class RolloutJob:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     needs_sandbox: bool = False
     user_turns: tuple[str, ...] = ()
+    branches: tuple[str, ...] = ()
+    branch_tokens: int = 64
 
     def __post_init__(self) -> None:
+        if set(self.branches) - BRANCH_NAMES or self.branch_tokens < 1:
+            raise ValueError(
+                f"job {self.uid}: branches {self.branches} of {self.branch_tokens} tokens; allowed are "
+                f"{', '.join(sorted(BRANCH_NAMES))}, of at least 1 token"
+            )
         if min(self.max_turns, self.max_tokens, self.sampling.max_tokens) < 1:
             raise ValueError(f"job {self.uid}: max_turns, max_tokens and sampling.max_tokens are at least 1")
 
@@ -66,5 +78,6 @@ class RolloutJob:
                 "messages": tuple(row["messages"]),
                 "tools": tuple(row["tools"]),
                 "user_turns": tuple(row.get("user_turns", ())),
+                "branches": tuple(row.get("branches", ())),
             }
         )

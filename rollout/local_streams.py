@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from consilience.conf.errors import EngineError
 from consilience.rollout.continuous import Inbox, serve
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.lease import fence
+from consilience.rollout.lease import Lease, ask_to_pause
 from consilience.rollout.phases import Durable
 from consilience.rollout.publishing import Announced, verify
 from consilience.rollout.records import RolloutRecord
@@ -31,6 +31,7 @@ class LocalStreams:
         self._worker, self._recompute, self._silence_s = worker, recompute, silence_s
         self._inbox = Inbox()
         self._durable_of: dict[str, Durable] = {}
+        self._leases: list[Lease] = []
         self._heard: queue.SimpleQueue[list[RolloutRecord] | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="rollout", daemon=True)
         self._thread.start()
@@ -38,15 +39,18 @@ class LocalStreams:
     def __enter__(self) -> LocalStreams:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if kind is not None and not issubclass(kind, Exception):  # interrupted, to be gone on with
+            ask_to_pause(self._leases)
         if self._thread.is_alive():
             self._inbox.end()
             self._thread.join(self._silence_s)
 
     def hand_over(self, jobs: Sequence[RolloutJob], durable: Durable) -> None:
         """See `RolloutStreams.hand_over`."""
-        fence(durable.log_folder)  # whoever still writes there belongs to a driver that is gone
+        durable.fence()
         lease = durable.take_lease("local")
+        self._leases.append(lease)
         self._durable_of |= dict.fromkeys((job.uid for job in jobs), durable)
         self._inbox.submit(jobs, lease)
 

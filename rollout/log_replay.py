@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from consilience.rollout.frame_file import read_frames
+from consilience.rollout.frame_file import Frames, read_frames
 from consilience.rollout.lease import fenced_epochs
 from consilience.rollout.log_frames import (
     LoggedEpisode,
@@ -26,8 +26,10 @@ class Replay:
     faults: dict[str, str] = field(default_factory=dict)
 
 
-def replay(folder: Path, *, only: Collection[str] | None = None) -> Replay:
+def replay(folder: Path, *, only: Collection[str] | None = None, copy: Path | None = None) -> Replay:
     """What the fenced epochs of a folder hold, of the jobs in `only` where given.
+
+    copy  folder with a second copy of the segments, which counts where the first is lost or damaged
 
     An episode is the one of the highest epoch that has a frame of it; lower ones had been taken over.
     """
@@ -35,8 +37,8 @@ def replay(folder: Path, *, only: Collection[str] | None = None) -> Replay:
     for epoch in fenced_epochs(folder):
         reader = _Epoch(epoch)
         num_before = 0
-        for path in sorted(folder.glob(f"{epoch:08d}-*.log")):
-            frames = read_frames(path)
+        for path in _segments(folder, copy, epoch):
+            frames = _read(path, copy)
             if not frames.payloads and not frames.has_hole:
                 break  # made, and nothing written yet
             is_next = reader.num_segments == 0 or _follows(frames.payloads, num_before)
@@ -57,6 +59,27 @@ def replay(folder: Path, *, only: Collection[str] | None = None) -> Replay:
         wanted = set(only)
         found.episodes = {u: e for u, e in found.episodes.items() if u in wanted}
     return found
+
+
+def _segments(folder: Path, copy: Path | None, epoch: int) -> list[Path]:
+    """Where an epoch's segments are or were, in order."""
+    folders = [folder] if copy is None else [folder, copy]
+    return [folder / name for name in sorted({p.name for f in folders for p in f.glob(f"{epoch:08d}-*.log")})]
+
+
+def _read(path: Path, copy: Path | None) -> Frames:
+    """The frames of a segment, or of its copy where that has more of them.
+
+    There is a hole if the first copy has one and the other one ends before the first did.
+    """
+    first = read_frames(path) if path.exists() else Frames([], 0, None, False, False)
+    if copy is None or not (copy / path.name).exists():
+        return first
+    second = read_frames(copy / path.name)
+    if len(second.payloads) <= len(first.payloads):
+        return first
+    is_behind = first.has_hole and second.num_bytes < path.stat().st_size
+    return replace(second, has_hole=second.has_hole or is_behind)
 
 
 def _follows(payloads: list[bytes], num_before: int) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,13 @@ from consilience.rollout.captured_decode import Decoder
 from consilience.rollout.engine import Completed, EngineState, Fork, NewTokens, Request
 from consilience.rollout.parked_streams import ParkedStreams, moves_into
 from consilience.rollout.prefill import Prefill
+from consilience.rollout.prefix_keys import PrefixKeys
 from consilience.rollout.prefix_reuse import PrefixCaching, PrefixReuse
 from consilience.rollout.proof import Evidence, model_evidence
 from consilience.rollout.publishing import Announced, digest_of, verify
 from consilience.rollout.request_check import check_length, check_request
 from consilience.rollout.routing_capture import RoutingCapture, fed_rows
+from consilience.rollout.saved_streams import SavedStreams
 from consilience.rollout.speculative import NUM_UNIFORMS, SpeculativeState
 from consilience.rollout.stream import Stream, cuts, draw_each, hand_out, take_each, temperatures
 
@@ -82,8 +85,11 @@ class NativeEngine:
         self._running: list[Stream] = []
         state = self._state.trunk if isinstance(self._state, SpeculativeState) else self._state
         self._decoder = Decoder(model, state, max_rows, max_length, captures, self._capture)
-        self._reuse = prefixes and PrefixReuse(model, self._state, prefixes, exact, prefill_tokens)
-        self._prefill = Prefill(model, self._state, self._capture, self._reuse, num_slots - 1)
+        self._keys = PrefixKeys(model, exact)
+        self._reuse = prefixes and PrefixReuse(model, self._state, prefixes, self._keys, prefill_tokens)
+        self._saved = SavedStreams(state, self._keys) if not speculative else None
+        known = self._reuse, self._saved
+        self._prefill = Prefill(model, self._state, self._capture, *known, shared_slot=num_slots - 1)
         self._last = self._decoder.tokens  # [max_rows] sampled, not yet fed
         self._parked = ParkedStreams(self._state, range(max_rows, 2 * max_rows))
         self._waiting: deque[Request] = deque()
@@ -142,9 +148,7 @@ class NativeEngine:
         uids = set(self._uids)
         for branch in branches:
             if branch.parent not in (None, parent):
-                raise EngineError(
-                    f"request {branch.uid} is a branch of {parent} and continues {branch.parent}"
-                )
+                raise EngineError(f"branch {branch.uid} of {parent} continues {branch.parent}")
             self._check(replace(branch, parent=parent), uids, stream.length)
             uids.add(branch.uid)
         self._uids = uids
@@ -152,17 +156,15 @@ class NativeEngine:
         self._waiting.extendleft(replace(branch, parent=parent) for branch in branches)
         return [Fork(branch.uid, parent, stream.length) for branch in branches]
 
-    def save_streams(self) -> int:
-        """Before a planned pause: store the states of all that runs or is held; how many were stored whole.
+    def save_streams(self, folder: Path, uids: Collection[str], limit_s: float) -> int:
+        """Before a planned pause: store what runs or is held of `uids`, for `limit_s`; how many states were.
 
-        A new engine goes on from them without a prefill, with the same request and its prefix, or a fresh one
-        whose prompt begins with a held stream. States that old weights had a part in are left out.
-        EngineError without a prefix store.
+        Whoever gets a request that names one (`Request.saved`) goes on without a prefill. Left out are states
+        that old weights had a part in, and those of an engine that drafts.
         """
-        if self._reuse is None:
-            raise EngineError("streams are saved in a prefix store; set rollout.prefix_store.path")
-        streams = [*enumerate(self._running), *self._parked]
-        return sum(self._reuse.save(row, s.ids[:-1]) for row, s in streams if s.era == self._era)
+        rows = [*enumerate(self._running), *self._parked]
+        fresh = [(row, s) for row, s in rows if s.era == self._era and s.request.uid in uids]
+        return self._saved.save_all(folder, fresh, limit_s) if self._saved else 0
 
     @torch.no_grad()
     def step(self) -> list[Completed]:
@@ -215,8 +217,7 @@ class NativeEngine:
         self._decoder.forget()
         digest = digest_of(announced)
         self._era += digest != self._digest
-        if self._reuse:
-            self._reuse.use_weights(digest)
+        self._keys.use_weights(digest)
         self._prefill.forget()
         self._version, self._digest = version, digest
 
@@ -236,6 +237,7 @@ class NativeEngine:
             **self._seconds,
             drafted_tokens=self._speculative.drafted if self._speculative else 0,
             accepted_tokens=self._speculative.accepted if self._speculative else 0,
+            saved_tokens=self._saved.num_tokens if self._saved else 0,
             **(self._reuse.counts() if self._reuse else {}),
         )
 
@@ -278,15 +280,13 @@ class NativeEngine:
         """The state of requests that had sampled something, or never will: all but the last token is fed."""
         first = len(self._running)
         self._reserve(first, batch)
-        streams = [(*r.prompt_ids, *(r.prefix.token_ids if r.prefix else ())) for r in batch]
-        self._prefill.complete(first, [stream[:-1] for stream in streams], leave=0)
-        last = torch.tensor([stream[-1] for stream in streams], device=self._last.device)
-        self._last[first : first + len(batch)] = last
         for request in batch:
             self._begin(request, request.sampling.max_tokens)
-            if request.prefix is not None:
-                self._running[-1].go_on_from(request.prefix)
-        hand_out(self._running[first:], self._prefill.fed)
+        consumed, last = zip(*((s.ids[:-1], s.ids[-1]) for s in self._running[first:]))
+        self._prefill.recall(first, batch, consumed)
+        self._prefill.complete(first, consumed, leave=0)
+        self._last[first : first + len(batch)] = torch.tensor(last, device=self._last.device)
+        hand_out(self._running[first:], self._prefill.fed, found=self._prefill.found)
 
     def _prefill_new(self, batch: list[Request]) -> None:
         """Prefill one row per distinct prompt, then fork it for the rest of its group."""
@@ -294,7 +294,8 @@ class NativeEngine:
         is_leader, followers, owner = by_prompt(batch)
         prompts = [batch[i].prompt_ids for i in is_leader]
         everyone = [batch[i] for i in is_leader + followers]
-        self._prefill.share(first, prompts)
+        if not self._prefill.recall(first, everyone, [p[:-1] for p in prompts]):
+            self._prefill.share(first, prompts)
         self._reserve(first, everyone[: len(prompts)])
         logits = self._prefill.complete(first, prompts)
         sources, behind = [first + owner[i] for i in followers], first + len(prompts)
@@ -302,7 +303,8 @@ class NativeEngine:
         self._reserve(behind, everyone[len(prompts) :])
         rows = [*range(len(prompts)), *(owner[i] for i in followers)]
         self._start(everyone, logits[rows], [r.sampling.max_tokens for r in everyone])
-        hand_out(self._running[first:], self._prefill.fed, rows, self._prefill.fed_before(prompts))
+        before, found = self._prefill.fed_before(prompts), self._prefill.found
+        hand_out(self._running[first:], self._prefill.fed, rows, before, found)
 
     def _reserve(self, first: int, requests: list[Request]) -> None:
         """Blocks for everything that requests in rows first.. may become."""
@@ -322,6 +324,10 @@ class NativeEngine:
         numbers = NUM_UNIFORMS if self._speculative else 1
         before, era = (parent.ids, parent.era) if parent else ((), self._era)
         stream = Stream.start(request, max_tokens, numbers, (*before, *request.prompt_ids), era)
+        if parent:
+            stream.earlier_routing = [*parent.earlier_routing, *parent.routing]
+        if request.prefix is not None:
+            stream.go_on_from(request.prefix)
         self._running.append(stream)
 
     # ---- decoding -----------------------------------------------------------------------------
@@ -372,12 +378,9 @@ class NativeEngine:
 
     def _retire(self) -> list[Completed]:
         """Take finished streams out of the running rows; hold or free them."""
-        done: list[Completed] = []
-        holes: list[int] = []
-        for row, stream in enumerate(self._running):
-            if not stream.num_left:
-                holes.append(row)
-                done.append(stream.completed(self._capture.stored(stream.routing)))
+        holes = [row for row, stream in enumerate(self._running) if not stream.num_left]
+        over = [self._running[row] for row in holes]
+        done = [stream.completed(self._capture.stored(stream.routing)) for stream in over]
         if holes:
             self._close_rows(holes)
         return done

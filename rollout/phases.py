@@ -15,7 +15,7 @@ from consilience.rollout.deadlines import read_stalls
 from consilience.rollout.dispatch import DROPPED
 from consilience.rollout.drops import drop_groups, drop_report
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.lease import Lease, take_lease
+from consilience.rollout.lease import Lease, fence, take_lease
 from consilience.rollout.phase_health import phase_health
 from consilience.rollout.publishing import Announced, announce
 from consilience.rollout.records import RolloutRecord
@@ -30,17 +30,28 @@ class Durable:
     keep            called with records as they arrive; they are on the disk when it returns
     survives_power  what the token logs must survive: the machine's end, or only the processes'
     columns_folder  where workers put the per-token fields of long records; None: all travel in the record
+    copy_folder     where a second copy of the token logs goes; None: nowhere
     """
 
     log_folder: Path
     keep: Callable[[Sequence[RolloutRecord]], None]
     survives_power: bool = False
     columns_folder: Path | None = None
+    copy_folder: Path | None = None
 
     def take_lease(self, owner: str) -> Lease:
         """A lease for one worker's stream. EngineError where the folder takes none."""
-        power, columns = self.survives_power, self.columns_folder
-        return take_lease(self.log_folder, owner, survives_power=power, columns_folder=columns)
+        return take_lease(
+            self.log_folder,
+            owner,
+            survives_power=self.survives_power,
+            columns_folder=self.columns_folder,
+            copy_folder=self.copy_folder,
+        )
+
+    def fence(self) -> None:
+        """End the say of whoever still writes there: it belongs to a driver that is gone."""
+        fence(self.log_folder, copy_folder=self.copy_folder)
 
 
 class Publisher(Protocol):
@@ -83,7 +94,8 @@ class OpenPhase:
         store.ledger.issued(step, [job.uid for job in self._jobs])
         self._partial = store.partial(self._name)
         columns = store.columns_folder(self._name)
-        self.durable = Durable(store.log_folder(self._name), self.keep, store.survives_power, columns)
+        logs, copy = store.log_folder(self._name), store.log_copy_folder(self._name)
+        self.durable = Durable(logs, self.keep, store.survives_power, columns, copy)
         try:
             store.ledger.stored(self._partial.records)
         except BaseException:

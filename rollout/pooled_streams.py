@@ -15,7 +15,7 @@ from consilience.conf.errors import EngineError
 from consilience.rollout.deadlines import Stall
 from consilience.rollout.dispatch import DROPPED, Dispatch, split_by_group
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.lease import Lease, fence
+from consilience.rollout.lease import Lease, ask_to_pause, fence
 from consilience.rollout.listening import Listener, Share, WorkerDied
 from consilience.rollout.local_streams import keep
 from consilience.rollout.phases import Durable
@@ -30,10 +30,12 @@ class StreamPool(Protocol):
 
     max_restarts      deaths between two publications before it gives up
     most_redispatches how often a sample is given out again (`dispatch.py`)
+    pause_s           what an interrupted call gives its workers to save their streams; 0: nothing
     """
 
     max_restarts: int
     most_redispatches: int
+    pause_s: float
 
     @property
     def listener(self) -> Listener: ...
@@ -57,8 +59,11 @@ class StreamPool(Protocol):
 
     def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None: ...
 
-    def end(self, streams: Mapping[int, Any]) -> None:
-        """Let streams come to an end, and hear none of them any more; raises nothing, in limited time."""
+    def end(self, streams: Mapping[int, Any], more_s: float = 0.0) -> None:
+        """Let streams come to an end, and hear none of them any more; raises nothing, in limited time.
+
+        more_s  what they have beyond the usual
+        """
         ...
 
 
@@ -82,14 +87,18 @@ class PooledStreams:
     def __enter__(self) -> PooledStreams:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        more_s = 0.0
+        if kind is not None and not issubclass(kind, Exception) and self._pool.pause_s:  # interrupted
+            ask_to_pause(lease for leases in self._leases for lease in leases)
+            more_s = self._pool.pause_s
         now = self._pool.processes
         streams = {s: share.stream for s, share in enumerate(self._shares) if self._served[s] is now[s]}
-        self._pool.end(streams)
+        self._pool.end(streams, more_s)
 
     def hand_over(self, jobs: Sequence[RolloutJob], durable: Durable) -> None:
         """See `RolloutStreams.hand_over`. Groups stay together."""
-        fence(durable.log_folder)  # whoever still writes there belongs to a driver that is gone
+        durable.fence()
         self._durable_of |= dict.fromkeys((job.uid for job in jobs), durable)
         for slot, share in enumerate(split_by_group(jobs, len(self._shares))):
             self._dispatch.add(slot, share)

@@ -1,36 +1,24 @@
 """What an engine takes from a prefix store instead of computing it, and what it leaves there.
 
-A prefix is known by a chain of keys, one a block of tokens, that begins with all that its numbers depend on:
-
-    root  = sha256 of (weights digest, configuration, quantization, exact or fast, dtype, machine)
-    key n = sha256 of (key n - 1, token ids of block n)
-
-`<key>.block` holds a block's compressed entries, `<key>.rest` what else a sequence needs to go on there. How
-many rests there are is the window policy (report 3.5): "whole", at every block; "checkpointed", every so
-many tokens, and a prefix is taken up to the last of them; "recomputed", none: the newest tokens are computed
-again. A paused stream has a rest wherever it stands, behind a last key of fewer tokens than a block.
+A prefix is known by the key of its last block (`prefix_keys.py`). `<key>.block` holds a block's compressed
+entries, `<key>.rest` what else a sequence needs to go on there. How many rests there are is the window policy
+(report 3.5): "whole", at every block; "checkpointed", every so many tokens, and a prefix is taken up to the
+last of them; "recomputed", none: the newest tokens are computed again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from consilience.conf.errors import ConfigError
-from consilience.model.checkpoint import to_official
-from consilience.model.digest import weights_digest
 from consilience.model.prefix_state import block_of, recompute_window, rest_of, restore, window_reach
 from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
+from consilience.rollout.prefix_keys import PrefixKeys
 from consilience.rollout.prefix_store import PrefixStore
 
-FORMAT = 1  # raise it where an entry's content changes, or the arithmetic that it comes from
 WINDOWS = ("whole", "checkpointed", "recomputed")
 
 
@@ -58,7 +46,7 @@ class PrefixReuse:
     """
 
     def __init__(
-        self, model: Transformer, state: object, caching: PrefixCaching, exact: bool, most_tokens: int
+        self, model: Transformer, state: object, caching: PrefixCaching, keys: PrefixKeys, most_tokens: int
     ) -> None:
         if not isinstance(state, DecodeState):
             raise ConfigError(
@@ -79,13 +67,7 @@ class PrefixReuse:
         self.num_hits = self.num_misses = self.num_tokens = 0
         self._period = period
         self._reach = window_reach(model.config)
-        self._exact, self._most_tokens = exact, most_tokens
-        self._root = b""
-        self._digest = ""
-
-    def use_weights(self, digest: str) -> None:
-        """The model has the weights of this digest now; "" = unknown."""
-        self._root, self._digest = b"", digest
+        self._keys, self._most_tokens = keys, most_tokens
 
     def counts(self) -> dict[str, int]:
         """What an `EngineState` says of it."""
@@ -112,7 +94,7 @@ class PrefixReuse:
         the caller; with 0 the streams are continuations, of which nothing is stored. Returns the tokens
         computed again for their windows.
         """
-        keys = [self._keys(ids[: len(ids) - leave]) for ids in streams]
+        keys = [self._keys.of_blocks(ids[: len(ids) - leave]) for ids in streams]
         again = sum(self._take(first + n, ids[: len(ids) - leave], keys[n]) for n, ids in enumerate(streams))
         while leave:
             at = self.state.position[first : first + len(streams)].tolist()
@@ -134,26 +116,22 @@ class PrefixReuse:
     def _keep(self, row: int, keys: Sequence[str], length: int) -> None:
         """Store the blocks of `row` up to a border, and there its rest, if the policy keeps it."""
         passed = keys[: length // self.block]
-        self._put(row, passed, "" if self.window == "recomputed" else f"{passed[-1]}.rest")
-
-    def _put(self, row: int, keys: Sequence[str], rest_name: str) -> bool:
-        """Store the blocks of `row` under their keys, and its rest under a name; whether all are there."""
-        names = [f"{key}.block" for key in keys]
-        is_whole = True
+        names = [f"{key}.block" for key in passed]
         for number, name in enumerate(names):
             if not self.store.has(name):
-                is_whole &= self.store.write(name, block_of(self.state, row, number))
-        if rest_name and not self.store.has(rest_name):
-            is_whole &= self.store.write(rest_name, rest_of(self.state, row))
-        self.store.touch([*names, rest_name] if rest_name else names)
-        return is_whole
+                self.store.write(name, block_of(self.state, row, number))
+        if self.window != "recomputed":
+            names.append(f"{passed[-1]}.rest")
+            if not self.store.has(names[-1]):
+                self.store.write(names[-1], rest_of(self.state, row))
+        self.store.touch(names)
 
     def _take(self, row: int, ids: tuple[int, ...], keys: list[str]) -> int:
         """Restore as much of `ids` into `row` as saves most; the tokens computed again for it."""
         at = int(self.state.position[row])
         for _ in range(3):  # an entry may be damaged, or leave while others are read
             held = next((n for n, key in enumerate(keys) if not self.store.has(f"{key}.block")), len(keys))
-            best = max(self._ways(ids, keys[:held]), key=lambda way: way[0] - way[2], default=(0, "", 0))
+            best = max(self._ways(keys[:held]), key=lambda way: way[0] - way[2], default=(0, "", 0))
             length, rest_name, cost = best
             if length - cost <= at:
                 break
@@ -174,66 +152,12 @@ class PrefixReuse:
         self.num_misses += bool(keys)
         return 0
 
-    def _ways(self, ids: tuple[int, ...], keys: list[str]) -> Iterator[tuple[int, str, int]]:
+    def _ways(self, keys: list[str]) -> Iterator[tuple[int, str, int]]:
         """(length, name of its rest or "", tokens to compute again) of prefixes with all their blocks."""
-        border = len(keys) * self.block
-        before = keys[-1] if keys else self._start()
-        # A stream that stopped inside the next block.
-        for stop in range(min(len(ids), border + self.block - 1), border, -1):
-            name = f"{_key(before, ids[border:stop])}.rest"
-            if self.store.has(name):
-                yield stop, name, 0
-                return
         for number in range(len(keys), 0, -1):
             if self.store.has(f"{keys[number - 1]}.rest"):
                 yield number * self.block, f"{keys[number - 1]}.rest", 0
                 break
         if self.window == "recomputed" and keys:
+            border = len(keys) * self.block
             yield border, "", min(self._reach, border)
-
-    # ---- pauses ---------------------------------------------------------------------------------
-
-    def save(self, row: int, ids: tuple[int, ...]) -> bool:
-        """Store all that `row`, which has consumed `ids`, needs to go on; False where that failed."""
-        if not ids:
-            return True
-        keys = self._keys(ids)
-        inside = ids[len(keys) * self.block :]
-        last = _key(keys[-1] if keys else self._start(), inside) if inside else keys[-1]
-        return self._put(row, keys, f"{last}.rest")
-
-    # ---- keys -----------------------------------------------------------------------------------
-
-    def _keys(self, ids: tuple[int, ...]) -> list[str]:
-        """The key of every complete block of `ids`."""
-        keys, key = [], self._start()
-        for end in range(self.block, len(ids) + 1, self.block):
-            key = _key(key, ids[end - self.block : end])
-            keys.append(key)
-        return keys
-
-    def _start(self) -> str:
-        """The root of all keys under the present weights."""
-        if not self._root:
-            weight, config = self.model.head.weight, self.model.config
-            digest = self._digest or weights_digest(to_official(self.model))
-            machine = (
-                torch.cuda.get_device_name(weight.device)
-                if weight.is_cuda
-                else torch.backends.cpu.get_cpu_capability()
-            )
-            row = {
-                "format": FORMAT,
-                "weights": digest,
-                "config": config.to_json_dict(),
-                "quantization": asdict(self.model.layers[0].attn.quantization),  # type: ignore[union-attr]
-                "exact": self._exact,
-                "dtype": str(weight.dtype),
-                "machine": [machine, torch.__version__],
-            }
-            self._root = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).digest()
-        return self._root.hex()
-
-
-def _key(before: str, ids: Sequence[int]) -> str:
-    return hashlib.sha256(bytes.fromhex(before) + np.asarray(ids, "<i4").tobytes()).hexdigest()

@@ -87,6 +87,9 @@ class PrefixStore:
             self._make_room()
         return path.exists()
 
+    def remove(self, name: str) -> None:
+        self._path(name).unlink(missing_ok=True)
+
     def touch(self, names: Sequence[str]) -> None:
         """These were used now, the first of them last: without a prefix's first block no other is found."""
         now = time.time_ns()

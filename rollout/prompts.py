@@ -9,6 +9,7 @@ from typing import Any
 
 from consilience.conf.errors import CheckpointError
 from consilience.rollout.encoding import render_messages
+from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.rollout.tools import declare_tools
 
@@ -25,6 +26,23 @@ def prompt_ids(
     """Ids of the prompt, ending where the model's turn begins. ProtocolError as `render_messages`."""
     parts = render_messages(declare_tools(messages, tools), effort, family=family)
     return tuple(tokenizer.encode_parts(parts))
+
+
+class GroupPrompts:
+    """Prompts of jobs, encoded once a group; the messages are compared, a group name alone proves nothing."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[tuple[str, str], tuple[Sequence, tuple[int, ...]]] = {}
+
+    def ids_of(self, job: RolloutJob, family: str) -> tuple[int, ...]:
+        """Errors are those of `prompt_ids`."""
+        known = self._known.get((job.group, job.effort))
+        if known is not None and known[0] == (job.messages, job.tools):
+            return known[1]
+        ids = prompt_ids(self._tokenizer, job.messages, job.effort, job.tools, family)
+        self._known[job.group, job.effort] = ((job.messages, job.tools), ids)
+        return ids
 
 
 def conversation_ids(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
@@ -32,6 +33,7 @@ from consilience.rollout.worker import RolloutWorker
 
 _STACKS_S = 1.0  # a process that is not stopped has written its stacks by then
 _REMOTE_LIMIT_S = 30.0
+_LEAVE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,10 @@ class Mailbox:
         self._inbox: Inbox | None = None  # of a stream that never ends
         self._recompute = False
         self._receiver = WeightReceiver()
+        self._is_sampling = self._is_leaving = False
+        self._end_at_once: Any = None
+        with contextlib.suppress(ValueError):  # not in the main thread: Ray ends the process as it likes
+            self._end_at_once = signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def build(self, stacks: str | None) -> Place:
         file = None
@@ -70,7 +76,8 @@ class Mailbox:
         return Place(socket.gethostname(), os.getpid(), node, _began(os.getpid()), name)
 
     def generate(self, jobs: Sequence[RolloutJob], lease: Lease | None) -> Iterator[list[RolloutRecord]]:
-        yield from self._worker.stream(jobs, lease)
+        with self._sampling():
+            yield from self._worker.stream(jobs, lease)
 
     def open(self, recompute: bool) -> None:
         self._inbox, self._recompute = Inbox(), recompute
@@ -78,7 +85,8 @@ class Mailbox:
     def serve(self) -> Iterator[list[RolloutRecord]]:
         assert self._inbox is not None  # opened before
         try:
-            yield from serve(self._worker, self._inbox)
+            with self._sampling():
+                yield from serve(self._worker, self._inbox)
         finally:
             self._inbox = None
 
@@ -124,6 +132,28 @@ class Mailbox:
 
     def close(self) -> None:
         self._worker.close()
+
+    @contextlib.contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """SIGTERM, as of a machine that is taken away, ends the process only once the streams are saved."""
+        self._is_sampling = True
+        try:
+            yield
+        finally:
+            self._is_sampling = False
+            if self._is_leaving:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(_LEAVE_S)  # the main thread ends the process; a stream that ended would be done
+                os._exit(1)
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        if self._is_sampling and not self._is_leaving:
+            self._is_leaving = True
+            self._worker.pause()
+        elif callable(self._end_at_once):
+            self._end_at_once(number, frame)
+        else:
+            raise SystemExit(1)
 
 
 def load_factory(path: str) -> Callable[..., RolloutWorker]:

@@ -35,6 +35,7 @@ class _Continuous:
     def __init__(self, pool: RolloutPool) -> None:
         self._pool, self._workers = pool, pool._workers
         self.max_restarts, self.most_redispatches = pool._max_restarts, pool._most_redispatches
+        self.pause_s = pool.pause_s
 
     @property
     def listener(self) -> Listener:
@@ -66,14 +67,14 @@ class _Continuous:
     def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None:
         self._pool.publish(weights, announced, version)
 
-    def end(self, streams: Mapping[int, Any]) -> None:
+    def end(self, streams: Mapping[int, Any], more_s: float = 0.0) -> None:
         """See `StreamPool.end`: all are told first, so the time is that of one."""
         told = [self._workers.actors[slot].end.options(**_POST).remote() for slot in streams]
         with suppress(Exception):  # a dead worker has ended too
             ray.wait(told, num_returns=len(told), timeout=_END_S)
-        until = time.monotonic() + _END_S
+        until = time.monotonic() + _END_S + more_s
         for slot, stream in streams.items():
             with suppress(WorkerDied, TimeoutError, EngineError):
-                while time.monotonic() < until and self._workers.ready({slot: stream}, _END_S):
+                while time.monotonic() < until and self._workers.ready({slot: stream}, _END_S + more_s):
                     if self._workers.read(stream, _END_S) is None:
                         break

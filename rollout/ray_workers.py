@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import GetTimeoutError
 
-from consilience.conf.errors import ConfigError, EngineError
+from consilience.conf.errors import ConfigError, ConsilienceError, EngineError
 from consilience.rollout.deadlines import Stall, StallLog
 from consilience.rollout.dispatch import Dispatch, split_by_group
 from consilience.rollout.engine import EngineState
 from consilience.rollout.jobs import RolloutJob
-from consilience.rollout.lease import Lease, fence
-from consilience.rollout.listening import Listener, Share
+from consilience.rollout.lease import Lease, ask_to_pause
+from consilience.rollout.listening import Listener, Share, WorkerDied
 from consilience.rollout.phases import Durable
 from consilience.rollout.proof import Evidence
 from consilience.rollout.publishing import Announced, Publication, announce, verify
@@ -54,6 +54,7 @@ class RolloutPool:
     stall_s       silence after which a worker counts as dead; it is noted in `stalls`, asked for its stacks
                   and killed. A worker speaks every few seconds, between two steps
     publish_limit_s  how long a worker may take over new weights or a question, before the same happens
+    pause_s       how long an interrupted call waits for its workers to save their streams; 0: not at all
     most_redispatches  how often a sample is given out again (`dispatch.py`)
     is_continuous workers can be told things while they sample (`ray_streams.py`)
     transport     how weights reach the workers, see `ray_transport.choose_transport`
@@ -74,6 +75,7 @@ class RolloutPool:
         start_timeout_s: float = 300.0,
         stall_s: float = 900.0,
         publish_limit_s: float = 600.0,
+        pause_s: float = 8.0,
         most_redispatches: int = 2,
         is_continuous: bool = False,
         transport: str = "auto",
@@ -84,7 +86,7 @@ class RolloutPool:
             raise ConfigError(f"num_workers is {num_workers}, at least 1")
         self.stall_log = stalls if stalls is not None else StallLog()
         self._max_restarts, self._most_redispatches = max_restarts, most_redispatches
-        self._publish_limit_s = publish_limit_s
+        self._publish_limit_s, self.pause_s = publish_limit_s, pause_s
         self._post = {"concurrency_group": "post"} if is_continuous else {}
         self._current: tuple[Shipment, Publication] | None = None
         self._workers = WorkerSlots(  # a wrong name is found here, before any process starts
@@ -152,11 +154,27 @@ class RolloutPool:
         """
         dispatch = Dispatch(jobs, len(self._workers.actors), self._most_redispatches)
         if durable is not None:
-            fence(durable.log_folder)  # whoever still writes there belongs to a driver that is gone
+            durable.fence()
         shares = [Share() for _ in self._workers.actors]
         for slot in range(len(shares)):
             self._begin(slot, shares[slot], dispatch, durable)
+        try:
+            return self._listen(shares, dispatch, durable, on_progress)
+        except BaseException as error:
+            if durable is not None and not isinstance(error, Exception):
+                self._pause(shares, dispatch, durable)
+            raise
+
+    def _listen(
+        self,
+        shares: Sequence[Share],
+        dispatch: Dispatch,
+        durable: Durable | None,
+        on_progress: Progress | None,
+    ) -> list[RolloutRecord]:
+        """Take what the workers say until every job has its record."""
         num_deaths = num_sampled = 0
+        num_jobs = len(dispatch.records) + sum(map(len, dispatch.pending))
         while any(share.stream is not None for share in shares):
             num_dropped = dispatch.num_dropped
             slot, batch, death = self._listener.hear(shares, dispatch)
@@ -182,8 +200,25 @@ class RolloutPool:
             if batch is None:  # the stream is over, because all is done or because its worker died
                 self._begin(slot, share, dispatch, durable)
             elif new and on_progress is not None:
-                on_progress(len(dispatch.records), len(jobs), num_sampled)
+                on_progress(len(dispatch.records), num_jobs, num_sampled)
         return dispatch.in_order()
+
+    def _pause(self, shares: Sequence[Share], dispatch: Dispatch, durable: Durable) -> None:
+        """The call was interrupted: its workers save their streams, records that are final are kept."""
+        if not self.pause_s:
+            return
+        ask_to_pause(share.lease for share in shares if share.stream is not None and share.lease is not None)
+        until = time.monotonic() + self.pause_s + _LEAST_S
+        streams = {slot: share.stream for slot, share in enumerate(shares) if share.stream is not None}
+        while streams and (left_s := until - time.monotonic()) > 0:
+            for slot in self._workers.ready(streams, left_s):
+                batch = None
+                with contextlib.suppress(ConsilienceError, WorkerDied, TimeoutError):
+                    batch = self._workers.read(streams[slot], _LEAST_S)
+                if batch is None:
+                    del streams[slot]
+                else:
+                    durable.keep(dispatch.take(slot, batch)[0])
 
     def _begin(self, slot: int, share: Share, dispatch: Dispatch, durable: Durable | None) -> None:
         """Give a slot's worker the jobs that have no record yet, under a lease of their own."""

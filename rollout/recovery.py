@@ -6,13 +6,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from consilience.conf.errors import ConsilienceError, EngineError, OutcomeUnknown, SandboxLost
+from consilience.conf.errors import (
+    ConsilienceError,
+    EngineError,
+    OutcomeUnknown,
+    SandboxLost,
+    SandboxUnavailable,
+)
 from consilience.rollout.boxes import Box, BoxPool
 from consilience.rollout.engine import Completed, Prefix, Request
 from consilience.rollout.episode import Episode, State
 from consilience.rollout.log_frames import LoggedEpisode, crc_of
 from consilience.rollout.log_replay import replay
 from consilience.rollout.parsing import ToolCall
+from consilience.rollout.records import OutcomeKind
 from consilience.rollout.token_log import TokenLog
 from consilience.rollout.tools import TOOLS, argument_error, run_tool
 
@@ -28,7 +35,8 @@ def take_over(
     decode state died with that owner. A log that cannot be used is noted in the record, and its episode
     starts anew: `rebuild` makes a fresh one, which takes its place in `episodes`.
     """
-    logged = replay(log.lease.folder, only=[e.job.uid for e in episodes])
+    lease, uids = log.lease, [episode.job.uid for episode in episodes]
+    logged = replay(lease.folder, only=uids, copy=lease.copy_folder)
     damage = "; ".join(f"{name}: {what}" for name, what in logged.faults.items() if name.endswith(".log"))
     begun: dict[str, Begun | None] = {}
     lost: set[str] = set()
@@ -155,3 +163,10 @@ def _rebuild(box: Box, episode: Episode, max_chars: int) -> None:
 
 def _is_repeatable(name: str) -> bool:
     return name not in TOOLS or TOOLS[name].is_repeatable  # an unknown tool answers with an error, no more
+
+
+def kind_of(error: Exception) -> OutcomeKind:
+    """Which outcome an episode has whose lease or call raised this."""
+    if isinstance(error, OutcomeUnknown):
+        return OutcomeKind.UNKNOWN
+    return OutcomeKind.LOST if isinstance(error, (SandboxLost, SandboxUnavailable)) else OutcomeKind.INFRA

@@ -28,6 +28,7 @@ class RolloutStore:
 
     survives_power  token logs of an unfinished phase survive the machine's end, not only the processes'
     quantization    how the workers compute with what is published
+    log_copy        folder for second copies of the token logs, one folder a phase; None: there are none
     stalls          file in which the run's workers note what was over its limit
     health          step -> numbers for its metrics, of phases that were asked for (`phases.py`)
     """
@@ -39,9 +40,10 @@ class RolloutStore:
         survives_power: bool = False,
         quantization: str = "off",
         stalls: Path | None = None,
+        log_copy: Path | None = None,
     ) -> None:
         self.folder, self.survives_power, self.stalls = Path(folder), survives_power, stalls
-        self.quantization = quantization
+        self.quantization, self.log_copy = quantization, log_copy
         self.health: dict[int, dict[str, float]] = {}
 
     @cached_property
@@ -58,6 +60,10 @@ class RolloutStore:
         """Where the workers of an unfinished phase log their tokens."""
         return self.folder / "token_log" / phase
 
+    def log_copy_folder(self, phase: str) -> Path | None:
+        """Where a second copy of these logs goes (`log_copy.py`)."""
+        return None if self.log_copy is None else self.log_copy / phase
+
     def columns_folder(self, phase: str) -> Path:
         """Where its workers put the per-token fields of long records (`columns.py`)."""
         return self.folder / f"{phase}.tokens"
@@ -72,7 +78,9 @@ class RolloutStore:
         (self.folder / f"{phase}.partial").unlink(missing_ok=True)
         for unfinished in self.folder.glob(f".{phase}.jsonl.*"):  # of a process that was killed
             unfinished.unlink(missing_ok=True)
-        shutil.rmtree(self.log_folder(phase), ignore_errors=True)
+        for folder in (self.log_folder(phase), self.log_copy_folder(phase)):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def append(self, phase: str, records: Sequence[RolloutRecord]) -> Path:
         """Store the records of `phase` (letters, digits, "-", "_", "."); an equal phase is replaced.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from consilience.rollout.sampling import sample
 from consilience.rollout.token_routing import TokenRouting
 from consilience.rollout.truncation import NO_CUT, ids_of, sample_kept
 
+if TYPE_CHECKING:
+    from consilience.rollout.saved_streams import Found
+
 
 @dataclass
 class Stream:
@@ -25,6 +29,7 @@ class Stream:
     before   tokens of the stream in front of what this turn samples
     era      of the weights that the oldest part of its decode state comes from
     routing  of what was fed since it started, in chunks [n, layers, K]
+    earlier_routing  the same of the turns that this one continues
     kept     ids that each token was drawn from, where that is less than all
     """
 
@@ -38,6 +43,7 @@ class Stream:
     versions: list[int] = field(default_factory=list)
     routing: list[np.ndarray] = field(default_factory=list)
     kept: list[np.ndarray | None] = field(default_factory=list)
+    earlier_routing: list[np.ndarray] = field(default_factory=list)
 
     @classmethod
     def start(
@@ -114,12 +120,16 @@ def hand_out(
     fed: Sequence[np.ndarray],
     rows: Sequence[int] | None = None,
     before: Sequence[np.ndarray] = (),
+    found: Sequence[Found | None] = (),
 ) -> None:
     """Stream i gets the experts [n, layers, K] of row rows[i] of what was `fed` (i if not given), behind
-    those of what was fed `before`. Nothing where `fed` is empty."""
+    those of what was fed `before`; none where `fed` is empty. Then what a former worker had recorded."""
     if fed:
         for stream, row in zip(streams, range(len(streams)) if rows is None else rows):
             stream.routing = [*before, fed[row]]
+    for stream, recorded in zip(streams, found):
+        if recorded is not None:
+            recorded.give_to(stream)  # type: ignore[arg-type]  # the two files import each other
 
 
 def take_each(

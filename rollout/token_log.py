@@ -6,7 +6,8 @@
     log.intent(uid, call…); log.sync()     before the call is run
     log.results(uid, texts…); log.sync()   before the model sees them
 
-A segment is a frame file `<epoch>-<segment>.log`; a full one is followed by the next.
+A segment is a frame file `<epoch>-<segment>.log`; a full one is followed by the next. Where the lease names a
+second folder, a copy of each goes there, behind the first (`log_copy.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from consilience.conf.errors import EngineError
 from consilience.rollout.engine import NewTokens
 from consilience.rollout.frame_file import FrameFile
 from consilience.rollout.lease import Lease
+from consilience.rollout.log_copy import LogCopy
 from consilience.rollout.log_frames import (
     LoggedEpisode,
     crc_of,
@@ -46,6 +48,7 @@ class TokenLog:
         self._numbers: dict[str, int] = {}  # request uid -> its name in the frames
         self._num_opened = self._num_steps = self._segment = 0
         self._buffer: list[bytes] = []
+        self._copy = None if lease.copy_folder is None else LogCopy(lease.copy_folder)
         self._file = self._next_file()
 
     def claim(self, episodes: Iterable[tuple[LoggedEpisode, Sequence[str]]]) -> None:
@@ -104,6 +107,8 @@ class TokenLog:
     def close(self) -> None:
         """Safe to call twice. What is buffered is not written: nothing waited for it."""
         self._file.close()
+        if self._copy is not None:
+            self._copy.close()
 
     def _name(self, request_uid: str) -> int:
         if request_uid in self._numbers:
@@ -116,6 +121,8 @@ class TokenLog:
         if self._buffer:
             frames, self._buffer = self._buffer, []  # the file keeps what the disk does not take
             self._file.append(frames)
+            if self._copy is not None:
+                self._copy.follow(self._file.path, self._file.num_bytes)
 
     def _next_file(self) -> FrameFile:
         path = segment_path(self.lease.folder, self.lease.epoch, self._segment)

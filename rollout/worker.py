@@ -76,6 +76,7 @@ class RolloutWorker:
         self.num_grade_threads, self.inline_tokens = num_grade_threads, inline_tokens
         self.limits = limits or Limits()
         self.stacks: IO[str] | None = None
+        self.is_to_pause = False
         self._on_close = on_close
         self.tool_threads = WatchedThreads(num_tool_threads, "tool")
         self.lease_threads = WatchedThreads(num_lease_threads, "lease")
@@ -91,12 +92,21 @@ class RolloutWorker:
 
         lease  write a token log under it, and go on with what former owners logged of these jobs. EngineError
                when its disk is full, or once the lease is fenced
+        A worker that is to pause ends the stream early, some jobs without a record.
         """
         run = WorkerRun(self, jobs, lease)  # type: ignore[arg-type]  # the two files import each other
         try:
             yield from run.batches()
         finally:
             run.close()
+
+    def pause(self) -> None:
+        """(any thread, a signal's handler) Save what runs beside the log after this step, and end the stream.
+
+        Who goes on with its jobs continues from there. Nothing is saved without a lease, or by an engine that
+        cannot (vLLM): the streams are then computed again.
+        """
+        self.is_to_pause = True
 
     def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None:
         """New weights for the next step. WeightsRefused unless they are what was announced."""

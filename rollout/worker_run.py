@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING
 from consilience.conf.errors import (
     ConsilienceError,
     EngineError,
-    OutcomeUnknown,
-    SandboxLost,
-    SandboxUnavailable,
 )
 from consilience.rollout.boxes import Box
+from consilience.rollout.branches import OpenBranches
 from consilience.rollout.columns import ColumnFile
 from consilience.rollout.deadlines import Stall, dump_stacks
 from consilience.rollout.dispatch import STALLED
@@ -30,9 +28,10 @@ from consilience.rollout.grading_queue import STAGE, GradingQueue
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.lease import Lease
 from consilience.rollout.parsing import ToolCall
-from consilience.rollout.prompts import prompt_ids
+from consilience.rollout.pausing import Pause
+from consilience.rollout.prompts import GroupPrompts
 from consilience.rollout.records import Outcome, OutcomeKind, RolloutRecord
-from consilience.rollout.recovery import Begun, box_for, take_over, without_parent
+from consilience.rollout.recovery import Begun, box_for, kind_of, take_over, without_parent
 from consilience.rollout.token_log import TokenLog
 from consilience.rollout.tools import argument_error, run_tool
 from consilience.rollout.watched_threads import Task
@@ -59,7 +58,9 @@ class WorkerRun:
         self._final: list[RolloutRecord] = []
         self._num_final = self._num_empty = 0
         self._is_closed = False
-        self._prompts: dict[tuple[str, str], tuple[Sequence, tuple[int, ...]]] = {}
+        self._prompts = GroupPrompts(worker.tokenizer)
+        self.pause = Pause(worker, lease)
+        self._branches = OpenBranches(worker)
         self._log = None if lease is None else TokenLog(lease)
         folder = None if lease is None else lease.columns_folder
         self._columns = None if lease is None or folder is None else ColumnFile(folder, lease.epoch)
@@ -69,7 +70,7 @@ class WorkerRun:
     def batches(self) -> Iterator[list[RolloutRecord]]:
         self.begin()
         last = time.monotonic()  # an empty batch now and then says that this worker lives
-        while not self.is_over:
+        while not self.is_over and not self.pause.is_due():
             self.take_events(may_wait=True)
             if self._decoding:
                 self.take_step(self.engine.step())
@@ -78,20 +79,46 @@ class WorkerRun:
             if waited > (self.worker.flush_s if self._final else self.worker.heartbeat_s):
                 last = time.monotonic()
                 yield self.take_final()
+        if not self.is_over:
+            self.save_streams()
+            self.engine.clear()
         if self._final:
             yield self.take_final()
 
+    def save_streams(self) -> None:
+        """The states of what is being decoded, or waits for a tool, for who goes on (`pausing.py`)."""
+        held = (uid for episode in self._episodes.values() for uid in episode.held)
+        self.pause.save(self._log, {*self._decoding, *held})
+
     def begin(self) -> None:
         """Send the first requests, or those that go on with what a former owner logged."""
-        episodes = [episode for job in self.jobs if (episode := self._build(job)) is not None]
+        jobs = [*self.jobs, *self._branches.beside(self.jobs)]
+        episodes = [episode for job in jobs if (episode := self._build(job)) is not None]
+        self._go_on(episodes, lambda episode: self._build(episode.job) or episode)
+
+    def _go_on(self, episodes: list[Episode], rebuild: Callable[[Episode], Episode]) -> None:
         begun: dict[str, Begun | None] = {}
         if self._log is not None:
-            rebuild = lambda episode: self._build(episode.job) or episode
             begun, lost = take_over(self._log, episodes, rebuild)
             self._lost_streams.update(lost)
-        self._episodes = {episode.job.uid: episode for episode in episodes}
+        self._episodes |= {episode.job.uid: episode for episode in episodes}
+        titles = [title for e in episodes if (title := self._branches.title_of(e)) is not None]
+        if titles:
+            self._go_on(titles, self._branches.again)
         for episode in episodes:
             self._begin(episode, begun.get(episode.job.uid))
+
+    def _fork_title(self, episode: Episode) -> None:
+        """The first answer has just ended: if a title is asked for, it branches off the state there."""
+        if (title := self._branches.title_of(episode)) is None:
+            return
+        self._episodes[title.job.uid] = title
+        request = title.next_request()
+        self._open_in_log(title, request)
+        if self._branches.fork(episode.request_uid, request):
+            self._decoding[request.uid] = title
+        else:
+            self._send(title, request)
 
     @property
     def is_over(self) -> bool:
@@ -122,7 +149,7 @@ class WorkerRun:
         worker = self.worker
         episode = None
         try:
-            ids = self._prompt_ids(job)
+            ids = self._prompts.ids_of(job, worker.family)
             context, family = worker.max_context, worker.family
             episode = Episode(job, ids, worker.tokenizer, max_context=context, family=family)
             if worker.max_context is not None and len(ids) >= worker.max_context:
@@ -150,28 +177,25 @@ class WorkerRun:
         else:
             go_on()
 
-    def _prompt_ids(self, job: RolloutJob) -> tuple[int, ...]:
-        """Encoded once a group; the messages are compared, a group name alone proves nothing."""
-        known = self._prompts.get((job.group, job.effort))
-        if known is not None and known[0] == (job.messages, job.tools):
-            return known[1]
-        ids = prompt_ids(self.worker.tokenizer, job.messages, job.effort, job.tools, self.worker.family)
-        self._prompts[job.group, job.effort] = ((job.messages, job.tools), ids)
-        return ids
-
     def _submit(self, episode: Episode) -> None:
         if self._is_closed:
             self._release_box(episode.job.uid)
             return
         request = episode.next_request()
+        self._open_in_log(episode, request)
+        self._send(episode, request)
+
+    def _open_in_log(self, episode: Episode, request: Request) -> None:
         if self._log is not None:
             seed, turn = request.sampling.seed, episode.turn
             self._log.open(request.uid, episode.job.uid, turn, request.prompt_ids, seed)
-        self._send(episode, request)
 
     def _send(self, episode: Episode, request: Request) -> None:
+        newest = request.uid if request.prefix is not None else request.parent
         if request.parent in self._lost_streams:
             request = without_parent(request, episode, self.worker.max_context)
+        if request.parent is None:
+            request = self.pause.recalled(request, newest)
         try:
             self.engine.submit([request])
         except EngineError as error:
@@ -190,6 +214,8 @@ class WorkerRun:
             if episode is None:  # left over from a run that was broken off
                 continue
             episode.on_completed(done)
+            if episode.turn == 1:
+                self._fork_title(episode)
             self._advance(episode)
         self._num_empty = 0 if completed else self._num_empty + 1
         if self._num_empty >= _MAX_EMPTY_STEPS:
@@ -282,7 +308,7 @@ class WorkerRun:
             try:
                 return work()
             except Exception as error:
-                detail, kind = f"{type(error).__name__}: {error}", _kind_of(error)
+                detail, kind = f"{type(error).__name__}: {error}", kind_of(error)
                 return lambda: self._abort(episode, detail, kind)
 
         worker, limits = self.worker, self.worker.limits
@@ -341,12 +367,14 @@ class WorkerRun:
 
     def _settle(self, episode: Episode, record: RolloutRecord) -> None:
         """The record is final: give back what the episode held."""
+        self._release_box(episode.job.uid)
+        if (record := self._branches.take(episode.job, record)) is None:  # type: ignore[assignment]
+            return
         is_long = record.num_tokens > self.worker.inline_tokens
         if self._columns is not None and is_long and not self._is_closed:
             record = self._columns.put(record)
         self._final.append(record)
         self._num_final += 1
-        self._release_box(episode.job.uid)
 
     def _release_box(self, uid: str) -> None:
         box = self._boxes.pop(uid, None)
@@ -367,10 +395,3 @@ class WorkerRun:
         self._errands.drain()
         for uid in list(self._boxes):
             self._release_box(uid)
-
-
-def _kind_of(error: Exception) -> OutcomeKind:
-    """Which outcome an episode has whose lease or call raised this."""
-    if isinstance(error, OutcomeUnknown):
-        return OutcomeKind.UNKNOWN
-    return OutcomeKind.LOST if isinstance(error, (SandboxLost, SandboxUnavailable)) else OutcomeKind.INFRA

@@ -24,6 +24,7 @@ class Problem:
     demo       assistant messages of a worked solution for SFT, in protocol form, tool results
                included ({"role": "assistant"|"tool", ...}); empty where there is none
     user_turns what the user says after each answer of the model's; empty where one answer is all
+    branches   quick instructions to answer beside (rollout/jobs.py); their answers are in the metadata
     """
 
     id: str
@@ -33,6 +34,7 @@ class Problem:
     files: Mapping[str, str] = field(default_factory=dict)
     demo: tuple[Mapping[str, Any], ...] = ()
     user_turns: tuple[str, ...] = ()
+    branches: tuple[str, ...] = ()
 
 
 class Domain(Protocol):

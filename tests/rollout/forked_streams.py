@@ -90,7 +90,7 @@ class ForkedStreams:
         self, build, num=2, *, stall_s=30.0, publish_limit_s=30.0, max_restarts=3, most_redispatches=2
     ):
         self.build, self.publish_limit_s = build, publish_limit_s
-        self.max_restarts, self.most_redispatches = max_restarts, most_redispatches
+        self.max_restarts, self.most_redispatches, self.pause_s = max_restarts, most_redispatches, 0.0
         self.log, self.num_replaced, self._current = StallLog(), 0, None
         self.listener = Listener(self, self.log, stall_s)
         self.processes = [Process(build) for _ in range(num)]
@@ -138,7 +138,7 @@ class ForkedStreams:
                 self.log.add(self.end_process(slot, "publish", self.publish_limit_s, self.publish_limit_s))
                 self.replace(slot)
 
-    def end(self, streams):
+    def end(self, streams, more_s=0.0):
         for process in streams.values():
             process.send("end")
         for process in streams.values():
