@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NO_NUMBERS = np.empty((0, 0))  # vLLM draws its own
+_ASLEEP = "the engine sleeps; wake it"
 _PROBE = "probe/"  # uids of our own scoring requests begin so; a job's uid begins with its stage
 
 
@@ -352,11 +353,13 @@ class VllmEngine:
         """
         self._check_idle("an engine sleeps between two phases")
         self._llm.sleep(level)
-        self._rest = "the engine sleeps; wake it"
+        self._rest = _ASLEEP
         self._has_weights = level < 2
 
     def wake(self) -> None:
-        """Undo `sleep`. After level 2 there are no weights: `publish` comes before the next step."""
+        """Undo `sleep`, if it sleeps. After level 2 there are no weights: `publish` comes before a step."""
+        if self._rest != _ASLEEP:  # who replaced one that died asleep is asked too
+            return
         self._llm.wake_up()
         self._rest = "" if self._has_weights else "the weights were dropped at sleep; publish some"
 

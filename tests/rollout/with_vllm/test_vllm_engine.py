@@ -224,7 +224,9 @@ def test_sleep_refuses_work_and_waking_brings_everything_back(engine, checkpoint
         engine.submit([request("asleep")])
     engine.wake()
     assert all((a == b).all() for a, b in zip(before, engine.score(PROBES)))
+    engine.wake()  # awake already: nothing happens
     engine.sleep(level=2)
+    engine.wake()
     engine.wake()
     with pytest.raises(EngineError, match="publish"):
         engine.step()
