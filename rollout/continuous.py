@@ -79,7 +79,7 @@ class Inbox:
             if self._is_closed:
                 return
             self._is_closed, self._why = True, why
-            for done in self._waiting:
+            for done in list(self._waiting):  # who is told may leave at once
                 if not done.done():
                     done.set_exception(EngineError(f"the rollout worker has stopped: {why}"))
 

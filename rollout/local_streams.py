@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from consilience.conf.errors import EngineError
@@ -43,7 +44,8 @@ class LocalStreams:
         if kind is not None and not issubclass(kind, Exception):  # interrupted, to be gone on with
             ask_to_pause(self._leases)
         if self._thread.is_alive():
-            self._inbox.end()
+            with suppress(EngineError):  # it stops by itself
+                self._inbox.end()
             self._thread.join(self._silence_s)
 
     def hand_over(self, jobs: Sequence[RolloutJob], durable: Durable) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 from concurrent.futures import Future
 
 import pytest
@@ -173,3 +174,33 @@ def test_a_worker_without_work_says_now_and_then_that_it_lives():
         assert [next(stream), next(stream)] == [[], []]
         inbox.end()
         assert [batch for batch in stream if batch] == []
+
+
+def test_who_waits_with_weights_hears_why_the_worker_stopped_and_the_worker_keeps_its_own_error(monkeypatch):
+    """The one who is told may be gone before the next one is told."""
+    inbox, heard = Inbox(), []
+
+    def publish():
+        with pytest.raises(EngineError, match="disk is full") as error:
+            inbox.publish({}, "0" * 64, 1)
+        heard.append(error.value)
+
+    threads = [threading.Thread(target=publish) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 60
+    while len(inbox._messages) < 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    tell = Future.set_exception
+
+    def tell_and_wait(self, error):
+        before = len(heard)
+        tell(self, error)
+        while len(heard) == before and time.monotonic() < until:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(Future, "set_exception", tell_and_wait)
+    inbox.close("the disk is full")
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(heard) == 3 and not inbox._waiting
