@@ -1,7 +1,7 @@
 """What happens inside a forward, of our model and of transformers' twin, under common names.
 
 Both sides are watched at module borders, by hooks; nothing inside a module's forward is assumed. The only
-method that is watched is `HyperConnection.read`, which is a border without a module.
+method that is watched is `HyperConnection.receive`, which is a border without a module.
 
 B rows, T tokens, M compressed entries, N streams, E experts, K experts a token.
 """
@@ -118,10 +118,10 @@ def watched_ours(model):
         for name in ("hc_attn", "hc_ffn"):
 
             def keep(results, stem=f"{i}.{name}"):
-                for part, value in zip(("layer input", "post", "comb"), results):
+                for part, value in zip(("layer input", "post", "comb"), results[1:]):
                     put(f"{stem} {part}", value.detach())
 
-            watch.method(getattr(block, name), "read", keep)
+            watch.method(getattr(block, name), "receive", keep)
 
         def routed(_, __, output, i=i):
             weights, experts = _sorted_by_expert(output[0].detach(), output[1])
