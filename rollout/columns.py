@@ -3,12 +3,14 @@
     <phase>.tokens/00000003-5f0a2c11.tokens    columns of the records that lease 3's owner finished, end to
                                                end, each at a multiple of 8 bytes; where, the references say
 
-What shuffles, packs and counts needs lengths and sums, which a reference has; the numbers are read where they
-are needed and go with the array. All processes of a node share the one copy in the page cache.
+Routing and kept sets lie there as bytes. What shuffles, packs and counts needs lengths and sums, which a
+reference has; the numbers are read where they are needed and go with the array. All processes of a node share
+the one copy in the page cache.
 """
 
 from __future__ import annotations
 
+import base64
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -69,6 +71,10 @@ class Column(Sequence[Any]):
             )
         return found
 
+    def raw(self) -> bytes:
+        """The column's bytes, in memory."""
+        return self.array().tobytes()
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         found = np.asarray(self.array())
         return found if dtype is None and not copy else np.array(found, dtype)
@@ -91,8 +97,10 @@ class Column(Sequence[Any]):
 
     def __eq__(self, other: object) -> bool:
         """Equal numbers; NaN where the other has NaN."""
-        if not isinstance(other, (Column, tuple)) or len(other) != len(self):
+        if not isinstance(other, (Column, tuple, bytes)) or len(other) != len(self):
             return False
+        if isinstance(other, bytes):
+            return self.raw() == other
         is_float = self.dtype == DTYPES["logprobs"]
         return np.array_equal(np.asarray(self), np.asarray(other), equal_nan=is_float)
 
@@ -113,6 +121,24 @@ class Column(Sequence[Any]):
         return cls(root, **row)
 
 
+def bytes_of(data: bytes | Column) -> bytes:
+    """Bytes that a record holds itself, or that it refers to."""
+    return data.raw() if isinstance(data, Column) else data
+
+
+def plain_bytes(data: bytes | Column) -> Any:
+    """JSON-plain: base64, or the reference; `bytes_from` is its inverse."""
+    return data.to_dict() if isinstance(data, Column) else base64.b64encode(data).decode("ascii")
+
+
+def bytes_from(row: Any, root: Path | None) -> bytes | Column:
+    return (
+        Column.from_dict(row, root or Path())
+        if isinstance(row, dict)
+        else base64.b64decode(row, validate=True)
+    )
+
+
 class ColumnFile:
     """Where one owner puts the per-token fields of its finished records: its own file, made when needed."""
 
@@ -130,15 +156,26 @@ class ColumnFile:
         parts: list[bytes | memoryview] = []
         moved = []
         end = self._num_bytes
+
+        def put(values: np.ndarray, dtype: str, total: int | None) -> Column:
+            nonlocal end
+            column = Column(self._root, self._name, dtype, end, len(values), zlib.crc32(values.data), total)
+            parts.extend((values.data, bytes(-values.nbytes % _ALIGNMENT)))
+            end += values.nbytes + len(parts[-1])
+            return column
+
+        def put_bytes(data: bytes | Column) -> Column:
+            return put(np.frombuffer(bytes_of(data), np.uint8), "|u1", None)
+
         for stream in streams:
-            fields = {}
+            fields: dict[str, Any] = {}
             for field, dtype in DTYPES.items():
                 values = np.ascontiguousarray(np.asarray(getattr(stream, field), dtype))
-                total = None if values.dtype.kind == "f" else int(values.sum())
-                crc = zlib.crc32(values.data)
-                fields[field] = Column(self._root, self._name, dtype, end, len(values), crc, total)
-                parts += [values.data, bytes(-values.nbytes % _ALIGNMENT)]
-                end += values.nbytes + len(parts[-1])
+                fields[field] = put(values, dtype, None if values.dtype.kind == "f" else int(values.sum()))
+            if (routing := stream.routing) is not None:
+                fields["routing"] = replace(routing, data=put_bytes(routing.data))
+            if (kept := stream.kept) is not None:
+                fields["kept"] = replace(kept, sizes=put_bytes(kept.sizes), ids=put_bytes(kept.ids))
             moved.append(replace(stream, **fields))
         self._write(parts)
         self._num_bytes = end

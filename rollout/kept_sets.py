@@ -10,23 +10,28 @@ N tokens of a turn or an episode.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from consilience.rollout.columns import Column, bytes_from, bytes_of, plain_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class KeptSets:
-    """sizes: N numbers, uint32; ids: the sets' token ids end to end, ascending in each, uint32."""
+    """sizes: N numbers, uint32; ids: the sets' token ids end to end, ascending in each, uint32.
 
-    sizes: bytes
-    ids: bytes
+    Either may lie on disk; whether they agree is checked where they do not.
+    """
+
+    sizes: bytes | Column
+    ids: bytes | Column
 
     def __post_init__(self) -> None:
-        if int(self.num_ids().sum()) * 4 != len(self.ids):
+        if not isinstance(self.sizes, Column) and int(self.num_ids().sum()) * 4 != len(self.ids):
             raise ValueError(
                 f"kept sets of {self.num_ids().sum()} ids in all with {len(self.ids)} bytes of ids"
             )
@@ -44,19 +49,19 @@ class KeptSets:
 
     def num_ids(self) -> np.ndarray:
         """[N] size of each token's set; 0: no record."""
-        return np.frombuffer(self.sizes, "<u4").astype(np.int64)
+        return np.frombuffer(bytes_of(self.sizes), "<u4").astype(np.int64)
 
     def token_ids(self) -> np.ndarray:
         """The ids of all sets, end to end."""
-        return np.frombuffer(self.ids, "<u4").astype(np.int64)
+        return np.frombuffer(bytes_of(self.ids), "<u4").astype(np.int64)
 
     def to_json(self) -> dict[str, Any]:
-        return {name: base64.b64encode(getattr(self, name)).decode("ascii") for name in ("sizes", "ids")}
+        return {name: plain_bytes(getattr(self, name)) for name in ("sizes", "ids")}
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> KeptSets:
-        """Inverse of `to_json`."""
-        return cls(*(base64.b64decode(row[name], validate=True) for name in ("sizes", "ids")))
+    def from_json(cls, row: dict[str, Any], root: Path | None = None) -> KeptSets:
+        """Inverse of `to_json`; references are to files under `root`."""
+        return cls(*(bytes_from(row[name], root) for name in ("sizes", "ids")))
 
 
 def joined(num_tokens: int, pieces: Sequence[tuple[int, KeptSets]]) -> KeptSets | None:
@@ -69,4 +74,4 @@ def joined(num_tokens: int, pieces: Sequence[tuple[int, KeptSets]]) -> KeptSets 
     sizes = np.zeros(num_tokens, "<u4")
     for first, piece in pieces:
         sizes[first : first + piece.num_tokens] = piece.num_ids()
-    return KeptSets(sizes.tobytes(), b"".join(piece.ids for _, piece in pieces))
+    return KeptSets(sizes.tobytes(), b"".join(bytes_of(piece.ids) for _, piece in pieces))

@@ -188,9 +188,9 @@ class RolloutRecord:
             raise ValueError(f"rollout record schema {row.get('schema')}, this version reads {SCHEMA}")
         root = root or Path()
         row["earlier"] = tuple(
-            UserTurn(**_columns(turn, root), **_heavy(turn)) for turn in row.get("earlier", ())
+            UserTurn(**_columns(turn, root), **_heavy(turn, root)) for turn in row.get("earlier", ())
         )
-        row |= _columns(row, root) | _heavy(row)
+        row |= _columns(row, root) | _heavy(row, root)
         row["sandbox_ids"] = tuple(row["sandbox_ids"])
         row["finish"] = FinishReason(row["finish"])
         row["outcome"] = Outcome(OutcomeKind(row["outcome"]["kind"]), row["outcome"]["detail"])
@@ -210,10 +210,11 @@ def _columns(row: dict[str, Any], root: Path) -> dict[str, Any]:
     return found
 
 
-def _heavy(row: dict[str, Any]) -> dict[str, Any]:
+def _heavy(row: dict[str, Any], root: Path) -> dict[str, Any]:
     """What was recorded of a stream's sampling."""
     kinds = {"routing": TokenRouting, "kept": KeptSets}
-    return {key: None if row.get(key) is None else kind.from_json(row[key]) for key, kind in kinds.items()}
+    found = {key: row.get(key) for key in kinds}
+    return {key: None if one is None else kinds[key].from_json(one, root) for key, one in found.items()}
 
 
 def _plain(column: Sequence[Any]) -> Any:

@@ -10,12 +10,14 @@ n tokens, L layers with a learned router, K experts a token, E experts.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from consilience.rollout.columns import Column, bytes_from, bytes_of, plain_bytes
 
 MISSING = -1
 
@@ -27,12 +29,13 @@ def choice_dtype(num_experts: int, topk: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TokenRouting:
-    """layers  numbers of the L layers; topk K; dtype as `choice_dtype`; data [n, L, K] of it, C order."""
+    """layers  numbers of the L layers; topk K; dtype as `choice_dtype`; data [n, L, K] of it, C order, here
+    or on disk."""
 
     layers: tuple[int, ...]
     topk: int
     dtype: str
-    data: bytes
+    data: bytes | Column
 
     def __post_init__(self) -> None:
         if self.dtype not in ("u1", "i2") or len(self.data) % self.bytes_per_token:
@@ -57,7 +60,7 @@ class TokenRouting:
 
     def chosen(self) -> np.ndarray:
         """[n, L, K] in the stored type."""
-        return np.frombuffer(self.data, "<" + self.dtype).reshape(-1, len(self.layers), self.topk)
+        return np.frombuffer(bytes_of(self.data), "<" + self.dtype).reshape(-1, len(self.layers), self.topk)
 
     def experts(self) -> np.ndarray:
         """[n, L, K] int16, -1 where nobody recorded."""
@@ -69,14 +72,13 @@ class TokenRouting:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; the bytes in base64."""
-        data = base64.b64encode(self.data).decode("ascii")
+        data = plain_bytes(self.data)
         return {"layers": list(self.layers), "topk": self.topk, "dtype": self.dtype, "data": data}
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> TokenRouting:
-        """Inverse of `to_json`."""
-        data = base64.b64decode(row["data"], validate=True)
-        return cls(tuple(row["layers"]), row["topk"], row["dtype"], data)
+    def from_json(cls, row: dict[str, Any], root: Path | None = None) -> TokenRouting:
+        """Inverse of `to_json`; references are to files under `root`."""
+        return cls(tuple(row["layers"]), row["topk"], row["dtype"], bytes_from(row["data"], root))
 
 
 def stitched(num_tokens: int, pieces: Sequence[tuple[int, TokenRouting]]) -> TokenRouting | None:

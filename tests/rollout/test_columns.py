@@ -16,9 +16,11 @@ from consilience.rollout.fake_engine import FakeRolloutEngine
 from consilience.rollout.fake_worker import byte_tokenizer
 from consilience.rollout.grading import FakeGrader
 from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.kept_sets import KeptSets
 from consilience.rollout.lease import fence, take_lease
 from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord, UserTurn
 from consilience.rollout.store import RolloutStore
+from consilience.rollout.token_routing import TokenRouting
 from consilience.rollout.worker import RolloutWorker
 from consilience.training.packing import pack_episodes
 
@@ -31,6 +33,38 @@ def record(uid="a", n=5):
         FinishReason.STOP, Outcome(OutcomeKind.GRADED), 1.0, metadata={"index": 4},
         earlier=(UserTurn((1, 2, 3), (8, 1), (-0.25, -1.0), (1, 1), (6, 6)),),
     )  # fmt: skip
+
+
+def test_routing_and_kept_sets_lie_on_disk_too_and_are_read_where_they_are_needed(tmp_path):
+    chosen = np.arange(3 * 2 * 4, dtype=np.uint8).reshape(4, 2, 3)
+    routing = TokenRouting.of((1, 2), np.concatenate([chosen, chosen[:3]]))
+    kept = KeptSets.of([np.array([4, 9]), None, np.array([1]), np.array([2, 3, 7]), None])
+    turn = replace(record().earlier[0], routing=TokenRouting.of((1, 2), np.concatenate([chosen, chosen[:1]])))
+    whole = replace(record(), routing=routing, kept=kept, earlier=(turn,))
+    light = ColumnFile(tmp_path / "0.tokens", 3).put(whole)
+    assert isinstance(light.routing.data, Column) and isinstance(light.kept.ids, Column)
+    again = RolloutRecord.from_json(light.to_json(), tmp_path)
+    for found in (light, again, pickle.loads(pickle.dumps(light))):
+        assert found.routing == routing and np.array_equal(found.routing.experts(), routing.experts())
+        assert found.routing.num_tokens == 7 and found.earlier[0].routing == turn.routing
+        assert found.kept == kept and found.kept.token_ids().tolist() == [4, 9, 1, 2, 3, 7]
+        assert found.kept.num_ids().tolist() == [2, 0, 1, 3, 0]
+    # What is sent and stored has no size of its own per token: a thousand times the tokens, 16 digits more.
+    long = replace(
+        whole,
+        earlier=(),
+        kept=None,
+        prompt_ids=(1,) * 3000,
+        routing=TokenRouting.of((1, 2), np.tile(chosen, (752, 1, 1))[:3005]),
+    )
+    sizes = [
+        len(ColumnFile(tmp_path / "1.tokens", n).put(r).to_json())
+        for n, r in enumerate((replace(whole, earlier=(), kept=None), long))
+    ]
+    assert sizes[1] - sizes[0] < 64
+    next(tmp_path.glob("0.tokens/*")).write_bytes(b"")
+    with pytest.raises(RunError, match="cannot map"):
+        again.routing.experts()
 
 
 def test_a_record_reads_the_same_through_its_references(tmp_path):
