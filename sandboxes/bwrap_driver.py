@@ -46,17 +46,8 @@ from consilience.sandboxes.verify import check_isolation, host_paths, probe_prog
 RUNNER_INSIDE = "/etc/runner.py"
 USER_UID = 1000  # inside the user namespace
 OUTSIDE_UID = 65534  # what root becomes before it makes a user-mode box
-MASKED_PROC = (
-    "kcore",
-    "keys",
-    "kmsg",
-    "kpagecgroup",
-    "kpagecount",
-    "kpageflags",
-    "latency_stats",
-    "sched_debug",
-)
-MASKED_PROC += ("sysrq-trigger", "timer_list", "kallsyms", "mtrr")
+MASKED_PROC = ("kcore", "keys", "kmsg", "kpagecgroup", "kpagecount", "kpageflags", "latency_stats")
+MASKED_PROC += ("sched_debug", "sysrq-trigger", "timer_list", "kallsyms", "mtrr")
 MERGED_USR = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 SMALL_TMPFS_BYTES = 16 << 20
 

@@ -34,7 +34,7 @@ class Job:
         self.sinks: dict[int, Any] = {}
         self.fail_fd = -1
         self.is_over_time = self.is_finished = self.is_broken = self.is_flooded = False
-        self.most_inodes = None  # above which it has flooded the box with files
+        self.most_inodes: int | None = None  # above which it has flooded the box with files
 
     @property
     def spared(self):
