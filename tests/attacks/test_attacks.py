@@ -6,8 +6,10 @@ import time
 
 import file_attacks
 import kernel_attacks
+import memory_attacks
 import network_attacks
 import output_attacks
+import privilege_attacks
 import pytest
 import resource_attacks
 from attack import Attack
@@ -16,7 +18,15 @@ from invariants import Host, Inside, check_answers, check_empty
 
 from consilience.conf.errors import SandboxLost
 
-TABLES = (resource_attacks, output_attacks, file_attacks, kernel_attacks, network_attacks)
+TABLES = (
+    resource_attacks,
+    memory_attacks,
+    output_attacks,
+    file_attacks,
+    kernel_attacks,
+    privilege_attacks,
+    network_attacks,
+)
 ATTACKS = [attack for table in TABLES for attack in table.ATTACKS]
 LATE_S = 1.5  # two cores with other work on them: a process waits for its turn, and does so several times
 
