@@ -224,7 +224,7 @@ class SandboxHost:
         await asyncio.gather(*self._work, return_exceptions=True)
         for _ in range(self._num_waiting):
             self._free.release()  # each finds that the host is closed
-        boxes = [held.box for held in self._held.values()]
+        boxes: list[Sandbox | LoggedSandbox] = [held.box for held in self._held.values()]
         boxes += [box for ready in self._warm.values() for box in ready]
         self._held.clear()
         self._warm.clear()
@@ -350,6 +350,6 @@ def percentile(values: deque[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
-async def _destroy(box: Sandbox) -> None:
+async def _destroy(box: Sandbox | LoggedSandbox) -> None:
     with suppress(SandboxLost):
         await box.destroy()
