@@ -18,7 +18,7 @@ from consilience.rollout.fake_worker import byte_tokenizer
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.native_engine import NativeEngine
 from consilience.rollout.phases import Durable
-from consilience.rollout.ray_streams import RayStreams
+from consilience.rollout.ray_streams import ray_streams
 from consilience.rollout.ray_workers import RolloutPool, ray_cluster
 from consilience.rollout.worker import RolloutWorker
 
@@ -119,7 +119,7 @@ def sample(pool, mode, missing, durable, kept):
     if mode == "sync":
         pool.generate(missing, durable=durable)
         return
-    with RayStreams(pool) as streams:
+    with ray_streams(pool) as streams:
         streams.hand_over(missing, durable)
         while len(kept) < 6:
             streams.hear()
