@@ -6,6 +6,7 @@
 #   make test-kernels       the GPU kernels; on a machine without one, under Triton's interpreter
 #   make vllm               vLLM's CPU build, in an environment over the first: .venv-vllm (77 s, 1.3 GB)
 #   make test-vllm          the tests of the vLLM engine, there
+#   make test-docker        boxes and attacks on a Docker Engine, installed and started if this is root's machine
 #   make attacks            hostile programs against every kind of box present, the longest too
 #   make chaos              kill -9 of drivers and workers at random points (KILLS=100 SEED=0)
 #   make chaos-vllm         lengths of 5,000 samples of a real vLLM that dies again and again (SAMPLES=5000)
@@ -55,7 +56,7 @@ step = printf '  %s … ' "$(1)"; began=$$SECONDS; \
 	if $(2) >>$(LOG) 2>&1; then echo "$$((SECONDS - began)) s"; \
 	else echo "failed, see $(LOG):"; tail -n 12 $(LOG); exit 1; fi
 
-.PHONY: setup demo demo-ci test test-all test-kernels vllm test-vllm attacks chaos chaos-vllm fuzz check format bench bench-gpu docs clean
+.PHONY: setup demo demo-ci test test-all test-kernels vllm test-vllm test-docker attacks chaos chaos-vllm fuzz check format bench bench-gpu docs clean
 
 setup: $(STAMP)
 
@@ -103,6 +104,10 @@ $(VLLM_STAMP): $(STAMP)
 
 test-vllm: vllm
 	@$(VLLM)/bin/python -m pytest tests/rollout/with_vllm $(ARGS)
+
+test-docker: setup
+	@$(BIN)/python -m consilience.sandboxes.build_image --engine
+	@$(BIN)/python -m pytest tests/sandboxes tests/attacks -k docker $(ARGS)
 
 attacks: setup
 	@ATTACKS=all $(BIN)/python -m pytest tests/attacks $(ARGS)

@@ -98,6 +98,7 @@ def sandbox_of(cfg: Config) -> Finding:
         driver=cfg.sandbox.driver,
         min_isolation=wanted,
         image=cfg.sandbox.image,
+        runtime=cfg.sandbox.runtime,
         allow_insecure=cfg.sandbox.allow_insecure,
     )
     try:

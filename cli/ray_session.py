@@ -45,6 +45,7 @@ def sandbox_spec(cfg: Config) -> SandboxSpec:
         min_isolation=Isolation[given.min_isolation.upper()],
         limits=limits,
         image=given.image,
+        runtime=given.runtime,
         allow_insecure=given.allow_insecure,
     )
 

@@ -158,6 +158,7 @@ class SandboxConfig:
     )
     allow_insecure: bool = setting(False, "accept the insecure_subprocess driver (trusted code only)")
     image: str | None = setting(None, "container image of the docker driver; null: the driver's own")
+    runtime: str = setting("runc", "its runtime, as the engine knows it: runc, runsc, a Kata runtime's name")
 
 
 @dataclass(frozen=True)
