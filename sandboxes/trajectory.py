@@ -20,7 +20,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,8 @@ def _bound(head: str, body: bytes) -> str:
 def outcome_of(value: ExecResult | bytes | OSError | None) -> dict[str, Any]:
     """A verb's answer, for `settle`; `value_of` is its inverse."""
     if isinstance(value, ExecResult):
-        return {**asdict(value), "status": value.status.value}
+        row = asdict(replace(value, enforced=None))  # a fact of the box, which the log's first record tells
+        return {**row, "status": value.status.value}
     if isinstance(value, OSError):
         return {"errno": value.errno, "text": value.strerror or str(value)}
     return {"data": value}

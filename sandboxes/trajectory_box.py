@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from consilience.conf.errors import OutcomeUnknown, SandboxLost, TrajectoryDiverged
@@ -94,7 +94,8 @@ class LoggedSandbox:
             check_same(entry, op, args)
             self.next_number += 1
             if entry.outcome is not None:
-                return value_of(entry.outcome)
+                value = value_of(entry.outcome)
+                return replace(value, enforced=self.enforced) if isinstance(value, ExecResult) else value
             if number in self._running:
                 return await asyncio.shield(self._running[number])
             if not entry.is_idempotent:

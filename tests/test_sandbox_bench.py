@@ -36,8 +36,8 @@ def test_an_aim_that_is_missed_is_said_and_counts(bench, capsys):
 def test_what_a_dead_owner_left_is_found_and_what_others_have_is_not(bench):
     left = subprocess.Popen(["sh", "-c", "sleep 100; true", new_mark()])
     try:
-        (found,) = bench.leftovers({os.getpid()})
-        assert found.startswith(f"process {left.pid} ")
+        found = bench.leftovers({os.getpid()})  # this process may have boxes of its own
+        assert sum(text.startswith(f"process {left.pid} ") for text in found) == 1
         assert bench.leftovers({1 << 22}) == []
     finally:
         left.kill()

@@ -160,5 +160,5 @@ def one_expert(hidden: Tensor, limit: float, own: Expert) -> Tensor:
 
 
 def _run(hidden: Tensor, shares: Tensor | None, experts: Tensor | None, limit: float, own: Expert) -> Tensor:
-    given = (hidden.contiguous(), shares, experts, limit)
+    given, own = (hidden.contiguous(), shares, experts, limit), Expert(*(w.contiguous() for w in own))
     return _Experts.apply(*given, *own) if torch.is_grad_enabled() else _forward(*given, own)  # type: ignore[return-value]

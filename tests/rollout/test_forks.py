@@ -156,7 +156,7 @@ def test_a_drafting_engine_forks_too():
         ("nobody", BRANCHES, "nobody neither runs nor is held"),
         ("p", [request("p", ACTION)], "p is already in the engine"),
         ("p", [BRANCHES[0], BRANCHES[0]], "action is already in the engine"),
-        ("p", [replace(BRANCHES[0], parent="other")], "is a branch of p and continues other"),
+        ("p", [replace(BRANCHES[0], parent="other")], "branch action of p continues other"),
         ("p", [replace(BRANCHES[0], prefix=Prefix((1,), (0.0,), (0,)))], "no parent"),
         ("p", [request("x", (61,))], "the model has 0 to 60"),
         ("p", [request("x", ())], "empty prompt"),

