@@ -143,17 +143,19 @@ def train_distill(
         progress.advance(1, **{f"kl {name}": value for name, value in report["kl"].items()})
         checkpoints.save_if_due(step + 1, {"clock": clock.state(), "rows": rows})
     store.ledger.check()
+    return _result(rows, clock)
+
+
+def _result(rows: Sequence[dict[str, Any]], clock: StageClock) -> dict[str, Any]:
+    """What a stage leaves for its report: counters, the KL of each teacher and phase, head loads."""
     tokens = clock.state()["tokens"]
+    kl = [(row["step"], name, value) for row in rows for name, value in row["kl"].items()]
     return {
         "train_tokens": tokens.get("train", 0),
         "sampled_tokens": tokens.get("sampled", 0),
-        "kl": [
-            {"teacher": name, "step": row["step"], "mean": value}
-            for row in rows
-            for name, value in row["kl"].items()
-        ],
+        "kl": [{"teacher": name, "step": step, "mean": value} for step, name, value in kl],
         "head_loads": [loads for row in rows for loads in row["head_loads"]],
-        "rows": rows,
+        "rows": list(rows),
     }
 
 

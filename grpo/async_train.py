@@ -1,6 +1,7 @@
 """GRPO that samples ahead: the workers decode while the trainer learns, and no token is older than `max_age`.
 
-    one step off   weights change when nothing is being sampled: each phase is sampled whole by one version
+    one step off   weights change when nothing is being sampled: each phase is sampled whole by one version,
+                   but one that a resumed run found open is finished with that run's version
     asynchronous   weights change between two engine steps: requests go on with the new ones, and each token
                    carries the version that sampled it
 

@@ -222,7 +222,7 @@ def _mini_batch(
         # The blocks follow the trunk: its own samples are their targets, and nothing else learns from it.
         ahead = mtp_loss(at, model.head.weight.detach(), settings.temperature)
         sums = combine(sums, {"mtp_loss": float(ahead.detach())})
-        return out.loss + settings.mtp_weight * ahead / packed.num_loss_tokens, {}
+        return out.loss + settings.mtp_weight * ahead / max(packed.num_loss_tokens, 1), {}
 
     engine.forward_backward(loss_fn, micro_batches(packed, settings), {})
     return sums | {"expert_load": trace.expert_load}
