@@ -1,0 +1,147 @@
+"""The processes that train one model together, and the few things they say to each other.
+
+Every rank runs the same program on its own part of a step's work. All ranks make the same calls in the same
+order, with tensors of the same shapes; results are the same bits on all of them. One process is `ALONE`, for
+which every call is free: nothing that uses ranks has a second path for it.
+
+R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from consilience.conf.errors import EngineError
+
+BUCKET_BYTES = 64 << 20
+BACKENDS = {"gloo": "cpu", "nccl": "cuda"}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process is `rank` of `size`.
+
+    group   carries tensors (gloo or NCCL); None: alone
+    talk    carries Python values, by gloo; the same group where tensors go by gloo too
+    device  where tensors of the group must lie
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    talk: dist.ProcessGroup | None = None
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes what the ranks leave behind: logs, checkpoints, publications."""
+        return self.rank == 0
+
+    def part(self, items: Sequence[T]) -> list[T]:
+        """This rank's items, every R-th one; the first (number mod R) ranks may have one more."""
+        return list(items[self.rank :: self.size])
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Each tensor becomes its sum over the ranks, in place. They travel in buckets, one dtype each."""
+        if self.group is None:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.all_reduce(flat, group=self.group)
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts):
+                tensor.copy_(part.view_as(tensor))
+
+    def sums(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Name -> sum over the ranks that have the name, added in the order of the ranks, in fp64."""
+        total: dict[str, float] = {}
+        for own in self.gather(dict(values)):
+            for name, value in own.items():
+                total[name] = total.get(name, 0.0) + float(value)
+        return total
+
+    def gather(self, value: T) -> list[T]:
+        """What each rank gave, in the order of the ranks, on every rank. The value must pickle."""
+        if self.talk is None:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.talk)
+        return found
+
+    def broadcast(self, value: T | None) -> T:
+        """The first rank's value, on every rank; what the others gave is not looked at."""
+        if self.talk is None:
+            return value  # type: ignore[return-value]
+        found = [value if self.is_first else None]
+        dist.broadcast_object_list(found, group=self.talk, group_src=0)
+        return found[0]  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Return when every rank is here. EngineError names the ranks that are not, within the limit."""
+        if self.talk is None:
+            return
+        try:
+            dist.monitored_barrier(self.talk, wait_all_ranks=True)
+        except RuntimeError as error:
+            raise EngineError(f"rank {self.rank} of {self.size} waited in vain: {error}") from None
+
+    def close(self) -> None:
+        """Leave the group; the process may open another."""
+        if self.group is not None:
+            dist.destroy_process_group()
+
+
+ALONE = Ranks()
+
+
+def open_ranks(
+    address: str, rank: int, size: int, *, backend: str = "gloo", timeout_s: float = 600.0
+) -> Ranks:
+    """Join the group that meets at `address`, as the process's default group.
+
+    address    file:///path that all ranks see, or tcp://host:port of rank 0
+    timeout_s  the longest any rank waits for the others, then and in every call
+    EngineError if the ranks do not come together, or there is no GPU for a rank of NCCL.
+    """
+    if not 0 <= rank < size:
+        raise EngineError(f"rank {rank} of {size}: ranks count from 0 to {max(size, 1) - 1}")
+    if size == 1:
+        return ALONE
+    device = torch.device("cpu")
+    if BACKENDS[backend] == "cuda":
+        if not torch.cuda.is_available():
+            raise EngineError("NCCL needs a GPU for each rank, this process sees none; use gloo on CPUs")
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    limit = timedelta(seconds=timeout_s)
+    try:
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=size, timeout=limit)
+        whole = dist.group.WORLD
+        talk = whole if backend == "gloo" else dist.new_group(backend="gloo", timeout=limit)
+    except (RuntimeError, ValueError, dist.DistError) as error:
+        raise EngineError(
+            f"rank {rank} of {size} found no others at {address} within {timeout_s:g} s: {error}"
+        ) from None
+    return Ranks(rank, size, whole, talk, device)  # type: ignore[arg-type]
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """Runs of one dtype, of at most BUCKET_BYTES where a tensor is not larger itself."""
+    bucket: list[Tensor] = []
+    held = 0
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or held + tensor.nbytes > BUCKET_BYTES):
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(tensor)
+        held += tensor.nbytes
+    if bucket:
+        yield bucket

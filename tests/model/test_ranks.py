@@ -1,0 +1,74 @@
+"""What ranks say to each other arrives whole, and is the same on all of them."""
+
+import time
+
+import pytest
+import torch
+
+from consilience.conf.errors import EngineError
+from consilience.model import ranks as ranks_module
+from consilience.model.ranks import ALONE, open_ranks
+from tests.rank_processes import on_ranks
+
+
+def talk(ranks):
+    ranks_module.BUCKET_BYTES = 64
+    given = [torch.full((3, 5), float(ranks.rank + 1)), torch.arange(4) * (ranks.rank + 1), torch.ones(())]
+    strided = torch.zeros(4, 6).t()[1:]
+    strided.fill_(ranks.rank)
+    ranks.sum_([*given, strided])
+    return {
+        "summed": [*given, strided],
+        "sums": ranks.sums({"loss": 0.5 * ranks.rank, f"own_{ranks.rank}": 1.0}),
+        "gathered": ranks.gather({"rank": ranks.rank}),
+        "broadcast": ranks.broadcast("from the first" if ranks.is_first else None),
+        "part": ranks.part(range(7)),
+    }
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_rank_gets_the_same_sums_and_values_and_its_own_part(size, tmp_path):
+    found = on_ranks(size, talk, folder=tmp_path)
+    total = size * (size + 1) // 2
+    for rank, said in enumerate(found):
+        first, second, third, strided = said["summed"]
+        torch.testing.assert_close(first, torch.full((3, 5), float(total)), rtol=0, atol=0)
+        torch.testing.assert_close(second, torch.arange(4) * total, rtol=0, atol=0)
+        assert third == size and (strided == total - size).all()
+        names = {f"own_{i}": 1.0 for i in range(size)}
+        assert said["sums"] == {"loss": 0.5 * (total - size)} | names
+        assert said["gathered"] == [{"rank": i} for i in range(size)]
+        assert said["broadcast"] == "from the first"
+        assert said["part"] == list(range(7))[rank::size]
+
+
+def test_one_process_needs_no_group():
+    value = torch.ones(3)
+    ALONE.sum_([value])
+    ALONE.barrier()
+    ALONE.close()
+    assert value.tolist() == [1, 1, 1] and ALONE.sums({"a": 2.0}) == {"a": 2.0}
+    assert ALONE.gather(5) == [5] and ALONE.broadcast("x") == "x" and ALONE.part([1, 2]) == [1, 2]
+    assert open_ranks("file:///nowhere", 0, 1) is ALONE
+
+
+def absent(ranks):
+    """Rank 1 never reaches the barrier, and lives on."""
+    if ranks.rank == 1:
+        time.sleep(4)
+        return None
+    with pytest.raises(EngineError) as found:
+        ranks.barrier()
+    return str(found.value)
+
+
+def test_a_barrier_names_the_rank_that_is_missing(tmp_path):
+    said = on_ranks(2, absent, folder=tmp_path, limit_s=6)
+    assert "rank 0 of 2 waited in vain" in said[0] and "1" in said[0]
+
+
+def test_a_rank_outside_of_the_group_or_alone_at_the_meeting_is_an_error(tmp_path):
+    with pytest.raises(EngineError, match="ranks count from 0 to 1"):
+        open_ranks(f"file://{tmp_path}/m", 2, 2)
+    with pytest.raises(EngineError, match=r"rank 0 of 2 found no others .* within 1 s"):
+        open_ranks(f"file://{tmp_path}/m", 0, 2, timeout_s=1)
