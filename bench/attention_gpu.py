@@ -1,6 +1,6 @@
 """Attention on one GPU: sliding, HCA and CSA, forward and backward, beside the floors of the same run.
 
-    PYTHONPATH=. python bench/attention_gpu.py [--arms triton,gluon] [--ways] [--sweep]
+    PYTHONPATH=. python bench/attention_gpu.py [--arms triton,gluon] [--ways] [--sweep] [--only CSA]
 
 Arms: `gluon`, forward and the backward's weights with hand-placed copies (the default on Hopper); `triton`,
 what all others get. `--ways`: other ways of reading entries, packed samples and small widths, by Triton.
@@ -20,6 +20,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from attention_cudnn import cudnn_backward
 from gpu_timing import (
     Table,
     arguments,
@@ -114,6 +115,7 @@ def cost(call: Call) -> tuple[float, float, float]:
 # ---- arms ---------------------------------------------------------------------------------------
 
 ARMS = ["triton", "gluon"]
+CUDNN = "cuDNN (atomics)"
 
 
 def choose(arm: str) -> None:
@@ -133,6 +135,22 @@ def forward(arm: str, given: Problem) -> tuple[Tensor, Tensor]:
 def backward(arm: str, given: Problem, out: Tensor, lse: Tensor, grad: Tensor) -> object:
     choose(arm)
     return triton_attention_backward.backward(given, out, lse, grad)
+
+
+def cudnn_arm(given: Problem, out: Tensor, lse: Tensor, grad: Tensor) -> dict[str, Callable[[], object]]:
+    """cuDNN's backward of a call with gathered picks, where it loads; how far its results are from ours."""
+    if given.mode != attention_problem.GATHER or given.query.shape[2:] != (64, 512):
+        return {}
+    try:
+        run = cudnn_backward(given, out, lse, grad)
+        found = run()
+    except Exception as fault:  # a library that does not load, or does not take the call, loses its arm only
+        print(f"  cuDNN's arm is left out: {type(fault).__name__}: {str(fault)[:300]}")
+        return {}
+    ours = dict(zip(("dQ", "d window", "d entries", "d sink"), backward("gluon", given, out, lse, grad)))
+    errors = (f"{n} {relative_errors(found[n], ours[n].reshape(found[n].shape))[1]:.1e}" for n in found)
+    print(f"  cuDNN beside ours, RMS of the difference over the RMS: {', '.join(errors)}")
+    return {CUDNN: run}
 
 
 # ---- correctness --------------------------------------------------------------------------------
@@ -209,7 +227,7 @@ def other_cases() -> Iterator[tuple[str, Callable[[], Call], float | None]]:
     yield "small: CSA 4096, the way forced", partial(draw, SMALL, "CSA", 4096), 4
 
 
-def speed(arms: list[str], has_ways: bool) -> None:
+def speed(arms: list[str], has_ways: bool, only: str) -> None:
     matrix, copy = matrix_rate(), copy_rate()
     print(f"\nThis run: matrices {matrix / 1e12:.0f} TFLOP/s, copies {copy / 1e12:.2f} TB/s\n")
     columns = ["case", "way", "pass", "arm", "ms", "TFLOP/s", "of copy", "floor ms", "of floor", "beyond GiB"]
@@ -219,6 +237,8 @@ def speed(arms: list[str], has_ways: bool) -> None:
             time_case(table, name, make(), ["triton"], matrix, copy)
     else:
         for name, make in speed_cases():
+            if only not in name:
+                continue
             time_case(table, name, make(), arms, matrix, copy)
 
 
@@ -226,9 +246,10 @@ def time_case(table: Table, name: str, call: Call, arms: list[str], matrix: floa
     given, arms = problem(call), [arm for arm in arms if serves(arm, call)]
     out, lse = forward(arms[0], given)
     grad = torch.randn_like(out)
+    library = cudnn_arm(given, out, lse, grad)
     works: dict[str, dict[str, Callable[[], object]]] = {
         "forward": {arm: partial(forward, arm, given) for arm in arms},
-        "backward": {arm: partial(backward, arm, given, out, lse, grad) for arm in arms},
+        "backward": {arm: partial(backward, arm, given, out, lse, grad) for arm in arms} | library,
     }
     seen, query_bytes, key_bytes = cost(call)
     flop = seen * call[0].shape[2] * call[0].shape[3]
@@ -249,6 +270,8 @@ def time_case(table: Table, name: str, call: Call, arms: list[str], matrix: floa
             table.add(name, way, what, arm, median_text(times, digits=3), *rates, *floors, peak)
     if name in ("sliding 4096", "CSA 8192", "CSA 32768"):
         for arm, work in works["backward"].items():
+            if arm == CUDNN:
+                continue
             profile(f"{name}, {arm}", work)
 
 
@@ -331,15 +354,16 @@ def main() -> None:
     parser.add_argument(
         "--ways", action="store_true", help="time other ways, samples and small widths instead"
     )
+    parser.add_argument("--only", default="", help="time the cases with this in their names, check nothing")
     chosen = parser.parse_args()
     torch.manual_seed(0)
     if chosen.sweep:
         sweep()
         return
     arms = [arm for arm in ARMS if arm in chosen.arms.split(",")]
-    if not chosen.ways:
+    if not (chosen.ways or chosen.only):
         correctness(arms)
-    speed(arms, chosen.ways)
+    speed(arms, chosen.ways, chosen.only)
 
 
 if __name__ == "__main__":

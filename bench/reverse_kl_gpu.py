@@ -188,6 +188,20 @@ def library_logprob(h: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> d
     except ImportError as fault:
         print(f"  Liger's arm is left out: {fault}")
     try:
+        from liger_kernel.ops.cutedsl.ops import fused_scaled_cross_entropy_sm90  # noqa: F401
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+            LigerFusedLinearScaledCrossEntropyFunction,
+        )
+
+        def scaled(has_entropy: bool) -> torch.Tensor:
+            found = LigerFusedLinearScaledCrossEntropyFunction.apply(h, w, target, 1.0, -100, 1, has_entropy)
+            return (found[0] - 1e-3 * found[1]).mean() if has_entropy else found.mean()
+
+        arms["Liger scaled cross-entropy (CuTe)"] = step(lambda: scaled(False))
+        arms["Liger scaled cross-entropy (CuTe), with entropy's gradient"] = step(lambda: scaled(True))
+    except Exception as fault:  # its stack is optional, and heavy
+        print(f"  Liger's CuTe arm is left out: {type(fault).__name__}: {str(fault)[:200]}")
+    try:
         from cut_cross_entropy import linear_cross_entropy
 
         arms["cut-cross-entropy (filtered)"] = step(lambda: linear_cross_entropy(h, w, target))

@@ -4,6 +4,7 @@ Over a range of queries whose weights fit a bounded buffer:
   weights    programs by queries compute logits and their gradients anew, and write P and scale · dS
   d_query    programs by queries and channels sum dQ = scale · dS·K
   keys       programs by keys sum Pᵀ·dO + scale · dSᵀ·Q (triton_attention_keys.py)
+On Hopper, picked entries take one launch instead (triton_attention_backward_gluon.py).
 No logit is computed twice: 5 products a visible key. Each launch is one product whose operands stream: dQ's
 sums beside the two products of the weights would leave no registers and no shared memory to load ahead.
 
@@ -286,6 +287,10 @@ def backward(
     `budget` bounds the bytes of weights and rows held at once, but never below those of 64 queries.
     """
     gathers = problem.mode == attention_problem.GATHER
+    if gathers and attention_problem.HAND_PLACED and _is_by_hand(problem):
+        from consilience.model.kernels import triton_attention_backward_gluon
+
+        return triton_attention_backward_gluon.backward(problem, out, lse, grad)
     d_query, d_sink = torch.empty_like(problem.query), torch.empty_like(lse)
     chunks = list(_chunks(problem, budget))
     near = KeyGradient(problem, is_far=False, num_queries=chunks[0][1])

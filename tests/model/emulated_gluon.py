@@ -22,6 +22,9 @@ class Number(torch.Tensor):
     def type(self) -> Any:  # type: ignore[override]
         return types.SimpleNamespace(layout=None)
 
+    def to(self, dtype, bitcast=False):  # type: ignore[override]
+        return self.view(dtype) if bitcast else super().to(dtype)
+
     def __iadd__(self, other):  # type: ignore[override]
         return self + other
 
@@ -74,6 +77,9 @@ class Shared:
     def index(self, place: Any) -> Shared:
         return Shared(self.data[int(place)])
 
+    def slice(self, start: int, length: int, axis: int) -> Shared:
+        return Shared(self.data.narrow(axis, start, length))
+
     def permute(self, order: list[int]) -> Shared:
         return Shared(self.data.permute(order))
 
@@ -93,8 +99,9 @@ class Product:
 
     def multiply(self) -> Tensor:
         left = self.a.data if isinstance(self.a, Shared) else self.a
+        start = self.start.multiply() if isinstance(self.start, Product) else self.start
         assert not left.isnan().any() and not self.b.data.isnan().any(), "a product of what is not there yet"
-        return number(left.float() @ self.b.data.float() + self.start)
+        return number(left.float() @ self.b.data.float() + start)
 
     def finish(self) -> None:
         self.value = self.multiply()
@@ -143,6 +150,15 @@ class Chip:
             places, used = pointer.places(mask)
             pointer.memory.view(-1)[places[used]] = value.expand(places.shape)[used].to(pointer.memory.dtype)
 
+        def atomic_add(pointer, value, mask=None, sem=None):
+            places, used = pointer.places(mask)
+            value = value.expand(places.shape)[used].as_subclass(Tensor)
+            pointer.memory.view(-1).index_add_(0, places[used].as_subclass(Tensor), value)
+
+        def atomic_max(pointer, value, sem=None):
+            place = int(pointer.offset)
+            pointer.memory.view(-1)[place] = max(int(pointer.memory.view(-1)[place]), int(value))
+
         def where(condition, x, y):
             if isinstance(x, Pointer):
                 return x if condition else y
@@ -159,7 +175,8 @@ class Chip:
             zeros=lambda shape, dtype, layout: number(torch.zeros(shape, dtype=dtype)),
             maximum=lambda x, y: number(torch.maximum(number(x), number(y))),
             minimum=lambda x, y: number(torch.minimum(number(x), number(y))),
-            max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
+            max=lambda x, axis: x.amax(axis), min=lambda x, axis: x.amin(axis), abs=torch.abs,
+            atomic_add=atomic_add, atomic_max=atomic_max, sum=lambda x, axis: x.sum(axis),
             exp2=torch.exp2, log2=torch.log2, cdiv=lambda x, y: (x + y - 1) // y,
             join=lambda x, y: torch.stack((x, y), -1), split=lambda x: x.unbind(-1),
             convert_layout=lambda x, layout: x, SliceLayout=lambda axis, parent: None,
@@ -219,8 +236,9 @@ class Chip:
     def wait_products(self, num_left: int, deps: tuple[Product, ...]) -> Any:
         while len(self.products) > num_left:
             self.products.pop(0).finish()
-        assert deps[0].value is not None, "a product that is not waited for"
-        return deps[0].value
+        assert all(product.value is not None for product in deps), "a product that is not waited for"
+        values = tuple(product.value for product in deps)
+        return values if len(values) > 1 else values[0]
 
     def check_idle(self) -> None:
         assert not (self.open or self.groups or self.products or self.leaving), "work left behind"

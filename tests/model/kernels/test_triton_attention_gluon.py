@@ -31,18 +31,20 @@ class Emulated:
 
 @pytest.fixture
 def modules(monkeypatch):
-    """The two modules; three programs share the work where there is no GPU."""
+    """The three modules; three programs share the work where there is no GPU."""
+    from consilience.model.kernels import triton_attention_backward_gluon as backward
     from consilience.model.kernels import triton_attention_gluon as forward
     from consilience.model.kernels import triton_attention_weights_gluon as weights
 
     if not HAS_HOPPER:
         monkeypatch.setattr(forward, "_forward", Emulated(forward._forward))
         monkeypatch.setattr(weights, "_weigh", Emulated(weights._weigh))
+        monkeypatch.setattr(backward, "_backward", Emulated(backward._backward))
         chip = types.SimpleNamespace(major=9, multi_processor_count=3)
-        for module in (forward, weights):
+        for module in (forward, weights, backward):
             monkeypatch.setattr(module, "chip_of", lambda x: chip)
             monkeypatch.setattr(module, "flat", lambda x: Descriptor(x.view(-1, 512), [64, 512]))
-    return forward, weights
+    return forward, weights, backward
 
 
 def make(
@@ -174,6 +176,66 @@ def test_weights_of_a_range_of_queries_equal_dense_attention(kind, heads, size, 
     wanted = -delta[..., 0] * (problem.sink.double() - full * torch.log(torch.tensor(2.0))).exp()
     assert error(d_sink[:, begin:end], wanted[:, begin:end]) < ROUNDING
     assert (d_sink[:, :begin] == 7.0).all()
+
+
+def gradients(problem, grad):
+    """Of query, window, entries and sink, in fp64, from the output as it is stored."""
+    keys, _, _ = dense(problem)
+    out, full, p = solve(problem)
+    grad, query = grad.double(), problem.query.double()
+    delta = (grad * out.to(problem.query).double()).sum(-1, keepdim=True)
+    d_s = p * (torch.einsum("bthc,bnc->bthn", grad, keys) - delta) * problem.scale
+    d_keys = torch.einsum("bthn,bthc->bnc", p, grad) + torch.einsum("bthn,bthc->bnc", d_s, query)
+    num = problem.window.shape[1]
+    d_sink = -delta[..., 0] * (problem.sink.double() - full * torch.log(torch.tensor(2.0))).exp()
+    d_entries = None if problem.entries is None else d_keys[:, num:]
+    return torch.einsum("bthn,bnc->bthc", d_s, keys), d_keys[:, :num], d_entries, d_sink.sum((0, 1))
+
+
+def backward_of(modules, problem):
+    out, lse, _ = solve(problem)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(problem.query)
+    return modules[2].backward(problem, out.to(problem.query), lse.float(), grad), gradients(problem, grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("heads", "size", "offset"), [(64, 128, 0), (128, 100, 130)])
+def test_gradients_equal_those_of_dense_attention(kind, heads, size, offset, modules):
+    found, wanted = backward_of(modules, make(kind, heads=heads, size=size, offset=offset))
+    for x, y in zip(found, wanted):
+        assert (x is None) == (y is None)
+        assert x is None or error(x, y) < ROUNDING
+
+
+def test_gradients_of_queries_in_several_ranges_are_those_of_one(modules, monkeypatch):
+    problem = make("picks")
+    whole, _ = backward_of(modules, problem)
+    monkeypatch.setattr(modules[2], "RANGE", 3)
+    parts, wanted = backward_of(modules, problem)
+    assert torch.equal(whole[0], parts[0]) and torch.equal(whole[3], parts[3])
+    for x, y in zip(parts[1:3], wanted[1:3]):
+        assert error(x, y) < ROUNDING
+
+
+def test_sums_that_a_sampled_scale_would_overflow_are_made_again(modules, monkeypatch):
+    problem = make("picks")
+    once, wanted = backward_of(modules, problem)
+    monkeypatch.setattr(
+        modules[2], "ROOM", (2.0**-9, 2.0**-9)
+    )  # as if the largest had not been among those measured
+    again, _ = backward_of(modules, problem)
+    for x, y, right in zip(once, again, wanted):
+        assert error(y, right) < ROUNDING and error(x, y.double()) < ROUNDING
+
+
+def test_sums_of_parts_that_were_not_finite_are_not_a_number(modules):
+    device = "cuda" if HAS_HOPPER else "cpu"
+    sums = torch.tensor([[5 + (7 << 32), -3 + (-2 << 32)]], device=device)
+    scales, found = torch.tensor([4.0, 2.0], device=device), torch.full((1, 4), 9.0, device=device)
+    for top, wanted in ((1.5, [1.25, 1.75, -0.75, -0.5]), (float("inf"), [float("nan")] * 4)):
+        largest = torch.tensor([top, 0.0], device=device).view(torch.int32)
+        modules[2]._unpack[(1,)](sums, scales, largest, found, 2, INDEX=0, ADDS=False, BLOCK=16)
+        torch.testing.assert_close(found[0].cpu(), torch.tensor(wanted), rtol=0, atol=0, equal_nan=True)
 
 
 def test_other_shapes_stay_with_the_plain_kernels(modules):
