@@ -237,8 +237,8 @@ class Chip:
         while len(self.products) > num_left:
             self.products.pop(0).finish()
         assert all(product.value is not None for product in deps), "a product that is not waited for"
-        values = tuple(product.value for product in deps)
-        return values if len(values) > 1 else values[0]
+        values = [product.value for product in deps]
+        return values[0] if len(values) == 1 else values
 
     def check_idle(self) -> None:
         assert not (self.open or self.groups or self.products or self.leaving), "work left behind"
