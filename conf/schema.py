@@ -26,6 +26,7 @@ ISOLATION = (
 )  # fmt: skip
 
 
+KINDS = ("math", "mathematics", "code", "agent", "repository", "file")  # of domains
 EFFORTS = ("chat", "think", "low", "high", "max")
 FAMILIES = ("preview", "official")
 
@@ -73,7 +74,9 @@ class DomainConfig:
     """One domain: where its problems come from, what an episode may do, who judges it."""
 
     kind: str = setting(
-        "file", "source of the problems", choices=("math", "mathematics", "code", "agent", "file")
+        "file",
+        f"source of the problems: {', '.join(KINDS)}, or a class of your own: FILE.py:CLASS or "
+        "package.module:CLASS",
     )
     path: str | None = setting(None, "JSONL or parquet file; needed by kind=file only")
     effort: str | None = setting(None, "whether and how long the model thinks first", choices=EFFORTS)

@@ -155,6 +155,7 @@ def completion_to_dict(completion: Completion) -> dict[str, Any]:
         "tool_calls": [[call.name, dict(call.arguments), call.result] for call in completion.tool_calls],
         "finish": completion.finish,
         "answers": list(completion.answers),
+        "patch": completion.patch,
     }
 
 
@@ -166,6 +167,7 @@ def completion_from_dict(row: Mapping[str, Any]) -> Completion:
         tool_calls=tuple(ToolCall(*call) for call in row["tool_calls"]),
         finish=row["finish"],
         answers=tuple(row["answers"]),
+        patch=row["patch"],
     )
 
 

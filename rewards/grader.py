@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from consilience.conf.errors import SandboxLost
 from consilience.rewards.interface import Completion, ToolCall
 from consilience.rewards.process import QUEUE_LIMIT_S, RewardProcess, ScoreItem
 from consilience.rewards.verdict import failed, infra
+from consilience.rewards.workspace import workspace_patch
 from consilience.rollout.grading import Graded, GradeItem
 from consilience.sandboxes.protocol import SandboxSpec
 
@@ -48,17 +50,23 @@ class RewardGrader:
         """
         verdicts: list[Graded | None] = [None] * len(items)
         places: dict[tuple[str, bool], list[int]] = {}
+        rows: dict[int, ScoreItem] = {}
         for i, item in enumerate(items):
-            if item.reward:
-                places.setdefault((item.reward, item.needs_sandbox), []).append(i)
-            else:
+            if not item.reward:
                 verdicts[i] = failed("the job names no reward function")
+                continue
+            try:
+                rows[i] = score_item(item)
+            except SandboxLost as error:
+                verdicts[i] = infra(f"SandboxLost: {error}")
+                continue
+            places.setdefault((item.reward, item.needs_sandbox), []).append(i)
         jobs = []
         for key, indices in places.items():
             processes = self._of(*key)
             for n, process in enumerate(processes):
                 if share := indices[n :: len(processes)]:
-                    scored = self._threads.submit(process.score, [score_item(items[i]) for i in share])
+                    scored = self._threads.submit(process.score, [rows[i] for i in share])
                     jobs.append((share, scored, process.limit_s(len(share)) + QUEUE_LIMIT_S))
         for share, scored, limit_s in jobs:
             try:
@@ -99,7 +107,9 @@ class RewardGrader:
 
 
 def score_item(item: GradeItem) -> ScoreItem:
-    """The part of an item that a reward function sees."""
+    """The part of an item that a reward function sees. SandboxLost if the episode's own box is gone."""
     calls = tuple(ToolCall(call.name, call.arguments, call.result) for call in item.tool_calls)
-    completion = Completion(item.text, item.thinking, item.token_ids, calls, item.finish, item.answers)
+    has_patch = item.needs_sandbox and item.sandbox is not None and bool(item.files)
+    patch = workspace_patch(item.sandbox, item.files) if has_patch else None
+    completion = Completion(item.text, item.thinking, item.token_ids, calls, item.finish, item.answers, patch)
     return ScoreItem(completion, item.prompt, dict(item.metadata))

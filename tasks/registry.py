@@ -8,7 +8,7 @@ from typing import Any
 
 from consilience.conf.errors import TaskError
 from consilience.conf.fields import nearest, setting
-from consilience.tasks import agent, code_domain, file_domain, mathematics
+from consilience.tasks import agent, code_domain, file_domain, mathematics, repository
 from consilience.tasks.parameters import plain, read_parameters
 from consilience.tasks.split_domain import SplitDomain
 from consilience.tasks.splits import SplitFractions
@@ -19,7 +19,7 @@ class DomainSettings:
     """What `load_domain` reads. null: the kind's own value."""
 
     name: str | None = setting(None, "name in records and reports; null: the kind")
-    kind: str | None = setting(None, "mathematics (or math), code, agent, file; null: the name")
+    kind: str | None = setting(None, "mathematics (or math), code, agent, repository, file; null: the name")
     seed: int = setting(0, "seed of the order problems are drawn in; the splits do not depend on it", low=0)
     path: str | None = setting(None, "data file of kind=file")
     effort: str | None = setting(None, "chat, think, or an effort level of the protocol")
@@ -78,6 +78,17 @@ def _agent(name: str, read: DomainSettings) -> SplitDomain:
     )
 
 
+def _repository(name: str, read: DomainSettings) -> SplitDomain:
+    kind = repository.RepositoryParameters
+    parameters = read_parameters(kind, read.parameters, where=f"{name}.parameters")
+    source = repository.RepositorySource(name, parameters)
+    fractions = read.splits if read.splits != SplitFractions() else FEW
+    return SplitDomain(
+        name, read.effort or "chat", repository.REWARD, 24, 8192, True, source, repository.TOOLS,
+        fractions=fractions, hint="ask for fewer, or give parameters.folder tasks of your own",
+    )  # fmt: skip
+
+
 def _file(name: str, read: DomainSettings) -> SplitDomain:
     given = ({"path": read.path} if read.path is not None else {}) | dict(read.parameters)
     parameters = read_parameters(file_domain.FileParameters, given, where=f"{name}.parameters")
@@ -90,5 +101,15 @@ def _file(name: str, read: DomainSettings) -> SplitDomain:
     )  # fmt: skip
 
 
-# Short and long names of the four kinds.
-KINDS = {"mathematics": _mathematics, "math": _mathematics, "code": _code, "agent": _agent, "file": _file}
+# A dozen tasks: with the usual shares a split would be empty more often than not.
+FEW = SplitFractions(0.6, 0.15, 0.25)
+
+# Short and long names of the kinds.
+KINDS = {
+    "mathematics": _mathematics,
+    "math": _mathematics,
+    "code": _code,
+    "agent": _agent,
+    "repository": _repository,
+    "file": _file,
+}
