@@ -26,7 +26,8 @@ ISOLATION = (
 )  # fmt: skip
 
 
-KINDS = ("math", "mathematics", "code", "agent", "repository", "file")  # of domains
+# of domains
+KINDS = ("math", "mathematics", "code", "agent", "programs", "functions", "repository", "file")
 EFFORTS = ("chat", "think", "low", "high", "max")
 FAMILIES = ("preview", "official")
 

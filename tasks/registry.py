@@ -8,7 +8,7 @@ from typing import Any
 
 from consilience.conf.errors import TaskError
 from consilience.conf.fields import nearest, setting
-from consilience.tasks import agent, code_domain, file_domain, mathematics, repository
+from consilience.tasks import agent, code_domain, file_domain, mathematics, number_lists, repository
 from consilience.tasks.parameters import plain, read_parameters
 from consilience.tasks.split_domain import SplitDomain
 from consilience.tasks.splits import SplitFractions
@@ -19,7 +19,7 @@ class DomainSettings:
     """What `load_domain` reads. null: the kind's own value."""
 
     name: str | None = setting(None, "name in records and reports; null: the kind")
-    kind: str | None = setting(None, "mathematics (or math), code, agent, repository, file; null: the name")
+    kind: str | None = setting(None, "one of KINDS, or a class: FILE.py:CLASS; null: the name")
     seed: int = setting(0, "seed of the order problems are drawn in; the splits do not depend on it", low=0)
     path: str | None = setting(None, "data file of kind=file")
     effort: str | None = setting(None, "chat, think, or an effort level of the protocol")
@@ -78,6 +78,21 @@ def _agent(name: str, read: DomainSettings) -> SplitDomain:
     )
 
 
+def _number_lists(name: str, read: DomainSettings, form: str, reward: str) -> SplitDomain:
+    kind = number_lists.NumberListsParameters
+    parameters = read_parameters(kind, read.parameters, where=f"{name}.parameters")
+    source = number_lists.NumberListsSource(name, parameters, form=form, seed=read.seed)
+    return SplitDomain(name, read.effort or "chat", reward, 1, 256, True, source, fractions=read.splits)
+
+
+def _programs(name: str, read: DomainSettings) -> SplitDomain:
+    return _number_lists(name, read, "program", number_lists.PROGRAM_REWARD)
+
+
+def _functions(name: str, read: DomainSettings) -> SplitDomain:
+    return _number_lists(name, read, "function", number_lists.FUNCTION_REWARD)
+
+
 def _repository(name: str, read: DomainSettings) -> SplitDomain:
     kind = repository.RepositoryParameters
     parameters = read_parameters(kind, read.parameters, where=f"{name}.parameters")
@@ -110,6 +125,8 @@ KINDS = {
     "math": _mathematics,
     "code": _code,
     "agent": _agent,
+    "programs": _programs,
+    "functions": _functions,
     "repository": _repository,
     "file": _file,
 }
