@@ -160,6 +160,19 @@ class SandboxConfig:
     uses_per_box: int = setting(
         16, "leases before a box is thrown away", unit="leases", low=1, speed_only=True
     )
+    gradings_per_box: int = setting(
+        1,
+        "gradings that a judge's box serves, emptied in between; any abnormal outcome ends it at once",
+        unit="gradings",
+        low=1,
+        high=10_000,
+        speed_only=True,
+    )
+    log_folder: str | None = setting(
+        None,
+        "folder for the trajectory log of each box of an agent, written where it runs; null: in memory",
+        speed_only=True,
+    )
     allow_insecure: bool = setting(False, "accept the insecure_subprocess driver (trusted code only)")
     image: str | None = setting(None, "container image of the docker driver; null: the driver's own")
     runtime: str = setting("runc", "its runtime, as the engine knows it: runc, runsc, a Kata runtime's name")

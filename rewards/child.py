@@ -1,6 +1,6 @@
 """The killable process in which a reward function lives: `python -m consilience.rewards.child FD`.
 
-First message in: {"path", "sandbox"}; then {"items": [...]}, as often as there is work. Out:
+First message in: {"path", "sandbox", "gradings_per_box"}; then {"items": [...]}, when there is work. Out:
     ["busy"]                       something slow but expected happens (import, opening a box)
     ["ready"]                      calls may be timed from here
     ["refused", error name, text]  the function cannot be loaded; the process ends
@@ -41,7 +41,9 @@ def main() -> None:
         frames.send(["busy"])
         try:
             function = load_reward(settings["path"])
-            box = JudgeBox.open(spec_from_dict(settings["sandbox"])) if settings["sandbox"] else None
+            box = None
+            if settings["sandbox"]:
+                box = JudgeBox.open(spec_from_dict(settings["sandbox"]), settings["gradings_per_box"])
         except ConsilienceError as error:
             frames.send(["refused", type(error).__name__, str(error)])
             return

@@ -20,15 +20,22 @@ class RewardGrader:
     timeout_s      wall limit of one score
     num_processes  reward processes for each reward function
     sandbox        the judge box of functions that run code (`GradeItem.needs_sandbox`)
+    gradings_per_box  of that box (`JudgeBox`)
     `close` ends the processes; a grader in a `with` block is closed at its end.
     """
 
     def __init__(
-        self, *, timeout_s: float = 10.0, num_processes: int = 1, sandbox: SandboxSpec | None = None
+        self,
+        *,
+        timeout_s: float = 10.0,
+        num_processes: int = 1,
+        sandbox: SandboxSpec | None = None,
+        gradings_per_box: int = 1,
     ) -> None:
         self._timeout_s = timeout_s
         self._num_processes = num_processes
         self._sandbox = sandbox or SandboxSpec()
+        self._gradings_per_box = gradings_per_box
         self._processes: dict[tuple[str, bool], list[RewardProcess]] = {}
         self._threads = ThreadPoolExecutor(max_workers=32, thread_name_prefix="grader")
 
@@ -99,7 +106,10 @@ class RewardGrader:
         if key not in self._processes:
             self._processes[key] = [
                 RewardProcess(
-                    path, timeout_s=self._timeout_s, sandbox=self._sandbox if needs_sandbox else None
+                    path,
+                    timeout_s=self._timeout_s,
+                    sandbox=self._sandbox if needs_sandbox else None,
+                    gradings_per_box=self._gradings_per_box,
                 )
                 for _ in range(self._num_processes)
             ]
