@@ -8,7 +8,15 @@ from typing import Any
 
 from consilience.conf.errors import TaskError
 from consilience.conf.fields import nearest, setting
-from consilience.tasks import agent, code_domain, file_domain, mathematics, number_lists, repository
+from consilience.tasks import (
+    agent,
+    code_domain,
+    file_domain,
+    mathematics,
+    number_lists,
+    own_class,
+    repository,
+)
 from consilience.tasks.parameters import plain, read_parameters
 from consilience.tasks.split_domain import SplitDomain
 from consilience.tasks.splits import SplitFractions
@@ -40,10 +48,10 @@ def load_domain(settings: Mapping[str, Any] | str) -> SplitDomain:
     given = plain({"kind": settings} if isinstance(settings, str) else settings)
     read = read_parameters(DomainSettings, given, where="domain")
     kind = read.kind or read.name or ""
-    if kind not in KINDS:
+    if kind not in KINDS and ":" not in kind:
         raise TaskError(f"unknown domain {kind!r}; {nearest(kind, KINDS)}")
-    name = read.name or kind
-    domain = KINDS[kind](name, read)
+    name = read.name or kind.rpartition(":")[2]
+    domain = _own_class(name, read, kind) if ":" in kind else KINDS[kind](name, read)
     overrides = ("reward", "max_turns", "max_tokens", "needs_sandbox")
     for key in overrides:
         if getattr(read, key) is not None:
@@ -113,6 +121,16 @@ def _file(name: str, read: DomainSettings) -> SplitDomain:
     return SplitDomain(
         name, read.effort or "chat", reward, max_turns, 256, False, source, source.tools,
         fractions=read.splits, hint="ask for fewer, add rows, or give this split a larger share (splits)",
+    )  # fmt: skip
+
+
+def _own_class(name: str, read: DomainSettings, path: str) -> SplitDomain:
+    source = own_class.OwnSource(name, path, read.parameters)
+    effort = read.effort or source.setting("effort", "chat")
+    limits = (source.setting("max_turns", 1), source.setting("max_tokens", 256))
+    return SplitDomain(
+        name, effort, f"{path}.score", *limits, source.setting("needs_sandbox", False), source, source.tools,
+        fractions=read.splits, hint="ask for fewer, or have the class make more",
     )  # fmt: skip
 
 
