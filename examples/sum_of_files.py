@@ -3,8 +3,9 @@
     consilience grpo specialist.domain=sums task.domains.sums.kind=examples/sum_of_files.py:SumOfFiles
 
 `problem(index)` makes a problem, `score` judges what became of it. The agent has a box of its own with
-`files` in it and may call `tools`; what it changed there reaches `score` as `completion.patch`, a diff that was
-made outside of the box. With `needs_sandbox` the judge has a box too, another one: `sandbox`, to run things in.
+`files` in it and may call `tools`; what it changed there reaches `score` as `completion.patch`, a diff that
+was made outside of the box. With `needs_sandbox` the judge has a box too, another one: `sandbox`, to run
+things in.
 """
 
 import random
