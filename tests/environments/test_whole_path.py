@@ -16,6 +16,7 @@ from consilience.rollout.parsing import ToolCall
 from consilience.rollout.records import FinishReason, OutcomeKind
 from consilience.rollout.worker import RolloutWorker
 from consilience.sandboxes.blocking import BlockingPool
+from consilience.sandboxes.host_client import HostPool, LocalHost
 from consilience.sandboxes.protocol import SandboxSpec
 from consilience.tasks.registry import load_domain
 
@@ -38,12 +39,12 @@ def scripted(turns, request, context):
     return said(turns[TOKENIZER.decode(context).count("<tool_result>")])
 
 
-def run(turns, domain, problem):
+def run(turns, domain, problem, pool=lambda: BlockingPool(SPEC, 2, uses_per_box=1)):
     jobs = rollout_jobs(
         domain, [problem], prefix="swe/0", samples=2, temperature=1.0, run_seed=1, is_graded=True
     )
     engine = FakeRolloutEngine(partial(scripted, turns), max_context=100_000)
-    with RewardGrader(sandbox=SPEC) as grader, BlockingPool(SPEC, 2, uses_per_box=1) as boxes:
+    with RewardGrader(sandbox=SPEC) as grader, pool() as boxes:
         worker = RolloutWorker(engine, TOKENIZER, boxes, grader, flush_s=0.02)
         try:
             return worker.run(jobs)
@@ -67,6 +68,17 @@ def test_an_agent_that_repairs_the_package_is_rewarded(swe):
         assert (
             record.isolation.startswith("bwrap") and len(record.sandbox_ids) == 2
         )  # its own and the judge's
+
+
+def test_boxes_of_a_host_show_what_was_repaired_in_them_too(swe):
+    domain, problem = swe
+    turns = [message for message in problem.demo if message["role"] == "assistant"]
+    local = LocalHost()
+    try:
+        records = run(turns, domain, problem, lambda: HostPool(local.ask, SPEC))
+        assert [record.reward for record in records] == [1.0, 1.0]
+    finally:
+        local.close()
 
 
 def test_one_that_says_so_without_doing_it_is_not(swe):
