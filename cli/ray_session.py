@@ -125,6 +125,8 @@ def rollout_pool(
         "sandbox": sandbox_spec(cfg),
         "warm": cfg.sandbox.warm,
         "uses_per_box": cfg.sandbox.uses_per_box,
+        "gradings_per_box": cfg.sandbox.gradings_per_box,
+        "log_folder": cfg.sandbox.log_folder and str(Path(cfg.sandbox.log_folder).expanduser().absolute()),
         "rewards": tuple(sorted({(d.reward, d.needs_sandbox) for d in domains.values() if d.reward})),
         "reward_timeout_s": cfg.rewards.timeout_s,
         "reward_processes": cfg.rewards.num_processes,

@@ -120,6 +120,8 @@ def load_function(path: str) -> Callable[..., Any]:
 def _files(cfg: Config, kind: str) -> Iterable[str]:
     """Files whose content decides a stage's result: data, reward code, checkpoints to start from."""
     yield from (d.path for d in cfg.task.domains.values() if d.path)
+    kinds = (d.kind.rpartition(":")[0] for d in cfg.task.domains.values())
+    yield from sorted({kind for kind in kinds if kind.endswith(".py")})
     if kind in ("grpo", "evaluate"):
         rewards = [cfg.rewards.path] if cfg.rewards.path else [d.reward for d in cfg.task.domains.values()]
         sources = (path.rpartition(":")[0] for path in rewards if path)

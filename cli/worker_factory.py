@@ -11,6 +11,7 @@ from consilience.rollout.deadlines import Limits
 from consilience.rollout.engine import RolloutEngine
 from consilience.rollout.worker import RolloutWorker
 from consilience.sandboxes.blocking import BlockingPool
+from consilience.sandboxes.host import HostLimits
 from consilience.sandboxes.host_client import HostPool
 from consilience.sandboxes.protocol import SandboxSpec
 
@@ -36,6 +37,8 @@ def build_worker(
     limits: Limits | None = None,
     engine: str = "native",
     vllm: Mapping[str, Any] | None = None,
+    gradings_per_box: int = 1,
+    log_folder: str | None = None,
 ) -> RolloutWorker:
     """A RolloutWorker over an engine with random weights; real ones arrive by `publish`.
 
@@ -49,6 +52,7 @@ def build_worker(
     engine     "native", or "vllm" with the arguments `vllm` of `vllm_launch.launch`
     rewards    (reward path, needs sandbox) pairs to load before the first episode
     limits     how long an episode's threads may take
+    gradings_per_box, log_folder  of the judge's box, and of the node's host (`sandbox.*`)
     Raises what a part that can never work raises: RewardError, SandboxUnavailable.
     """
     import torch
@@ -67,9 +71,14 @@ def build_worker(
         caching = prefixes and PrefixCaching(**{**prefixes, "folder": Path(prefixes["folder"])})
         more = {"records_routing": records_routing, "prefixes": caching}
         sampler = _native(model, quantization, speculative=speculative, exact=exact, **sizes, **more)
-    grader = RewardGrader(timeout_s=reward_timeout_s, num_processes=reward_processes, sandbox=sandbox)
+    grader = RewardGrader(
+        timeout_s=reward_timeout_s,
+        num_processes=reward_processes,
+        sandbox=sandbox,
+        gradings_per_box=gradings_per_box,
+    )
     wait_s = (limits or Limits()).lease_s + 60.0  # the worker's own look at its threads comes first
-    boxes = _boxes(sandbox, warm, uses_per_box, wait_s) if needs_boxes else None
+    boxes = _boxes(sandbox, warm, uses_per_box, wait_s, log_folder) if needs_boxes else None
     try:
         grader.start(rewards)
     except BaseException:
@@ -95,13 +104,15 @@ def build_worker(
     )
 
 
-def _boxes(sandbox: SandboxSpec, warm: int, uses_per_box: int, wait_s: float) -> Any:
+def _boxes(sandbox: SandboxSpec, warm: int, uses_per_box: int, wait_s: float, log_folder: str | None) -> Any:
     """From this node's host, where Ray runs: its boxes outlive this worker. Else from a pool of its own."""
     if "ray" in sys.modules:
         from consilience.sandboxes.ray_host import host_of_this_node, is_here
 
         if is_here():
-            return HostPool(host_of_this_node(), sandbox, warm=warm, lease_limit_s=wait_s)
+            return HostPool(
+                host_of_this_node(HostLimits(log_folder=log_folder)), sandbox, warm=warm, lease_limit_s=wait_s
+            )
     return BlockingPool(sandbox, max(warm, 1), uses_per_box, lease_limit_s=wait_s)
 
 

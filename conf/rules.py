@@ -12,7 +12,7 @@ from pathlib import Path
 
 from consilience.conf.errors import ConfigError
 from consilience.conf.fields import nearest, read_record
-from consilience.conf.schema import Config, DomainConfig, GrpoConfig, SftConfig
+from consilience.conf.schema import KINDS, Config, DomainConfig, GrpoConfig, SftConfig
 from consilience.conf.token_count import token_count
 
 PER_DOMAIN_GROUPS = ("sft", "grpo", "rollout", "optimizer")
@@ -73,6 +73,10 @@ def _check_domains(cfg: Config) -> None:
 
 
 def _check_domain_source(key: str, domain: DomainConfig) -> None:
+    if ":" in domain.kind:
+        _check_code_path(f"{key}.kind", domain.kind, "CLASS")
+    elif domain.kind not in KINDS:
+        raise ConfigError(f"{key}.kind is unknown: '{domain.kind}'; {nearest(domain.kind, KINDS)}")
     if domain.kind == "file":
         if domain.path is None:
             raise ConfigError(f"{key}.kind is 'file' without a file; set {key}.path=PROBLEMS.jsonl")
@@ -298,7 +302,7 @@ def _check_files(cfg: Config) -> None:
     rewards = {f"task.domains.{n}.reward": d.reward for n, d in cfg.task.domains.items()}
     for key, path in {"rewards.path": cfg.rewards.path, **rewards}.items():
         if path is not None:
-            _check_reward(key, path)
+            _check_code_path(key, path, "FUNCTION")
     for key, folder in _checkpoints(cfg):
         if folder is not None and not (Path(folder) / "config.json").is_file():
             raise ConfigError(
@@ -318,10 +322,10 @@ def _check_plan(cfg: Config) -> None:
             raise ConfigError(f"plan.plot is '{path}', but there is no folder '{path.parent}'")
 
 
-def _check_reward(key: str, path: str) -> None:
-    source, colon, function = path.rpartition(":")
-    if not colon or not source or not function.isidentifier():
-        raise ConfigError(f"{key} is '{path}', but FILE.py:FUNCTION or package.module:FUNCTION is needed")
+def _check_code_path(key: str, path: str, what: str) -> None:
+    source, colon, name = path.rpartition(":")
+    if not colon or not source or not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"{key} is '{path}', but FILE.py:{what} or package.module:{what} is needed")
     if source.endswith(".py") and not Path(source).is_file():
         raise ConfigError(f"{key} is '{path}', but there is no file '{source}' in {Path.cwd()}")
 

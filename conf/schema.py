@@ -26,6 +26,8 @@ ISOLATION = (
 )  # fmt: skip
 
 
+# of domains
+KINDS = ("math", "mathematics", "code", "agent", "programs", "functions", "repository", "file")
 EFFORTS = ("chat", "think", "low", "high", "max")
 FAMILIES = ("preview", "official")
 
@@ -73,7 +75,9 @@ class DomainConfig:
     """One domain: where its problems come from, what an episode may do, who judges it."""
 
     kind: str = setting(
-        "file", "source of the problems", choices=("math", "mathematics", "code", "agent", "file")
+        "file",
+        f"source of the problems: {', '.join(KINDS)}, or a class of your own: FILE.py:CLASS or "
+        "package.module:CLASS",
     )
     path: str | None = setting(None, "JSONL or parquet file; needed by kind=file only")
     effort: str | None = setting(None, "whether and how long the model thinks first", choices=EFFORTS)
@@ -155,6 +159,19 @@ class SandboxConfig:
     warm: int = setting(2, "boxes kept ready", unit="boxes", low=0, high=1024, speed_only=True)
     uses_per_box: int = setting(
         16, "leases before a box is thrown away", unit="leases", low=1, speed_only=True
+    )
+    gradings_per_box: int = setting(
+        1,
+        "gradings that a judge's box serves, emptied in between; any abnormal outcome ends it at once",
+        unit="gradings",
+        low=1,
+        high=10_000,
+        speed_only=True,
+    )
+    log_folder: str | None = setting(
+        None,
+        "folder for the trajectory log of each box of an agent, written where it runs; null: in memory",
+        speed_only=True,
     )
     allow_insecure: bool = setting(False, "accept the insecure_subprocess driver (trusted code only)")
     image: str | None = setting(None, "container image of the docker driver; null: the driver's own")

@@ -1,6 +1,6 @@
 """The killable process in which a reward function lives: `python -m consilience.rewards.child FD`.
 
-First message in: {"path", "sandbox"}; then {"items": [...]}, as often as there is work. Out:
+First message in: {"path", "sandbox", "gradings_per_box"}; then {"items": [...]}, when there is work. Out:
     ["busy"]                       something slow but expected happens (import, opening a box)
     ["ready"]                      calls may be timed from here
     ["refused", error name, text]  the function cannot be loaded; the process ends
@@ -41,7 +41,9 @@ def main() -> None:
         frames.send(["busy"])
         try:
             function = load_reward(settings["path"])
-            box = JudgeBox.open(spec_from_dict(settings["sandbox"])) if settings["sandbox"] else None
+            box = None
+            if settings["sandbox"]:
+                box = JudgeBox.open(spec_from_dict(settings["sandbox"]), settings["gradings_per_box"])
         except ConsilienceError as error:
             frames.send(["refused", type(error).__name__, str(error)])
             return
@@ -155,6 +157,7 @@ def completion_to_dict(completion: Completion) -> dict[str, Any]:
         "tool_calls": [[call.name, dict(call.arguments), call.result] for call in completion.tool_calls],
         "finish": completion.finish,
         "answers": list(completion.answers),
+        "patch": completion.patch,
     }
 
 
@@ -166,6 +169,7 @@ def completion_from_dict(row: Mapping[str, Any]) -> Completion:
         tool_calls=tuple(ToolCall(*call) for call in row["tool_calls"]),
         finish=row["finish"],
         answers=tuple(row["answers"]),
+        patch=row["patch"],
     )
 
 

@@ -20,30 +20,38 @@ from consilience.sandboxes.protocol import ExecStatus
 
 TIER = Tier.CALLS
 MAX_SOURCE = 8_192  # characters of a candidate
-MAX_VALUE = 1_024  # characters of one output
+MAX_REPLY = 16_384  # characters of one value as JSON
+MAX_DEPTH = 16
 TIMEOUT_S = 4.0  # wall time of all cases of one candidate
 FENCE = "```"
 
-# Runs in a fork of the box's interpreter. What the candidate prints goes to stderr; only text of a bounded
-# length counts as an output.
-HARNESS = f"""
+NOTHING = object()  # in the place of a value that did not come
+
+# Runs in a fork of the box's interpreter. What the candidate prints goes to stderr; only plain values count.
+HARNESS = """
 import json, os, sys
 source, x = json.loads(sys.stdin.buffer.read())
 channel = os.dup(1)
 os.dup2(2, 1)
-namespace = {{"__name__": "candidate"}}
+namespace = {"__name__": "candidate"}
 exec(compile(source, "candidate.py", "exec"), namespace)
-y = namespace["f"](x)
+y = namespace["FUNCTION"](x)
+def is_plain(y, depth=0):
+    if depth > 16: return False
+    if type(y) in (list, tuple): return all(is_plain(v, depth + 1) for v in y)
+    if type(y) is dict: return all(type(k) is str and is_plain(v, depth + 1) for k, v in y.items())
+    return y is None or type(y) in (str, int, float, bool)
 with os.fdopen(channel, "w") as reply:
-    reply.write(json.dumps(y if type(y) is str and len(y) <= {MAX_VALUE} else None))
+    reply.write(json.dumps([y], allow_nan=False) if is_plain(y) else "")
 """
 
 
 def score(
     completion: Completion, *, prompt: str, metadata: Mapping[str, Any], sandbox: Any
 ) -> dict[str, float]:
-    """{"reward", "correct", "passed"}.
+    """{"reward", "correct", "passed"} of metadata {"inputs": [value], "outputs": [value], "function": name}.
 
+    function takes one value ("f" if not given); values are JSON-plain, and equal in type too
     passed   share of hidden cases whose output equals the expected one
     correct  1.0 if all do
     reward   correct, or metadata["pass_reward"] times passed
@@ -54,9 +62,10 @@ def score(
     expected = metadata["outputs"]
     source = candidate_source(completion.text)
     passed = 0.0
-    if "def f" in source and len(source) <= MAX_SOURCE:
-        outputs = run_candidate(source, metadata["inputs"], sandbox)
-        passed = sum(got == want for got, want in zip(outputs, expected)) / len(expected)
+    function = metadata.get("function", "f")
+    if f"def {function}" in source and len(source) <= MAX_SOURCE:
+        outputs = run_candidate(source, metadata["inputs"], sandbox, function)
+        passed = sum(map(same_value, outputs, expected)) / len(expected)
     correct = float(passed == 1.0)
     return {
         "reward": correct or metadata.get("pass_reward", 0.0) * passed,
@@ -75,24 +84,27 @@ def candidate_source(text: str) -> str:
     return (body if newline and first.strip() in ("", "python", "py", "python3") else code).strip()
 
 
-def run_candidate(source: str, inputs: Sequence[str], sandbox: Any) -> list[str | None]:
-    """f(x) for every input, None where no one text came back. The cases share `TIMEOUT_S`.
+def run_candidate(source: str, inputs: Sequence[Any], sandbox: Any, function: str = "f") -> list[Any]:
+    """function(x) for every input, NOTHING where no one plain value came back. The cases share `TIMEOUT_S`.
 
     They run in an order of their own for each candidate. SandboxLost when the box is gone or broke its
     protocol.
     """
-    outputs: list[str | None] = [None] * len(inputs)
+    if not function.isidentifier():
+        raise RewardError(f"the function's name is {function!r}; an identifier is needed")
+    harness = HARNESS.replace("FUNCTION", function)
+    outputs: list[Any] = [NOTHING] * len(inputs)
     left_s = TIMEOUT_S
     for place in shuffled(len(inputs), source):
         try:
             request = json.dumps([source, inputs[place]]).encode()
         except UnicodeEncodeError:
             return outputs
-        result = sandbox.run_python(HARNESS, stdin=request, timeout_s=left_s)
+        result = sandbox.run_python(harness, stdin=request, timeout_s=left_s)
         if result.status in (ExecStatus.SANDBOX_LOST, ExecStatus.PROTOCOL_ERROR, ExecStatus.DENIED):
             raise SandboxLost(f"the judge box answered {result.status.value}")
         if result.status is ExecStatus.OK:
-            outputs[place] = _text(result.stdout)
+            outputs[place] = read_value(result.stdout)
         elif result.status is not ExecStatus.NONZERO:
             return outputs  # a limit was met: the box is not asked again
         left_s -= result.wall_s
@@ -108,9 +120,32 @@ def shuffled(num: int, source: str) -> list[int]:
     return order
 
 
-def _text(reply: bytes) -> str | None:
+def read_value(reply: bytes) -> Any:
+    """The one value of a reply `[value]`; NOTHING if it is not plain: too long or deep, NaN, infinite."""
+    if len(reply) > MAX_REPLY:
+        return NOTHING
     try:
-        value = json.loads(reply)
+        value = json.loads(reply, parse_constant=_refuse)
     except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, str) and len(value) <= MAX_VALUE else None
+        return NOTHING
+    return value[0] if type(value) is list and len(value) == 1 and _depth(value) <= MAX_DEPTH else NOTHING
+
+
+def same_value(got: Any, want: Any) -> bool:
+    """Equal in type and value, all the way down: 1, 1.0 and True are three values."""
+    if type(got) is not type(want):
+        return False
+    if isinstance(got, list):
+        return len(got) == len(want) and all(map(same_value, got, want))
+    if isinstance(got, dict):
+        return got.keys() == want.keys() and all(same_value(got[key], want[key]) for key in got)
+    return got == want
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no plain number")
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from consilience.conf.errors import SandboxLost
 from consilience.rewards.interface import Completion, ToolCall
 from consilience.rewards.process import QUEUE_LIMIT_S, RewardProcess, ScoreItem
 from consilience.rewards.verdict import failed, infra
+from consilience.rewards.workspace import workspace_patch
 from consilience.rollout.grading import Graded, GradeItem
 from consilience.sandboxes.protocol import SandboxSpec
 
@@ -18,15 +20,22 @@ class RewardGrader:
     timeout_s      wall limit of one score
     num_processes  reward processes for each reward function
     sandbox        the judge box of functions that run code (`GradeItem.needs_sandbox`)
+    gradings_per_box  of that box (`JudgeBox`)
     `close` ends the processes; a grader in a `with` block is closed at its end.
     """
 
     def __init__(
-        self, *, timeout_s: float = 10.0, num_processes: int = 1, sandbox: SandboxSpec | None = None
+        self,
+        *,
+        timeout_s: float = 10.0,
+        num_processes: int = 1,
+        sandbox: SandboxSpec | None = None,
+        gradings_per_box: int = 1,
     ) -> None:
         self._timeout_s = timeout_s
         self._num_processes = num_processes
         self._sandbox = sandbox or SandboxSpec()
+        self._gradings_per_box = gradings_per_box
         self._processes: dict[tuple[str, bool], list[RewardProcess]] = {}
         self._threads = ThreadPoolExecutor(max_workers=32, thread_name_prefix="grader")
 
@@ -48,17 +57,23 @@ class RewardGrader:
         """
         verdicts: list[Graded | None] = [None] * len(items)
         places: dict[tuple[str, bool], list[int]] = {}
+        rows: dict[int, ScoreItem] = {}
         for i, item in enumerate(items):
-            if item.reward:
-                places.setdefault((item.reward, item.needs_sandbox), []).append(i)
-            else:
+            if not item.reward:
                 verdicts[i] = failed("the job names no reward function")
+                continue
+            try:
+                rows[i] = score_item(item)
+            except SandboxLost as error:
+                verdicts[i] = infra(f"SandboxLost: {error}")
+                continue
+            places.setdefault((item.reward, item.needs_sandbox), []).append(i)
         jobs = []
         for key, indices in places.items():
             processes = self._of(*key)
             for n, process in enumerate(processes):
                 if share := indices[n :: len(processes)]:
-                    scored = self._threads.submit(process.score, [score_item(items[i]) for i in share])
+                    scored = self._threads.submit(process.score, [rows[i] for i in share])
                     jobs.append((share, scored, process.limit_s(len(share)) + QUEUE_LIMIT_S))
         for share, scored, limit_s in jobs:
             try:
@@ -91,7 +106,10 @@ class RewardGrader:
         if key not in self._processes:
             self._processes[key] = [
                 RewardProcess(
-                    path, timeout_s=self._timeout_s, sandbox=self._sandbox if needs_sandbox else None
+                    path,
+                    timeout_s=self._timeout_s,
+                    sandbox=self._sandbox if needs_sandbox else None,
+                    gradings_per_box=self._gradings_per_box,
                 )
                 for _ in range(self._num_processes)
             ]
@@ -99,7 +117,9 @@ class RewardGrader:
 
 
 def score_item(item: GradeItem) -> ScoreItem:
-    """The part of an item that a reward function sees."""
+    """The part of an item that a reward function sees. SandboxLost if the episode's own box is gone."""
     calls = tuple(ToolCall(call.name, call.arguments, call.result) for call in item.tool_calls)
-    completion = Completion(item.text, item.thinking, item.token_ids, calls, item.finish, item.answers)
+    has_patch = item.needs_sandbox and item.sandbox is not None and bool(item.files)
+    patch = workspace_patch(item.sandbox, item.files) if has_patch else None
+    completion = Completion(item.text, item.thinking, item.token_ids, calls, item.finish, item.answers, patch)
     return ScoreItem(completion, item.prompt, dict(item.metadata))

@@ -56,6 +56,8 @@ class Completion:
     tool_calls   every tool call of the episode, in order
     finish       FinishReason value ("stop", "length", "turns", "malformed")
     answers      of a conversation: the answer to each user message, `text` the last of them
+    patch        what the episode changed in its own box, as a unified diff (`workspace.py`); None where it
+                 had no box with files, or the reward needs none
     """
 
     text: str
@@ -64,6 +66,7 @@ class Completion:
     tool_calls: tuple[ToolCall, ...]
     finish: str
     answers: tuple[str, ...] = ()
+    patch: str | None = None
 
 
 class RewardFunction(Protocol):

@@ -19,23 +19,28 @@ SIGNATURE = "score(completion, *, prompt, metadata, sandbox)"
 
 
 def load_reward(path: str) -> RewardFunction:
-    """The function `path` names; it may be a coroutine function.
+    """The function `path` names (`CLASS.METHOD` for a static method); it may be a coroutine function.
 
     A file's folder joins the module search path, so that the file may import its neighbours.
     RewardError: the path has another form, the file or module is missing or raises on import, it has
     no such function (the nearest is named), or the function cannot take the four arguments.
     """
     place, separator, name = path.rpartition(":")
-    if not separator or not place or not name.isidentifier():
+    names = name.split(".")
+    if not separator or not place or not all(each.isidentifier() for each in names):
         raise RewardError(
             f"reward {path!r}: expected 'package.module:function' or 'file.py:function', "
             "such as rewards.path=my_rewards.py:score"
         )
     module = _import_file(place, path) if place.endswith(".py") else _import_module(place, path)
-    if not hasattr(module, name):
-        functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise RewardError(f"reward {path!r}: {place} has no function {name!r}; {nearest(name, functions)}")
-    function = getattr(module, name)
+    function: Any = module
+    for each in names:
+        if not hasattr(function, each):
+            functions = [n for n, v in vars(function).items() if callable(v) and not n.startswith("_")]
+            raise RewardError(
+                f"reward {path!r}: {place} has no function {name!r}; {nearest(each, functions)}"
+            )
+        function = getattr(function, each)
     _check_signature(function, path)
     return function
 

@@ -51,6 +51,7 @@ class RewardProcess:
     timeout_s       wall limit of one call
     load_timeout_s  wall limit of importing the function and of opening a judge box
     sandbox         the box to open in the child and hand to the function; None: it gets None
+    gradings_per_box  how many calls one box may serve, emptied in between (`JudgeBox`)
     `num_restarts` counts children that had to be replaced. Thread-safe; calls queue.
     """
 
@@ -61,12 +62,13 @@ class RewardProcess:
         timeout_s: float = 10.0,
         load_timeout_s: float = 120.0,
         sandbox: SandboxSpec | None = None,
+        gradings_per_box: int = 1,
     ) -> None:
         self.path = path
         self.num_restarts = 0
         self._timeout_s = timeout_s
         self._load_timeout_s = load_timeout_s
-        self._sandbox = sandbox
+        self._sandbox, self._gradings_per_box = sandbox, gradings_per_box
         self._lock = threading.Lock()
         self._child: _Child | None = None
         self._was_ready = self._is_closing = False
@@ -139,7 +141,8 @@ class RewardProcess:
             if self._was_ready:
                 self.num_restarts += 1
             spec = None if self._sandbox is None else spec_to_dict(self._sandbox)
-            self._child = _Child({"path": self.path, "sandbox": spec})
+            gradings = {"gradings_per_box": self._gradings_per_box}
+            self._child = _Child({"path": self.path, "sandbox": spec, **gradings})
             try:
                 self._await_ready(self._child)
             except BaseException:

@@ -36,18 +36,18 @@ SUSPICIOUS = re.compile(
 def score(
     completion: Completion, *, prompt: str, metadata: Mapping[str, Any], sandbox: Any
 ) -> dict[str, float]:
-    """{"reward", "correct", "passed", "dropped"} of a patch in the completion's text.
+    """{"reward", "correct", "passed", "dropped"} of the patch an episode left, or else wrote as its text.
 
     metadata  base {path: text}, tests {path: source}, fails_before and passes_before ["path::id"], allowed
               patterns of paths that a patch may change
     passed    share of the required tests that passed; dropped: protected paths that the patch touched
-    Tamper when a twin passes, or the tests pass with the patch taken back. SandboxLost when the box died, or
-    does not grade the base in time either. RewardError without a box.
+    Tamper when a test and its twin pass, or tests pass with the patch taken back. SandboxLost when the box
+    died, or does not grade the base in time either. RewardError without a box.
     """
     if sandbox is None:
         raise RewardError("the suite judge needs a sandbox; set needs_sandbox for this domain")
     nothing = {"reward": 0.0, "correct": 0.0, "passed": 0.0, "dropped": 0.0}
-    patch = patch_text(completion.text)
+    patch = completion.patch if completion.patch is not None else patch_text(completion.text)
     try:
         applied = apply_patch(patch, metadata["base"], allowed=metadata.get("allowed", ("*.py",)))
     except PatchError:
@@ -77,7 +77,7 @@ def passed_tests(
 ) -> set[str]:
     """The ids ("path::name") that passed on a tree, each file in a process of its own.
 
-    Tamper when a twin passes. LimitMet, SandboxLost.
+    Tamper when a test and its twin pass. LimitMet, SandboxLost.
     """
     if is_fresh:
         sandbox.begin()
@@ -87,16 +87,19 @@ def passed_tests(
         suite = disguise(source)
         report = run_suite(suite, sandbox, timeout_s=TIMEOUT_S)
         if report is not None:
-            _refuse_twins(report, suite, path)
-            passed |= {f"{path}::{name}" for hidden, name in suite.tests.items() if report[hidden]}
+            names = {name for hidden, name in suite.tests.items() if report[hidden]}
+            _refuse_twins(report, suite, names, path)
+            passed |= {f"{path}::{name}" for name in names}
     return passed
 
 
-def _refuse_twins(report: Mapping[str, bool], suite: Disguised, path: str) -> None:
-    forged = [name for hidden, name in suite.twins.items() if report[hidden]]
+def _refuse_twins(report: Mapping[str, bool], suite: Disguised, passed: set[str], path: str) -> None:
+    """Tamper where a test and its twin both pass: a wrong answer may meet the twin's expectation alone."""
+    forged = [name for hidden, name in suite.twins.items() if report[hidden] and name in passed]
     if forged:
         raise Tamper(
-            f"{len(forged)} of {len(suite.twins)} twins passed that must fail, as that of {path}::{forged[0]}"
+            f"{len(forged)} of {len(suite.twins)} tests passed together with what must then fail, as "
+            f"{path}::{forged[0]}"
         )
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from consilience.conf.errors import SandboxLost, SandboxUnavailable
-from consilience.sandboxes.protocol import Enforced, ExecResult, ExecStatus, Isolation
+from consilience.sandboxes.archive import pack_files
+from consilience.sandboxes.protocol import Enforced, ExecResult, ExecStatus, Isolation, Snapshot
 
 
 class Box(Protocol):
@@ -38,6 +39,8 @@ class Box(Protocol):
     def read(self, path: str, *, max_bytes: int = 1 << 20) -> bytes: ...
 
     def write(self, path: str, data: bytes, *, mode: int = 0o644) -> None: ...
+
+    def snapshot(self, *, max_bytes: int | None = None) -> Snapshot: ...
 
 
 class BoxPool(Protocol):
@@ -96,6 +99,10 @@ class FakeBox:
     def write(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
         self._check()
         self.files[path] = data
+
+    def snapshot(self, *, max_bytes: int | None = None) -> Snapshot:
+        self._check()
+        return pack_files(self.files)
 
 
 def _echo(box: FakeBox, argv: list[str], stdin: bytes) -> tuple[int, bytes]:

@@ -6,6 +6,7 @@ SandboxLost is the one exception that leaves this file: then the box is gone, an
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,29 @@ def _write(box: Box, path: str, content: str) -> str:
     return f"wrote {len(data)} bytes"
 
 
+# One command of the box, as every tool's call is: `recovery.py` counts them.
+_EDIT = """
+import json, sys
+path, old, new = json.load(sys.stdin)
+try:
+    with open(path, encoding="utf-8", newline="") as file:
+        text = file.read()
+except (OSError, ValueError) as error:
+    sys.exit(f"error: {path}: {getattr(error, 'strerror', None) or 'not text'}")
+if not old or text.count(old) != 1:
+    sys.exit(f"error: {text.count(old) if old else 0} places of {path} hold that text; one must")
+with open(path, "w", encoding="utf-8", newline="") as file:
+    file.write(text.replace(old, new))
+print(f"edited {path}")
+"""
+
+
+def _edit(box: Box, path: str, old: str, new: str) -> str:
+    result = box.run_python(_EDIT, stdin=json.dumps([path, old, new]).encode())
+    told = result.stderr.decode("utf-8", "replace").strip()
+    return told if result.status is ExecStatus.NONZERO and told.startswith("error: ") else _report(result)
+
+
 def _list(box: Box, path: str) -> str:
     return _report(box.exec(["ls", "-1Ap", "--", path or "."])) or "(empty)"
 
@@ -74,6 +98,7 @@ TOOLS: dict[str, Tool] = {
     for tool in (
         Tool("read", "Read a file.", ("path",), _read, is_repeatable=True),
         Tool("write", "Write a file.", ("path", "content"), _write, is_repeatable=True),
+        Tool("edit", "Replace text that a file holds once.", ("path", "old", "new"), _edit),
         Tool("list", "List a folder.", ("path",), _list, is_repeatable=True),
         Tool("shell", "Run a shell command.", ("command",), _shell),
         Tool("python", "Run Python code.", ("code",), _python),

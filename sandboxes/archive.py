@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
+from collections.abc import Mapping
 
 from consilience.sandboxes.protocol import Snapshot
 
@@ -31,6 +32,38 @@ def make_snapshot(archive: bytes) -> Snapshot:
     except (tarfile.TarError, EOFError, OSError, UnicodeError) as error:
         raise ValueError(f"the archive cannot be read ({error})") from None
     return Snapshot(hashlib.sha256(archive).hexdigest(), archive, num_files)
+
+
+def pack_files(files: Mapping[str, bytes]) -> Snapshot:
+    """A snapshot of these files (path -> content) and their folders."""
+    folders = {"/".join(name.split("/")[:i]) for name in files for i in range(1, name.count("/") + 1)}
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name in sorted([*folders, *files]):
+            entry = tarfile.TarInfo(name)
+            if name in folders:
+                entry.type = tarfile.DIRTYPE
+                tar.addfile(entry)
+            else:
+                entry.size = len(files[name])
+                tar.addfile(entry, io.BytesIO(files[name]))
+    return make_snapshot(stream.getvalue())
+
+
+def read_files(snapshot: Snapshot, *, max_file_bytes: int) -> dict[str, bytes | None]:
+    """Path -> content of its regular files; None for links, and for files above `max_file_bytes`.
+
+    ValueError as `make_snapshot`: who made the snapshot is not trusted either.
+    """
+    make_snapshot(snapshot.archive)
+    found: dict[str, bytes | None] = {}
+    with tarfile.open(fileobj=io.BytesIO(snapshot.archive), mode="r:") as tar:
+        for entry in tar:
+            if entry.isdir():
+                continue
+            content = tar.extractfile(entry) if entry.isreg() and entry.size <= max_file_bytes else None
+            found[entry.name] = None if content is None else content.read()  # no limit: it is in memory
+    return found
 
 
 def _check_member(entry: tarfile.TarInfo, folders: set[str], others: set[str]) -> None:

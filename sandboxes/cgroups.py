@@ -1,4 +1,4 @@
-"""Memory and process caps of one box by control groups, version 1 or 2, where this process may make them.
+"""Caps of one box on memory, processes and processors by control groups, version 1 or 2, where allowed.
 
 Groups are named `consilience-<owner pid>-<owner start>-<box>`, so that the next start can tell whose
 owner is dead; the owner's janitor removes them as soon as it has ended, however it ended.
@@ -14,15 +14,23 @@ from functools import cache
 from pathlib import Path
 
 PREFIX = "consilience-"
+NUM_CPUS = 1.0  # of one box, as of a container: a spinning program leaves its neighbours theirs
+PERIOD_US = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class Hierarchy:
-    """Where groups are made: `memory` and `pids` folders (the same one in version 2)."""
+    """Where groups are made, a folder a controller (one for all in version 2). cpu: None without one."""
 
     version: int
     memory: Path
     pids: Path
+    cpu: Path | None = None
+
+    @property
+    def folders(self) -> list[Path]:
+        """Each folder once."""
+        return list(dict.fromkeys(f for f in (self.memory, self.pids, self.cpu) if f is not None))
 
 
 class Group:
@@ -32,7 +40,9 @@ class Group:
         """Makes and limits the group; OSError (and nothing left) where that is refused."""
         self._where = where
         self._last = {"oom": 0, "pids": 0}
-        self._folders = list(dict.fromkeys((where.memory / name, where.pids / name)))
+        self._memory, self._pids = where.memory / name, where.pids / name
+        self._cpu = None if where.cpu is None else where.cpu / name
+        self._folders = [folder / name for folder in where.folders]
         made: list[Path] = []
         try:
             for folder in self._folders:
@@ -46,7 +56,12 @@ class Group:
             raise
 
     def _limit(self, memory_bytes: int, processes: int) -> None:
-        memory, pids = self._folders[0], self._folders[-1]
+        memory, quota_us = self._memory, int(NUM_CPUS * PERIOD_US)
+        if self._cpu is not None and self._where.version == 1:
+            _write(self._cpu / "cpu.cfs_period_us", PERIOD_US)
+            _write(self._cpu / "cpu.cfs_quota_us", quota_us)
+        elif self._cpu is not None:
+            _write(self._cpu / "cpu.max", f"{quota_us} {PERIOD_US}")
         if self._where.version == 1:
             _write(memory / "memory.limit_in_bytes", memory_bytes)
             if (memory / "memory.memsw.limit_in_bytes").exists():
@@ -55,7 +70,7 @@ class Group:
             _write(memory / "memory.max", memory_bytes)
             if (memory / "memory.swap.max").exists():
                 _write(memory / "memory.swap.max", 0)
-        _write(pids / "pids.max", processes + 1)  # the runner is one of them
+        _write(self._pids / "pids.max", processes + 1)  # the runner is one of them
 
     def add(self, pid: int) -> None:
         """Moves a process that has no children yet."""
@@ -63,9 +78,8 @@ class Group:
             _write(folder / "cgroup.procs", pid)
 
     def counters(self) -> dict[str, int]:
-        memory, pids = self._folders[0], self._folders[-1]
-        events = "memory.oom_control" if self._where.version == 1 else "memory.events"
-        found = {"oom": _field(memory / events, "oom_kill"), "pids": _field(pids / "pids.events", "max")}
+        events = self._memory / ("memory.oom_control" if self._where.version == 1 else "memory.events")
+        found = {"oom": _field(events, "oom_kill"), "pids": _field(self._pids / "pids.events", "max")}
         self._last = {name: max(number, found[name]) for name, number in self._last.items()}
         return self._last
 
@@ -95,8 +109,8 @@ def find_hierarchy(
         return f"no control groups ({error.strerror})"
     paths = {name: path for _, names, path in lines for name in names.split(",")}
     if "memory" in paths and "pids" in paths:
-        folders = [_own_folder(root / name, paths[name]) for name in ("memory", "pids")]
-        return _tried(Hierarchy(1, *folders))
+        names = [name for name in ("memory", "pids", "cpu") if name in paths]
+        return _tried(Hierarchy(1, *(_own_folder(root / name, paths[name]) for name in names)))
     unified = root if (root / "cgroup.controllers").exists() else root / "unified"
     try:
         offered = set((unified / "cgroup.controllers").read_text().split())
@@ -104,13 +118,13 @@ def find_hierarchy(
             return "cgroup v2 without the memory and pids controllers"
         base = unified / f"{PREFIX}boxes"
         base.mkdir(exist_ok=True)
+        wanted = offered & {"cpu", "memory", "pids"}
         for folder in (unified, base):
-            enabled = set((folder / "cgroup.subtree_control").read_text().split())
-            if not {"memory", "pids"} <= enabled:
-                _write(folder / "cgroup.subtree_control", "+memory +pids")
+            if not wanted <= set((folder / "cgroup.subtree_control").read_text().split()):
+                _write(folder / "cgroup.subtree_control", " ".join(f"+{name}" for name in sorted(wanted)))
     except OSError as error:
         return f"cgroup v2 refuses a group ({error.strerror})"
-    return _tried(Hierarchy(2, base, base))
+    return _tried(Hierarchy(2, base, base, base if "cpu" in wanted else None))
 
 
 def owner_prefix() -> str:
@@ -121,7 +135,7 @@ def owner_prefix() -> str:
 def sweep(where: Hierarchy) -> int:
     """Removes groups whose owner is dead; how many."""
     count = 0
-    for folder in {where.memory, where.pids}:
+    for folder in where.folders:
         for group in folder.glob(PREFIX + "*-*-*"):
             pid, start = group.name[len(PREFIX) :].split("-")[:2]
             if pid.isdigit() and start_time(int(pid)) != start:
@@ -143,6 +157,8 @@ def _tried(where: Hierarchy) -> Hierarchy | str:
             where, f"{owner_prefix()}trial-{os.urandom(4).hex()}", memory_bytes=1 << 26, processes=8
         )
     except OSError as error:
+        if where.cpu is not None:
+            return _tried(Hierarchy(where.version, where.memory, where.pids))
         return f"cgroup v{where.version} refuses a group ({error.strerror})"
     group.remove(patience_s=0.1)
     return where

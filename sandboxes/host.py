@@ -14,9 +14,9 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from consilience.conf.errors import SandboxLost, SandboxUnavailable
 from consilience.sandboxes.host_creation import Breaker, Opener, PacedCreator
 from consilience.sandboxes.leases import BoxLease, LeaseTable
 from consilience.sandboxes.probe import open_sandbox
-from consilience.sandboxes.protocol import Enforced, ExecResult, Sandbox, SandboxSpec
+from consilience.sandboxes.protocol import Enforced, ExecResult, Process, Sandbox, SandboxSpec
 from consilience.sandboxes.trajectory import TrajectoryLog
 from consilience.sandboxes.trajectory_box import LoggedSandbox
 
-VERBS = ("exec", "run_python", "read", "write")
+VERBS = ("exec", "run_python", "shell", "spawn", "read", "write", "snapshot", "restore")
+PROCESS_VERBS = ("write", "close_stdin", "read", "kill", "wait")
 _NUM_LATENCIES = 512
 
 
@@ -85,6 +86,7 @@ class _Held:
 
     box: LoggedSandbox
     is_lost: bool = False
+    processes: list[Process] = field(default_factory=list)  # streamed programs, by number
 
 
 class SandboxHost:
@@ -180,14 +182,37 @@ class SandboxHost:
         return self._leases.beat(owner)
 
     async def call(self, box_id: str, key: str, verb: str, *args: Any, **options: Any) -> Any:
-        """A verb of `VERBS` on a box. SandboxLost if this key does not hold it, or it is gone."""
+        """A verb of `VERBS` on a box. SandboxLost if this key does not hold it, or it is gone.
+
+        "spawn" answers with the program's number, for `talk`.
+        """
         if verb not in VERBS:
             raise ValueError(f"{verb!r} is no verb of a leased box; those are {', '.join(VERBS)}")
         self._leases.check(box_id, key)
         held = self._held[box_id]
         self._used_at = time.monotonic()
         # a caller that is gone does not end what it began: its successor finds the box as that leaves it
-        return await asyncio.shield(self._in_background(self._do(held, verb, args, options)))
+        work = getattr(held.box, verb)(*args, **options)
+        value = await asyncio.shield(self._in_background(self._do(held, work)))
+        if verb != "spawn":
+            return value
+        held.processes.append(value)
+        return len(held.processes) - 1
+
+    async def talk(self, box_id: str, key: str, number: int, verb: str, *args: Any, **options: Any) -> Any:
+        """A verb of `PROCESS_VERBS` on a spawned program. SandboxLost as `call`; ValueError if there is none.
+
+        What a caller that is gone had read is read: its successor gets what comes after.
+        """
+        if verb not in PROCESS_VERBS:
+            raise ValueError(f"{verb!r} is no verb of a program; those are {', '.join(PROCESS_VERBS)}")
+        self._leases.check(box_id, key)
+        held = self._held[box_id]
+        if not 0 <= number < len(held.processes):
+            raise ValueError(f"program {number} of {box_id}; {len(held.processes)} were spawned there")
+        self._used_at = time.monotonic()
+        work = getattr(held.processes[number], verb)(*args, **options)
+        return await asyncio.shield(self._in_background(self._do(held, work)))
 
     async def rewind(self, box_id: str, key: str, number: int) -> None:
         """The next verb is the box's number `number`, counted from 1 over all of its owners.
@@ -300,9 +325,9 @@ class SandboxHost:
         finally:
             self._opening[spec] -= 1
 
-    async def _do(self, held: _Held, verb: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    async def _do(self, held: _Held, work: Awaitable[Any]) -> Any:
         try:
-            value = await getattr(held.box, verb)(*args, **options)
+            value = await work
         except SandboxLost:
             self.counts.lost += not held.is_lost
             held.is_lost = True

@@ -23,9 +23,9 @@ from consilience.sandboxes.blocking import (
     LoopThread,
     loop_thread,
 )
-from consilience.sandboxes.box import FILE_TIMEOUT_S
+from consilience.sandboxes.box import FILE_TIMEOUT_S, PACK_TIMEOUT_S
 from consilience.sandboxes.host import Granted, HostLimits, SandboxHost
-from consilience.sandboxes.protocol import ExecResult, SandboxSpec
+from consilience.sandboxes.protocol import ExecResult, SandboxSpec, Snapshot
 
 
 class Ask(Protocol):
@@ -56,6 +56,34 @@ class HostBox:
     def run_python(self, code: str, *, stdin: bytes = b"", timeout_s: float | None = None) -> ExecResult:
         return self._call("run_python", code, stdin=stdin, timeout_s=timeout_s)
 
+    def shell(
+        self,
+        script: str,
+        *,
+        session: str = "main",
+        timeout_s: float | None = None,
+        is_background: bool = False,
+    ) -> ExecResult:
+        return self._call("shell", script, session=session, timeout_s=timeout_s, is_background=is_background)
+
+    def spawn(
+        self,
+        argv: list[str],
+        *,
+        stdin: bytes = b"",
+        cwd: str | None = None,
+        env: dict[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> HostProcess:
+        number = self._call("spawn", argv, stdin=stdin, cwd=cwd, env=env, timeout_s=timeout_s)
+        return HostProcess(self._ask, self, number, self._limit_s + (timeout_s or 0.0))
+
+    def snapshot(self, *, max_bytes: int | None = None) -> Snapshot:
+        return self._call("snapshot", more_s=2 * PACK_TIMEOUT_S, max_bytes=max_bytes)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        self._call("restore", snapshot, more_s=2 * PACK_TIMEOUT_S)
+
     def read(self, path: str, *, max_bytes: int = 1 << 20) -> bytes:
         return self._call("read", path, max_bytes=max_bytes)
 
@@ -70,8 +98,37 @@ class HostBox:
         """
         self._ask("rewind", self.id, self.key, num_done + 1, limit_s=ORDER_LIMIT_S)
 
-    def _call(self, verb: str, *args: Any, **options: Any) -> Any:
-        return self._ask("call", self.id, self.key, verb, *args, limit_s=self._limit_s, **options)
+    def _call(self, verb: str, *args: Any, more_s: float = 0.0, **options: Any) -> Any:
+        limit_s = self._limit_s + more_s
+        return self._ask("call", self.id, self.key, verb, *args, limit_s=limit_s, **options)
+
+
+class HostProcess:
+    """A program that was spawned in a `HostBox`: the verbs of `Process`, blocking."""
+
+    def __init__(self, ask: Ask, box: HostBox, number: int, limit_s: float) -> None:
+        self._ask, self._box, self._number, self._limit_s = ask, box, number, limit_s
+
+    def write(self, data: bytes) -> None:
+        self._talk("write", data)
+
+    def close_stdin(self) -> None:
+        self._talk("close_stdin")
+
+    def read(
+        self, max_bytes: int = 1 << 16, *, is_stderr: bool = False, timeout_s: float | None = None
+    ) -> bytes:
+        return self._talk("read", max_bytes, is_stderr=is_stderr, timeout_s=timeout_s)
+
+    def kill(self, number: int = 9) -> None:
+        self._talk("kill", number)
+
+    def wait(self, timeout_s: float | None = None) -> ExecResult:
+        return self._talk("wait", timeout_s)
+
+    def _talk(self, verb: str, *args: Any, **options: Any) -> Any:
+        box = self._box
+        return self._ask("talk", box.id, box.key, self._number, verb, *args, limit_s=self._limit_s, **options)
 
 
 class HostPool:

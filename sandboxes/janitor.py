@@ -24,8 +24,10 @@ while [ $tries -lt 100 ]; do
   for path in $(grep -lsF -- "$MARK" /proc/[0-9]*/cmdline); do
     pid=${path#/proc/}; kill -s KILL "${pid%/cmdline}" 2>/dev/null
   done
-  for group in ${1:+"$1/$3"* "$2/$3"*}; do
-    [ -d "$group" ] && { rmdir "$group" 2>/dev/null || left=1; }
+  for prefix; do
+    for group in "$prefix"*; do
+      [ -d "$group" ] && { rmdir "$group" 2>/dev/null || left=1; }
+    done
   done
   [ $left = 0 ] && [ $tries -ge 10 ] && exit 0
   tries=$((tries + 1)); sleep 0.1
@@ -75,10 +77,10 @@ class Janitor:
     """
 
     def __init__(self, where: Hierarchy | None) -> None:
-        folders = [str(where.memory), str(where.pids), owner_prefix()] if where else []
+        prefixes = [str(folder / owner_prefix()) for folder in where.folders] if where else []
         self.mark = new_mark()
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", _SCRIPT, "janitor", *folders],
+            ["/bin/sh", "-c", _SCRIPT, "janitor", *prefixes],
             stdin=subprocess.PIPE,  # held open until this process ends, however it ends
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from consilience.conf.errors import TrajectoryBroken
-from consilience.sandboxes.protocol import ExecResult, ExecStatus
+from consilience.sandboxes.protocol import ExecResult, ExecStatus, ShellState, Snapshot
 
 START = "0" * 64  # what the first record is bound to
 _KEPT_RESULTS = 8  # in memory
@@ -203,20 +203,26 @@ def _bound(head: str, body: bytes) -> str:
     return hashlib.sha256(head.encode() + body).hexdigest()
 
 
-def outcome_of(value: ExecResult | bytes | OSError | None) -> dict[str, Any]:
+def outcome_of(value: ExecResult | Snapshot | bytes | OSError | None) -> dict[str, Any]:
     """A verb's answer, for `settle`; `value_of` is its inverse."""
     if isinstance(value, ExecResult):
         row = asdict(replace(value, enforced=None))  # a fact of the box, which the log's first record tells
-        return {**row, "status": value.status.value}
+        return {**row, "status": value.status.value, "shell": value.shell and value.shell.value}
+    if isinstance(value, Snapshot):
+        return asdict(value)
     if isinstance(value, OSError):
         return {"errno": value.errno, "text": value.strerror or str(value)}
     return {"data": value}
 
 
-def value_of(outcome: Mapping[str, Any]) -> ExecResult | bytes | None:
+def value_of(outcome: Mapping[str, Any]) -> ExecResult | Snapshot | bytes | None:
     """What the verb returned then; raises the OSError that it raised."""
     if "errno" in outcome:
         raise OSError(outcome["errno"], outcome["text"])
     if "status" in outcome:
-        return ExecResult(**{**outcome, "status": ExecStatus(outcome["status"])})
+        shell = outcome.get("shell")
+        told = {"status": ExecStatus(outcome["status"]), "shell": ShellState(shell) if shell else None}
+        return ExecResult(**{**outcome, **told})
+    if "archive" in outcome:
+        return Snapshot(**outcome)
     return outcome["data"]

@@ -18,10 +18,15 @@ from typing import Any
 
 from consilience.conf.errors import OutcomeUnknown, SandboxLost, TrajectoryDiverged
 from consilience.sandboxes.host_creation import Opener
-from consilience.sandboxes.protocol import Enforced, ExecResult, Sandbox, SandboxSpec
+from consilience.sandboxes.protocol import Enforced, ExecResult, Process, Sandbox, SandboxSpec, Snapshot
 from consilience.sandboxes.trajectory import Entry, TrajectoryLog, hash_of, outcome_of, unplain, value_of
 
-REPEATABLE = ("read", "write")  # twice in a row they leave and answer what they would have once
+REPEATABLE = (
+    "read",
+    "write",
+    "snapshot",
+    "restore",
+)  # twice in a row they leave and answer what they would have once
 _RUN_TO_RUN = (  # what may differ in the output of the same command
     (re.compile(rb"0x[0-9a-f]{6,16}\b"), b"0xADDRESS"),
     (re.compile(rb"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?\b"), b"TIME"),
@@ -70,6 +75,36 @@ class LoggedSandbox:
         self, code: str, *, stdin: bytes = b"", timeout_s: float | None = None
     ) -> ExecResult:
         return await self._once("run_python", {"code": code, "stdin": stdin, "timeout_s": timeout_s})
+
+    async def shell(
+        self,
+        script: str,
+        *,
+        session: str = "main",
+        timeout_s: float | None = None,
+        is_background: bool = False,
+    ) -> ExecResult:
+        given = {"script": script, "session": session, "timeout_s": timeout_s, "is_background": is_background}
+        return await self._once("shell", given)
+
+    async def spawn(
+        self,
+        argv: list[str],
+        *,
+        stdin: bytes = b"",
+        cwd: str | None = None,
+        env: dict[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Process:
+        """A conversation has no one result to answer with again: it is noted, and is no numbered command."""
+        self.log.note("spawn", argv=argv, stdin=stdin, cwd=cwd, env=env, timeout_s=timeout_s)
+        return await self._box.spawn(argv, stdin=stdin, cwd=cwd, env=env, timeout_s=timeout_s)
+
+    async def snapshot(self, *, max_bytes: int | None = None) -> Snapshot:
+        return await self._once("snapshot", {"max_bytes": max_bytes})
+
+    async def restore(self, snapshot: Snapshot) -> None:
+        await self._once("restore", {"archive": snapshot.archive, "digest": snapshot.digest})
 
     async def read(self, path: str, *, max_bytes: int = 1 << 20) -> bytes:
         return await self._once("read", {"path": path, "max_bytes": max_bytes})
@@ -138,8 +173,14 @@ async def call(box: Sandbox, op: str, args: Mapping[str, Any]) -> Any:
         return await box.exec(**args)
     if op == "run_python":
         return await box.run_python(**args)
+    if op == "shell":
+        return await box.shell(**args)
     if op == "read":
         return await box.read(**args)
+    if op == "snapshot":
+        return await box.snapshot(**args)
+    if op == "restore":
+        return await box.restore(Snapshot(args["digest"], args["archive"], 0))
     return await box.write(**args)
 
 

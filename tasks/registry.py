@@ -8,7 +8,15 @@ from typing import Any
 
 from consilience.conf.errors import TaskError
 from consilience.conf.fields import nearest, setting
-from consilience.tasks import agent, code_domain, file_domain, mathematics
+from consilience.tasks import (
+    agent,
+    code_domain,
+    file_domain,
+    mathematics,
+    number_lists,
+    own_class,
+    repository,
+)
 from consilience.tasks.parameters import plain, read_parameters
 from consilience.tasks.split_domain import SplitDomain
 from consilience.tasks.splits import SplitFractions
@@ -19,7 +27,7 @@ class DomainSettings:
     """What `load_domain` reads. null: the kind's own value."""
 
     name: str | None = setting(None, "name in records and reports; null: the kind")
-    kind: str | None = setting(None, "mathematics (or math), code, agent, file; null: the name")
+    kind: str | None = setting(None, "one of KINDS, or a class: FILE.py:CLASS; null: the name")
     seed: int = setting(0, "seed of the order problems are drawn in; the splits do not depend on it", low=0)
     path: str | None = setting(None, "data file of kind=file")
     effort: str | None = setting(None, "chat, think, or an effort level of the protocol")
@@ -40,10 +48,10 @@ def load_domain(settings: Mapping[str, Any] | str) -> SplitDomain:
     given = plain({"kind": settings} if isinstance(settings, str) else settings)
     read = read_parameters(DomainSettings, given, where="domain")
     kind = read.kind or read.name or ""
-    if kind not in KINDS:
+    if kind not in KINDS and ":" not in kind:
         raise TaskError(f"unknown domain {kind!r}; {nearest(kind, KINDS)}")
-    name = read.name or kind
-    domain = KINDS[kind](name, read)
+    name = read.name or kind.rpartition(":")[2]
+    domain = _own_class(name, read, kind) if ":" in kind else KINDS[kind](name, read)
     overrides = ("reward", "max_turns", "max_tokens", "needs_sandbox")
     for key in overrides:
         if getattr(read, key) is not None:
@@ -78,6 +86,32 @@ def _agent(name: str, read: DomainSettings) -> SplitDomain:
     )
 
 
+def _number_lists(name: str, read: DomainSettings, form: str, reward: str) -> SplitDomain:
+    kind = number_lists.NumberListsParameters
+    parameters = read_parameters(kind, read.parameters, where=f"{name}.parameters")
+    source = number_lists.NumberListsSource(name, parameters, form=form, seed=read.seed)
+    return SplitDomain(name, read.effort or "chat", reward, 1, 256, True, source, fractions=read.splits)
+
+
+def _programs(name: str, read: DomainSettings) -> SplitDomain:
+    return _number_lists(name, read, "program", number_lists.PROGRAM_REWARD)
+
+
+def _functions(name: str, read: DomainSettings) -> SplitDomain:
+    return _number_lists(name, read, "function", number_lists.FUNCTION_REWARD)
+
+
+def _repository(name: str, read: DomainSettings) -> SplitDomain:
+    kind = repository.RepositoryParameters
+    parameters = read_parameters(kind, read.parameters, where=f"{name}.parameters")
+    source = repository.RepositorySource(name, parameters)
+    fractions = read.splits if read.splits != SplitFractions() else FEW
+    return SplitDomain(
+        name, read.effort or "chat", repository.REWARD, 24, 8192, True, source, repository.TOOLS,
+        fractions=fractions, hint="ask for fewer, or give parameters.folder tasks of your own",
+    )  # fmt: skip
+
+
 def _file(name: str, read: DomainSettings) -> SplitDomain:
     given = ({"path": read.path} if read.path is not None else {}) | dict(read.parameters)
     parameters = read_parameters(file_domain.FileParameters, given, where=f"{name}.parameters")
@@ -90,5 +124,27 @@ def _file(name: str, read: DomainSettings) -> SplitDomain:
     )  # fmt: skip
 
 
-# Short and long names of the four kinds.
-KINDS = {"mathematics": _mathematics, "math": _mathematics, "code": _code, "agent": _agent, "file": _file}
+def _own_class(name: str, read: DomainSettings, path: str) -> SplitDomain:
+    source = own_class.OwnSource(name, path, read.parameters)
+    effort = read.effort or source.setting("effort", "chat")
+    limits = (source.setting("max_turns", 1), source.setting("max_tokens", 256))
+    return SplitDomain(
+        name, effort, f"{path}.score", *limits, source.setting("needs_sandbox", False), source, source.tools,
+        fractions=read.splits, hint="ask for fewer, or have the class make more",
+    )  # fmt: skip
+
+
+# A dozen tasks: with the usual shares a split would be empty more often than not.
+FEW = SplitFractions(0.6, 0.15, 0.25)
+
+# Short and long names of the kinds.
+KINDS = {
+    "mathematics": _mathematics,
+    "math": _mathematics,
+    "code": _code,
+    "agent": _agent,
+    "programs": _programs,
+    "functions": _functions,
+    "repository": _repository,
+    "file": _file,
+}

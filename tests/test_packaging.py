@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-NO_PACKAGES = {"tests", "bench", "docs", "build", "dist", "runs", "wandb"}
+NO_PACKAGES = {"tests", "bench", "examples", "docs", "build", "dist", "runs", "wandb"}
 
 
 def _folders_with_python() -> set[str]:

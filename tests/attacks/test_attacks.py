@@ -28,7 +28,7 @@ TABLES = (
     network_attacks,
 )
 ATTACKS = [attack for table in TABLES for attack in table.ATTACKS]
-LATE_S = 1.5  # two cores with other work on them: a process waits for its turn, and does so several times
+LATE_S = 0.5  # what a driver may take to end a command, its box full of spinning processes
 
 
 def _rows() -> list:

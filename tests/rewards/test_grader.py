@@ -6,6 +6,7 @@ import pytest
 
 from consilience.conf.errors import RewardError, SandboxUnavailable
 from consilience.rewards.grader import RewardGrader
+from consilience.rollout.boxes import FakeBoxes
 from consilience.rollout.grading import ExecutedCall, GradeItem
 from consilience.rollout.records import OutcomeKind
 from consilience.sandboxes.protocol import Isolation, SandboxSpec
@@ -94,3 +95,47 @@ def test_metadata_crosses_unchanged(tmp_path):
     item = GradeItem("1", "d", f"{file}:score", prompt, "", "", (), (), "stop", metadata)
     with RewardGrader() as grader:
         assert grader.grade([item])[0].reward == 1.0
+
+
+def test_several_gradings_share_a_box_until_one_ends_badly_and_none_sees_what_another_left(tmp_path):
+    file = tmp_path / "r.py"
+    file.write_text(
+        "def score(completion, *, prompt, metadata, sandbox):\n"
+        ' code = \'import glob, os; print(len(glob.glob("*"))); open("left", "w").close()\'\n'
+        " found = sandbox.run_python(code).stdout\n"
+        " if completion.text == 'hang': sandbox.run_python('while 1: pass', timeout_s=0.2)\n"
+        " return float(found)"
+    )
+    texts = ["", "", "", "", "hang", "", ""]
+    items = [
+        GradeItem(str(i), "d", f"{file}:score", "", text, "", (), (), "stop", {}, needs_sandbox=True)
+        for i, text in enumerate(texts)
+    ]
+    with RewardGrader(sandbox=SPEC, gradings_per_box=3) as grader:
+        verdicts = grader.grade(items)
+    assert [v.reward for v in verdicts] == [0.0] * 7
+    ids = [v.sandbox_ids[0] for v in verdicts]
+    assert ids[0] == ids[1] == ids[2] and ids[3] == ids[4] and ids[5] == ids[6]
+    assert len(set(ids)) == 3
+
+
+def test_an_episodes_own_box_is_asked_for_its_patch_only_where_the_judge_wants_a_box(tmp_path):
+    file = tmp_path / "r.py"
+    file.write_text(
+        "def score(completion, *, prompt, metadata, sandbox):\n"
+        " return float(-1 if completion.patch is None else completion.patch.count('+x'))"
+    )
+    box = FakeBoxes(1).lease()
+    box.write("a.py", b"x = 2\n")
+    lost = FakeBoxes(1).lease()
+    lost.is_lost = True
+
+    def item(own, **more):
+        more = {"files": {"a.py": "x = 1\n"}, "needs_sandbox": True, **more}
+        return GradeItem("u", "d", f"{file}:score", "", "", "", (), (), "stop", {}, sandbox=own, **more)
+
+    items = [item(box), item(None), item(box, needs_sandbox=False), item(box, files={}), item(lost)]
+    with RewardGrader(sandbox=SPEC) as grader:
+        verdicts = grader.grade(items)
+    assert [v.reward for v in verdicts] == [1.0, -1.0, -1.0, -1.0, None]
+    assert verdicts[-1].outcome.kind is OutcomeKind.INFRA

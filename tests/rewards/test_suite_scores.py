@@ -92,6 +92,12 @@ def test_the_right_patch_passes_and_its_task_has_no_fault(box):
     assert faults_of_task(TASK, GOLD, box) == []
 
 
+def test_a_wrong_answer_that_meets_the_opposite_of_a_test_is_wrong_and_no_more(box):
+    tests = {"t.py": "from calc import add\ndef test_none():\n    assert add(1, 2) is not None\n"}
+    task = {**TASK, "tests": tests, "fails_before": ["t.py::test_none"], "passes_before": []}
+    assert marks(change("def add(a, b):", "    return None"), box, task)["reward"] == 0.0
+
+
 def test_tasks_that_show_nothing_are_refused(box):
     faults = faults_of_task({**TASK, "fails_before": [IDS["test_twice"]]}, GOLD, box)
     assert faults == [f"{IDS['test_twice']} passes without the patch"]
@@ -178,7 +184,7 @@ TAMPERS = {
 
 @pytest.mark.parametrize("name", TAMPERS)
 def test_what_makes_every_test_pass_is_named_tampering(box, name):
-    with pytest.raises(Tamper, match="twins passed that must fail"):
+    with pytest.raises(Tamper, match="passed together with what must then fail"):
         marks(TAMPERS[name], box)
     assert marks(GOLD, box)["reward"] == 1.0
 

@@ -7,7 +7,7 @@ import pytest
 from consilience.rewards.interface import Tier
 from consilience.tasks.registry import load_domain
 
-DOMAINS = ("math", "code", "agent")
+DOMAINS = ("math", "code", "agent", "programs", "functions", "repository")
 
 
 @pytest.mark.parametrize("name", DOMAINS)

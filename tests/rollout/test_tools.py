@@ -7,6 +7,8 @@ from consilience.rollout.boxes import FakeBoxes
 from consilience.rollout.encoding import encode_messages
 from consilience.rollout.parsing import ToolCall
 from consilience.rollout.tools import TOOLS, cut, declare_tools, run_tool, tool_schemas
+from consilience.sandboxes.blocking import open_blocking
+from consilience.sandboxes.protocol import Isolation, SandboxSpec
 
 ALL = tuple(TOOLS)
 
@@ -78,3 +80,22 @@ def test_schemas_go_onto_the_system_message_once():
     assert '"required": ["path", "content"]' in encode_messages(declare_tools([user], ("write",)))
     with pytest.raises(ConfigError, match="teleport"):
         declare_tools([user], ("teleport",))
+
+
+def test_an_edit_replaces_what_is_there_once_and_says_what_is_not():
+    spec = SandboxSpec(driver="insecure_subprocess", min_isolation=Isolation.NONE, allow_insecure=True)
+    b = open_blocking(spec)
+    try:
+        b.write("a.py", b"x = 1\r\ny = 1\n")
+        edit = lambda old, new, path="a.py": run_tool(
+            b, ToolCall("edit", {"path": path, "old": old, "new": new}), ALL
+        )
+        assert edit("x = 1", "x = '\u00e9'") == "edited a.py\n"
+        assert b.read("a.py") == "x = '\u00e9'\r\ny = 1\n".encode()
+        assert edit("z", "w") == "error: 0 places of a.py hold that text; one must"
+        assert edit("=", "w") == "error: 2 places of a.py hold that text; one must"
+        assert edit("", "w").startswith("error: 0 places")
+        assert edit("x", "y", "none.py") == "error: none.py: No such file or directory"
+        assert b.read("a.py") == "x = '\u00e9'\r\ny = 1\n".encode()
+    finally:
+        b.destroy()

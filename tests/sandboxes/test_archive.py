@@ -8,7 +8,7 @@ import tarfile
 
 import pytest
 
-from consilience.sandboxes.archive import MAX_DEPTH, make_snapshot
+from consilience.sandboxes.archive import MAX_DEPTH, make_snapshot, pack_files, read_files
 from consilience.sandboxes.protocol import Limits, Snapshot
 
 
@@ -122,3 +122,14 @@ def test_a_compressed_archive_is_refused():
 
     with pytest.raises(ValueError, match="cannot be read"):
         make_snapshot(gzip.compress(tar_of(("f", tarfile.REGTYPE, b"x"))))
+
+
+def test_packed_files_are_read_back_and_what_is_no_file_or_too_large_is_named():
+    files = {"a/b/c.txt": b"1", "a.txt": b"", "z": b"12345"}
+    assert read_files(pack_files(files), max_file_bytes=5) == files
+    assert read_files(pack_files(files), max_file_bytes=4) == {**files, "z": None}
+    assert pack_files(files) == pack_files(dict(reversed(files.items())))
+    linked = make_snapshot(tar_of(("d", tarfile.DIRTYPE, b""), ("d/l", tarfile.SYMTYPE, "/etc/passwd")))
+    assert read_files(linked, max_file_bytes=5) == {"d/l": None}
+    with pytest.raises(ValueError):
+        read_files(Snapshot("", b"no archive", 0), max_file_bytes=5)

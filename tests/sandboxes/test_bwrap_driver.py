@@ -56,6 +56,16 @@ def test_no_two_boxes_of_root_share_a_uid_and_all_of_them_are_mapped_elsewhere(o
     assert b"0\n" not in uids
 
 
+def test_a_box_of_root_has_one_processor_where_groups_can_limit_it(box, driver):
+    where = cgroups.find_hierarchy()
+    cpu = where.cpu if isinstance(where, cgroups.Hierarchy) else None
+    found = [] if cpu is None else list(cpu.glob(cgroups.owner_prefix() + "*"))
+    name = "cpu.cfs_quota_us" if isinstance(where, cgroups.Hierarchy) and where.version == 1 else "cpu.max"
+    quotas = {folder.name: (folder / name).read_text().split()[0] for folder in found}
+    assert all(quota == "100000" for quota in quotas.values())
+    assert (driver == "bwrap_root" and cpu is not None) <= any(box.id in folder for folder in quotas)
+
+
 def test_a_destroyed_box_leaves_no_process_and_no_group(open_box):
     marker = f"86400.{os.getpid()}{time.monotonic_ns()}"
     one = open_box()

@@ -27,9 +27,10 @@ def v2_tree(root: Path, controllers: str) -> Path:
 def test_version_two_is_used_where_it_has_both_controllers(tmp_path):
     root = tmp_path / "cgroup"
     where = cgroups.find_hierarchy(root, v2_tree(root, "cpu io memory pids\n"))
-    assert where == Hierarchy(2, root / "consilience-boxes", root / "consilience-boxes")
+    base = root / "consilience-boxes"
+    assert where == Hierarchy(2, base, base, base)
     for folder in (root, root / "consilience-boxes"):
-        assert (folder / "cgroup.subtree_control").read_text() == "+memory +pids\n"
+        assert (folder / "cgroup.subtree_control").read_text() == "+cpu +memory +pids\n"
 
 
 def test_version_two_without_the_controllers_says_so(tmp_path):
@@ -62,6 +63,32 @@ def test_a_group_writes_its_limits_and_reads_its_counters(tmp_path):
     assert group.counters() == {"oom": 2, "pids": 7}
     group.add(42)
     assert (folder / "cgroup.procs").read_text() == "42\n"
+
+
+def test_a_box_has_one_processor_where_there_is_such_a_controller(tmp_path):
+    Group(Hierarchy(2, tmp_path, tmp_path, tmp_path), "box", memory_bytes=1000, processes=5)
+    assert (tmp_path / "box/cpu.max").read_text() == "100000 100000\n"
+    for name in "mpc":
+        (tmp_path / name).mkdir()
+    where = Hierarchy(1, tmp_path / "m", tmp_path / "p", tmp_path / "c")
+    group = Group(where, "box", memory_bytes=1000, processes=5)
+    assert (tmp_path / "c/box/cpu.cfs_quota_us").read_text() == "100000\n"
+    group.add(42)
+    assert (tmp_path / "c/box/cgroup.procs").read_text() == "42\n"
+    assert sorted(f.name for f in (tmp_path / "c/box").iterdir()) == [
+        "cgroup.procs",
+        "cpu.cfs_period_us",
+        "cpu.cfs_quota_us",
+    ]
+
+
+def test_version_one_without_a_quota_of_processors_does_without(tmp_path):
+    for name in ("memory", "pids", "cpu"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "membership").write_text("4:memory:/\n8:pids:/\n1:cpu:/\n")
+    (tmp_path / "cpu").rmdir()
+    where = cgroups.find_hierarchy(tmp_path, tmp_path / "membership")
+    assert where == Hierarchy(1, tmp_path / "memory", tmp_path / "pids")
 
 
 def test_version_one_limits_memory_and_swap_together(tmp_path):

@@ -232,11 +232,24 @@ async def test_close_ends_boxes_on_lease_and_those_who_wait_are_told(host, opene
 
 
 @host_test()
-async def test_only_the_four_verbs_reach_a_box(host, opener):
+async def test_only_its_verbs_reach_a_box(host, opener):
     granted = await host.lease("a", SPEC)
     for verb in ("destroy", "reset", "_check"):
         with pytest.raises(ValueError, match="no verb of a leased box"):
             await host.call(granted.box_id, granted.key, verb)
+
+
+@host_test()
+async def test_only_a_programs_own_verbs_reach_it_and_only_with_the_key(host, opener):
+    granted = await host.lease("a", SPEC)
+    number = await host.call(granted.box_id, granted.key, "spawn", ["cat"])
+    with pytest.raises(ValueError, match="no verb of a program"):
+        await host.talk(granted.box_id, granted.key, number, "_run")
+    with pytest.raises(ValueError, match="1 were spawned there"):
+        await host.talk(granted.box_id, granted.key, 1, "wait")
+    with pytest.raises(SandboxLost, match="taken over"):
+        await host.talk(granted.box_id, "guess", number, "wait")
+    assert (await host.talk(granted.box_id, granted.key, number, "wait")).exit_code == 0
 
 
 @host_test()

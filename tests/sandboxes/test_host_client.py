@@ -9,7 +9,7 @@ from consilience.conf.errors import SandboxLost, SandboxUnavailable
 from consilience.sandboxes.fake import FakeSandbox
 from consilience.sandboxes.host import HostLimits
 from consilience.sandboxes.host_client import HostPool, LocalHost
-from consilience.sandboxes.protocol import Limits, SandboxSpec
+from consilience.sandboxes.protocol import Limits, SandboxSpec, ShellState
 
 SPEC = SandboxSpec()
 QUICK = HostLimits(ttl_s=0.3, sweep_s=0.03)
@@ -117,3 +117,42 @@ def test_real_boxes_warm_found_and_reaped():
             assert other.describe()["leased"] == 0 and other.lease().id != box.id
     finally:
         local.close()
+
+
+def test_shells_streamed_programs_and_snapshots_of_a_real_box_go_through_a_host(tmp_path):
+    local = LocalHost(HostLimits(log_folder=str(tmp_path)))
+    try:
+        with HostPool(local.ask, SandboxSpec(driver="bwrap", limits=Limits(processes=32))) as pool:
+            box = pool.lease()
+            assert box.shell("cd /tmp; x=5").shell is ShellState.NEW
+            told = box.shell('echo "$x $PWD"')
+            assert (told.stdout, told.shell) == (b"5 /tmp\n", ShellState.KEPT)
+            cat = box.spawn(["cat"])
+            cat.write(b"one\n")
+            assert cat.read(timeout_s=5.0) == b"one\n"
+            with pytest.raises(TimeoutError):
+                cat.read(timeout_s=0.05)
+            cat.close_stdin()
+            assert cat.read(timeout_s=5.0) == b"" and cat.wait(5.0).exit_code == 0
+            box.write("a/b", b"1")
+            before = box.snapshot()
+            box.write("a/b", b"2")
+            box.restore(before)
+            assert box.read("a/b") == b"1" and box.snapshot().digest == before.digest
+            (log,) = tmp_path.iterdir()
+            assert len((log / "log.jsonl").read_bytes().splitlines()) > 10
+    finally:
+        local.close()
+
+
+def test_a_snapshot_that_was_taken_is_answered_again_to_a_successor(host):
+    with HostPool(host.ask, SPEC, owner="a", beat_s=0.05) as pool:
+        box = pool.lease()
+        box.write("f", b"1")
+        taken = box.snapshot()
+        with HostPool(host.ask, SPEC, owner="b", beat_s=0.05) as other:
+            found = other.find(box.id)
+            found.resume(1)
+            assert found.snapshot() == taken
+            found.write("f", b"2")
+            assert found.snapshot() != taken

@@ -50,6 +50,29 @@ def test_a_client_that_starts_again_gets_the_same_answers_and_nothing_runs_twice
     asyncio.run(used())
 
 
+def test_shells_and_snapshots_are_answered_from_the_log_and_a_spawn_is_noted(tmp_path):
+    async def used():
+        fake = FakeSandbox(counting)
+        box = LoggedSandbox(fake, TrajectoryLog(tmp_path))
+        await box.write("f", b"x" * 1000)
+        answers = [await box.shell("a"), await box.snapshot(), await box.shell("b", session="s")]
+        assert (await (await box.spawn(["p"])).wait()).is_ok
+        await box.restore(answers[1])
+        again = LoggedSandbox(fake, TrajectoryLog(tmp_path))
+        again.rewind(2)
+        assert [
+            await again.shell("a"),
+            await again.snapshot(),
+            await again.shell("b", session="s"),
+        ] == answers
+        fake.files["f"] = b"after"
+        await again.restore(answers[1])
+        assert fake.files["f"] == b"after"
+        assert "spawn" in [event["what"] for event in again.log.events]
+
+    asyncio.run(used())
+
+
 def test_another_command_under_the_same_number_stops_before_anything_runs(tmp_path):
     async def used():
         fake = FakeSandbox(counting)
