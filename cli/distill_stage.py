@@ -26,6 +26,7 @@ from consilience.cli.training_stage import (
 )
 from consilience.conf.schema import Config
 from consilience.distill.objectives import Objective
+from consilience.distill.replay import STATES, replay_phases
 from consilience.distill.train import DistillSettings, TeacherSide, train_distill
 from consilience.model.checkpoint import to_official
 from consilience.rollout.store import RolloutStore
@@ -50,10 +51,16 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
     for record in registry:
         admit(start.folder, record.checkpoint, record.name)
     pool = rollout_pool(cfg, start.model.config, start.tokenizer, domains, start.family)
-    hidden = HiddenStore(context.folder.path / "hidden_states")
+    hidden = HiddenStore(
+        context.folder.path / STATES,
+        budget_bytes=settings.store_bytes,
+        keeps=settings.keep_states,
+        also=[Path(settings.replay) / STATES] if settings.replay else [],
+    )
     heads = HeadCache(device_of(cfg))
     load = partial(load_model_teacher, quantization=cfg.engine.quantization)
-    side = TeacherSide(registry, TeacherScheduler(registry, load, hidden), hidden, heads)
+    scheduler = TeacherScheduler(registry, load, hidden, may_load=settings.replay is None)
+    side = TeacherSide(registry, scheduler, hidden, heads)
     schedule = DistillSettings(
         steps=settings.steps,
         mini_batches=settings.mini_batches,
@@ -74,6 +81,8 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         store = rollout_store(context)
+        if settings.replay:
+            replay_phases(Path(settings.replay), store, settings.steps)
         proven = prove_start(context, pool, parts["engine"].model, parts["start"], store.publications)
         with nullcontext((pool, {})) if settings.mode == "sync" else ahead(pool, settings) as (sampler, how):
             result = train_distill(
@@ -154,7 +163,8 @@ def split_prompts(num: int, domains: Sequence[str], shares: Mapping[str, float])
 def _self_kl(checkpoint: Path, store: RolloutStore, row_tokens: int) -> float:
     """Mean KL of the finished student to itself as a teacher, through the stored-state path."""
     from consilience.distill.loss import distill_loss
-    from consilience.distill.train import pack_records, score_request
+    from consilience.distill.samples import score_request
+    from consilience.distill.train import pack_records
     from consilience.training.forward import hidden_at_loss, sample_order
 
     records = [r for r in store.read(store.phases()[-1]) if r.num_sampled][:32]

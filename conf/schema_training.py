@@ -194,6 +194,17 @@ class DistillConfig:
     )
     row_tokens: int = setting(512, "length of a packed row", unit="tokens", low=16)
     init: str | None = setting(None, "checkpoint folder of the student's start; null: the base stage")
+    keep_states: bool = setting(
+        False, "teachers' hidden states stay after their mini-batch, for other losses and weights"
+    )
+    store_bytes: int | None = setting(
+        None, "most hidden states on disk at once; null: what the disk takes", unit="bytes", low=1
+    )
+    replay: str | None = setting(
+        None,
+        "folder of a distillation stage that kept its states: train on its rollouts and states, sample and "
+        "score nothing",
+    )
     mode: str = _MODE
     max_age: int = _MAX_AGE
     state_on_publish: str = _STATE_ON_PUBLISH

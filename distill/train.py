@@ -8,7 +8,7 @@ by teacher; the trainer rebuilds logits through that teacher's head and minimise
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,16 +20,17 @@ from consilience.distill.balance import UpdateBalance, shares
 from consilience.distill.loss import REVERSE_KL, distill_loss, sample_weights
 from consilience.distill.minibatch import draw_minibatches, segments_by_teacher
 from consilience.distill.objectives import Objective
+from consilience.distill.samples import by_teacher, score_request, training_samples, without
 from consilience.model.forward_trace import Trace
 from consilience.rollout.ahead import PhasesAhead, PhasesInTurn, RolloutStreams, staleness
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.phases import Sampler, publish
-from consilience.rollout.records import FinishReason, RolloutRecord
+from consilience.rollout.records import RolloutRecord
 from consilience.rollout.store import RolloutStore
 from consilience.teachers.heads import HeadCache, HeadLoads
 from consilience.teachers.hidden_store import HiddenStore
 from consilience.teachers.registry import TeacherRegistry
-from consilience.teachers.scheduler import ScoreReport, ScoreRequest, TeacherScheduler
+from consilience.teachers.scheduler import ScoreReport, TeacherScheduler
 from consilience.training.engine import TrainEngine
 from consilience.training.forward import hidden_at_loss, mtp_loss, sample_order
 from consilience.training.metrics import MetricsSink, RolloutRow
@@ -114,10 +115,10 @@ def train_distill(
             records = phases.take(step)
         clock.add_tokens("sampled", sum(r.num_sampled for r in records))
         uids, age = [r.uid for r in records], staleness(records, step)
-        usable = [r for r in records if r.teacher and r.finish is not FinishReason.ABORT]
-        records = [sample for r in usable for sample in r.samples() if sample.num_sampled]
+        records = training_samples(records)
         with clock.phase("score"):
             scored = teachers.scheduler.score([score_request(c) for r in records for c in by_teacher(r)])
+        records, masked = without(records, scored.bad)
         with clock.phase("train"):
             report = train_phase(engine, records, scored, teachers, settings, step, balance)
         store.ledger.trained(step, uids)
@@ -135,6 +136,7 @@ def train_distill(
         by_sample = report.pop("kl_by_sample")
         report |= (
             {"teacher_loads": len(scored.loads), "reused": scored.num_reused}
+            | {"masked_bad_states": len(masked)}
             | age
             | store.health.pop(step, {})
         )
@@ -157,21 +159,6 @@ def _result(rows: Sequence[dict[str, Any]], clock: StageClock) -> dict[str, Any]
         "head_loads": [loads for row in rows for loads in row["head_loads"]],
         "rows": list(rows),
     }
-
-
-def score_request(record: RolloutRecord) -> ScoreRequest:
-    """Positions whose next token the student sampled: the state at t predicts token t + 1."""
-    first = len(record.prompt_ids)
-    positions = tuple(first + i - 1 for i, sampled in enumerate(record.loss_mask) if sampled)
-    return ScoreRequest(record.uid, record.teacher or "", (*record.prompt_ids, *record.token_ids), positions)
-
-
-def by_teacher(record: RolloutRecord) -> list[RolloutRecord]:
-    """A record with several teachers ("a+b") once for each, the teacher in its uid; others as they are."""
-    names = (record.teacher or "").split("+")
-    if len(names) == 1:
-        return [record]
-    return [replace(record, uid=f"{record.uid}@{name}", teacher=name) for name in names]
 
 
 @dataclass

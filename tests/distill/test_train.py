@@ -11,11 +11,10 @@ from small_trainer import GradientKeeper, small_model
 
 from consilience.distill.balance import UpdateBalance
 from consilience.distill.objectives import OBJECTIVES, Objective
+from consilience.distill.samples import by_teacher, score_request
 from consilience.distill.train import (
     DistillSettings,
     TeacherSide,
-    by_teacher,
-    score_request,
     train_distill,
     train_phase,
 )
