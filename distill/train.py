@@ -40,6 +40,10 @@ from consilience.training.schedule import warmup_constant_cosine
 from consilience.training.stage_checkpoints import StageCheckpoints
 from consilience.training.stage_clock import StageClock
 
+NOISE_KL = 1e-6
+"""A mini-batch no token of which has a larger KL (nats) moves nothing: that is what rounding leaves between
+equal models (`admission.SELF_KL_BOUND`), and optimisers that normalise would make full-size steps of it."""
+
 
 @dataclass(frozen=True)
 class DistillSettings:
@@ -169,12 +173,18 @@ class _Tally:
     kl: dict[str, float] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
     pull: dict[str, float] = field(default_factory=dict)
+    max_kl: float = 0.0
 
     def add(self, teacher: str, sums: dict[str, float]) -> None:
         mine = self.by_teacher.setdefault(teacher, {})
         for name, value in sums.items():
             earlier = mine.get(name, 0.0)
             mine[name] = max(earlier, value) if name.startswith("max_") else earlier + value
+
+    def pop_max_kl(self) -> float:
+        """The largest KL of a token since this was last asked."""
+        found, self.max_kl = self.max_kl, 0.0
+        return found
 
     def mean(self, name: str) -> dict[str, float]:
         """A sum by teacher over its loss tokens."""
@@ -193,7 +203,7 @@ def train_phase(
     """All optimiser steps of one phase; `balance` carries what former phases pulled."""
     rng = np.random.default_rng((settings.seed, step))
     balance = balance or UpdateBalance({record.name: record.weight for record in teachers.registry})
-    total: dict[str, Any] = {"train_tokens": 0, "head_loads": []}
+    total: dict[str, Any] = {"train_tokens": 0, "head_loads": [], "skipped_updates": 0}
     tally = _Tally()
     scale = warmup_constant_cosine(
         step,
@@ -208,7 +218,11 @@ def train_phase(
         loads = _mini_batch(engine, chosen, scored, teachers, settings, balance, tally, trace)
         total["head_loads"].append({"distinct": loads.distinct, "loads": loads.loads})
         total["train_tokens"] += sum(len(r.prompt_ids) + len(r.token_ids) for r in chosen)
-        total |= engine.step(scale, trace.expert_load)
+        is_noise = tally.pop_max_kl() <= NOISE_KL
+        if is_noise:
+            engine.model.zero_grad()
+        total |= {"grad_norm": 0.0, "lr": 0.0} if is_noise else engine.step(scale, trace.expert_load)
+        total["skipped_updates"] += is_noise
         teachers.store.free_taken()
     mean = lambda values: sum(values) / len(values)
     total["kl_by_sample"] = {r.uid: mean([tally.kl[c.uid] for c in by_teacher(r)]) for r in records}
@@ -287,6 +301,7 @@ def _segment(
             chunk_tokens=settings.chunk_tokens,
         )
         uids, sizes = [records[s].uid for s in order], [states[s].shape[0] for s in order]
+        tally.max_kl = max(tally.max_kl, float(out.tokens.kl.max()))
         tally.kl.update(zip(uids, _parts(out.tokens.kl, sizes, torch.mean)))
         tally.loss.update(zip(uids, _parts(out.tokens.value * at.weight, sizes, torch.sum)))
 
