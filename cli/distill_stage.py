@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,13 @@ from consilience.cli.training_stage import (
     start_from,
 )
 from consilience.conf.schema import Config
+from consilience.conf.schema_training import GuardConfig
+from consilience.distill.guards import ADVICE, GuardSettings, length_share
 from consilience.distill.objectives import Objective
 from consilience.distill.replay import STATES, replay_phases
 from consilience.distill.train import DistillSettings, TeacherSide, train_distill
 from consilience.model.checkpoint import to_official
+from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.tasks.domain import Domain
@@ -39,6 +43,10 @@ from consilience.teachers.model_teacher import load_model_teacher
 from consilience.teachers.registry import TeacherRecord, TeacherRegistry
 from consilience.teachers.scheduler import TeacherScheduler
 from consilience.training.checkpoint import load_checkpoint
+from consilience.training.metrics import read_metrics, surviving
+
+REFERENCE = "reference"
+"""Name of the student's own start among the teachers."""
 
 
 def run_distill(context: StageContext) -> Mapping[str, Any]:
@@ -47,7 +55,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
     domains = domains_of(cfg)
     start = start_from(context, settings.init, "base", domains.values())
     tokenizer = Tokenizer.load(start.tokenizer)
-    registry = teacher_registry(context)
+    registry = teacher_registry(context, start.folder)
     for record in registry:
         admit(start.folder, record.checkpoint, record.name)
     pool = rollout_pool(cfg, start.model.config, start.tokenizer, domains, start.family)
@@ -76,6 +84,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         final_scale=settings.decay,
         table_rows=cfg.log.table_rows,
         seed=cfg.run.seed,
+        guard=guard_settings(settings.guard, tokenizer.eos_id),
     )
     with open_stage(context, start, settings.lr) as parts:
         context.progress.start(context.name, settings.steps, "phase")
@@ -101,24 +110,24 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         folder = parts["checkpoints"].save(settings.steps, cursor)
     counted = {key: result[key] for key in ("train_tokens", "sampled_tokens", "kl", "head_loads")}
     return result_of(context, parts, folder, counted) | {
-        "health": health_of(context),
+        "health": health_of(context) | guard_health(context),
         "self_kl": _self_kl(folder, store, settings.row_tokens),
         **proven,
     }
 
 
-def teacher_registry(context: StageContext) -> TeacherRegistry:
-    """The configured teachers; without any, the run's own specialists, one a domain."""
-    cfg = context.cfg
+def teacher_registry(context: StageContext, start: Path | None = None) -> TeacherRegistry:
+    """The configured teachers; without any, the run's own specialists, one a domain.
+
+    With `distill.guard.reference_weight` the student's `start` is one more teacher of every domain.
+    """
+    cfg, weight = context.cfg, context.cfg.distill.guard.reference_weight
 
     def specialist(domain: str) -> Path:
         return context.run.path / context.inputs[f"grpo/{domain}"]["checkpoint"]
 
-    given = cfg.teachers.registry
-    if not given:
-        return TeacherRegistry([TeacherRecord(d, specialist(d), (d,), 1.0) for d in cfg.task.domains])
-    return TeacherRegistry(
-        [
+    if given := cfg.teachers.registry:
+        records = [
             TeacherRecord(
                 name,
                 Path(t.checkpoint) if t.checkpoint else specialist(t.domains[0]),
@@ -126,9 +135,25 @@ def teacher_registry(context: StageContext) -> TeacherRegistry:
                 t.weight,
             )
             for name, t in given.items()
-        ],
-        cfg.teachers.shared,
-    )
+        ]
+    else:
+        records = [TeacherRecord(d, specialist(d), (d,), 1.0) for d in cfg.task.domains]
+    if weight and start is not None:
+        records.append(TeacherRecord(REFERENCE, start, tuple(cfg.task.domains), weight))
+    return TeacherRegistry(records, cfg.teachers.shared or weight > 0)
+
+
+def guard_settings(given: GuardConfig, eos: int) -> GuardSettings:
+    """What `distill/guards.py` takes of the configuration."""
+    names = [f.name for f in fields(GuardSettings) if f.name != "eos"]
+    return GuardSettings(**{name: getattr(given, name) for name in names}, eos=eos)
+
+
+def guard_health(context: StageContext) -> dict[str, float]:
+    """Phases of the stage in which each failure was seen, and samples that were masked."""
+    rows = surviving(read_metrics(context.folder.metrics))
+    names = (*(f"guard_{name}" for name in ADVICE), "masked_repeated", "masked_bad_states")
+    return {name: sum(row.get(name) or 0.0 for row in rows) for name in names}
 
 
 def distill_jobs(cfg: Config, domains: Mapping[str, Domain], registry: TeacherRegistry, step: int) -> list:
@@ -146,7 +171,15 @@ def distill_jobs(cfg: Config, domains: Mapping[str, Domain], registry: TeacherRe
             teacher=registry.names(name),
             is_graded=False,
         )
+    share = length_share(step, guard_settings(settings.guard, 0))
+    jobs = [shortened(job, share) for job in jobs] if share < 1 else jobs
     return sorted(jobs, key=lambda job: -job.max_tokens)
+
+
+def shortened(job: RolloutJob, share: float) -> RolloutJob:
+    """A job whose samples may have a share of their full length."""
+    limit = max(1, round(share * job.max_tokens))
+    return replace(job, max_tokens=limit, sampling=replace(job.sampling, max_tokens=limit))
 
 
 def split_prompts(num: int, domains: Sequence[str], shares: Mapping[str, float]) -> dict[str, int]:

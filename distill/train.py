@@ -17,10 +17,12 @@ from torch import Tensor
 
 from consilience.conf.errors import EngineError
 from consilience.distill.balance import UpdateBalance, shares
+from consilience.distill.guards import GuardSettings, failures, guard_samples, spoken, token_factors
 from consilience.distill.loss import REVERSE_KL, distill_loss, sample_weights
 from consilience.distill.minibatch import draw_minibatches, segments_by_teacher
 from consilience.distill.objectives import Objective
 from consilience.distill.samples import by_teacher, score_request, training_samples, without
+from consilience.distill.token_watch import TokenWatch
 from consilience.model.forward_trace import Trace
 from consilience.rollout.ahead import PhasesAhead, PhasesInTurn, RolloutStreams, staleness
 from consilience.rollout.jobs import RolloutJob
@@ -63,6 +65,7 @@ class DistillSettings:
     final_scale: float = 0.1
     table_rows: int = 32
     seed: int = 0
+    guard: GuardSettings = field(default_factory=GuardSettings)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def train_distill(
             records = phases.take(step)
         clock.add_tokens("sampled", sum(r.num_sampled for r in records))
         uids, age = [r.uid for r in records], staleness(records, step)
-        records = training_samples(records)
+        records, seen = guard_samples(training_samples(records), settings.guard)
         with clock.phase("score"):
             scored = teachers.scheduler.score([score_request(c) for r in records for c in by_teacher(r)])
         records, masked = without(records, scored.bad)
@@ -136,17 +139,21 @@ def train_distill(
         for row in rows[-1:]:
             row.pop("balance", None)  # the last row's is enough to go on from
         row = {"step": step + 1, "kl": report["kl"], "head_loads": report["head_loads"]}
+        row |= {"length_mean": seen["length_mean"]} if seen and not rows else {}
         rows.append(row | {"balance": balance.state()})
         by_sample = report.pop("kl_by_sample")
+        first = rows[0] if rows else {}
+        flags = failures(report | seen, first.get("length_mean"), settings.guard)
         report |= (
             {"teacher_loads": len(scored.loads), "reused": scored.num_reused}
-            | {"masked_bad_states": len(masked)}
+            | {"masked_bad_states": len(masked), **seen, **flags}
             | age
             | store.health.pop(step, {})
         )
         log.scalars(step + 1, report)
         log.rollouts(step + 1, _table(records, by_sample, decode, settings.table_rows))
-        progress.advance(1, **{f"kl {name}": value for name, value in report["kl"].items()})
+        warned = {"guard": said} if (said := spoken(flags)) else {}
+        progress.advance(1, **{f"kl {name}": value for name, value in report["kl"].items()}, **warned)
         checkpoints.save_if_due(step + 1, {"clock": clock.state(), "rows": rows})
     store.ledger.check()
     return _result(rows, clock)
@@ -174,6 +181,7 @@ class _Tally:
     loss: dict[str, float] = field(default_factory=dict)
     pull: dict[str, float] = field(default_factory=dict)
     max_kl: float = 0.0
+    watch: TokenWatch = field(default_factory=TokenWatch)
 
     def add(self, teacher: str, sums: dict[str, float]) -> None:
         mine = self.by_teacher.setdefault(teacher, {})
@@ -204,7 +212,7 @@ def train_phase(
     rng = np.random.default_rng((settings.seed, step))
     balance = balance or UpdateBalance({record.name: record.weight for record in teachers.registry})
     total: dict[str, Any] = {"train_tokens": 0, "head_loads": [], "skipped_updates": 0}
-    tally = _Tally()
+    tally = _Tally(watch=TokenWatch(settings.guard.eos))
     scale = warmup_constant_cosine(
         step,
         num_steps=settings.steps,
@@ -229,7 +237,8 @@ def train_phase(
     names = ["kl", "top1_agreement", "student_entropy"]
     names += ["objective"] * (settings.objective.name != "reverse_kl")
     names += ["mtp_loss"] * any("mtp_loss" in part for part in tally.by_teacher.values())
-    return total | {name: tally.mean(name) for name in names} | _shares(records, tally)
+    total |= {name: tally.mean(name) for name in names} | tally.watch.numbers()
+    return total | _shares(records, tally)
 
 
 def _mini_batch(
@@ -285,15 +294,17 @@ def _segment(
     teacher = teachers.registry.get(records[0].teacher or "")
     head = teachers.heads.take(teacher, teachers.scheduler.digests(teacher.name).head)
     states = [teachers.store.take(scored.keys[r.uid]) for r in records]
-    packed = pack_records(records, settings.row_tokens, [weight for _, weight in samples])
+    weights, factors = [weight for _, weight in samples], [token_factors(r, settings.guard) for r in records]
+    packed = pack_records(records, settings.row_tokens, weights, factors)
 
     def loss_fn(model: Any, micro: PackedRows):
         at = hidden_at_loss(model, micro, trace, wants_mtp=settings.mtp_weight > 0, is_detached=True)
         order = sample_order(at)
+        theirs = torch.cat([states[s] for s in order]).to(at.hidden.device)
         out = distill_loss(
             at.hidden,
             model.head.weight,
-            torch.cat([states[s] for s in order]).to(at.hidden.device),
+            theirs,
             head,
             at.weight,
             objective=settings.objective,
@@ -301,6 +312,8 @@ def _segment(
             chunk_tokens=settings.chunk_tokens,
         )
         uids, sizes = [records[s].uid for s in order], [states[s].shape[0] for s in order]
+        ours = (at.hidden, model.head.weight)
+        tally.watch.observe(out.tokens.kl, sizes, at.target_ids, ours, (theirs, head))
         tally.max_kl = max(tally.max_kl, float(out.tokens.kl.max()))
         tally.kl.update(zip(uids, _parts(out.tokens.kl, sizes, torch.mean)))
         tally.loss.update(zip(uids, _parts(out.tokens.value * at.weight, sizes, torch.sum)))
@@ -340,14 +353,21 @@ def _shares(records: Sequence[RolloutRecord], tally: _Tally) -> dict[str, dict[s
 
 
 def pack_records(
-    records: Sequence[RolloutRecord], row_tokens: int, weights: Sequence[float] | None = None
+    records: Sequence[RolloutRecord],
+    row_tokens: int,
+    weights: Sequence[float] | None = None,
+    factors: Sequence[Sequence[float]] | None = None,
 ) -> PackedRows:
-    """Prompt and episode of each record as one sample; each sampled token has the sample's weight, or 1."""
+    """Prompt and episode of each record as one sample; each sampled token has the sample's weight, or 1.
+
+    factors  [N] of each record, by which its tokens' weights are multiplied; None: 1 where it was sampled
+    """
     weights = [1.0] * len(records) if weights is None else weights
+    factors = [r.loss_mask for r in records] if factors is None else factors
     return pack_episodes(
         [r.prompt_ids for r in records],
         [r.token_ids for r in records],
-        [[mask * weight for mask in r.loss_mask] for r, weight in zip(records, weights, strict=True)],
+        [[factor * weight for factor in own] for own, weight in zip(factors, weights, strict=True)],
         row_tokens,
     )
 
