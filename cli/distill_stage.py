@@ -30,6 +30,7 @@ from consilience.conf.schema_training import GuardConfig
 from consilience.distill.guards import ADVICE, GuardSettings, length_share
 from consilience.distill.objectives import Objective
 from consilience.distill.replay import STATES, replay_phases
+from consilience.distill.reward_term import RewardSettings
 from consilience.distill.train import DistillSettings, TeacherSide, train_distill
 from consilience.model.checkpoint import to_official
 from consilience.rollout.jobs import RolloutJob
@@ -85,6 +86,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         table_rows=cfg.log.table_rows,
         seed=cfg.run.seed,
         guard=guard_settings(settings.guard, tokenizer.eos_id),
+        reward=RewardSettings(settings.reward_weight, settings.clip_epsilon, settings.temperature),
     )
     with open_stage(context, start, settings.lr) as parts:
         context.progress.start(context.name, settings.steps, "phase")
@@ -169,7 +171,7 @@ def distill_jobs(cfg: Config, domains: Mapping[str, Domain], registry: TeacherRe
             temperature=settings.temperature,
             run_seed=cfg.run.seed,
             teacher=registry.names(name),
-            is_graded=False,
+            is_graded=settings.reward_weight > 0,
         )
     share = length_share(step, guard_settings(settings.guard, 0))
     jobs = [shortened(job, share) for job in jobs] if share < 1 else jobs
@@ -196,8 +198,7 @@ def split_prompts(num: int, domains: Sequence[str], shares: Mapping[str, float])
 def _self_kl(checkpoint: Path, store: RolloutStore, row_tokens: int) -> float:
     """Mean KL of the finished student to itself as a teacher, through the stored-state path."""
     from consilience.distill.loss import distill_loss
-    from consilience.distill.samples import score_request
-    from consilience.distill.train import pack_records
+    from consilience.distill.samples import pack_records, score_request
     from consilience.training.forward import hidden_at_loss, sample_order
 
     records = [r for r in store.read(store.phases()[-1]) if r.num_sampled][:32]

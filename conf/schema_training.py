@@ -237,6 +237,10 @@ class DistillConfig:
         "folder of a distillation stage that kept its states: train on its rollouts and states, sample and "
         "score nothing",
     )
+    reward_weight: float = setting(
+        0.0, "weight of a policy-gradient term beside the KL; above 0 samples are graded", low=0, high=1000
+    )
+    clip_epsilon: float = setting(0.2, "half-width of that term's clip", above=0, high=1)
     guard: GuardConfig = setting(GuardConfig, "against length blow-up, repetition, wrong ends, late decay")
     mode: str = _MODE
     max_age: int = _MAX_AGE

@@ -5,11 +5,12 @@ A sample whose states cannot be right is masked: it leaves the loss and every de
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 from consilience.rollout.records import FinishReason, RolloutRecord
 from consilience.teachers.scheduler import ScoreRequest
+from consilience.training.packing import PackedRows, pack_episodes
 
 
 def training_samples(records: Sequence[RolloutRecord]) -> list[RolloutRecord]:
@@ -46,3 +47,26 @@ def without(
         is_bad = any(copy.uid in bad for copy in by_teacher(record))
         (masked if is_bad else kept).append(record)
     return kept, masked
+
+
+def pack_records(
+    records: Sequence[RolloutRecord],
+    row_tokens: int,
+    weights: Sequence[float] | None = None,
+    factors: Sequence[Sequence[float]] | None = None,
+    arrays: Mapping[str, Sequence[Sequence[float]]] | None = None,
+) -> PackedRows:
+    """Prompt and episode of each record as one sample; each sampled token has the sample's weight, or 1.
+
+    factors  [N] of each record, by which its tokens' weights are multiplied; None: 1 where it was sampled
+    arrays   name -> [N] of each record, for what the loss needs of each token besides
+    """
+    weights = [1.0] * len(records) if weights is None else weights
+    factors = [r.loss_mask for r in records] if factors is None else factors
+    return pack_episodes(
+        [r.prompt_ids for r in records],
+        [r.token_ids for r in records],
+        [[factor * weight for factor in own] for own, weight in zip(factors, weights, strict=True)],
+        row_tokens,
+        arrays,
+    )

@@ -21,7 +21,8 @@ from consilience.distill.guards import GuardSettings, failures, guard_samples, s
 from consilience.distill.loss import REVERSE_KL, distill_loss, sample_weights
 from consilience.distill.minibatch import draw_minibatches, segments_by_teacher
 from consilience.distill.objectives import Objective
-from consilience.distill.samples import by_teacher, score_request, training_samples, without
+from consilience.distill.reward_term import RewardSettings, RewardTerm
+from consilience.distill.samples import by_teacher, pack_records, score_request, training_samples, without
 from consilience.distill.token_watch import TokenWatch
 from consilience.model.forward_trace import Trace
 from consilience.rollout.ahead import PhasesAhead, PhasesInTurn, RolloutStreams, staleness
@@ -36,7 +37,7 @@ from consilience.teachers.scheduler import ScoreReport, TeacherScheduler
 from consilience.training.engine import TrainEngine
 from consilience.training.forward import hidden_at_loss, mtp_loss, sample_order
 from consilience.training.metrics import MetricsSink, RolloutRow
-from consilience.training.packing import PackedRows, pack_episodes, split_micro_batches
+from consilience.training.packing import PackedRows, split_micro_batches
 from consilience.training.progress import Progress
 from consilience.training.schedule import warmup_constant_cosine
 from consilience.training.stage_checkpoints import StageCheckpoints
@@ -66,6 +67,7 @@ class DistillSettings:
     table_rows: int = 32
     seed: int = 0
     guard: GuardSettings = field(default_factory=GuardSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
 
 
 @dataclass(frozen=True)
@@ -176,12 +178,13 @@ def _result(rows: Sequence[dict[str, Any]], clock: StageClock) -> dict[str, Any]
 class _Tally:
     """What a phase adds up: sums by teacher, and by sample its mean KL, its loss and its pull."""
 
+    watch: TokenWatch
+    reward: RewardTerm
     by_teacher: dict[str, dict[str, float]] = field(default_factory=dict)
     kl: dict[str, float] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
     pull: dict[str, float] = field(default_factory=dict)
     max_kl: float = 0.0
-    watch: TokenWatch = field(default_factory=TokenWatch)
 
     def add(self, teacher: str, sums: dict[str, float]) -> None:
         mine = self.by_teacher.setdefault(teacher, {})
@@ -212,7 +215,7 @@ def train_phase(
     rng = np.random.default_rng((settings.seed, step))
     balance = balance or UpdateBalance({record.name: record.weight for record in teachers.registry})
     total: dict[str, Any] = {"train_tokens": 0, "head_loads": [], "skipped_updates": 0}
-    tally = _Tally(watch=TokenWatch(settings.guard.eos))
+    tally = _Tally(TokenWatch(settings.guard.eos), RewardTerm(records, settings.reward))
     scale = warmup_constant_cosine(
         step,
         num_steps=settings.steps,
@@ -223,10 +226,11 @@ def train_phase(
     for members in draw_minibatches(len(records), settings.mini_batches, rng):
         chosen = [records[i] for i in members]
         trace = Trace()
+        tally.reward.begin(chosen)
         loads = _mini_batch(engine, chosen, scored, teachers, settings, balance, tally, trace)
         total["head_loads"].append({"distinct": loads.distinct, "loads": loads.loads})
         total["train_tokens"] += sum(len(r.prompt_ids) + len(r.token_ids) for r in chosen)
-        is_noise = tally.pop_max_kl() <= NOISE_KL
+        is_noise = tally.pop_max_kl() <= NOISE_KL and not settings.reward.weight
         if is_noise:
             engine.model.zero_grad()
         total |= {"grad_norm": 0.0, "lr": 0.0} if is_noise else engine.step(scale, trace.expert_load)
@@ -237,8 +241,8 @@ def train_phase(
     names = ["kl", "top1_agreement", "student_entropy"]
     names += ["objective"] * (settings.objective.name != "reverse_kl")
     names += ["mtp_loss"] * any("mtp_loss" in part for part in tally.by_teacher.values())
-    total |= {name: tally.mean(name) for name in names} | tally.watch.numbers()
-    return total | _shares(records, tally)
+    total |= {name: tally.mean(name) for name in names}
+    return total | tally.watch.numbers() | tally.reward.numbers() | _shares(records, tally)
 
 
 def _mini_batch(
@@ -295,7 +299,7 @@ def _segment(
     head = teachers.heads.take(teacher, teachers.scheduler.digests(teacher.name).head)
     states = [teachers.store.take(scored.keys[r.uid]) for r in records]
     weights, factors = [weight for _, weight in samples], [token_factors(r, settings.guard) for r in records]
-    packed = pack_records(records, settings.row_tokens, weights, factors)
+    packed = pack_records(records, settings.row_tokens, weights, factors, tally.reward.arrays(records))
 
     def loss_fn(model: Any, micro: PackedRows):
         at = hidden_at_loss(model, micro, trace, wants_mtp=settings.mtp_weight > 0, is_detached=True)
@@ -323,11 +327,12 @@ def _segment(
             tally.pull.update(zip(uids, _parts(pulls, sizes, torch.sum)))
 
         at.hidden.register_hook(measure)
+        loss = out.loss + tally.reward.loss(*ours, at.target_ids, at.arrays)
         if not at.ahead:
-            return out.loss, out.sums
+            return loss, out.sums
         # The blocks follow the trunk: its own samples are their targets, and nothing else learns from it.
         ahead = mtp_loss(at, model.head.weight.detach())
-        return out.loss + settings.mtp_weight * ahead, out.sums | {"mtp_loss": float(ahead.detach())}
+        return loss + settings.mtp_weight * ahead, out.sums | {"mtp_loss": float(ahead.detach())}
 
     # A row widened for a long episode is a micro-batch of its own.
     budget = max(settings.micro_tokens, packed.token_ids.shape[1])
@@ -350,26 +355,6 @@ def _shares(records: Sequence[RolloutRecord], tally: _Tally) -> dict[str, dict[s
             mine = amounts.setdefault(f"{name}_share", {})
             mine[r.domain] = mine.get(r.domain, 0.0) + amount
     return {name: shares(by_domain) for name, by_domain in amounts.items()}
-
-
-def pack_records(
-    records: Sequence[RolloutRecord],
-    row_tokens: int,
-    weights: Sequence[float] | None = None,
-    factors: Sequence[Sequence[float]] | None = None,
-) -> PackedRows:
-    """Prompt and episode of each record as one sample; each sampled token has the sample's weight, or 1.
-
-    factors  [N] of each record, by which its tokens' weights are multiplied; None: 1 where it was sampled
-    """
-    weights = [1.0] * len(records) if weights is None else weights
-    factors = [r.loss_mask for r in records] if factors is None else factors
-    return pack_episodes(
-        [r.prompt_ids for r in records],
-        [r.token_ids for r in records],
-        [[factor * weight for factor in own] for own, weight in zip(factors, weights, strict=True)],
-        row_tokens,
-    )
 
 
 def _table(
