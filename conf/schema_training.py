@@ -227,10 +227,16 @@ class DistillConfig:
     row_tokens: int = setting(512, "length of a packed row", unit="tokens", low=16)
     init: str | None = setting(None, "checkpoint folder of the student's start; null: the base stage")
     keep_states: bool = setting(
-        False, "teachers' hidden states stay after their mini-batch, for other losses and weights"
+        False,
+        "teachers' hidden states stay after their mini-batch, for other losses and weights",
+        speed_only=True,
     )
     store_bytes: int | None = setting(
-        None, "most hidden states on disk at once; null: what the disk takes", unit="bytes", low=1
+        None,
+        "most hidden states on disk at once; null: what the disk takes",
+        unit="bytes",
+        low=1,
+        speed_only=True,
     )
     replay: str | None = setting(
         None,

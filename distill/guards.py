@@ -60,7 +60,7 @@ class GuardSettings:
     eos: int | None = None
 
 
-def repeated_share(token_ids: Sequence[int], n: int) -> float:
+def repeated_share(token_ids: Sequence[int] | np.ndarray, n: int) -> float:
     """Share of the n-grams of a text that occurred earlier in it; 0 where it has none.
 
     Example, n = 2: 1 2 1 2 1 → 12 21 12 21, of which the last two are repeats: 0.5.
