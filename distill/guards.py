@@ -135,17 +135,27 @@ def length_share(step: int, settings: GuardSettings) -> float:
     return settings.ramp_from + (1 - settings.ramp_from) * step / settings.ramp_phases
 
 
+def full_length(numbers: Mapping[str, float], step: int, settings: GuardSettings) -> float:
+    """Mean length of a phase, as it would be at the full length where the ramp held it short."""
+    return numbers["length_mean"] / length_share(step, settings)
+
+
 def failures(
-    numbers: Mapping[str, float], first_length: float | None, settings: GuardSettings
+    numbers: Mapping[str, float], first_length: float | None, settings: GuardSettings, step: int = 0
 ) -> dict[str, float]:
     """1 for each failure that the numbers of a phase show, else 0: guard_length, guard_repetition, …
 
     numbers       of `guard_samples` and `TokenWatch.numbers`; what is missing shows nothing
-    first_length  `length_mean` of the first phase
+    first_length  `full_length` of the first phase
+    step          phase, from 0: while the ramp holds samples short, being cut is what was asked for
     """
+    is_free = length_share(step, settings) == 1
     found = {
-        "length": numbers.get("truncated_share", 0) > settings.max_truncated
-        or numbers.get("length_mean", 0) > settings.max_growth * (first_length or float("inf")),
+        "length": is_free
+        and (
+            numbers.get("truncated_share", 0) > settings.max_truncated
+            or numbers.get("length_mean", 0) > settings.max_growth * (first_length or float("inf"))
+        ),
         "repetition": numbers.get("repeating_share", 0) > settings.max_repeating,
         "eos": max(numbers.get("eos_gap_at_end", 0), numbers.get("eos_gap_elsewhere", 0))
         > settings.max_eos_gap,

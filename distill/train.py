@@ -17,7 +17,14 @@ from torch import Tensor
 
 from consilience.conf.errors import EngineError
 from consilience.distill.balance import UpdateBalance, shares
-from consilience.distill.guards import GuardSettings, failures, guard_samples, spoken, token_factors
+from consilience.distill.guards import (
+    GuardSettings,
+    failures,
+    full_length,
+    guard_samples,
+    spoken,
+    token_factors,
+)
 from consilience.distill.loss import REVERSE_KL, distill_loss, sample_weights
 from consilience.distill.minibatch import draw_minibatches, segments_by_teacher
 from consilience.distill.objectives import Objective
@@ -141,11 +148,11 @@ def train_distill(
         for row in rows[-1:]:
             row.pop("balance", None)  # the last row's is enough to go on from
         row = {"step": step + 1, "kl": report["kl"], "head_loads": report["head_loads"]}
-        row |= {"length_mean": seen["length_mean"]} if seen and not rows else {}
+        row |= {"length": full_length(seen, step, settings.guard)} if seen and not rows else {}
         rows.append(row | {"balance": balance.state()})
         by_sample = report.pop("kl_by_sample")
         first = rows[0] if rows else {}
-        flags = failures(report | seen, first.get("length_mean"), settings.guard)
+        flags = failures(report | seen, first.get("length"), settings.guard, step)
         report |= (
             {"teacher_loads": len(scored.loads), "reused": scored.num_reused}
             | {"masked_bad_states": len(masked), **seen, **flags}

@@ -12,6 +12,7 @@ from consilience.distill.guards import (
     GuardSettings,
     cut_at,
     failures,
+    full_length,
     guard_samples,
     length_share,
     repeated_share,
@@ -103,6 +104,21 @@ def test_failures_are_what_lies_beyond_the_thresholds(numbers, seen):
     assert all(f"{name}: distill.guard." in spoken(flags) for name in seen) and (spoken(flags) == "") == (
         not seen
     )
+
+
+def test_a_ramp_is_not_taken_for_a_blow_up():
+    settings = GuardSettings(ramp_phases=2, ramp_from=0.25)
+    cut = {"truncated_share": 0.9, "length_mean": 10.0}
+    first = full_length(cut, 0, settings)
+    assert first == 40
+    assert failures(cut, None, settings, 0)["guard_length"] == 0
+    assert failures(cut | {"length_mean": 20.0}, first, settings, 1)["guard_length"] == 0
+    assert (
+        failures(cut | {"length_mean": 40.0}, first, settings, 2)["guard_length"] == 1
+    )  # cut at the full length
+    grown = {"truncated_share": 0.0, "length_mean": 79.0}
+    assert failures(grown, first, settings, 2)["guard_length"] == 0
+    assert failures(grown | {"length_mean": 81.0}, first, settings, 2)["guard_length"] == 1
 
 
 def test_a_blow_up_is_in_the_metrics_of_its_phase_and_on_the_progress_line(registry, tmp_path):
