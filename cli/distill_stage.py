@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,14 @@ from consilience.cli.training_stage import (
     start_from,
 )
 from consilience.conf.schema import Config
+from consilience.conf.schema_training import GuardConfig
+from consilience.distill.guards import ADVICE, GuardSettings, length_share
 from consilience.distill.objectives import Objective
+from consilience.distill.replay import STATES, replay_phases
+from consilience.distill.reward_term import RewardSettings
 from consilience.distill.train import DistillSettings, TeacherSide, train_distill
 from consilience.model.checkpoint import to_official
+from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.tasks.domain import Domain
@@ -38,6 +44,10 @@ from consilience.teachers.model_teacher import load_model_teacher
 from consilience.teachers.registry import TeacherRecord, TeacherRegistry
 from consilience.teachers.scheduler import TeacherScheduler
 from consilience.training.checkpoint import load_checkpoint
+from consilience.training.metrics import read_metrics, surviving
+
+REFERENCE = "reference"
+"""Name of the student's own start among the teachers."""
 
 
 def run_distill(context: StageContext) -> Mapping[str, Any]:
@@ -46,14 +56,20 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
     domains = domains_of(cfg)
     start = start_from(context, settings.init, "base", domains.values())
     tokenizer = Tokenizer.load(start.tokenizer)
-    registry = teacher_registry(context)
+    registry = teacher_registry(context, start.folder)
     for record in registry:
         admit(start.folder, record.checkpoint, record.name)
     pool = rollout_pool(cfg, start.model.config, start.tokenizer, domains, start.family)
-    hidden = HiddenStore(context.folder.path / "hidden_states")
+    hidden = HiddenStore(
+        context.folder.path / STATES,
+        budget_bytes=settings.store_bytes,
+        keeps=settings.keep_states,
+        also=[Path(settings.replay) / STATES] if settings.replay else [],
+    )
     heads = HeadCache(device_of(cfg))
     load = partial(load_model_teacher, quantization=cfg.engine.quantization)
-    side = TeacherSide(registry, TeacherScheduler(registry, load, hidden), hidden, heads)
+    scheduler = TeacherScheduler(registry, load, hidden, may_load=settings.replay is None)
+    side = TeacherSide(registry, scheduler, hidden, heads)
     schedule = DistillSettings(
         steps=settings.steps,
         mini_batches=settings.mini_batches,
@@ -69,11 +85,15 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         final_scale=settings.decay,
         table_rows=cfg.log.table_rows,
         seed=cfg.run.seed,
+        guard=guard_settings(settings.guard, tokenizer.eos_id),
+        reward=RewardSettings(settings.reward_weight, settings.clip_epsilon, settings.temperature),
     )
     with open_stage(context, start, settings.lr) as parts:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         store = rollout_store(context)
+        if settings.replay:
+            replay_phases(Path(settings.replay), store, settings.steps)
         proven = prove_start(context, pool, parts["engine"].model, parts["start"], store.publications)
         with nullcontext((pool, {})) if settings.mode == "sync" else ahead(pool, settings) as (sampler, how):
             result = train_distill(
@@ -92,24 +112,24 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         folder = parts["checkpoints"].save(settings.steps, cursor)
     counted = {key: result[key] for key in ("train_tokens", "sampled_tokens", "kl", "head_loads")}
     return result_of(context, parts, folder, counted) | {
-        "health": health_of(context),
+        "health": health_of(context) | guard_health(context),
         "self_kl": _self_kl(folder, store, settings.row_tokens),
         **proven,
     }
 
 
-def teacher_registry(context: StageContext) -> TeacherRegistry:
-    """The configured teachers; without any, the run's own specialists, one a domain."""
-    cfg = context.cfg
+def teacher_registry(context: StageContext, start: Path | None = None) -> TeacherRegistry:
+    """The configured teachers; without any, the run's own specialists, one a domain.
+
+    With `distill.guard.reference_weight` the student's `start` is one more teacher of every domain.
+    """
+    cfg, weight = context.cfg, context.cfg.distill.guard.reference_weight
 
     def specialist(domain: str) -> Path:
         return context.run.path / context.inputs[f"grpo/{domain}"]["checkpoint"]
 
-    given = cfg.teachers.registry
-    if not given:
-        return TeacherRegistry([TeacherRecord(d, specialist(d), (d,), 1.0) for d in cfg.task.domains])
-    return TeacherRegistry(
-        [
+    if given := cfg.teachers.registry:
+        records = [
             TeacherRecord(
                 name,
                 Path(t.checkpoint) if t.checkpoint else specialist(t.domains[0]),
@@ -117,9 +137,25 @@ def teacher_registry(context: StageContext) -> TeacherRegistry:
                 t.weight,
             )
             for name, t in given.items()
-        ],
-        cfg.teachers.shared,
-    )
+        ]
+    else:
+        records = [TeacherRecord(d, specialist(d), (d,), 1.0) for d in cfg.task.domains]
+    if weight and start is not None:
+        records.append(TeacherRecord(REFERENCE, start, tuple(cfg.task.domains), weight))
+    return TeacherRegistry(records, cfg.teachers.shared or weight > 0)
+
+
+def guard_settings(given: GuardConfig, eos: int) -> GuardSettings:
+    """What `distill/guards.py` takes of the configuration."""
+    names = [f.name for f in fields(GuardSettings) if f.name != "eos"]
+    return GuardSettings(**{name: getattr(given, name) for name in names}, eos=eos)
+
+
+def guard_health(context: StageContext) -> dict[str, float]:
+    """Phases of the stage in which each failure was seen, and samples that were masked."""
+    rows = surviving(read_metrics(context.folder.metrics))
+    names = (*(f"guard_{name}" for name in ADVICE), "masked_repeated", "masked_bad_states")
+    return {name: sum(row.get(name) or 0.0 for row in rows) for name in names}
 
 
 def distill_jobs(cfg: Config, domains: Mapping[str, Domain], registry: TeacherRegistry, step: int) -> list:
@@ -135,9 +171,17 @@ def distill_jobs(cfg: Config, domains: Mapping[str, Domain], registry: TeacherRe
             temperature=settings.temperature,
             run_seed=cfg.run.seed,
             teacher=registry.names(name),
-            is_graded=False,
+            is_graded=settings.reward_weight > 0,
         )
+    share = length_share(step, guard_settings(settings.guard, 0))
+    jobs = [shortened(job, share) for job in jobs] if share < 1 else jobs
     return sorted(jobs, key=lambda job: -job.max_tokens)
+
+
+def shortened(job: RolloutJob, share: float) -> RolloutJob:
+    """A job whose samples may have a share of their full length."""
+    limit = max(1, round(share * job.max_tokens))
+    return replace(job, max_tokens=limit, sampling=replace(job.sampling, max_tokens=limit))
 
 
 def split_prompts(num: int, domains: Sequence[str], shares: Mapping[str, float]) -> dict[str, int]:
@@ -154,7 +198,7 @@ def split_prompts(num: int, domains: Sequence[str], shares: Mapping[str, float])
 def _self_kl(checkpoint: Path, store: RolloutStore, row_tokens: int) -> float:
     """Mean KL of the finished student to itself as a teacher, through the stored-state path."""
     from consilience.distill.loss import distill_loss
-    from consilience.distill.train import pack_records, score_request
+    from consilience.distill.samples import pack_records, score_request
     from consilience.training.forward import hidden_at_loss, sample_order
 
     records = [r for r in store.read(store.phases()[-1]) if r.num_sampled][:32]

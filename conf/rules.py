@@ -170,6 +170,16 @@ def _check_sizes(cfg: Config) -> None:
             _too_many_parts(key + "grpo", own.grpo.mini_batches, own.grpo.prompts_per_step)
     if cfg.distill.mini_batches > cfg.distill.prompts_per_step:
         _too_many_parts("distill", cfg.distill.mini_batches, cfg.distill.prompts_per_step)
+    if cfg.distill.reward_weight and cfg.distill.samples_per_prompt < 2:
+        raise ConfigError(
+            f"distill.reward_weight is {cfg.distill.reward_weight}, but an advantage needs several samples "
+            "of a prompt to compare; set distill.samples_per_prompt to 2 or more"
+        )
+    if cfg.distill.reward_weight and cfg.distill.balance == "update":
+        raise ConfigError(
+            "distill.balance=update measures what teachers pull, and distill.reward_weight pulls too; set "
+            "one of them to weights or 0"
+        )
     if cfg.evaluate.num_problems > cfg.task.num_test:
         raise ConfigError(
             f"evaluate.num_problems is {cfg.evaluate.num_problems}, but task.num_test offers "

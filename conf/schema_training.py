@@ -154,6 +154,38 @@ class GrpoConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """Failures that others report of on-policy distillation: when to warn, what to do. Our own numbers."""
+
+    max_truncated: float = setting(0.3, "warn above this share of samples cut at their limit", low=0, high=1)
+    max_growth: float = setting(2.0, "warn above this multiple of the first phase's mean length", above=1)
+    ngram: int = setting(8, "length of the n-grams that repetition is counted in", unit="tokens", low=1)
+    max_repeated: float = setting(
+        0.5, "a sample repeats above this share of n-grams that it has had before", low=0, high=1
+    )
+    max_repeating: float = setting(0.1, "warn above this share of samples that repeat", low=0, high=1)
+    max_eos_gap: float = setting(
+        0.3, "warn above this difference of student and teacher in the probability of ending", low=0, high=1
+    )
+    max_late_ratio: float = setting(
+        3.0, "warn where a sample's last three tenths have more than this times the KL of its first", above=1
+    )
+    mask_repeated: bool = setting(False, "leave samples that repeat out of loss and denominators")
+    ramp_phases: int = setting(
+        0, "phases in which the longest sample grows to its full length; 0: none", unit="phases", low=0
+    )
+    ramp_from: float = setting(0.25, "share of the full length that the ramp begins with", above=0, high=1)
+    late_weight: float = setting(
+        1.0, "weight of a sample's last token relative to its first, linear between", above=0, high=100
+    )
+    eos_weight: float = setting(1.0, "weight of the end of text relative to other tokens", above=0, high=1000)
+    horizon: float = setting(1.0, "share of a sample's tokens, from its first, to train on", above=0, high=1)
+    reference_weight: float = setting(
+        0.0, "weight of a KL to the student's own start, on every prompt", low=0, high=1000
+    )
+
+
+@dataclass(frozen=True)
 class DistillConfig:
     """On-policy distillation: the student samples, the owner teacher scores, exact reverse KL."""
 
@@ -194,6 +226,28 @@ class DistillConfig:
     )
     row_tokens: int = setting(512, "length of a packed row", unit="tokens", low=16)
     init: str | None = setting(None, "checkpoint folder of the student's start; null: the base stage")
+    keep_states: bool = setting(
+        False,
+        "teachers' hidden states stay after their mini-batch, for other losses and weights",
+        speed_only=True,
+    )
+    store_bytes: int | None = setting(
+        None,
+        "most hidden states on disk at once; null: what the disk takes",
+        unit="bytes",
+        low=1,
+        speed_only=True,
+    )
+    replay: str | None = setting(
+        None,
+        "folder of a distillation stage that kept its states: train on its rollouts and states, sample and "
+        "score nothing",
+    )
+    reward_weight: float = setting(
+        0.0, "weight of a policy-gradient term beside the KL; above 0 samples are graded", low=0, high=1000
+    )
+    clip_epsilon: float = setting(0.2, "half-width of that term's clip", above=0, high=1)
+    guard: GuardConfig = setting(GuardConfig, "against length blow-up, repetition, wrong ends, late decay")
     mode: str = _MODE
     max_age: int = _MAX_AGE
     state_on_publish: str = _STATE_ON_PUBLISH

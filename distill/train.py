@@ -8,7 +8,7 @@ by teacher; the trainer rebuilds logits through that teacher's head and minimise
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,27 +17,42 @@ from torch import Tensor
 
 from consilience.conf.errors import EngineError
 from consilience.distill.balance import UpdateBalance, shares
+from consilience.distill.guards import (
+    GuardSettings,
+    failures,
+    full_length,
+    guard_samples,
+    spoken,
+    token_factors,
+)
 from consilience.distill.loss import REVERSE_KL, distill_loss, sample_weights
 from consilience.distill.minibatch import draw_minibatches, segments_by_teacher
 from consilience.distill.objectives import Objective
+from consilience.distill.reward_term import RewardSettings, RewardTerm
+from consilience.distill.samples import by_teacher, pack_records, score_request, training_samples, without
+from consilience.distill.token_watch import TokenWatch
 from consilience.model.forward_trace import Trace
 from consilience.rollout.ahead import PhasesAhead, PhasesInTurn, RolloutStreams, staleness
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.phases import Sampler, publish
-from consilience.rollout.records import FinishReason, RolloutRecord
+from consilience.rollout.records import RolloutRecord
 from consilience.rollout.store import RolloutStore
 from consilience.teachers.heads import HeadCache, HeadLoads
 from consilience.teachers.hidden_store import HiddenStore
 from consilience.teachers.registry import TeacherRegistry
-from consilience.teachers.scheduler import ScoreReport, ScoreRequest, TeacherScheduler
+from consilience.teachers.scheduler import ScoreReport, TeacherScheduler
 from consilience.training.engine import TrainEngine
 from consilience.training.forward import hidden_at_loss, mtp_loss, sample_order
 from consilience.training.metrics import MetricsSink, RolloutRow
-from consilience.training.packing import PackedRows, pack_episodes, split_micro_batches
+from consilience.training.packing import PackedRows, split_micro_batches
 from consilience.training.progress import Progress
 from consilience.training.schedule import warmup_constant_cosine
 from consilience.training.stage_checkpoints import StageCheckpoints
 from consilience.training.stage_clock import StageClock
+
+NOISE_KL = 1e-6
+"""A mini-batch no token of which has a larger KL (nats) moves nothing: that is what rounding leaves between
+equal models (`admission.SELF_KL_BOUND`), and optimisers that normalise would make full-size steps of it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,8 @@ class DistillSettings:
     final_scale: float = 0.1
     table_rows: int = 32
     seed: int = 0
+    guard: GuardSettings = field(default_factory=GuardSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
 
 
 @dataclass(frozen=True)
@@ -114,10 +131,10 @@ def train_distill(
             records = phases.take(step)
         clock.add_tokens("sampled", sum(r.num_sampled for r in records))
         uids, age = [r.uid for r in records], staleness(records, step)
-        usable = [r for r in records if r.teacher and r.finish is not FinishReason.ABORT]
-        records = [sample for r in usable for sample in r.samples() if sample.num_sampled]
+        records, seen = guard_samples(training_samples(records), settings.guard)
         with clock.phase("score"):
             scored = teachers.scheduler.score([score_request(c) for r in records for c in by_teacher(r)])
+        records, masked = without(records, scored.bad)
         with clock.phase("train"):
             report = train_phase(engine, records, scored, teachers, settings, step, balance)
         store.ledger.trained(step, uids)
@@ -131,16 +148,21 @@ def train_distill(
         for row in rows[-1:]:
             row.pop("balance", None)  # the last row's is enough to go on from
         row = {"step": step + 1, "kl": report["kl"], "head_loads": report["head_loads"]}
+        row |= {"length": full_length(seen, step, settings.guard)} if seen and not rows else {}
         rows.append(row | {"balance": balance.state()})
         by_sample = report.pop("kl_by_sample")
+        first = rows[0] if rows else {}
+        flags = failures(report | seen, first.get("length"), settings.guard, step)
         report |= (
             {"teacher_loads": len(scored.loads), "reused": scored.num_reused}
+            | {"masked_bad_states": len(masked), **seen, **flags}
             | age
             | store.health.pop(step, {})
         )
         log.scalars(step + 1, report)
         log.rollouts(step + 1, _table(records, by_sample, decode, settings.table_rows))
-        progress.advance(1, **{f"kl {name}": value for name, value in report["kl"].items()})
+        warned = {"guard": said} if (said := spoken(flags)) else {}
+        progress.advance(1, **{f"kl {name}": value for name, value in report["kl"].items()}, **warned)
         checkpoints.save_if_due(step + 1, {"clock": clock.state(), "rows": rows})
     store.ledger.check()
     return _result(rows, clock)
@@ -159,35 +181,28 @@ def _result(rows: Sequence[dict[str, Any]], clock: StageClock) -> dict[str, Any]
     }
 
 
-def score_request(record: RolloutRecord) -> ScoreRequest:
-    """Positions whose next token the student sampled: the state at t predicts token t + 1."""
-    first = len(record.prompt_ids)
-    positions = tuple(first + i - 1 for i, sampled in enumerate(record.loss_mask) if sampled)
-    return ScoreRequest(record.uid, record.teacher or "", (*record.prompt_ids, *record.token_ids), positions)
-
-
-def by_teacher(record: RolloutRecord) -> list[RolloutRecord]:
-    """A record with several teachers ("a+b") once for each, the teacher in its uid; others as they are."""
-    names = (record.teacher or "").split("+")
-    if len(names) == 1:
-        return [record]
-    return [replace(record, uid=f"{record.uid}@{name}", teacher=name) for name in names]
-
-
 @dataclass
 class _Tally:
     """What a phase adds up: sums by teacher, and by sample its mean KL, its loss and its pull."""
 
+    watch: TokenWatch
+    reward: RewardTerm
     by_teacher: dict[str, dict[str, float]] = field(default_factory=dict)
     kl: dict[str, float] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
     pull: dict[str, float] = field(default_factory=dict)
+    max_kl: float = 0.0
 
     def add(self, teacher: str, sums: dict[str, float]) -> None:
         mine = self.by_teacher.setdefault(teacher, {})
         for name, value in sums.items():
             earlier = mine.get(name, 0.0)
             mine[name] = max(earlier, value) if name.startswith("max_") else earlier + value
+
+    def pop_max_kl(self) -> float:
+        """The largest KL of a token since this was last asked."""
+        found, self.max_kl = self.max_kl, 0.0
+        return found
 
     def mean(self, name: str) -> dict[str, float]:
         """A sum by teacher over its loss tokens."""
@@ -206,8 +221,8 @@ def train_phase(
     """All optimiser steps of one phase; `balance` carries what former phases pulled."""
     rng = np.random.default_rng((settings.seed, step))
     balance = balance or UpdateBalance({record.name: record.weight for record in teachers.registry})
-    total: dict[str, Any] = {"train_tokens": 0, "head_loads": []}
-    tally = _Tally()
+    total: dict[str, Any] = {"train_tokens": 0, "head_loads": [], "skipped_updates": 0}
+    tally = _Tally(TokenWatch(settings.guard.eos), RewardTerm(records, settings.reward))
     scale = warmup_constant_cosine(
         step,
         num_steps=settings.steps,
@@ -218,17 +233,23 @@ def train_phase(
     for members in draw_minibatches(len(records), settings.mini_batches, rng):
         chosen = [records[i] for i in members]
         trace = Trace()
+        tally.reward.begin(chosen)
         loads = _mini_batch(engine, chosen, scored, teachers, settings, balance, tally, trace)
         total["head_loads"].append({"distinct": loads.distinct, "loads": loads.loads})
         total["train_tokens"] += sum(len(r.prompt_ids) + len(r.token_ids) for r in chosen)
-        total |= engine.step(scale, trace.expert_load)
+        is_noise = tally.pop_max_kl() <= NOISE_KL and not settings.reward.weight
+        if is_noise:
+            engine.model.zero_grad()
+        total |= {"grad_norm": 0.0, "lr": 0.0} if is_noise else engine.step(scale, trace.expert_load)
+        total["skipped_updates"] += is_noise
         teachers.store.free_taken()
     mean = lambda values: sum(values) / len(values)
     total["kl_by_sample"] = {r.uid: mean([tally.kl[c.uid] for c in by_teacher(r)]) for r in records}
     names = ["kl", "top1_agreement", "student_entropy"]
     names += ["objective"] * (settings.objective.name != "reverse_kl")
     names += ["mtp_loss"] * any("mtp_loss" in part for part in tally.by_teacher.values())
-    return total | {name: tally.mean(name) for name in names} | _shares(records, tally)
+    total |= {name: tally.mean(name) for name in names}
+    return total | tally.watch.numbers() | tally.reward.numbers() | _shares(records, tally)
 
 
 def _mini_batch(
@@ -284,15 +305,17 @@ def _segment(
     teacher = teachers.registry.get(records[0].teacher or "")
     head = teachers.heads.take(teacher, teachers.scheduler.digests(teacher.name).head)
     states = [teachers.store.take(scored.keys[r.uid]) for r in records]
-    packed = pack_records(records, settings.row_tokens, [weight for _, weight in samples])
+    weights, factors = [weight for _, weight in samples], [token_factors(r, settings.guard) for r in records]
+    packed = pack_records(records, settings.row_tokens, weights, factors, tally.reward.arrays(records))
 
     def loss_fn(model: Any, micro: PackedRows):
         at = hidden_at_loss(model, micro, trace, wants_mtp=settings.mtp_weight > 0, is_detached=True)
         order = sample_order(at)
+        theirs = torch.cat([states[s] for s in order]).to(at.hidden.device)
         out = distill_loss(
             at.hidden,
             model.head.weight,
-            torch.cat([states[s] for s in order]).to(at.hidden.device),
+            theirs,
             head,
             at.weight,
             objective=settings.objective,
@@ -300,6 +323,9 @@ def _segment(
             chunk_tokens=settings.chunk_tokens,
         )
         uids, sizes = [records[s].uid for s in order], [states[s].shape[0] for s in order]
+        ours = (at.hidden, model.head.weight)
+        tally.watch.observe(out.tokens.kl, sizes, at.target_ids, ours, (theirs, head))
+        tally.max_kl = max(tally.max_kl, float(out.tokens.kl.max()))
         tally.kl.update(zip(uids, _parts(out.tokens.kl, sizes, torch.mean)))
         tally.loss.update(zip(uids, _parts(out.tokens.value * at.weight, sizes, torch.sum)))
 
@@ -308,11 +334,12 @@ def _segment(
             tally.pull.update(zip(uids, _parts(pulls, sizes, torch.sum)))
 
         at.hidden.register_hook(measure)
+        loss = out.loss + tally.reward.loss(*ours, at.target_ids, at.arrays)
         if not at.ahead:
-            return out.loss, out.sums
+            return loss, out.sums
         # The blocks follow the trunk: its own samples are their targets, and nothing else learns from it.
         ahead = mtp_loss(at, model.head.weight.detach())
-        return out.loss + settings.mtp_weight * ahead, out.sums | {"mtp_loss": float(ahead.detach())}
+        return loss + settings.mtp_weight * ahead, out.sums | {"mtp_loss": float(ahead.detach())}
 
     # A row widened for a long episode is a micro-batch of its own.
     budget = max(settings.micro_tokens, packed.token_ids.shape[1])
@@ -335,19 +362,6 @@ def _shares(records: Sequence[RolloutRecord], tally: _Tally) -> dict[str, dict[s
             mine = amounts.setdefault(f"{name}_share", {})
             mine[r.domain] = mine.get(r.domain, 0.0) + amount
     return {name: shares(by_domain) for name, by_domain in amounts.items()}
-
-
-def pack_records(
-    records: Sequence[RolloutRecord], row_tokens: int, weights: Sequence[float] | None = None
-) -> PackedRows:
-    """Prompt and episode of each record as one sample; each sampled token has the sample's weight, or 1."""
-    weights = [1.0] * len(records) if weights is None else weights
-    return pack_episodes(
-        [r.prompt_ids for r in records],
-        [r.token_ids for r in records],
-        [[mask * weight for mask in r.loss_mask] for r, weight in zip(records, weights, strict=True)],
-        row_tokens,
-    )
 
 
 def _table(

@@ -1,8 +1,9 @@
 """Who may teach whom, decided from the checkpoint folders before anything is allocated.
 
 Logits of student and teacher are compared entry by entry, and the teacher reads the student's own token
-ids. So both need one vocabulary, one tokenizer, the same special tokens and heads with the same rows;
-widths may differ. A mismatch would train to something, silently (post-training notes 12, rows 2 and 3).
+ids. So both need one vocabulary, one tokenizer, the same special tokens and heads with the same rows, and
+were to be prompted alike; widths may differ. Logits are rebuilt as state times head, so neither may scale or
+cap them behind that. A mismatch would train to something, silently (post-training notes 12, rows 2 and 3).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,20 @@ import torch
 
 from consilience.conf.errors import AdmissionError, CheckpointError
 from consilience.model.kernels.reverse_kl import reverse_kl
+from consilience.rollout.prompts import checkpoint_family
 from consilience.teachers.heads import head_shape, read_json
 from consilience.teachers.teacher import Teacher
 from consilience.training.checkpoint import META
+
+NEUTRAL = {
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "lm_head_multiplier": 1,
+    "output_multiplier_scale": 1,
+    "final_logit_softcapping": None,
+}
+"""Keys of config.json by which models change logits behind the head -> the value that changes nothing
+(Cohere, Granite, Falcon-H1, Grok, Gemma 2)."""
 
 SELF_KL_BOUND = 1e-6
 """Nats a token. Equal weights on equal ids differ by fp32 rounding alone, which is far below."""
@@ -37,6 +49,7 @@ class Speech:
     declared_tokens  `special_tokens` of consilience.json as written there, None if absent; where there is
                      no consilience.json (a released folder) what it would say: every added token
     bos, eos         token ids of config.json
+    scales           keys of `NEUTRAL` that are not neutral -> value
     """
 
     vocab_size: int
@@ -46,6 +59,7 @@ class Speech:
     declared_tokens: Any
     bos: int | None
     eos: int | None
+    scales: dict[str, Any] = field(default_factory=dict)
 
 
 def read_speech(folder: Path | str) -> Speech:
@@ -71,7 +85,30 @@ def read_speech(folder: Path | str) -> Speech:
         declared_tokens=declared,
         bos=config.get("bos_token_id"),
         eos=config.get("eos_token_id"),
+        scales={k: v for k in NEUTRAL if (v := config.get(k)) is not None and v != NEUTRAL[k]},
     )
+
+
+def read_templates(folder: Path | str) -> dict[str, str]:
+    """How a model wants to be prompted, as far as its folder says: kind of template -> what it is.
+
+    "family" of V4's prompts, by the card or the released encoder; "chat_template" of a tokenizer, as a
+    sha256. CheckpointError where a file that says so cannot be read.
+    """
+    folder = Path(folder)
+    found: dict[str, str] = {}
+    family = read_json(folder / META).get("family") if (folder / META).is_file() else None
+    if family is None and (folder / "encoding").is_dir():
+        family = checkpoint_family(folder)
+    if family is not None:
+        found["family"] = str(family)
+    config, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    if jinja.is_file():
+        template = jinja.read_text(encoding="utf-8")
+    if template is not None:
+        found["chat_template"] = hashlib.sha256(json.dumps(template).encode()).hexdigest()
+    return found
 
 
 def digest_tokenizer(tokenizer: dict[str, Any]) -> str:
@@ -83,7 +120,8 @@ def digest_tokenizer(tokenizer: dict[str, Any]) -> str:
 def admit(student: Path | str, teacher: Path | str, name: str = "teacher") -> None:
     """AdmissionError unless the teacher's checkpoint can teach the student's; lists every difference.
 
-    Also refuses a model whose own head does not have one row for each token of its vocabulary.
+    Also refuses a model whose own head does not have one row for each token of its vocabulary, or whose
+    logits are more than state times head.
     CheckpointError when a folder cannot be read.
     """
     ours, theirs = read_speech(student), read_speech(teacher)
@@ -93,10 +131,21 @@ def admit(student: Path | str, teacher: Path | str, name: str = "teacher") -> No
             faults.append(
                 f"{who}: head.weight has {speech.head_rows} rows for a vocabulary of {speech.vocab_size}"
             )
-    for field in fields(Speech):
-        mine, its = getattr(ours, field.name), getattr(theirs, field.name)
+        faults += [
+            f"{who}: {key} is {value} in config.json, so its logits are not state times head, as they are "
+            f"rebuilt here; {NEUTRAL[key]} is allowed"
+            for key, value in speech.scales.items()
+        ]
+    for part in fields(Speech):
+        mine, its = getattr(ours, part.name), getattr(theirs, part.name)
         if mine != its:
-            faults.append(f"{field.name}: student {_differing(mine, its)}, teacher {_differing(its, mine)}")
+            faults.append(f"{part.name}: student {_differing(mine, its)}, teacher {_differing(its, mine)}")
+    ours, theirs = read_templates(student), read_templates(teacher)
+    faults += [  # what only one of the folders says is not known to differ
+        f"{kind}: student {ours[kind]}, teacher {theirs[kind]}"
+        for kind in ours
+        if kind in theirs and ours[kind] != theirs[kind]
+    ]
     if faults:
         raise AdmissionError(
             f"teacher '{name}' ({teacher}) cannot teach the student ({student}): {'; '.join(faults)}. "

@@ -31,11 +31,15 @@ HEAD, EMBEDDING = "head.weight", "embed.weight"
 
 @dataclass(frozen=True)
 class TeacherDigests:
-    """Digests of all weights and of the prediction head alone, and the type that its states come in."""
+    """Digests of all weights and of the prediction head alone, and the type that its states come in.
+
+    width  D of its states; None: not known before they come
+    """
 
     weights: str
     head: str
     dtype: torch.dtype = torch.float32
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,13 @@ class HeadCache:
             self._ahead = None
 
     def _load(self, record: TeacherRecord, digest: str | None) -> Tensor:
-        head = self._read(record)
+        try:
+            head = self._read(record)
+        except (CheckpointError, OSError) as error:
+            raise CheckpointError(
+                f"the head of teacher '{record.name}' cannot be read from {record.checkpoint} ({error}); put "
+                "its folder back and run again"
+            ) from error
         if digest is not None and (found := head_digest(head)) != digest:
             raise AdmissionError(
                 f"head of teacher '{record.name}' ({record.checkpoint}) has digest {found[:12]}, its stored "
@@ -180,7 +190,7 @@ def read_digests(record: TeacherRecord) -> TeacherDigests:
     if not isinstance(weights, str) or not weights:
         raise CheckpointError(f"{path} names no digest; the checkpoint is incomplete, restore or retrain it")
     head = read_head(folder)
-    return TeacherDigests(weights, head_digest(head), head.dtype)
+    return TeacherDigests(weights, head_digest(head), head.dtype, head.shape[1])
 
 
 def read_json(path: Path) -> dict[str, Any]:

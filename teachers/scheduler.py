@@ -6,7 +6,11 @@
 
 Two names of one checkpoint are one teacher. Samples whose hidden states are already stored (an earlier run
 was killed, or two samples are the same) are not scored again, and a teacher with nothing left to score is
-not loaded (post-training notes 7.2, step 5).
+not loaded (post-training notes 7.2, step 5). Batches are cut from all samples of a teacher, stored ones
+included, so a run that was killed scores the rest in the batches in which it would have.
+
+A sample whose states cannot be right is not stored and named in the report: the trainer leaves it out of
+the loss and its denominators. A teacher all of whose samples are so is an error.
 """
 
 from __future__ import annotations
@@ -14,13 +18,14 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from consilience.conf.errors import AdmissionError, EngineError
+from consilience.conf.errors import AdmissionError, CheckpointError, EngineError
 from consilience.teachers.heads import TeacherDigests, read_digests
 from consilience.teachers.hidden_store import HiddenStore, hidden_key
 from consilience.teachers.read_ahead import WarmFiles
@@ -49,6 +54,7 @@ class ScoreReport:
     loads        teachers loaded, in order
     num_scored   samples scored now;  num_reused  samples whose states were stored already
     num_tokens   tokens the teachers read
+    bad          uid -> what is wrong with its states; nothing is stored or reserved for it
     """
 
     keys: dict[str, str]
@@ -56,6 +62,7 @@ class ScoreReport:
     num_scored: int
     num_reused: int
     num_tokens: int
+    bad: dict[str, str] = field(default_factory=dict)
 
 
 class TeacherScheduler:
@@ -63,7 +70,8 @@ class TeacherScheduler:
 
     `loader` builds a teacher from its record and keeps no reference to it. `batch_tokens` bounds the tokens
     of one scored and stored batch (a longer single sample is a batch of its own). `digests` reads a
-    teacher's digests, and the type of its states, without loading it.
+    teacher's digests, and the type and width of its states, without loading it. `may_load=False` is for
+    samples whose states must all be stored already.
     """
 
     def __init__(
@@ -74,8 +82,10 @@ class TeacherScheduler:
         *,
         batch_tokens: int = 8192,
         digests: Callable[[TeacherRecord], TeacherDigests] = read_digests,
+        may_load: bool = True,
     ) -> None:
         self._registry, self._loader, self._store = registry, loader, store
+        self._may_load = may_load
         self._batch_tokens, self._read_digests = batch_tokens, digests
         self._digests: dict[str, TeacherDigests] = {}
         self._resident: weakref.ref[Teacher] | None = None
@@ -84,47 +94,79 @@ class TeacherScheduler:
         """Score what is not stored yet and reserve one use of every request's states.
 
         ConfigError: an unknown teacher. ValueError: two requests with one uid, positions outside the
-        sample. AdmissionError: a loaded teacher whose digest is not its checkpoint's. EngineError: states
-        of another shape, type or not finite, or a teacher still in memory when the next is due.
+        sample. AdmissionError: a loaded teacher whose digest is not its checkpoint's. CheckpointError: a
+        teacher whose folder cannot be read, or no longer. EngineError: no room in the store (before
+        anything is loaded), states missing that may not be scored, a teacher none of whose states is of
+        the right shape, type and finite, or one still in memory when the next is due.
         What was stored before an error stays stored.
         """
         keys = self._keys(requests)
-        missing: dict[TeacherDigests, tuple[str, dict[str, ScoreRequest]]] = {}
+        queues: dict[TeacherDigests, tuple[str, dict[str, ScoreRequest]]] = {}
         for request in requests:
-            key = keys[request.uid]
-            if key not in self._store:
-                digests = self._digests[request.teacher]
-                missing.setdefault(digests, (request.teacher, {}))[1].setdefault(key, request)
-        queues = sorted(missing.values(), key=lambda queue: (-_num_tokens(queue[1].values()), queue[0]))
-        self._score_all([(self._registry.get(name), queue) for name, queue in queues])
-        self._store.reserve(keys.values())
-        num_scored = sum(len(queue) for _, queue in queues)
+            digests = self._digests[request.teacher]
+            queues.setdefault(digests, (request.teacher, {}))[1].setdefault(keys[request.uid], request)
+        missing = {d: [k for k in queue if k not in self._store] for d, (_, queue) in queues.items()}
+        self._check_room(queues, missing, set(keys.values()))
+        due = [(name, queue, {k: queue[k] for k in missing[d]}) for d, (name, queue) in queues.items()]
+        due = [entry for entry in due if entry[2]]
+        due.sort(key=lambda entry: (-_num_tokens(entry[2].values()), entry[0]))
+        faults = self._score_all([(self._registry.get(name), queue) for name, queue, _ in due])
+        bad = {uid: faults[key] for uid, key in keys.items() if key in faults}
+        self._store.reserve(key for key in keys.values() if key not in faults)
+        num_scored = sum(len(rest) for _, _, rest in due)
         return ScoreReport(
             keys=keys,
-            loads=tuple(name for name, _ in queues),
+            loads=tuple(name for name, _, _ in due),
             num_scored=num_scored,
             num_reused=len(requests) - num_scored,
-            num_tokens=sum(_num_tokens(queue.values()) for _, queue in queues),
+            num_tokens=sum(_num_tokens(rest.values()) for _, _, rest in due),
+            bad=bad,
         )
+
+    def _check_room(
+        self,
+        queues: dict[TeacherDigests, tuple[str, dict[str, ScoreRequest]]],
+        missing: dict[TeacherDigests, list[str]],
+        wanted: set[str],
+    ) -> None:
+        """EngineError if what is missing does not fit the store's budget, or may not be scored."""
+        num_bytes = 0
+        for digests, keys in missing.items():
+            name, queue = queues[digests]
+            if keys and not self._may_load:
+                held = ", ".join(sorted(self._store.origins)) or "nothing"
+                raise EngineError(
+                    f"{len(keys)} of {len(queue)} samples have no stored states of {_origin(name, digests)}; "
+                    f"the store holds those of {held}. Its weights, its head or the samples are others: "
+                    "score them again without distill.replay"
+                )
+            if digests.width is not None:
+                state_bytes = digests.width * digests.dtype.itemsize
+                num_bytes += sum(len(queue[key].positions) for key in keys) * state_bytes
+        self._store.make_room(num_bytes, wanted)
 
     def digests(self, name: str) -> TeacherDigests:
         """Digests of a teacher, read once. ConfigError on an unknown name, CheckpointError as `digests`."""
         if name not in self._digests:
-            self._digests[name] = self._read_digests(self._registry.get(name))
+            record = self._registry.get(name)
+            with naming(record):
+                self._digests[name] = self._read_digests(record)
         return self._digests[name]
 
-    def _score_all(self, queues: Sequence[tuple[TeacherRecord, dict[str, ScoreRequest]]]) -> None:
-        """Each teacher's queue; the files of the next are read while one scores."""
+    def _score_all(self, queues: Sequence[tuple[TeacherRecord, dict[str, ScoreRequest]]]) -> dict[str, str]:
+        """Each teacher's queue; the files of the next are read while one scores. Key -> what is wrong."""
         warm: WarmFiles | None = None
+        faults: dict[str, str] = {}
         try:
             for (record, queue), following in zip_longest(queues, queues[1:]):
                 if warm is not None:
                     warm.finish()
                 warm = None if following is None else WarmFiles(following[0].checkpoint)
-                self._score_queue(record, queue)
+                faults |= self._score_queue(record, queue)
         finally:
             if warm is not None:
                 warm.stop()
+        return faults
 
     def _keys(self, requests: Sequence[ScoreRequest]) -> dict[str, str]:
         keys: dict[str, str] = {}
@@ -139,9 +181,11 @@ class TeacherScheduler:
             )
         return keys
 
-    def _score_queue(self, record: TeacherRecord, queue: dict[str, ScoreRequest]) -> None:
+    def _score_queue(self, record: TeacherRecord, queue: dict[str, ScoreRequest]) -> dict[str, str]:
+        """Score what of the queue is not stored; key -> what is wrong, of states that cannot be right."""
         self._check_released(record.name)
-        teacher = self._loader(record)
+        with naming(record):
+            teacher = self._loader(record)
         self._resident = weakref.ref(teacher)
         stated = self._digests[record.name]
         found = replace(stated, weights=teacher.digest, head=teacher.head_digest)
@@ -150,28 +194,39 @@ class TeacherScheduler:
                 f"teacher '{record.name}': loaded digests {found}, its checkpoint states "
                 f"{stated}; the folder changed during the run or is corrupt"
             )
+        faults: dict[str, str] = {}
         for keys in _batches(queue, self._batch_tokens):
+            keys = [key for key in keys if key not in self._store]
+            if not keys:
+                continue
             batch = [queue[key] for key in keys]
             states = teacher.score([r.token_ids for r in batch], [r.positions for r in batch])
-            self._check_states(record.name, batch, states)
-            self._store.put(dict(zip(keys, states, strict=True)))
+            if len(states) != len(batch):
+                raise EngineError(
+                    f"teacher '{record.name}' returned {len(states)} tensors for {len(batch)} samples"
+                )
+            wrong = {k: self._fault(record.name, queue[k], state) for k, state in zip(keys, states)}
+            faults |= {key: fault for key, fault in wrong.items() if fault}
+            good = {key: state for key, state in zip(keys, states) if not wrong[key]}
+            self._store.put(good, _origin(record.name, stated))
+        if len(faults) == len(queue):
+            raise EngineError(f"{next(iter(faults.values()))}; so are all its samples: check its checkpoint")
         del teacher
         self._check_released(None)
+        return faults
 
-    def _check_states(self, name: str, batch: Sequence[ScoreRequest], states: Sequence[Tensor]) -> None:
-        dtype = self._digests[name].dtype
-        if len(states) != len(batch):
-            raise EngineError(f"teacher '{name}' returned {len(states)} tensors for {len(batch)} samples")
-        for request, state in zip(batch, states):
-            if state.dim() != 2 or state.shape[0] != len(request.positions) or state.dtype != dtype:
-                raise EngineError(
-                    f"teacher '{name}', {request.uid}: states {list(state.shape)} {state.dtype}; "
-                    f"[{len(request.positions)}, D] {dtype} was expected"
-                )
-            if not torch.isfinite(state).all():
-                raise EngineError(
-                    f"teacher '{name}', {request.uid}: hidden states are not finite; check its checkpoint"
-                )
+    def _fault(self, name: str, request: ScoreRequest, state: Tensor) -> str:
+        """What is wrong with the states of a sample, "" if nothing is."""
+        dtype, width = self._digests[name].dtype, self._digests[name].width
+        num, shape = len(request.positions), list(state.shape)
+        if len(shape) != 2 or shape != [num, width or shape[1]] or state.dtype != dtype:
+            return (
+                f"teacher '{name}', {request.uid}: states {shape} {state.dtype}; "
+                f"[{num}, {width or 'D'}] {dtype} was expected"
+            )
+        if not torch.isfinite(state).all():
+            return f"teacher '{name}', {request.uid}: hidden states are not finite"
+        return ""
 
     def _check_released(self, coming: str | None) -> None:
         """EngineError if the previous teacher still lives: two would be in memory."""
@@ -184,6 +239,22 @@ class TeacherScheduler:
             raise EngineError(
                 f"teacher '{resident.name}' is still in memory while {wanted}; the loader must not keep it"
             )
+
+
+@contextmanager
+def naming(record: TeacherRecord) -> Iterator[None]:
+    """What reading a teacher's folder raises, as one CheckpointError that names the teacher."""
+    try:
+        yield
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(
+            f"teacher '{record.name}' cannot be read from {record.checkpoint} ({error}); put its folder back "
+            "and run again: what is scored is kept"
+        ) from error
+
+
+def _origin(name: str, digests: TeacherDigests) -> str:
+    return f"teacher '{name}' (weights {digests.weights[:12]}, head {digests.head[:12]}, {digests.dtype})"
 
 
 def _num_tokens(requests: Iterable[ScoreRequest]) -> int:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from consilience.conf.errors import AdmissionError, CheckpointError
-from consilience.teachers.admission import admit, check_self_kl, read_speech, self_kl
+from consilience.teachers.admission import admit, check_self_kl, read_speech, read_templates, self_kl
 from consilience.teachers.fake_teacher import FakeTeacher
 
 SPECIAL = [{"id": 0, "content": "<bos>", "special": True}, {"id": 1, "content": "<eos>", "special": True}]
@@ -59,6 +59,64 @@ def test_a_teacher_that_speaks_differently_is_refused_with_both_values(tmp_path,
         admit(student, teacher, "x")
     assert all(part in str(error.value) for part in both_values)
     assert "same tokenizer.json" in str(error.value)
+
+
+def change(folder, name, **values):
+    """Set values of a JSON file of a checkpoint."""
+    path = folder / name
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | values))
+
+
+def refusal(student, teacher):
+    with pytest.raises(AdmissionError) as error:
+        admit(student, teacher, "x")
+    return str(error.value)
+
+
+def test_a_teacher_that_was_prompted_otherwise_is_refused_with_both_templates(tmp_path):
+    student, teacher = write_checkpoint(tmp_path / "s"), write_checkpoint(tmp_path / "t")
+    change(student, "consilience.json", family="official")
+    admit(student, teacher)  # the teacher's folder does not say
+    change(teacher, "consilience.json", family="preview")
+    assert "family: student official, teacher preview" in refusal(student, teacher)
+    change(teacher, "consilience.json", family="official")
+    admit(student, teacher)
+    (student / "chat_template.jinja").write_text("{{ a }}")
+    change(teacher, "tokenizer_config.json", chat_template="{{ a }}")
+    admit(student, teacher)
+    change(teacher, "tokenizer_config.json", chat_template="{{ b }}")
+    ours, theirs = read_templates(student), read_templates(teacher)
+    assert f"chat_template: student {ours['chat_template']}, teacher {theirs['chat_template']}" in refusal(
+        student, teacher
+    )
+
+
+def test_a_released_folders_encoder_tells_its_family(tmp_path):
+    student, teacher = write_checkpoint(tmp_path / "s"), write_checkpoint(tmp_path / "t")
+    change(student, "consilience.json", family="official")
+    (teacher / "consilience.json").unlink()
+    (teacher / "encoding").mkdir()
+    (teacher / "encoding" / "encoding_dsv4.py").write_text('REASONING_EFFORT_MAX = "think"\n')
+    assert "family: student official, teacher preview" in refusal(student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "neutral"),
+    [("logit_scale", 0.0625, 1.0), ("logits_scaling", 8, 1), ("final_logit_softcapping", 30.0, None)],
+)
+def test_logits_that_are_more_than_state_times_head_are_refused_on_either_side(tmp_path, key, value, neutral):
+    student, teacher = write_checkpoint(tmp_path / "s"), write_checkpoint(tmp_path / "t")
+    change(teacher, "config.json", **{key: neutral})
+    admit(student, teacher)
+    change(teacher, "config.json", **{key: value})
+    said = refusal(student, teacher)
+    assert (
+        f"teacher 'x': {key} is {value}" in said
+        and f"scales: student {{}}, teacher {{{key}={value}}}" in said
+    )
+    change(student, "config.json", **{key: value})
+    assert f"student: {key} is {value}" in refusal(student, teacher)  # both alike are not rebuilt either
 
 
 def test_special_tokens_declared_by_the_card_alone_count_too(tmp_path):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,8 @@ from consilience.teachers.hidden_store import HiddenStore
 store = HiddenStore(sys.argv[1])
 store.put({"a": torch.full((3, 2), 5.0), "b": torch.zeros(1, 2)})
 print("stored", flush=True)
-open(store.folder / "half.partial", "wb").write(b"half a file")
+for name in ("half.partial", ".tmpXyZ"):
+    (store.folder / name).write_bytes(b"half a file")
 import os, signal
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -176,3 +178,94 @@ def test_reading_a_large_entry_by_memory_map_does_not_load_its_neighbours(tmp_pa
     assert child.returncode == 0, child.stderr
     assert int(child.stdout) < 32 * 2**20
     assert os.listdir(tmp_path)
+
+
+def test_a_budget_is_asked_before_anything_is_written_and_what_nobody_wants_makes_room(tmp_path):
+    store = HiddenStore(tmp_path, budget_bytes=100)
+    store.put({"stale": torch.ones(10)[:, None]})  # 40 bytes that nobody has reserved
+    store.put({"wanted": torch.ones(5, 2)})
+    store.make_room(20, {"wanted"})
+    assert "stale" in store  # 100 bytes fit
+    with pytest.raises(EngineError, match=r"61 bytes .* may hold 100 and holds 40; nothing was written"):
+        store.make_room(61, {"wanted"})
+    assert "stale" not in store and store.size_bytes == 40
+    with pytest.raises(EngineError, match=r"distill\.store_bytes"):
+        store.put({"large": torch.ones(101, dtype=torch.uint8)})
+    assert len(files(tmp_path)) == 1
+    store.put({"fits": torch.ones(15)})
+    assert store.size_bytes == 100
+
+
+def test_a_store_that_keeps_frees_nothing_and_serves_any_number_of_uses(tmp_path):
+    store = HiddenStore(tmp_path, keeps=True, budget_bytes=60)
+    store.put({"a": torch.ones(4, 2)})
+    for _ in range(3):
+        store.reserve(["a"])
+        assert store.take("a").shape == (4, 2)
+        assert store.free_taken() == 0
+        with pytest.raises(EngineError, match="already used up"):
+            store.take("a")
+    with pytest.raises(EngineError, match=r"holds 32; distill.keep_states=false frees"):
+        store.put({"b": torch.ones(4, 2)})
+    again = HiddenStore(tmp_path)  # a stage that does not keep takes over what another kept
+    again.reserve(["a"])
+    again.take("a")
+    assert again.free_taken() == 32 and files(tmp_path) == []
+
+
+def test_another_stages_store_is_read_and_never_changed(tmp_path):
+    theirs = HiddenStore(tmp_path / "theirs", keeps=True)
+    theirs.put({"a": torch.ones(4, 2)}, "teacher 'math'")
+    (tmp_path / "theirs" / "half.partial").write_bytes(b"being written")
+    before = {name: (tmp_path / "theirs" / name).read_bytes() for name in files(tmp_path / "theirs")}
+    ours = HiddenStore(tmp_path / "ours", also=[tmp_path / "theirs"], budget_bytes=16)
+    assert ours.size_bytes == 0 and ours.origins == {"teacher 'math'": 1}
+    ours.reserve(["a"])
+    ours.put({"own": torch.ones(2, 2)})  # what is read elsewhere is not in the budget
+    assert torch.equal(ours.take("a"), torch.ones(4, 2)) and ours.free_taken() == 16
+    assert {n: (tmp_path / "theirs" / n).read_bytes() for n in files(tmp_path / "theirs")} == before
+    name = next(n for n in before if n.endswith("safetensors"))
+    (tmp_path / "theirs" / name).write_bytes(before[name][:-1] + b"\x01")
+    ours.reserve(["a"])
+    with pytest.raises(EngineError, match="belongs to another stage and is only read"):
+        ours.take("a")
+    assert files(tmp_path / "theirs") == sorted(before)
+    with pytest.raises(EngineError, match="no such folder"):
+        HiddenStore(tmp_path / "ours", also=[tmp_path / "nowhere"])
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(EngineError, match=r"cannot be kept in .*file/states .* writable"):
+        HiddenStore(tmp_path / "file" / "states")
+
+
+READ_ONLY = """
+import os, sys, torch
+from consilience.conf.errors import EngineError
+from consilience.teachers.hidden_store import HiddenStore
+store = HiddenStore(sys.argv[1])
+store.put({"a": torch.ones(2, 2)})
+os.chmod(sys.argv[1], 0o555)
+next(store.folder.iterdir()).chmod(0o644)
+if os.geteuid() == 0:
+    os.seteuid(65534)  # root may write anywhere
+try:
+    store.put({"b": torch.ones(2, 2)})
+except EngineError as error:
+    print(error)
+store.reserve(["a"])
+print(store.take("a").sum().item())
+"""
+
+
+def test_a_store_that_became_read_only_refuses_clearly_and_still_reads():
+    with tempfile.TemporaryDirectory(dir="/tmp") as outer:  # pytest's own folders are closed to others
+        os.chmod(outer, 0o755)
+        folder = Path(outer) / "states"
+        folder.mkdir()
+        command = [sys.executable, "-c", READ_ONLY, str(folder)]
+        child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        folder.chmod(0o755)
+    assert "Permission denied" in child.stdout and "make it writable" in child.stdout, child.stderr
+    assert child.stdout.endswith("\n4.0\n")

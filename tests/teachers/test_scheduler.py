@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from consilience.conf.errors import AdmissionError, ConfigError, EngineError
+from consilience.conf.errors import AdmissionError, CheckpointError, ConfigError, EngineError
 from consilience.teachers import scheduler as scheduler_file
 from consilience.teachers.fake_teacher import FakeTeacher
 from consilience.teachers.heads import TeacherDigests
@@ -144,7 +145,7 @@ def test_a_crash_in_the_second_teacher_keeps_what_the_first_stored(registry, sto
             raise OSError("disk gone")
         return build(record.name)
 
-    with pytest.raises(OSError, match="disk gone"):
+    with pytest.raises(CheckpointError, match=r"teacher .math. cannot be read .*disk gone"):
         TeacherScheduler(registry, loader, store, digests=digests).score(REQUESTS)
     found = TeacherScheduler(
         registry, lambda r: build(r.name), HiddenStore(store.folder), digests=digests
@@ -227,6 +228,100 @@ def test_states_that_cannot_be_right_are_refused(registry, store, change, messag
     with pytest.raises(EngineError, match=message):
         scheduler.score([request("a", "math", 4)])
     assert len(store) == 0
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x[:-1], lambda x: x / 0.0, lambda x: x[:, :-1], lambda x: x.half()]
+)
+def test_a_sample_with_bad_states_is_named_and_neither_stored_nor_reserved(registry, store, change):
+    def wide(record):
+        return replace(digests(record), width=8)
+
+    scheduler = TeacherScheduler(registry, lambda r: Broken(r.name, change), store, digests=wide)
+    found = scheduler.score([request("a", "math", 4), request("b", "math", 5), request("c", "math", 6)])
+    assert list(found.bad) == ["a"] and "teacher 'math', a: " in found.bad["a"]
+    assert found.keys["a"] not in store and len(store) == 2
+    for uid in "bc":
+        store.take(found.keys[uid])
+    with pytest.raises(EngineError, match="already used up"):
+        store.take(found.keys["a"])
+
+
+def test_a_teacher_all_of_whose_states_are_bad_is_an_error_and_no_sample(registry, store):
+    class Mute(FakeTeacher):
+        def score(self, token_ids, positions):
+            return [state * float("inf") for state in super().score(token_ids, positions)]
+
+    scheduler = TeacherScheduler(registry, lambda r: Mute(r.name, seed=SEEDS[r.name]), store, digests=digests)
+    with pytest.raises(EngineError, match="teacher 'code', c: hidden states are not finite; so are all"):
+        scheduler.score(REQUESTS)
+
+
+def test_a_teacher_that_vanishes_is_one_error_that_names_it(registry, store):
+    def gone(record):
+        raise FileNotFoundError(2, "No such file or directory", "model.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"teacher 'code' cannot be read from .* put its folder back"):
+        TeacherScheduler(registry, gone, store, digests=digests).score(REQUESTS)
+    with pytest.raises(CheckpointError, match="teacher 'math' cannot be read from"):
+        TeacherScheduler(registry, gone, store, digests=gone).score(REQUESTS)
+
+
+def test_a_budget_too_small_is_said_before_a_teacher_is_loaded(registry, tmp_path):
+    def no_loader(record):
+        raise AssertionError("loaded")
+
+    def wide(record):
+        return replace(digests(record), width=8)
+
+    small = HiddenStore(tmp_path / "small", budget_bytes=1000)
+    with pytest.raises(EngineError, match="1056 bytes of hidden states do not fit"):  # 33 states of 8 fp32
+        TeacherScheduler(registry, no_loader, small, digests=wide).score(REQUESTS)
+    enough = HiddenStore(tmp_path / "enough", budget_bytes=1056)
+    TeacherScheduler(registry, lambda r: build(r.name), enough, digests=wide).score(REQUESTS)
+    assert enough.size_bytes == 1056
+
+
+def test_states_of_other_weights_are_not_taken_for_a_teachers_own(registry, store):
+    TeacherScheduler(registry, lambda r: build(r.name), store, digests=digests).score(REQUESTS)
+
+    def other(record):
+        return replace(digests(record), weights="another" * 2)
+
+    def no_loader(record):
+        raise AssertionError("loaded")
+
+    scheduler = TeacherScheduler(registry, no_loader, store, digests=other, may_load=False)
+    with pytest.raises(EngineError) as error:
+        scheduler.score(REQUESTS)
+    stored = build("math").digest[:12]
+    assert "weights anotheranoth" in str(error.value) and f"'math' (weights {stored}" in str(error.value)
+    assert "2 of 2 samples have no stored states" in str(error.value)
+
+
+def test_after_a_kill_the_rest_is_scored_in_the_batches_in_which_it_would_have_been(registry, store):
+    batches = []
+
+    class Noted(FakeTeacher):
+        def score(self, token_ids, positions):
+            batches.append(tuple(map(len, token_ids)))
+            if len(batches) == stop:
+                raise KeyboardInterrupt
+            return super().score(token_ids, positions)
+
+    requests = [request(str(i), "math", 4 + i) for i in range(6)]  # 4 5 | 6 | 7 | 8 | 9 tokens
+
+    def scheduler():
+        return TeacherScheduler(
+            registry, lambda r: Noted(r.name, seed=1), store, digests=digests, batch_tokens=10
+        )
+
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        scheduler().score(requests)
+    stop = 0
+    scheduler().score(requests)
+    assert batches == [(4, 5), (6,), (7,), (7,), (8,), (9,)]
 
 
 MEMORY = """

@@ -1,0 +1,81 @@
+"""What the tokens of a phase tell: the KL by place in the sample, and who would end where.
+
+The end of text is looked at where the student ended, and at places spread evenly over the others: a few rows
+of logits a micro-batch instead of all.
+
+Shapes: n loss tokens, S samples, V vocabulary, D student width, Dt teacher width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NUM_PARTS = 10
+NUM_ELSEWHERE = 64
+"""Places of a micro-batch, other than ends, at which the end of text is looked at."""
+
+
+class TokenWatch:
+    """Sums over the micro-batches of a phase.
+
+    eos  token id; None: ends are not looked at
+    """
+
+    def __init__(self, eos: int | None = None) -> None:
+        self._eos = eos
+        self._kl, self._num = np.zeros(NUM_PARTS), np.zeros(NUM_PARTS)
+        self._eos_sums: dict[str, np.ndarray] = {}  # place -> (student's p, teacher's, places)
+
+    @torch.no_grad()
+    def observe(
+        self,
+        kl: Tensor,
+        sizes: Sequence[int],
+        target_ids: Tensor,
+        student: tuple[Tensor, Tensor],
+        teacher: tuple[Tensor, Tensor],
+    ) -> None:
+        """One micro-batch: kl [n], samples of `sizes` tokens one behind the other, target_ids [n] sampled.
+
+        student, teacher  hidden states [n, D] and [n, Dt], heads [V, D] and [V, Dt]
+        """
+        part = np.concatenate([np.arange(n) * NUM_PARTS // n for n in sizes])
+        self._kl += np.bincount(part, kl.double().cpu().numpy(), NUM_PARTS)
+        self._num += np.bincount(part, minlength=NUM_PARTS)
+        if self._eos is None:
+            return
+        is_end = target_ids == self._eos
+        others = (~is_end).nonzero()[:, 0]
+        spread = others[:: -(-len(others) // NUM_ELSEWHERE)] if len(others) else others
+        for place, rows in (("at_end", is_end.nonzero()[:, 0]), ("elsewhere", spread)):
+            if len(rows):
+                p, q = (_probability(h[rows], head, self._eos) for h, head in (student, teacher))
+                sums = self._eos_sums.setdefault(place, np.zeros(3))
+                sums += (float(p.sum()), float(q.sum()), len(rows))
+
+    def numbers(self) -> dict[str, float]:
+        """kl_tenth_1 … kl_tenth_10 (nats a token), late_ratio (last three over first three tenths).
+
+        With an eos, for the places "at_end" and "elsewhere" that there were: student_eos_…, teacher_eos_…
+        (mean probability of ending there), and eos_gap_…: how much likelier the end is to the student where
+        it ended, to the teacher where the student went on.
+        """
+        mean = self._kl / np.maximum(self._num, 1)
+        found = {f"kl_tenth_{i + 1}": float(value) for i, value in enumerate(mean) if self._num[i]}
+        first, last = (self._kl[at].sum() / max(self._num[at].sum(), 1) for at in (slice(3), slice(-3, None)))
+        # Below this nobody could tell either from rounding.
+        found["late_ratio"] = float(last / first) if min(first, last) > 1e-6 else 0.0
+        for place, (p, q, num) in self._eos_sums.items():
+            gap = (p - q) / num if place == "at_end" else (q - p) / num
+            found |= {f"student_eos_{place}": p / num, f"teacher_eos_{place}": q / num}
+            found[f"eos_gap_{place}"] = gap
+        return found
+
+
+def _probability(hidden: Tensor, head: Tensor, token: int) -> Tensor:
+    """[n] probability of one token after each of these states."""
+    return (hidden.float() @ head.float().T).softmax(1)[:, token]
