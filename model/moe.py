@@ -6,6 +6,7 @@ R tokens (flattened), D model width, E experts, K experts a token, I expert widt
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from consilience.model.quantization import OFF, fake_mxfp4
 from consilience.model.recompute import named
 from consilience.model.routing import Routing
 from consilience.model.row_sums import add_rows_, take_rows
+
+if TYPE_CHECKING:
+    from consilience.model.context_parallel import Piece
 
 FEW = 2048  # up to so many scores a sort costs no more than a check for ties
 
@@ -246,11 +250,13 @@ class MoE(nn.Module):
         sample: Tensor | None = None,
         trace: Trace | None = None,
         routing: Routing | None = None,
+        piece: Piece | None = None,
     ) -> Tensor:
         """hidden [R, D], token_ids [R] -> [R, D].
 
         sample [R]  sample that each token belongs to, -1 for padding; read with a `trace` only
         routing     takes the learned router's choices down, or prescribes them
+        piece       of samples, where other ranks have more of them
         """
         if self.gate.is_hash:
             routing = None
@@ -259,25 +265,25 @@ class MoE(nn.Module):
         if is_plain and is_available(hidden, self.gate.weight):
             return decode_moe(self, hidden, token_ids, routing)
         shape = (hidden.shape[0], self.gate.topk)
-        fixed = None if routing is None else routing.prescribed(self.layer, shape, hidden.device)
+        fixed = None if routing is None else routing.prescribed(self.layer, shape, hidden.device, piece)
         route = partial(gpu_moe.route, self.gate) if self._is_on_gpu(hidden) else self.gate
         weights, experts, scores = route(hidden, token_ids, fixed)
         if routing is not None and fixed is None:
-            routing.take_down(self.layer, experts)
+            routing.take_down(self.layer, experts, piece)
         elif routing is not None and fixed is not None and routing.compares:
             fresh = top_experts(scores.detach() + self.gate.bias, self.gate.topk)
             routing.compare(self.layer, fresh, fixed)
         num_tokens, topk = experts.shape
-        piece = piece_of(num_tokens, topk * hidden.shape[1] * hidden.element_size())
+        most = piece_of(num_tokens, topk * hidden.shape[1] * hidden.element_size())
         parameters = (*self.experts.parameters(), *self.shared_experts.parameters())
-        work = Work(self._experts, 0, piece, "expert_activations", parameters)
+        work = Work(self._experts, 0, most, "expert_activations", parameters)
         (output,) = in_pieces(work, (hidden, weights, experts))
         if trace is not None:
             assert sample is not None
             load = torch.bincount(experts[sample >= 0].flatten(), minlength=scores.shape[1])
             trace.add_load(self.layer, load, is_hash=self.gate.is_hash)
             if trace.wants_losses and not self.gate.is_hash:
-                trace.add_balance_loss(balance_loss(scores, experts, sample))
+                trace.add_balance_loss(balance_loss(scores, experts, sample, piece))
         return output
 
     def _experts(self, _: int, hidden: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor]:
@@ -293,21 +299,26 @@ class MoE(nn.Module):
         return gpu_moe.is_available(hidden, self.experts.w1, self.gate.topk)
 
 
-def balance_loss(scores: Tensor, experts: Tensor, sample: Tensor) -> Tensor:
+def balance_loss(scores: Tensor, experts: Tensor, sample: Tensor, piece: Piece | None = None) -> Tensor:
     """Sequence-wise balance loss Σ_e f_e P_e of each sample, summed over samples (V3 report, eq. 17-20).
 
     scores [R, E], experts [R, K], sample [R] the sample of each token, -1 for padding -> scalar.
     f_e = E / (K T) · count_e over the sample's T tokens, P_e = mean over them of s_e / Σ_j s_j. A sum,
-    so that the caller divides by the samples of a step however its rows are cut.
+    so that the caller divides by the samples of a step however its rows are cut. Of a `piece` of the samples
+    it is what these tokens give to the P_e, times f_e over all ranks: a sum over ranks, too.
     """
     num_experts, topk = scores.shape[1], experts.shape[1]
     token = (sample >= 0).nonzero()[:, 0]
     owner = sample[token]
     num_samples = int(owner.max()) + 1 if owner.numel() else 0
-    length = torch.bincount(owner, minlength=num_samples).clamp(min=1)[:, None]
+    num_samples = num_samples if piece is None else piece.num_samples
+    length = torch.bincount(owner, minlength=num_samples)
     hits = torch.bincount(
         (owner[:, None] * num_experts + experts[token]).flatten(), minlength=num_samples * num_experts
     ).view(num_samples, num_experts)
+    if piece is not None:
+        piece.ranks.sum_((length, hits))
+    length = length.clamp(min=1)[:, None]
     frequency = (hits * num_experts).to(scores.dtype) / (topk * length)
     share = (scores / scores.sum(-1, keepdim=True))[token]
     mean_share = add_rows_(share.new_zeros(num_samples, num_experts), owner, share) / length

@@ -5,6 +5,7 @@ B rows, T tokens in a row, D model width, n loss positions (row by row, time asc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,20 +55,23 @@ def hidden_at_loss(
 
     wants_mtp    run the prediction blocks too, on the trunk's streams of this forward
     is_detached  gradients of what they find stop before the trunk and the embedding
+
+    Inside of `context_parallel` the positions are those of this rank's piece of the rows.
     """
     device = next(model.parameters()).device
     rows = packed.to_torch(device)
     streams, layout = model.streams(
         rows["token_ids"], rows["segment_ids"], rows["position_ids"], trace=trace, routing=routing
     )
-    where = (rows["loss_mask"].flatten() > 0).nonzero()[:, 0]
+    cut = _whole if layout is None else layout.cut
+    where = (cut(rows["loss_mask"]).flatten() > 0).nonzero()[:, 0]
     ahead = ()
     if wants_mtp:
         found = model.mtp_hidden(streams, rows["target_ids"], layout, is_detached=is_detached)
-        ahead = tuple(_ahead(rows, hidden, depth) for depth, hidden in enumerate(found, 1))
+        ahead = tuple(_ahead(rows, hidden, depth, cut) for depth, hidden in enumerate(found, 1))
 
     def at(value: Tensor) -> Tensor:
-        return value.flatten()[where]
+        return cut(value).flatten()[where]
 
     return LossPositions(
         hidden=model.norm(model.hc_head(streams)).index_select(0, where),
@@ -79,15 +83,25 @@ def hidden_at_loss(
     )
 
 
-def _ahead(rows: dict[str, Tensor], hidden: Tensor, depth: int) -> BlockPositions:
+def _whole(x: Tensor) -> Tensor:
+    return x
+
+
+def _ahead(
+    rows: dict[str, Tensor], hidden: Tensor, depth: int, cut: Callable[[Tensor], Tensor]
+) -> BlockPositions:
     """Where block `depth` (from 1) has a loss: `depth` places before the trunk's, in the same sample.
 
-    hidden [B, T, D] of the block. Position t predicts what the trunk predicts at t + depth.
+    hidden [B, T, D] of the block, over what `cut` leaves of the rows. Position t predicts what the trunk
+    predicts at t + depth.
     """
-    here, there = slice(None, -depth), slice(depth, None)
-    segment, weight = rows["segment_ids"], rows["loss_mask"][:, there]
-    row, token = ((weight > 0) & (segment[:, here] == segment[:, there])).nonzero(as_tuple=True)
-    return BlockPositions(hidden[row, token], rows["target_ids"][row, token + depth], weight[row, token])
+    segment, target, weight = (
+        rows[name].roll(-depth, 1) for name in ("segment_ids", "target_ids", "loss_mask")
+    )
+    is_followed = segment == rows["segment_ids"]
+    is_followed[:, -depth:] = False
+    row, token = cut((weight > 0) & is_followed).nonzero(as_tuple=True)
+    return BlockPositions(hidden[row, token], cut(target)[row, token], cut(weight)[row, token])
 
 
 def mtp_loss(at: LossPositions, head: Tensor, temperature: float = 1.0) -> Tensor:
