@@ -177,7 +177,7 @@ def routed(
     down = grouped_linear(active.to(hidden.dtype), w2, counts)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
-    mine = down.index_select(0, inverse).view(num_tokens, topk, -1)
+    mine = down.index_select(0, inverse).view(num_tokens, topk, w2.shape[1])
     wide = active.dtype
     return exact.by_tiles(lambda x: x.sum(1, dtype=wide), mine), counts
 
