@@ -147,10 +147,8 @@ class _Exchanged(torch.autograd.Function):
         on_gpu = gpu_expert_wave.is_available(hidden, masters[0], shard.num_experts, experts.shape[1])
         ctx.way = gpu_expert_wave if on_gpu else expert_wave
         ctx.settings = unnamed()  # exact mode among them; the backward may run outside of it
-        work = ctx.settings.copy().run
-        output, *kept = named(
-            "expert_activations", work, _forward, ctx.way, shard, limit, hidden, weights, experts, base, masters
-        )
+        work = (ctx.settings.copy().run, _forward, ctx.way, shard, limit)
+        output, *kept = named("expert_activations", *work, hidden, weights, experts, base, masters)
         ctx.save_for_backward(experts, *masters, *kept)
         return output
 

@@ -96,7 +96,9 @@ def official_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield official, part
 
 
-def load_own(model: Transformer, checkpoint: ReleasedCheckpoint, *, device: torch.device | str = "cpu") -> None:
+def load_own(
+    model: Transformer, checkpoint: ReleasedCheckpoint, *, device: torch.device | str = "cpu"
+) -> None:
     """Fill a model, split or whole, from a checkpoint; of the experts this rank's alone are read.
 
     Built on `meta` and split there, nothing else is ever in memory. Errors as `load_released`.

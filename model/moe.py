@@ -201,7 +201,7 @@ class Experts(nn.Module):
         self._rounded: tuple[tuple[Tensor, ...], tuple, tuple[Tensor, ...]] | None = None
 
     def forward(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-        """`routed` by all experts: hidden [R, D], weights, experts [R, K] -> [R, D], tokens per expert [E]."""
+        """`routed` by all: hidden [R, D], weights, experts [R, K] -> [R, D], tokens per expert [E]."""
         return routed(hidden, weights, experts, self.weights(), self.limit)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:

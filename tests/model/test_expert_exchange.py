@@ -11,7 +11,7 @@ from consilience.model.kernels import experts as by_pieces
 from consilience.model.moe import routed
 from consilience.model.quantization import Quantization
 from consilience.model.ranks import Ranks
-from tests.model.expert_cases import BATCHES, CONFIG, ROUTERS, joined, layer, tokens
+from tests.model.expert_cases import BATCHES, ROUTERS, joined, layer, tokens
 from tests.rank_processes import on_ranks
 
 torch.set_num_threads(1)
@@ -57,7 +57,7 @@ def experts_on_each(ranks, dtype, waves):
     [
         (2, torch.float32),
         *(pytest.param(2, dtype, marks=pytest.mark.slow) for dtype in (torch.float64, torch.bfloat16)),
-        *(pytest.param(4, dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.float64)),
+        pytest.param(4, torch.float32, marks=pytest.mark.slow),
     ],
 )
 def test_sums_and_gradients_have_the_bits_of_one_process_whatever_the_waves(size, dtype, tmp_path):
@@ -78,7 +78,7 @@ def test_sums_and_gradients_have_the_bits_of_one_process_whatever_the_waves(size
 
 
 def train(moe, batches):
-    """Outputs, traces, and gradients of tokens and parameters; those of parameters add up over the batches."""
+    """Outputs, traces, and gradients of tokens and parameters, the latter summed over the batches."""
     found = {"output": [], "d_hidden": [], "load": 0, "balance": 0.0}
     for hidden, ids, grad, sample, *_ in batches:
         hidden, trace = hidden.clone().requires_grad_(), Trace(wants_losses=True)
@@ -110,9 +110,7 @@ PLAIN, FP4 = Quantization(), Quantization(experts=True)
     ("size", "dtype", "quantization"),
     [
         (2, torch.float64, PLAIN),
-        pytest.param(2, torch.float32, FP4, marks=pytest.mark.slow),
-        pytest.param(4, torch.float64, FP4, marks=pytest.mark.slow),
-        pytest.param(4, torch.float32, PLAIN, marks=pytest.mark.slow),
+        pytest.param(4, torch.float32, FP4, marks=pytest.mark.slow),
     ],
 )
 def test_a_layer_of_either_router_trains_as_in_one_process(size, dtype, quantization, tmp_path):
@@ -124,8 +122,8 @@ def test_a_layer_of_either_router_trains_as_in_one_process(size, dtype, quantiza
         results = [each[router] for each in found]
         for name in ("output", "d_hidden"):
             for batch, counts in enumerate(BATCHES[size]):
-                for rank, expected in enumerate(whole[name][batch].split(list(counts))):
-                    torch.testing.assert_close(results[rank][0][name][batch], expected, rtol=bound, atol=bound)
+                for (result, _), expected in zip(results, whole[name][batch].split(list(counts))):
+                    torch.testing.assert_close(result[name][batch], expected, rtol=bound, atol=bound)
         assert torch.equal(sum(result["load"] for result, _ in results), whole["load"])
         balance = sum(result["balance"] for result, _ in results)
         torch.testing.assert_close(balance, whole["balance"], rtol=bound, atol=bound)

@@ -30,9 +30,8 @@ torch.set_num_threads(1)
 CONFIG = replace(TINY, vocab_size=53, num_nextn_predict_layers=1, mtp_compress_ratios=(0,), swiglu_limit=0.5)
 POLICIES = ("none", "cheap", "block", "experts")
 TOKENS = torch.randint(53, (4, 37), generator=torch.Generator().manual_seed(3))
-# Packed samples and padding; the last row is a copy that stands in for work this rank does not have.
-SEGMENTS = torch.tensor([[0] * 20 + [1] * 17, [0] * 30 + [-1] * 7, [0] * 5 + [1] * 5 + [-1] * 27, [0] * 37])
-WEIGHTS = torch.tensor([1.0, 1.0, 1.0, 0.0])
+# Packed samples and padding; the last rank has nothing else.
+SEGMENTS = torch.tensor([[0] * 20 + [1] * 17, [0] * 30 + [-1] * 7, [0] * 5 + [1] * 5 + [-1] * 27, [-1] * 37])
 
 
 def build():
@@ -45,9 +44,8 @@ def losses(model, rows):
     streams, layout = model.streams(tokens, segments, trace=trace)
     ahead = model.mtp_hidden(streams, tokens.roll(-1, 1), layout)[0]
     hidden = model.norm(model.hc_head(streams)).view(*tokens.shape, -1)
-    is_read = ((segments >= 0) * WEIGHTS[rows][:, None])[..., None]
-    balance = sum(trace.balance_loss) * WEIGHTS[rows].max()
-    return ((hidden**2 + 0.3 * ahead**2) * is_read).sum() + 2 * balance, trace
+    is_read = (segments >= 0)[..., None]
+    return ((hidden**2 + 0.3 * ahead**2) * is_read).sum() + 2 * sum(trace.balance_loss), trace
 
 
 def bias_after(model, load):
@@ -86,7 +84,6 @@ def train_on_each(ranks, expert_ranks, policies):
     [
         pytest.param(2, 2, POLICIES, marks=pytest.mark.slow),
         pytest.param(4, 2, ("none",), marks=pytest.mark.slow),
-        pytest.param(4, 4, ("cheap",), marks=pytest.mark.slow),
     ],
 )
 def test_a_model_trains_as_in_one_process_under_every_policy(size, expert_ranks, policies, tmp_path):
@@ -99,12 +96,14 @@ def test_a_model_trains_as_in_one_process_under_every_policy(size, expert_ranks,
     for rank, results in enumerate(found):
         for result in results.values():
             torch.testing.assert_close(result["loss"][0], loss.detach(), rtol=1e-5, atol=0)
-            assert result["load"].keys() == trace.expert_load.keys() and result["grads"].keys() == grads.keys()
+            assert (
+                result["load"].keys() == trace.expert_load.keys() and result["grads"].keys() == grads.keys()
+            )
             assert all(torch.equal(load, trace.expert_load[layer]) for layer, load in result["load"].items())
             assert all(torch.equal(value, bias[name]) for name, value in result["bias"].items())
             for name, expected in grads.items():
-                error = (result["grads"][name] - expected).norm() / expected.norm()
-                assert error < 1e-5, (name, rank, float(error))
+                error = (result["grads"][name] - expected).norm()
+                assert error <= 1e-5 * expected.norm(), (name, rank, float(error))
             # What is saved and what is made again does not change a bit.
             first = next(iter(results.values()))
             assert all(torch.equal(grad, first["grads"][name]) for name, grad in result["grads"].items())
