@@ -1,8 +1,8 @@
 """What a rank computes of the tokens that came to its experts, on a GPU in bf16: the kernels of gpu_moe.py
 with one expert a row. model/expert_wave.py is its twin, with functions of the same names.
 
-Kept for the backward, beside the rows: gate and up projections [n, I], and places. A row's gradient is rounded
-to bf16 before it travels home; one process rounds the sum of a token's K rows. The same bits in every run.
+Kept for the backward, beside the rows: gate and up projections [n, I], and places. The gradient of a row is
+rounded to bf16 before it travels home; one process rounds the sum of a token's. The same bits in every run.
 
 T tokens of this rank, K experts a token, N = T·K pairs, D model width, I expert width, E experts; n rows that
 came to e experts of this rank.
