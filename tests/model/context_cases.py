@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from consilience.model import pieces
 from consilience.model.context_parallel import context_parallel
 from consilience.model.exact import exact_mode
+from consilience.model.expert_parallel import shard_experts, sharded_names
 from consilience.model.forward_trace import Trace
 from consilience.model.indexer import warming_up
 from consilience.model.recompute import recompute_policy, set_recompute
@@ -17,9 +18,9 @@ from consilience.model.routing import Routing
 SIZES = (pieces.WHOLE_BYTES, pieces.PIECE_BYTES, pieces.MULTIPLE)
 
 
-def rows_of(lengths, num_tokens, vocabulary=53):
+def rows_of(lengths, num_tokens, vocabulary=53, seed=3):
     """ids, segments, positions [B, T] of packed samples."""
-    ids = torch.randint(vocabulary, (len(lengths), num_tokens), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(vocabulary, (len(lengths), num_tokens), generator=torch.Generator().manual_seed(seed))
     segments, positions = torch.full_like(ids, -1), torch.zeros_like(ids)
     for row, samples in enumerate(lengths):
         start = 0
@@ -80,6 +81,15 @@ def _run(ranks, model, rows, borders):
 def run_all(ranks, cases):
     """`run` of every case (model, rows, borders, how), one after the other. They come pickled."""
     return [run(ranks, *case) for case in pickle.loads(cases)]
+
+
+def run_composed(ranks, model, batches, borders):
+    """`run` of this rank's batch: pairs of ranks cut rows, pairs take a batch each, all share the experts."""
+    context, data = ranks.split(2)
+    shard_experts(model, ranks)
+    found = run(context, model, batches[data.rank], borders)
+    places = {name: (shard.own.start, shard.own.stop) for name, shard in sharded_names(model).items()}
+    return found["losses"], found["grads"], places
 
 
 class Shapes(TorchDispatchMode):

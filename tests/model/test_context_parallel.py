@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from context_cases import rows_of, run, run_all, shapes
+from context_cases import rows_of, run, run_all, run_composed, shapes
 
 from consilience.conf.errors import EngineError
 from consilience.model.context_parallel import borders_of, context_parallel, piece_of_rows
@@ -102,6 +102,32 @@ def test_exact_mode_gives_every_bit_of_one_process(size, config, rough_model, tm
     for i, expected in enumerate(one["results"]):
         assert torch.equal(torch.cat([piece["results"][i] for piece in pieces], dim=1), expected)
     check(one, pieces, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_pieces_batches_and_experts_of_four_ranks_compose(config, rough_model, tmp_path):
+    """Ranks 0, 1 cut one batch and 2, 3 another; each rank has one or two of the six experts."""
+    model = rough_model(config, dtype=torch.float64)
+    batches = (ROWS, rows_of(((60, 31),), TOKENS, seed=4))
+    alone = [run(ALONE, model, rows) for rows in batches]
+    found = on_ranks(4, run_composed, model, batches, CUTS[2], folder=tmp_path)
+    # fp64: sums in another order.
+    total = sum(one["losses"] for one in alone)
+    torch.testing.assert_close(sum(losses for losses, _, _ in found), total, rtol=1e-10, atol=0)
+    for name in alone[0]["grads"]:
+        expected = [one["grads"][name] for one in alone]
+        if expected[0] is None:
+            continue
+        parts = [grads[name] for _, grads, _ in found]
+        if name in found[0][2]:  # an expert's gradient is whole where it lives
+            assert [0, *(places[name][1] for _, _, places in found)] == [
+                *(places[name][0] for _, _, places in found),
+                model.config.n_routed_experts,
+            ]
+            whole = torch.cat(parts)
+        else:
+            whole = sum(parts)
+        assert (whole - sum(expected)).norm() <= 1e-10 * sum(expected).norm(), name
 
 
 @pytest.mark.slow
