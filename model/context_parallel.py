@@ -79,6 +79,14 @@ def borders_of(num_tokens: int, num_ranks: int) -> tuple[int, ...]:
     return (*(num_tokens // unit * rank // num_ranks * unit for rank in range(num_ranks)), num_tokens)
 
 
+def own_tokens(num_tokens: int) -> slice:
+    """Which of the T tokens of rows are this rank's here; all without `context_parallel`. EngineError where
+    its borders do not fit."""
+    ranks, borders = _context.get()
+    start, stop = _borders(num_tokens, ranks, borders)[ranks.rank :][:2]
+    return slice(start, stop)
+
+
 def piece_of_rows(position: Tensor, is_valid: Tensor) -> Piece | None:
     """This rank's piece of rows with position, is_valid [B, T]; None outside of a context.
 
@@ -87,16 +95,21 @@ def piece_of_rows(position: Tensor, is_valid: Tensor) -> Piece | None:
     ranks, borders = _context.get()
     if ranks.size == 1:
         return None
-    num_tokens = position.shape[1]
+    return Piece(ranks, _borders(position.shape[1], ranks, borders), position, is_valid)
+
+
+def _borders(num_tokens: int, ranks: Ranks, borders: tuple[int, ...] | None) -> tuple[int, ...]:
+    if ranks.size == 1:
+        return (0, num_tokens)
     if borders is None:
-        borders = borders_of(num_tokens, ranks.size)
+        return borders_of(num_tokens, ranks.size)
     is_rising = all(start < stop for start, stop in pairwise(borders))
     if len(borders) != ranks.size + 1 or not is_rising or (borders[0], borders[-1]) != (0, num_tokens):
         raise EngineError(
             f"context borders {list(borders)} do not cut rows of {num_tokens} tokens for {ranks.size} ranks; "
             f"give {ranks.size + 1} tokens, rising from 0 to {num_tokens}"
         )
-    return Piece(ranks, borders, position, is_valid)
+    return borders
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,10 +11,10 @@ from consilience.model.context_parallel import context_parallel
 from consilience.model.forward_trace import Trace
 from consilience.model.initialize import initialize
 from consilience.model.kernels.linear_logprob import linear_logprob
-from consilience.model.ranks import ALONE
+from consilience.model.ranks import ALONE, Ranks
 from consilience.model.transformer import Transformer
 from consilience.training.anticipatory_routing import look_up_choices, routings
-from consilience.training.forward import hidden_at_loss, mtp_loss, sample_order
+from consilience.training.forward import hidden_at_loss, mtp_loss, own_piece, sample_order
 from consilience.training.packing import pack, split_micro_batches
 from tests.rank_processes import on_ranks
 
@@ -182,6 +182,21 @@ def test_without_blocks_or_unasked_nothing_is_found_and_nothing_computed(samples
         with torch.no_grad():
             hidden_at_loss(AHEAD, packed, trace, wants_mtp=wants_mtp)
     assert [sorted(trace.expert_load) for trace in traces] == [[0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+
+
+def test_a_rank_has_its_tokens_of_rows_and_the_numbers_of_the_whole(samples):
+    ids, masks, logprobs = samples
+    packed = pack(ids, masks, {"logprobs": logprobs}, quantum=8, max_row_tokens=48)
+    parts = []
+    for rank in range(2):
+        with context_parallel(Ranks(rank, 2), (0, 11, packed.token_ids.shape[1])):
+            parts.append(own_piece(packed))
+    for name in ("token_ids", "segment_ids", "position_ids", "target_ids", "loss_mask", "sample_index"):
+        whole = getattr(packed, name)
+        assert np.array_equal(np.concatenate([getattr(part, name) for part in parts], axis=1), whole), name
+    assert parts[0].token_ids.shape[1] == parts[0].arrays["logprobs"].shape[1] == 11
+    assert sum(part.num_loss_tokens for part in parts) == packed.num_loss_tokens
+    assert np.array_equal(own_piece(packed).token_ids, packed.token_ids) and parts[0].rows is packed.rows
 
 
 def losses(ranks, ids, masks, borders):
