@@ -109,8 +109,10 @@ class Attention(nn.Module):
         rows = (latent, rotation, keys.picks, index and index.query, index and index.weight)
         output, *loss = in_pieces(work, rows, (keys.window, keys.entries, index and index.keys))
         if layout.trace is not None:
-            if loss:
-                layout.trace.add_indexer_loss(loss[0] / loss[1].clamp(min=1), loss[1])
+            if loss and index is not None:
+                # Every rank goes back through the gathered keys, also one whose queries see none.
+                total = loss[0] if layout.piece is None else loss[0] + index.keys[:, :0].sum()
+                layout.trace.add_indexer_loss(total / loss[1].clamp(min=1), loss[1])
             if self.compressor is not None:
                 layout.trace.add_visible(layout.windows[self.ratio], layout.is_valid, keys.picks)
         return output
@@ -187,7 +189,7 @@ class Attention(nn.Module):
     def _window_keys(self, kv: Tensor, layout: Layout, state: LayerState | None) -> Tensor:
         """Window keys [B, offset + T, C] of the layout; for one-token steps the ring [B, ring, C]."""
         if state is None:
-            return kv
+            return kv if layout.piece is None else layout.piece.with_tail(self.window - 1, kv)[0]
         position, ring = layout.position, state.window.shape[1]
         rows = torch.arange(position.shape[0], device=position.device)
         if layout.is_step:

@@ -39,11 +39,20 @@ def official_parts(name: str, tensor: Tensor, first_expert: int = 0) -> dict[str
 
 
 def to_official(model: Transformer) -> dict[str, Tensor]:
-    """All tensors of the model under official names, detached, sharing memory."""
+    """All tensors of the model under official names, detached, sharing memory; where its experts are split
+    over ranks, those of this one."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        tensors |= official_parts(name, tensor)
+        tensors |= official_parts(name, tensor, _first_expert(model, name))
     return tensors
+
+
+def _first_expert(model: Transformer, name: str) -> int:
+    """Number of the first expert in the stack `name`; 0 where it is none, or whole."""
+    if not _EXPERTS.match(name):
+        return 0
+    shard = model.get_submodule(name.rpartition(".")[0]).shard
+    return 0 if shard is None else shard.own.start  # type: ignore[union-attr]
 
 
 @lru_cache(maxsize=4)

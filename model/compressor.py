@@ -13,7 +13,7 @@ from consilience.model.config import CSA_RATIO, ModelConfig
 from consilience.model.exact import Linear
 from consilience.model.kernels import gpu_compressor, window_pool
 from consilience.model.kernels.gpu_decode import step_kernels
-from consilience.model.layout import Closing, Layout
+from consilience.model.layout import Closing, Layout, ring_size
 from consilience.model.norm import RMSNorm
 from consilience.model.quantization import OFF, index_values, kv_values
 from consilience.model.recompute import named
@@ -53,7 +53,8 @@ class Compressor(nn.Module):
         self.norm = RMSNorm(width, config.rms_norm_eps, dtype)
 
     def forward(self, hidden: Tensor, layout: Layout, state: CompressorState | None) -> Tensor:
-        """hidden [B, T, D] -> entries [B, M, C]: all visible columns, those of the state included."""
+        """hidden [B, T, D] -> entries [B, M, C]: all visible columns, those of the state or of other ranks
+        included."""
         windows = layout.windows[self.ratio]
         if state is not None:
             assert layout.state is not None
@@ -63,15 +64,22 @@ class Compressor(nn.Module):
         weights = gpu_compressor.Weights(
             self.wkv.weight, self.wgate.weight, self.ape, self.norm.weight, self.norm.eps
         )
-        if gpu_compressor.is_available(hidden, weights, closing):
+        piece = layout.piece
+        if piece is None and gpu_compressor.is_available(hidden, weights, closing):
             turn = layout.compressed_rotation
             return self._cut(gpu_compressor.compress(hidden, weights, closing, turn, windows.num_columns))
         values, gates = self._projected(hidden)
-        if window_pool.is_available(values, self.ape):
+        is_compiled = window_pool.is_available(values, self.ape)
+        gates = gates if is_compiled else self._biased(gates, layout)
+        if piece is not None:
+            values, gates = piece.with_tail(ring_size(self.ratio) - 1, values, gates)
+        if is_compiled:
             pooled = window_pool.pool(values, gates, self.ape, closing).to(hidden.dtype)
             entries = self._finished(pooled, closing, layout)
         else:
-            entries = self._pool(values, self._biased(gates, layout), closing, layout, hidden.dtype)
+            entries = self._pool(values, gates, closing, layout, hidden.dtype)
+        if piece is not None:
+            return piece.gather(entries, windows)
         flat = closing.row * windows.num_columns + closing.column
         shape = (hidden.shape[0], windows.num_columns, self.width)
         return entries.new_zeros(shape).view(-1, self.width).index_copy(0, flat, entries).view(shape)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.conf.errors import CheckpointError, ConfigError
+from consilience.model.context_parallel import context_ranks
 from consilience.model.quantization import Quantization
 
 V4_TYPES = (None, "deepseek_v4")  # `model_type` of config.json
@@ -101,10 +102,13 @@ class DenseModel(nn.Module):
         trace: Any = None,
         routing: Any = None,
     ) -> tuple[Tensor, None]:
-        """Hidden states [B·T, D], normed already; no layout. ConfigError if routing is to be followed.
+        """Hidden states [B·T, D], normed already; no layout. ConfigError if routing is to be followed, or
+        rows to be cut for several ranks.
 
         Nothing is traced: there is no router, and one stream.
         """
+        if context_ranks().size > 1:
+            raise ConfigError("engine.context_ranks cuts V4's attention; for a dense model set it to 1")
         if routing is not None:
             raise ConfigError("grpo.replay_routing needs experts; for a dense model set it to false")
         return self.hidden(token_ids, segment_ids, position_ids).flatten(0, 1), None

@@ -6,6 +6,7 @@ R tokens (flattened), D model width, E experts, K experts a token, I expert widt
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,10 @@ from consilience.model.quantization import OFF, fake_mxfp4
 from consilience.model.recompute import named
 from consilience.model.routing import Routing
 from consilience.model.row_sums import add_rows_, take_rows
+
+if TYPE_CHECKING:
+    from consilience.model.context_parallel import Piece
+    from consilience.model.expert_exchange import Shard
 
 FEW = 2048  # up to so many scores a sort costs no more than a check for ties
 
@@ -148,10 +153,44 @@ def gated(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return exact.by_tiles(lambda g, u: _Gated.apply(g, u, limit), gate, up)  # type: ignore[return-value]
 
 
+def routed(
+    hidden: Tensor, weights: Tensor, experts: Tensor, masters: tuple[Tensor, Tensor, Tensor], limit: float
+) -> tuple[Tensor, Tensor]:
+    """Σ_k weight_k · expert_k(hidden): [R, D] fp32 or wider, and tokens per expert [E].
+
+    hidden [R, D], weights, experts [R, K]; masters w1, w2, w3 as `Experts` stacks them. Pairs are sorted by
+    expert, tokens in order within each, so results do not depend on timing.
+    """
+    if by_pieces.is_available(hidden, weights, masters[0]):
+        own = by_pieces.Expert(*masters)
+        counts = torch.bincount(experts.flatten(), minlength=len(own.w1))
+        return by_pieces.routed_experts(hidden, weights, experts, limit, own), counts
+    num_tokens, topk = experts.shape
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    w1, w2, w3 = masters
+    counts = torch.bincount(flat, minlength=w1.shape[0])
+    rows = take_rows(hidden, order // topk)
+    gate = named("expert_activations", grouped_linear, rows, w1, counts)
+    up = named("expert_activations", grouped_linear, rows, w3, counts)
+    active = gated(gate, up, limit)
+    active = active * weights.flatten().index_select(0, order)[:, None].to(active.dtype)
+    down = grouped_linear(active.to(hidden.dtype), w2, counts)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    mine = down.index_select(0, inverse).view(num_tokens, topk, w2.shape[1])
+    wide = active.dtype
+    return exact.by_tiles(lambda x: x.sum(1, dtype=wide), mine), counts
+
+
 class Experts(nn.Module):
-    """Routed experts, stacked: w1 (gate), w3 (up) [E, I, D]; w2 (down) [E, D, I]."""
+    """Routed experts, stacked: w1 (gate), w3 (up) [E, I, D]; w2 (down) [E, D, I].
+
+    shard  where each rank holds some of them only: which, and how tokens get there (expert_parallel.py)
+    """
 
     quantization = OFF
+    shard: Shard | None = None
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -163,30 +202,8 @@ class Experts(nn.Module):
         self._rounded: tuple[tuple[Tensor, ...], tuple, tuple[Tensor, ...]] | None = None
 
     def forward(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [R, D], weights, experts [R, K] -> output [R, D] fp32 or wider, tokens per expert [E].
-
-        Pairs are sorted by expert, tokens in order within each, so results do not depend on timing.
-        """
-        if by_pieces.is_available(hidden, weights, self.w1):
-            own = by_pieces.Expert(*self.weights())
-            counts = torch.bincount(experts.flatten(), minlength=len(own.w1))
-            return by_pieces.routed_experts(hidden, weights, experts, self.limit, own), counts
-        num_tokens, topk = experts.shape
-        flat = experts.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=self.w1.shape[0])
-        rows = take_rows(hidden, order // topk)
-        w1, w2, w3 = self.weights()
-        gate = named("expert_activations", grouped_linear, rows, w1, counts)
-        up = named("expert_activations", grouped_linear, rows, w3, counts)
-        active = gated(gate, up, self.limit)
-        active = active * weights.flatten().index_select(0, order)[:, None].to(active.dtype)
-        down = grouped_linear(active.to(hidden.dtype), w2, counts)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.numel(), device=order.device)
-        mine = down.index_select(0, inverse).view(num_tokens, topk, -1)
-        wide = active.dtype
-        return exact.by_tiles(lambda x: x.sum(1, dtype=wide), mine), counts
+        """`routed` by all: hidden [R, D], weights, experts [R, K] -> [R, D], tokens per expert [E]."""
+        return routed(hidden, weights, experts, self.weights(), self.limit)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """w1, w2, w3 as they compute: in FP4 where that is switched on.
@@ -246,68 +263,79 @@ class MoE(nn.Module):
         sample: Tensor | None = None,
         trace: Trace | None = None,
         routing: Routing | None = None,
+        piece: Piece | None = None,
     ) -> Tensor:
         """hidden [R, D], token_ids [R] -> [R, D].
 
         sample [R]  sample that each token belongs to, -1 for padding; read with a `trace` only
         routing     takes the learned router's choices down, or prescribes them
+        piece       of samples, where other ranks have more of them
         """
         if self.gate.is_hash:
             routing = None
         is_plain = trace is None and not self.shared_experts.quantization.linears
         is_plain = is_plain and (routing is None or routing.into is not None)
-        if is_plain and is_available(hidden, self.gate.weight):
+        if is_plain and self.experts.shard is None and is_available(hidden, self.gate.weight):
             return decode_moe(self, hidden, token_ids, routing)
         shape = (hidden.shape[0], self.gate.topk)
-        fixed = None if routing is None else routing.prescribed(self.layer, shape, hidden.device)
+        fixed = None if routing is None else routing.prescribed(self.layer, shape, hidden.device, piece)
         route = partial(gpu_moe.route, self.gate) if self._is_on_gpu(hidden) else self.gate
         weights, experts, scores = route(hidden, token_ids, fixed)
         if routing is not None and fixed is None:
-            routing.take_down(self.layer, experts)
+            routing.take_down(self.layer, experts, piece)
         elif routing is not None and fixed is not None and routing.compares:
             fresh = top_experts(scores.detach() + self.gate.bias, self.gate.topk)
             routing.compare(self.layer, fresh, fixed)
         num_tokens, topk = experts.shape
-        piece = piece_of(num_tokens, topk * hidden.shape[1] * hidden.element_size())
+        most = piece_of(num_tokens, topk * hidden.shape[1] * hidden.element_size())
+        most = most if self.experts.shard is None else num_tokens  # ranks have other numbers of tokens
         parameters = (*self.experts.parameters(), *self.shared_experts.parameters())
-        work = Work(self._experts, 0, piece, "expert_activations", parameters)
+        work = Work(self._experts, 0, most, "expert_activations", parameters)
         (output,) = in_pieces(work, (hidden, weights, experts))
         if trace is not None:
             assert sample is not None
             load = torch.bincount(experts[sample >= 0].flatten(), minlength=scores.shape[1])
             trace.add_load(self.layer, load, is_hash=self.gate.is_hash)
             if trace.wants_losses and not self.gate.is_hash:
-                trace.add_balance_loss(balance_loss(scores, experts, sample))
+                trace.add_balance_loss(balance_loss(scores, experts, sample, piece))
         return output
 
     def _experts(self, _: int, hidden: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor]:
         """Routed and shared experts of hidden [R, D] by weights, experts [R, K] -> [R, D]."""
-        routed, shared = self.experts, self.shared_experts
+        own, shared = self.experts, self.shared_experts
+        given = (hidden, weights, experts, own.weights(), own.limit)
         if self._is_on_gpu(hidden):
-            own = gpu_moe.shared_expert(shared, hidden)
-            given = (hidden, weights, experts, routed.weights(), routed.limit, own)
-            return (gpu_moe.routed_experts(*given),)
-        return ((routed(hidden, weights, experts)[0] + shared(hidden)).to(hidden.dtype),)
+            base = gpu_moe.shared_expert(shared, hidden)
+            if own.shard is not None:
+                return (own.shard.run(*given, base),)
+            return (gpu_moe.routed_experts(*given, base),)
+        sums = routed(*given)[0] if own.shard is None else own.shard.run(*given)
+        return ((sums + shared(hidden)).to(hidden.dtype),)
 
     def _is_on_gpu(self, hidden: Tensor) -> bool:
         return gpu_moe.is_available(hidden, self.experts.w1, self.gate.topk)
 
 
-def balance_loss(scores: Tensor, experts: Tensor, sample: Tensor) -> Tensor:
+def balance_loss(scores: Tensor, experts: Tensor, sample: Tensor, piece: Piece | None = None) -> Tensor:
     """Sequence-wise balance loss Σ_e f_e P_e of each sample, summed over samples (V3 report, eq. 17-20).
 
     scores [R, E], experts [R, K], sample [R] the sample of each token, -1 for padding -> scalar.
     f_e = E / (K T) · count_e over the sample's T tokens, P_e = mean over them of s_e / Σ_j s_j. A sum,
-    so that the caller divides by the samples of a step however its rows are cut.
+    so that the caller divides by the samples of a step however its rows are cut. Of a `piece` of the samples
+    it is what these tokens give to the P_e, times f_e over all ranks: a sum over ranks, too.
     """
     num_experts, topk = scores.shape[1], experts.shape[1]
     token = (sample >= 0).nonzero()[:, 0]
     owner = sample[token]
     num_samples = int(owner.max()) + 1 if owner.numel() else 0
-    length = torch.bincount(owner, minlength=num_samples).clamp(min=1)[:, None]
+    num_samples = num_samples if piece is None else piece.num_samples
+    length = torch.bincount(owner, minlength=num_samples)
     hits = torch.bincount(
         (owner[:, None] * num_experts + experts[token]).flatten(), minlength=num_samples * num_experts
     ).view(num_samples, num_experts)
+    if piece is not None:
+        piece.ranks.sum_((length, hits))
+    length = length.clamp(min=1)[:, None]
     frequency = (hits * num_experts).to(scores.dtype) / (topk * length)
     share = (scores / scores.sum(-1, keepdim=True))[token]
     mean_share = add_rows_(share.new_zeros(num_samples, num_experts), owner, share) / length

@@ -11,16 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from consilience.conf.errors import EngineError
 
+if TYPE_CHECKING:
+    from consilience.model.context_parallel import Piece
+
 
 @dataclass
 class Routing:
     """Handed to a forward, which fills it in or, if `is_fixed`, follows it.
+
+    Choices are those of whole rows, also where every rank's forward is a piece of them.
 
     experts   layer -> [R, K] int16 on the CPU, MTP layers numbered on after the trunk's; a token whose
               entries are -1 chooses for itself
@@ -48,28 +54,35 @@ class Routing:
         """A routing whose choices go to into[:R, i] for layer layers[i], in the type of `into`."""
         return cls(into=into, layers=tuple(layers))
 
-    def take_down(self, layer: int, experts: Tensor) -> None:
-        """Keep the [R, K] choices of a layer."""
+    def take_down(self, layer: int, experts: Tensor, piece: Piece | None = None) -> None:
+        """Keep the [R, K] choices of a layer, those of the other ranks' pieces among them."""
+        if piece is not None:
+            experts = piece.gather_tokens(experts)
         if self.into is None:
             self.experts[layer] = experts.detach().to("cpu", torch.int16)
         elif layer in self.layers:
             self.into[: len(experts), self.layers.index(layer)].copy_(experts)
 
-    def prescribed(self, layer: int, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+    def prescribed(
+        self, layer: int, shape: tuple[int, int], device: torch.device, piece: Piece | None = None
+    ) -> Tensor | None:
         """[R, K] int64 choices for a layer of `shape`; None while choices are being taken down.
 
-        EngineError where the layer or the number of tokens is not that of the forward it was taken from.
+        With a piece, R are its tokens. EngineError where the layer or the number of tokens is not that of the
+        forward it was taken from.
         """
         if not self.is_fixed:
             return None
         experts = self.experts.get(layer)
+        if piece is not None:
+            shape = (piece.position.numel(), shape[1])
         if experts is None or tuple(experts.shape) != shape:
             found = "no choices" if experts is None else f"choices {list(experts.shape)}"
             raise EngineError(
                 f"routing: {found} for the learned router of layer {layer}, this forward needs "
                 f"{list(shape)}; follow a routing with the model and the packed rows it was taken from"
             )
-        return experts.to(device, torch.int64)
+        return (experts if piece is None else piece.cut_tokens(experts)).to(device, torch.int64)
 
     def compare(self, layer: int, fresh: Tensor, fixed: Tensor) -> None:
         """Note how many tokens of fresh [R, K] choose another set than fixed [R, K], of those with one.

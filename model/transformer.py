@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from consilience.conf.errors import ConfigError
 from consilience.model.attention import Attention
 from consilience.model.config import ModelConfig
+from consilience.model.context_parallel import piece_of_rows
 from consilience.model.forward_trace import Trace
 from consilience.model.head import Head
 from consilience.model.hyper_connections import HeadCollapse, HyperConnection, settle
@@ -58,7 +59,7 @@ class Block(nn.Module):
         streams = self.hc_attn.pass_on(streams, output.flatten(0, 1), post, comb)
         streams, x, post, comb = self.hc_ffn.receive(streams)
         sample = None if layout.trace is None else layout.sample
-        output = self.ffn(self.ffn_norm(x), token_ids, sample, layout.trace, layout.routing)
+        output = self.ffn(self.ffn_norm(x), token_ids, sample, layout.trace, layout.routing, layout.piece)
         if self.recompute is None:
             return self.hc_ffn.pass_on(streams, output, post, comb)
         return self.hc_ffn.write(streams, output, post, comb)  # a policy keeps streams, not what makes them
@@ -117,8 +118,11 @@ class Transformer(nn.Module):
         advances in place. EngineError if the state is too short; unless the caller gives `longest`, tokens
         that no row will exceed, and vouches for the room: then no length is read from the device.
         `routing` takes the learned routers' choices down, or prescribes them.
+
+        Inside of `context_parallel.context_parallel` every rank gives the whole packed rows and gets what is
+        of its piece, T its tokens.
         """
-        streams, _ = self.streams(
+        streams, layout = self.streams(
             token_ids,
             segment_ids,
             position_ids,
@@ -128,7 +132,7 @@ class Transformer(nn.Module):
             trace=trace,
             routing=routing,
         )
-        return self.norm(self.hc_head(streams)).view(*token_ids.shape, -1)
+        return self.norm(self.hc_head(streams)).view(*layout.position.shape, -1)
 
     def streams(
         self,
@@ -145,7 +149,7 @@ class Transformer(nn.Module):
         """Residual streams after the last block [B·T, N, D], and the layout; arguments as `hidden`."""
         layout = self._layout(token_ids, segment_ids, position_ids, state, lengths, longest, trace)
         layout = layout if routing is None else replace(layout, routing=routing)
-        flat_ids = token_ids.flatten()
+        flat_ids = layout.cut(token_ids).flatten()
         streams = self.embed(flat_ids)[:, None].expand(-1, self.config.hc_mult, -1)
         for index, block in enumerate(self.layers):
             streams = block(streams, flat_ids, layout, state.layers[index] if state else None)
@@ -166,19 +170,19 @@ class Transformer(nn.Module):
         """Hidden states [B, T, D] of each prediction block over packed rows: block i predicts t + 2 + i.
 
         streams and layout as `streams` returned them; next_ids [B, T] = the token after each, anything for
-        the last of a sample: no other token sees it. is_detached: gradients stop before the trunk and the
-        embedding, only the prediction blocks learn.
+        the last of a sample: no other token sees it; of whole rows, also where the layout is a piece of them.
+        is_detached: gradients stop before the trunk and the embedding, only the prediction blocks learn.
         """
         hidden = []
         streams = streams.detach() if is_detached else streams
         for depth, block in enumerate(self.mtp):
             layout = layout.without_last()
-            ids = nn.functional.pad(next_ids[:, depth:], (0, depth)).flatten()
+            ids = layout.cut(nn.functional.pad(next_ids[:, depth:], (0, depth))).flatten()
             embedding = self.embed(ids)
             found, streams = block.predict(  # type: ignore[operator]
                 streams, embedding.detach() if is_detached else embedding, ids, layout, None
             )
-            hidden.append(found.view(*next_ids.shape, -1))
+            hidden.append(found.view(*layout.position.shape, -1))
         return hidden
 
     def _layout(
@@ -200,7 +204,8 @@ class Transformer(nn.Module):
             segment_ids = torch.zeros_like(token_ids)
         if position_ids is None:
             position_ids = _positions(segment_ids)
-        return packed_layout(self.config, segment_ids, position_ids, trace)
+        piece = piece_of_rows(position_ids, segment_ids >= 0)
+        return packed_layout(self.config, segment_ids, position_ids, trace, piece)
 
 
 def _positions(segment_ids: Tensor) -> Tensor:

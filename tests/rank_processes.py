@@ -1,6 +1,7 @@
 """Several ranks as processes of this machine, for tests: each runs one function, all results come back."""
 
 import multiprocessing
+import pickle
 import traceback
 
 import torch
@@ -39,7 +40,7 @@ def _hear(pipe, rank, limit_s):
     if not pipe.poll(limit_s):
         return False, f"rank {rank} said nothing for {limit_s:g} s"
     try:
-        return pipe.recv()  # no limit: there is something to read
+        return pickle.loads(pipe.recv_bytes())  # no limit: there is something to read
     except EOFError:
         return False, f"rank {rank} died without a word"
 
@@ -52,4 +53,5 @@ def _rank(pipe, address, rank, size, limit_s, function, arguments):
         ranks.close()
     except BaseException:
         answer = False, f"rank {rank}:\n{traceback.format_exc()}"
-    pipe.send(answer)
+    # By value: multiprocessing's own pickling leaves tensors in this process, which is about to end.
+    pipe.send_bytes(pickle.dumps(answer))

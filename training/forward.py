@@ -5,12 +5,13 @@ B rows, T tokens in a row, D model width, n loss positions (row by row, time asc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from consilience.model.context_parallel import own_tokens
 from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.training.packing import PackedRows
 
@@ -54,20 +55,23 @@ def hidden_at_loss(
 
     wants_mtp    run the prediction blocks too, on the trunk's streams of this forward
     is_detached  gradients of what they find stop before the trunk and the embedding
+
+    Inside of `context_parallel` the positions are those of this rank's piece of the rows.
     """
     device = next(model.parameters()).device
     rows = packed.to_torch(device)
     streams, layout = model.streams(
         rows["token_ids"], rows["segment_ids"], rows["position_ids"], trace=trace, routing=routing
     )
-    where = (rows["loss_mask"].flatten() > 0).nonzero()[:, 0]
+    here = own_tokens(packed.token_ids.shape[1])
+    where = (rows["loss_mask"][:, here].flatten() > 0).nonzero()[:, 0]
     ahead = ()
     if wants_mtp:
         found = model.mtp_hidden(streams, rows["target_ids"], layout, is_detached=is_detached)
-        ahead = tuple(_ahead(rows, hidden, depth) for depth, hidden in enumerate(found, 1))
+        ahead = tuple(_ahead(rows, hidden, depth, here) for depth, hidden in enumerate(found, 1))
 
     def at(value: Tensor) -> Tensor:
-        return value.flatten()[where]
+        return value[:, here].flatten()[where]
 
     return LossPositions(
         hidden=model.norm(model.hc_head(streams)).index_select(0, where),
@@ -79,15 +83,31 @@ def hidden_at_loss(
     )
 
 
-def _ahead(rows: dict[str, Tensor], hidden: Tensor, depth: int) -> BlockPositions:
+def own_piece(packed: PackedRows) -> PackedRows:
+    """What this rank has of rows: the [B, T] arrays cut to [B, n] tokens, as `hidden_at_loss` sees them.
+
+    Sample numbers, positions and the inverse map stay those of the whole rows, which outside of
+    `context_parallel` are returned. Models take whole rows, not pieces.
+    """
+    here = own_tokens(packed.token_ids.shape[1])
+    names = ("token_ids", "segment_ids", "position_ids", "target_ids", "loss_mask", "sample_index")
+    cut = {name: getattr(packed, name)[:, here] for name in names}
+    return replace(packed, **cut, arrays={name: value[:, here] for name, value in packed.arrays.items()})
+
+
+def _ahead(rows: dict[str, Tensor], hidden: Tensor, depth: int, here: slice) -> BlockPositions:
     """Where block `depth` (from 1) has a loss: `depth` places before the trunk's, in the same sample.
 
-    hidden [B, T, D] of the block. Position t predicts what the trunk predicts at t + depth.
+    hidden [B, n, D] of the block, over the tokens `here` of the rows. Position t predicts what the trunk
+    predicts at t + depth.
     """
-    here, there = slice(None, -depth), slice(depth, None)
-    segment, weight = rows["segment_ids"], rows["loss_mask"][:, there]
-    row, token = ((weight > 0) & (segment[:, here] == segment[:, there])).nonzero(as_tuple=True)
-    return BlockPositions(hidden[row, token], rows["target_ids"][row, token + depth], weight[row, token])
+    segment, target, weight = (
+        rows[name].roll(-depth, 1) for name in ("segment_ids", "target_ids", "loss_mask")
+    )
+    is_followed = segment == rows["segment_ids"]
+    is_followed[:, -depth:] = False
+    row, token = ((weight > 0) & is_followed)[:, here].nonzero(as_tuple=True)
+    return BlockPositions(hidden[row, token], target[:, here][row, token], weight[:, here][row, token])
 
 
 def mtp_loss(at: LossPositions, head: Tensor, temperature: float = 1.0) -> Tensor:

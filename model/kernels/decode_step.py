@@ -44,14 +44,14 @@ _places: WeakKeyDictionary[Any, list[tuple[dict[str, Tensor | None], str] | None
 
 def is_available(block: Any, streams: Tensor, layout: Layout) -> bool:
     """Whether a `Block` can go through the kernel: a step in fp32 on the CPU, nothing traced, prescribed or
-    rounded; experts may be recorded."""
+    rounded; experts may be recorded, and are all here."""
     routing = layout.routing
     is_plain = routing is None or routing.into is not None
     if not is_plain or not decode_attention.is_available(layout, streams):
         return False
     attention, experts = block.attn, block.ffn.experts
     fits = streams.shape[0] <= MOST_ROWS and attention.quantization == OFF == experts.quantization
-    return fits and not isinstance(library("decode_step"), str)
+    return fits and experts.shard is None and not isinstance(library("decode_step"), str)
 
 
 def step(block: Any, streams: Tensor, token_ids: Tensor, layout: Layout, state: LayerState) -> Tensor:

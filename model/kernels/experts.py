@@ -69,10 +69,14 @@ class _Pairs(NamedTuple):
         return torch.empty_like(shares.flatten()).index_copy_(0, self.places.flatten(), shares.flatten())
 
     def sums(self, rows: Tensor) -> Tensor:
-        """Each token's rows of the pairs' [R K, D], added in the order of its choices: [R, D]."""
-        found = rows.new_empty(len(self.places), rows.shape[1])
-        call("experts", "experts_sum", *self.places.shape, rows.shape[1], self.places, rows, found)
-        return found
+        return sums(rows, self.places)
+
+
+def sums(rows: Tensor, places: Tensor) -> Tensor:
+    """Each token's rows of the pairs' [R K, D], added in the order of its choices' places [R, K]: [R, D]."""
+    found = rows.new_empty(len(places), rows.shape[1])
+    call("experts", "experts_sum", *places.shape, rows.shape[1], places, rows, found)
+    return found
 
 
 def _pieces(starts: list[int]) -> list[tuple[int, int, int]]:

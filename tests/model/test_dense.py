@@ -6,8 +6,10 @@ from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, Qwen2
 
 from consilience.conf.errors import CheckpointError, ConfigError
 from consilience.model.checkpoint import to_official
+from consilience.model.context_parallel import context_parallel
 from consilience.model.dense import DenseModel, build_causal, is_dense
 from consilience.model.quantization import Quantization
+from consilience.model.ranks import Ranks
 
 # Weights are fp64, but transformers' norms, softmax and rotations are fp32: 5e-7 was seen at logits of 10.
 TOLERANCE = 1e-5
@@ -102,6 +104,8 @@ def test_what_could_not_be_trained_as_it_is_sampled_is_refused(row, model):
         model.quantize(Quantization.from_name("fp4"))
     with pytest.raises(ConfigError, match="experts"):
         model.streams(*[torch.zeros(1, 4).long()] * 3, routing=object())
+    with pytest.raises(ConfigError, match="context_ranks"), context_parallel(Ranks(0, 2)):
+        model.streams(*[torch.zeros(1, 4).long()] * 3)
 
 
 def test_v4_is_not_dense_whichever_layout_its_config_has():

@@ -7,7 +7,7 @@ import torch
 
 from consilience.conf.errors import EngineError
 from consilience.model import ranks as ranks_module
-from consilience.model.ranks import ALONE, open_ranks
+from consilience.model.ranks import ALONE, Ranks, open_ranks
 from tests.rank_processes import on_ranks
 
 
@@ -50,6 +50,50 @@ def test_one_process_needs_no_group():
     assert value.tolist() == [1, 1, 1] and ALONE.sums({"a": 2.0}) == {"a": 2.0}
     assert ALONE.gather(5) == [5] and ALONE.broadcast("x") == "x" and ALONE.part([1, 2]) == [1, 2]
     assert open_ranks("file:///nowhere", 0, 1) is ALONE
+    there = torch.zeros(3)
+    ALONE.start_exchange(there, value, [3], [3])()
+    ALONE.spread_(there, 0)
+    assert there.tolist() == [1, 1, 1] and ALONE.stack(value).tolist() == [[1, 1, 1]]
+    assert ALONE.split(1) == (ALONE, ALONE)
+
+
+def travel(ranks):
+    """Rank r sends r + 1 rows to itself and one to each other, all marked 10 r + where they go."""
+    sizes = [
+        [1 + (source == target) * source for target in range(ranks.size)] for source in range(ranks.size)
+    ]
+    marks = [10 * ranks.rank + target for target in range(ranks.size)]
+    given = torch.tensor(marks).repeat_interleave(torch.tensor(sizes[ranks.rank]))[:, None].expand(-1, 3)
+    coming = [row[ranks.rank] for row in sizes]
+    found = torch.empty(sum(coming), 3, dtype=torch.int64)
+    ranks.start_exchange(found, given.contiguous(), coming, sizes[ranks.rank])()
+    spread = torch.full((2,), ranks.rank)
+    ranks.spread_(spread, ranks.size - 1)
+    said = {"found": found[:, 0].tolist(), "spread": spread.tolist()}
+    said["stack"] = ranks.stack(torch.tensor([ranks.rank, 5])).tolist()
+    for size in [n for n in (1, 2, 4) if ranks.size % n == 0]:
+        within, across = ranks.split(size)
+        said[size] = [(part.rank, part.gather(ranks.rank)) for part in (within, across)]
+        said[size].append([part.stack(torch.tensor(ranks.rank)).tolist() for part in (within, across)])
+    with pytest.raises(EngineError, match="into groups of 3; choose a divisor of"):
+        ranks.split(3)
+    if ranks.size == 4:
+        with pytest.raises(EngineError, match="only the whole of the ranks"):
+            Ranks(0, 4, ranks.split(2)[0].group).split(2)
+    return said
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_rows_reach_their_rank_in_order_and_ranks_split_into_parts(size, tmp_path):
+    for rank, said in enumerate(on_ranks(size, travel, folder=tmp_path)):
+        times = {source: 1 + (source == rank) * rank for source in range(size)}
+        assert said["found"] == [10 * source + rank for source in times for _ in range(times[source])]
+        assert said["spread"] == [size - 1] * 2 and said["stack"] == [[i, 5] for i in range(size)]
+        for part in [n for n in (1, 2, 4) if size % n == 0]:
+            neighbours = [*range(rank // part * part, rank // part * part + part)]
+            lane = [*range(rank % part, size, part)]
+            assert said[part][0] == (rank % part, neighbours) and said[part][1] == (rank // part, lane)
+            assert said[part][2] == [neighbours, lane]
 
 
 def absent(ranks):

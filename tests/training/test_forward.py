@@ -7,11 +7,16 @@ import pytest
 import torch
 
 from consilience.model.config import TINY
+from consilience.model.context_parallel import context_parallel
 from consilience.model.forward_trace import Trace
 from consilience.model.initialize import initialize
+from consilience.model.kernels.linear_logprob import linear_logprob
+from consilience.model.ranks import ALONE, Ranks
 from consilience.model.transformer import Transformer
-from consilience.training.forward import hidden_at_loss, mtp_loss, sample_order
+from consilience.training.anticipatory_routing import look_up_choices, routings
+from consilience.training.forward import hidden_at_loss, mtp_loss, own_piece, sample_order
 from consilience.training.packing import pack, split_micro_batches
+from tests.rank_processes import on_ranks
 
 torch.set_num_threads(1)
 
@@ -177,3 +182,55 @@ def test_without_blocks_or_unasked_nothing_is_found_and_nothing_computed(samples
         with torch.no_grad():
             hidden_at_loss(AHEAD, packed, trace, wants_mtp=wants_mtp)
     assert [sorted(trace.expert_load) for trace in traces] == [[0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+
+
+def test_a_rank_has_its_tokens_of_rows_and_the_numbers_of_the_whole(samples):
+    ids, masks, logprobs = samples
+    packed = pack(ids, masks, {"logprobs": logprobs}, quantum=8, max_row_tokens=48)
+    parts = []
+    for rank in range(2):
+        with context_parallel(Ranks(rank, 2), (0, 11, packed.token_ids.shape[1])):
+            parts.append(own_piece(packed))
+    for name in ("token_ids", "segment_ids", "position_ids", "target_ids", "loss_mask", "sample_index"):
+        whole = getattr(packed, name)
+        assert np.array_equal(np.concatenate([getattr(part, name) for part in parts], axis=1), whole), name
+    assert parts[0].token_ids.shape[1] == parts[0].arrays["logprobs"].shape[1] == 11
+    assert sum(part.num_loss_tokens for part in parts) == packed.num_loss_tokens
+    assert np.array_equal(own_piece(packed).token_ids, packed.token_ids) and parts[0].rows is packed.rows
+
+
+def losses(ranks, ids, masks, borders):
+    """A step's losses on the routing of other weights, at this rank's positions, with gradients."""
+    model = initialize(Transformer(AHEAD.config), 5).double()
+    packed = pack(ids, masks, {"index": [np.arange(len(x)) for x in ids]}, quantum=64, max_row_tokens=128)
+    with context_parallel(ranks, borders):
+        other = initialize(Transformer(AHEAD.config), 6).double()
+        (routing,) = routings(look_up_choices(other, [packed]), [packed])
+        trace = Trace(wants_losses=True)
+        at = hidden_at_loss(model, packed, trace, routing, wants_mtp=True)
+        logprob = linear_logprob(at.hidden, model.head.weight, at.target_ids).logprob
+        terms = [-(logprob * at.weight).sum(), mtp_loss(at, model.head.weight), trace.summed_indexer_loss()]
+        loss = torch.stack([*terms, torch.stack(trace.balance_loss).sum()])
+        loss.sum().backward()
+    places = [(s, int(t), w) for s, t, w in zip(at.sample_index, at.arrays["index"], at.weight)]
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return loss.detach(), sorted(places), [len(block.weight) for block in at.ahead], grads
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("borders", [(0, 40, 128), (0, 1, 128), (0, 123, 128)])
+def test_losses_of_rows_that_are_cut_add_up_to_those_of_one_rank(borders, samples, tmp_path):
+    """The last cut leaves a rank padding alone, the second but one a token."""
+    ids, masks, _ = samples
+    loss, places, counts, grads = losses(ALONE, ids, masks, None)
+    found = on_ranks(2, losses, ids, masks, borders, folder=tmp_path)
+    # fp64: sums in another order.
+    torch.testing.assert_close(sum(rank[0] for rank in found), loss, rtol=1e-10, atol=0)
+    assert sorted(place for rank in found for place in rank[1]) == places
+    assert (borders[1] == 123) == (not found[1][1])
+    assert [sum(n) for n in zip(*(rank[2] for rank in found))] == counts
+    for name, grad in grads.items():
+        parts = [rank[3][name] for rank in found if rank[3][name] is not None]
+        assert (grad is None) == (not parts), name
+        if grad is not None:
+            assert (sum(parts) - grad).norm() <= 1e-10 * grad.norm(), name
