@@ -31,7 +31,8 @@ def train(model, rows, ranks):
     shards, norms = sharded_names(model), []
     optimizer = V4Optimizer(
         parameter_groups(model, o_groups=CONFIG.o_groups),
-        lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-6, momentum=0.95, update_rms=0.18, bias_speed=0.1,
+        lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-6, momentum=0.95, update_rms=0.18,
+        bias_speed=0.1,
     )  # fmt: skip
     for _ in range(2):
         trace = Trace(wants_losses=True)
@@ -104,3 +105,43 @@ class Two(Ranks):
 def test_the_norm_of_a_split_stack_is_that_of_all_its_experts():
     shards = {"experts": Shard(Two(0, 2), num_experts=4, num_waves=1)}
     assert whole_norms({"experts": 3.0, "router": 4.0}, shards) == {"experts": math.sqrt(18), "router": 4.0}
+
+
+def cut_on_each(ranks):
+    """Whole gradients of a loss with all but the experts cut over the ranks by FSDP2."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = build()
+    shard_experts(model, ranks, waves=2)
+    shards = sharded_names(model)
+    kept = {p for name, p in model.named_parameters() if name in shards or not p.requires_grad or p.ndim < 2}
+    mesh = DeviceMesh.from_group(ranks.group, "cpu")
+    for module in (*model.layers, model):
+        part = fully_shard(module, mesh=mesh, ignored_params=kept)
+        part.set_force_sum_reduction_for_comms(True)
+        part.set_gradient_divide_factor(1.0)
+    rows = slice(ranks.rank, ranks.rank + 1)
+    logits = model(TOKENS[rows], SEGMENTS[rows])
+    (logits[SEGMENTS[rows] >= 0] ** 2).sum().backward()
+    grads = {}
+    for name, p in model.named_parameters():
+        if name in shards:
+            grads[name] = torch.stack(list(each_expert(p.grad, shards[name])))
+        elif p in kept and p.grad is not None:
+            ranks.sum_([p.grad])
+            grads[name] = p.grad
+        elif p.grad is not None:
+            grads[name] = p.grad.full_tensor()
+    return grads
+
+
+@pytest.mark.slow
+def test_experts_over_ranks_within_fsdp2_have_the_gradients_of_one_process(tmp_path):
+    found, model = on_ranks(2, cut_on_each, folder=tmp_path), build()
+    (model(TOKENS[:2], SEGMENTS[:2])[SEGMENTS[:2] >= 0] ** 2).sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for grads in found:
+        assert expected.keys() <= grads.keys()
+        for name, grad in expected.items():
+            assert (grads[name] - grad).norm() <= 1e-11 * grad.norm(), name
