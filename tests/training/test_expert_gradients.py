@@ -15,7 +15,7 @@ from consilience.model.forward_trace import Trace
 from consilience.model.initialize import initialize
 from consilience.model.ranks import ALONE, Ranks
 from consilience.model.transformer import Transformer
-from consilience.training.expert_gradients import sum_gradients, whole_norms
+from consilience.training.expert_gradients import own_state, sum_gradients, whole_norms, whole_state
 from consilience.training.optimizers import V4Optimizer, gate_bias_names, parameter_groups
 from tests.rank_processes import on_ranks
 
@@ -56,34 +56,33 @@ def build():
 
 
 def train_on_each(ranks, expert_ranks):
-    """Norms, then the whole model's tensors and momenta of its experts."""
+    """Norms, then the whole model's tensors and its optimiser's state."""
     within, across = ranks.split(expert_ranks)
     model = build()
     shard_experts(model, within, copies=across, waves=2)
     norms, optimizer = train(model, ranks.part(range(len(TOKENS))), ranks)
-    state, momenta = optimizer.state_tensors(), {}
-    for name, shard in sharded_names(model).items():
-        key = f"muon.momentum.{name}"
-        momenta[key] = torch.stack(list(each_expert(state[key], shard)))
-    return norms, {name: tensor.clone() for name, tensor in official_tensors(model)}, momenta
+    shards, own = sharded_names(model), optimizer.state_tensors()
+    whole = whole_state(own, shards)
+    again = own_state(whole, shards)
+    assert again.keys() == own.keys() and all(torch.equal(again[key], own[key]) for key in own)
+    return norms, {name: tensor.clone() for name, tensor in official_tensors(model)}, whole
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "expert_ranks"), [(2, 2), (4, 2)])
-def test_two_updates_equal_those_of_one_process(size, expert_ranks, tmp_path):
-    found, model = on_ranks(size, train_on_each, expert_ranks, folder=tmp_path), build()
+def test_two_updates_on_two_pairs_of_ranks_equal_those_of_one_process(tmp_path):
+    found, model = on_ranks(4, train_on_each, 2, folder=tmp_path), build()
     norms, optimizer = train(model, range(len(TOKENS)), ALONE)
     whole, state = to_official(model), optimizer.state_tensors()
-    for own_norms, tensors, momenta in found:
+    for own_norms, tensors, made in found:
         for mine, expected in zip(own_norms, norms):
             assert mine == pytest.approx(expected, rel=1e-9, abs=1e-12)
-        assert list(tensors) == list(whole) and len(momenta) == 3 * 3
+        assert list(tensors) == list(whole) and made.keys() == state.keys()
         # In some directions the gradient of a hyper-connection is rounding, brought to any size by Muon.
         for name in (name for name in whole if not re.search(r"hc_\w+_fn$", name)):
             expected = whole[name]
             torch.testing.assert_close(tensors[name], expected, rtol=1e-9, atol=1e-9)
-        for name, momentum in momenta.items():
-            torch.testing.assert_close(momentum, state[name], rtol=1e-9, atol=1e-9)
+        for name, tensor in made.items():
+            torch.testing.assert_close(tensor, state[name], rtol=1e-9, atol=1e-9)
 
 
 def test_a_whole_model_sums_and_measures_as_it_did():
@@ -100,6 +99,20 @@ class Two(Ranks):
 
     def sums(self, values):
         return {name: 2 * value for name, value in values.items()}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_state_of_split_stacks_is_cut_by_rows_and_counts_are_not(rank):
+    shards = {"ffn.experts.w1": Shard(Ranks(rank, 2), num_experts=5, num_waves=1)}
+    state = {
+        "adamw.exp_avg.ffn.experts.w1": torch.arange(10).view(5, 2),
+        "adamw.step.ffn.experts.w1": torch.tensor(7),
+        "adamw.exp_avg.norm": torch.arange(4),
+    }
+    own = own_state(state, shards)
+    expected = [[0, 1], [2, 3]] if rank == 0 else [[4, 5], [6, 7], [8, 9]]
+    assert own.pop("adamw.exp_avg.ffn.experts.w1").tolist() == expected
+    assert all(own[key] is state[key] for key in own) and len(own) == 2
 
 
 def test_the_norm_of_a_split_stack_is_that_of_all_its_experts():
