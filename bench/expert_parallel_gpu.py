@@ -67,7 +67,8 @@ def layer(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: i
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for p in moe.parameters():
-            p.normal_(std=p.shape[-1] ** -0.5, generator=generator)
+            if p.ndim > 1:
+                p.normal_(std=p.shape[-1] ** -0.5, generator=generator)
     return moe
 
 

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from consilience.model import expert_wave
 from consilience.model.kernels import gpu_expert_wave
-from consilience.model.ranks import Ranks
+from consilience.model.ranks import ALONE, Ranks
 from consilience.model.recompute import named, unnamed
 from consilience.model.released_loading import Rank
 
@@ -40,11 +40,15 @@ Masters = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Shard:
-    """The experts of a layer over `ranks`, in `num_waves`; this rank holds those of `own`."""
+    """The experts of a layer over `ranks`, in `num_waves`; this rank holds those of `own`.
+
+    copies  the ranks that hold the same experts, each for other tokens: they sum the gradients of these
+    """
 
     ranks: Ranks
     num_experts: int
     num_waves: int
+    copies: Ranks = ALONE
 
     @property
     def own(self) -> range:

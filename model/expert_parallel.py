@@ -17,7 +17,7 @@ from consilience.conf.errors import ConfigError
 from consilience.model.checkpoint import official_parts
 from consilience.model.expert_exchange import Shard
 from consilience.model.moe import Experts
-from consilience.model.ranks import Ranks
+from consilience.model.ranks import ALONE, Ranks
 from consilience.model.released_checkpoint import ReleasedCheckpoint
 from consilience.model.released_loading import Rank, load_released
 from consilience.model.transformer import Transformer
@@ -26,15 +26,16 @@ STACKS = ("w1", "w2", "w3")
 
 
 @torch.no_grad()
-def shard_experts(model: nn.Module, ranks: Ranks, *, waves: int = 4) -> None:
+def shard_experts(model: nn.Module, ranks: Ranks, *, copies: Ranks = ALONE, waves: int = 4) -> None:
     """Keep this rank's experts of every layer, neighbours by number, and let tokens travel from now on.
 
     Every rank calls it with the same model; parameters keep their names and lose rows, so optimisers come
     after. One rank keeps the model as it is.
 
-    ranks  those that share one set of experts: all, or this rank's part of `Ranks.split`
-    waves  parts of a rank's experts that are computed one after another while tokens of the next travel; as
-           many as the rank with the fewest has, if that is less. Results do not depend on it
+    ranks   those that share one set of experts: all, or the first part of `Ranks.split`
+    copies  those that hold the same experts as this one: its second part
+    waves   parts of a rank's experts that are computed one after another while tokens of the next travel; as
+            many as the rank with the fewest has, if that is less. Results do not depend on it
     ConfigError if there are more ranks than experts, or the experts are split already.
     """
     if waves < 1:
@@ -50,7 +51,7 @@ def shard_experts(model: nn.Module, ranks: Ranks, *, waves: int = 4) -> None:
             )
         if ranks.size == 1:
             continue
-        shard = Shard(ranks, num_experts, min(waves, num_experts // ranks.size))
+        shard = Shard(ranks, num_experts, min(waves, num_experts // ranks.size), copies)
         for stack in STACKS:
             old = getattr(layer, stack)
             own = old[shard.own.start : shard.own.stop].clone()

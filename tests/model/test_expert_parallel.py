@@ -1,6 +1,6 @@
 """A model with its experts over ranks: it trains, decodes, is filled and put together as the whole one."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ import torch
 from consilience.conf.errors import ConfigError
 from consilience.model.checkpoint import to_official
 from consilience.model.config import TINY
+from consilience.model.expert_exchange import Shard
 from consilience.model.expert_parallel import (
     each_expert,
     load_own,
@@ -156,6 +157,35 @@ def test_a_rank_reads_its_experts_of_a_released_checkpoint(tmp_path):
     load_own(model, checkpoint)
     for name, expected in to_official(model).items():
         assert all(torch.equal(each[name], expected) for each in found), name
+
+
+@dataclass(frozen=True)
+class Counting(Ranks):
+    """One rank that notes what it starts to exchange."""
+
+    sizes: list[int] = field(default_factory=list)
+
+    def start_exchange(self, found, given, found_rows, given_rows):
+        self.sizes.append(sum(given_rows))
+        return super().start_exchange(found, given, found_rows, given_rows)
+
+
+@pytest.mark.parametrize(("policy", "runs"), [("none", 1), ("cheap", 1), ("block", 2), ("experts", 2)])
+def test_what_a_policy_saves_is_not_exchanged_again_and_no_bit_changes(policy, runs):
+    whole, model, ranks = build(), build(), Counting()
+    losses(whole, [0, 1])[0].backward()
+    for block in (*model.layers, *model.mtp):
+        block.ffn.experts.shard = Shard(ranks, CONFIG.n_routed_experts, num_waves=3)
+    set_recompute(model, recompute_policy(policy))
+    loss, _ = losses(model, [0, 1])
+    # Rows and weights go out, outputs come home: three exchanges a wave, and as many in the backward.
+    assert len(ranks.sizes) == (num_exchanges := 4 * 3 * 3)
+    loss.backward()
+    assert len(ranks.sizes) == (runs + 1) * num_exchanges
+    assert sum(ranks.sizes[:9]) == 3 * 2 * 37 * CONFIG.num_experts_per_tok
+    for name, p in whole.named_parameters():
+        grad = model.get_parameter(name).grad
+        assert grad is None if p.grad is None else torch.equal(grad, p.grad), name
 
 
 def test_one_rank_keeps_the_model_as_it_is():
