@@ -1,6 +1,8 @@
 """Several ranks as processes of this machine, for tests: each runs one function, all results come back."""
 
+import itertools
 import multiprocessing
+import pickle
 import traceback
 
 import torch
@@ -8,6 +10,7 @@ import torch
 from consilience.model.ranks import open_ranks
 
 LIMIT_S = 120.0
+_meetings = itertools.count()
 
 
 def on_ranks(size, function, *arguments, folder, limit_s=LIMIT_S):
@@ -17,7 +20,7 @@ def on_ranks(size, function, *arguments, folder, limit_s=LIMIT_S):
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "tests.rank_processes"])
-    address = f"file://{folder}/meeting-{size}-{function.__name__}"
+    address = f"file://{folder}/meeting-{next(_meetings)}-{function.__name__}"
     pipes, processes = [], []
     for rank in range(size):
         here, there = context.Pipe(duplex=False)
@@ -39,7 +42,7 @@ def _hear(pipe, rank, limit_s):
     if not pipe.poll(limit_s):
         return False, f"rank {rank} said nothing for {limit_s:g} s"
     try:
-        return pipe.recv()  # no limit: there is something to read
+        return pickle.loads(pipe.recv_bytes())  # no limit: there is something to read
     except EOFError:
         return False, f"rank {rank} died without a word"
 
@@ -52,4 +55,5 @@ def _rank(pipe, address, rank, size, limit_s, function, arguments):
         ranks.close()
     except BaseException:
         answer = False, f"rank {rank}:\n{traceback.format_exc()}"
-    pipe.send(answer)
+    # By value: what the pipe itself makes of a tensor is gone when this process is.
+    pipe.send_bytes(pickle.dumps(answer))
