@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
@@ -59,3 +59,25 @@ class TrainEngine(Protocol):
     def load(self, folder: Path) -> None:
         """Inverse of `save`, on every rank, whatever the number of ranks that saved."""
         ...
+
+
+class CutEngine(TrainEngine, Protocol):
+    """An engine of which no rank has the whole model. Every rank makes these calls, and that of `save`."""
+
+    def write_weights(self, folder: Path | None, max_shard_bytes: int) -> dict[str, str]:
+        """Official weight files into the `folder` that the first rank gives; tensor -> file, there.
+
+        Others give None, and so does the first one if it has failed before; nothing is written then.
+        """
+        ...
+
+    def read_weights(self, folder: Path) -> None:
+        """The weights of a checkpoint, whoever wrote it, each rank its part."""
+        ...
+
+    def save(self, folder: Path | None) -> None: ...
+
+
+def is_cut(engine: TrainEngine | None) -> TypeGuard[CutEngine]:
+    """Whether weights are streamed from all ranks."""
+    return hasattr(engine, "write_weights")

@@ -13,8 +13,8 @@ from torch import Tensor
 from consilience.training.checkpoint import (
     CheckpointMeta,
     latest_checkpoint,
-    load_checkpoint,
     load_engine_state,
+    load_weights,
     prune_checkpoints,
     read_stage_tensors,
     remove_later_checkpoints,
@@ -22,7 +22,6 @@ from consilience.training.checkpoint import (
     step_folder,
 )
 from consilience.training.engine import TrainEngine
-from consilience.training.model_format import format_for
 
 
 class StageCheckpoints:
@@ -89,9 +88,7 @@ class StageCheckpoints:
         return folder
 
     def _load(self, folder: Path) -> tuple[int, dict[str, Any]]:
-        model, meta = load_checkpoint(folder)
-        model_format = format_for(self.engine.model)
-        model_format.load_official(self.engine.model, model_format.to_official(model))
+        meta = load_weights(folder, self.engine)
         load_engine_state(folder, self.engine)
         self.tensors = read_stage_tensors(folder)
         return meta.step, dict(meta.cursor)
