@@ -176,9 +176,9 @@ def _write(
     if is_cut(engine):
         from consilience.training.fsdp_checkpoint import StoredTensors
 
-        weight_map = engine.write_weights(beside, max_shard_bytes)
-        tensors: Mapping[str, Tensor] = StoredTensors(beside, weight_map)
+        weight_map = engine.write_weights(beside, max_shard_bytes) or {}
         engine.save(beside / STATE)
+        tensors: Mapping[str, Tensor] = StoredTensors(beside, weight_map)
     else:
         tensors = model_format.to_official(model)
         weight_map = {}
@@ -201,8 +201,8 @@ def _write(
 
 def _give_pieces(engine: CutEngine, max_shard_bytes: int) -> None:
     """What the other ranks do while the first one writes; in the order of `_write`."""
-    engine.write_weights(None, max_shard_bytes)
-    engine.save(None)
+    if engine.write_weights(None, max_shard_bytes) is not None:
+        engine.save(None)
 
 
 def seal_folder(

@@ -64,10 +64,11 @@ class TrainEngine(Protocol):
 class CutEngine(TrainEngine, Protocol):
     """An engine of which no rank has the whole model. Every rank makes these calls, and that of `save`."""
 
-    def write_weights(self, folder: Path | None, max_shard_bytes: int) -> dict[str, str]:
-        """Official weight files into the `folder` that the first rank gives; tensor -> file, there.
+    def write_weights(self, folder: Path | None, max_shard_bytes: int) -> dict[str, str] | None:
+        """Official weight files into the `folder` that the first rank gives; tensor -> file.
 
-        Others give None, and so does the first one if it has failed before; nothing is written then.
+        Others give None, and so does the first one if it has failed before. None on all ranks if nothing
+        was written: the first one raises why, and `save` is not to follow.
         """
         ...
 

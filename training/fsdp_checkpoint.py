@@ -49,15 +49,16 @@ def as_meta(tensors: Mapping[str, Sharded]) -> dict[str, Tensor]:
 
 def stream_files(
     folder: Path | None, files: Mapping[str, Mapping[str, Sharded]], ranks: Ranks
-) -> dict[str, str]:
-    """Write files, name -> tensors, below `folder`, which the first rank gives; tensor -> file, there.
+) -> dict[str, str] | None:
+    """Write files, name -> tensors, into `folder`, which the first rank gives; tensor -> file.
 
-    None on the first rank as well: it has given up before, and nothing is written.
+    None if nothing was written, on all ranks: the first one has given none, or raises why.
     """
     writer: ShardWriter | None = None
     error: Exception | None = None
     if ranks.is_first and folder is not None:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             writer = ShardWriter(folder)
             for file_name, tensors in files.items():
                 writer.lay_out(file_name, {name: (t.dtype, t.shape) for name, t in tensors.items()})
@@ -66,12 +67,12 @@ def stream_files(
     if ranks.broadcast(writer is not None):
         for tensors in files.values():
             error = write_sharded(writer if error is None else None, tensors, ranks) or error
+    is_done = ranks.broadcast(writer is not None and error is None)
     if error is not None:
         raise error
-    if writer is None:
-        return {}
-    writer.close()
-    return dict(writer.weight_map)
+    if writer is not None:
+        writer.close()
+    return {name: file for file, tensors in files.items() for name in tensors} if is_done else None
 
 
 def weight_files(weights: Mapping[str, Sharded], max_shard_bytes: int) -> dict[str, dict[str, Sharded]]:

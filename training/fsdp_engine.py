@@ -160,8 +160,8 @@ class FsdpEngine:
         self.optimizer.clear()
         self._is_summed = False
 
-    def write_weights(self, folder: Path | None, max_shard_bytes: int) -> dict[str, str]:
-        """The weights into official files in `folder`, which the first rank gives; tensor -> file, there."""
+    def write_weights(self, folder: Path | None, max_shard_bytes: int) -> dict[str, str] | None:
+        """The weights into official files in `folder`, which the first rank gives; see `stream_files`."""
         self._reshard()
         weights = official_weights(self.model, self.ranks)
         return stream_files(folder, weight_files(weights, max_shard_bytes), self.ranks)
@@ -173,8 +173,6 @@ class FsdpEngine:
 
     def save(self, folder: Path | None) -> None:
         """optimizer.safetensors and random.safetensors, as one process writes them; see `stream_files`."""
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
         steps = torch.tensor(self.num_steps, dtype=torch.int64)
         state = self.optimizer.state() | {"num_steps": Sharded(steps.dtype, (), cut_pieces((), 1), steps)}
         stream_files(folder, {OPTIMIZER_FILE: state}, self.ranks)

@@ -1,4 +1,4 @@
-"""A checkpoint does not tell which engine or how many ranks wrote it, and a killed save leaves the last one."""
+"""A checkpoint does not tell which engine or how many ranks wrote it; a killed save leaves the last one."""
 
 import json
 import os
@@ -56,9 +56,10 @@ def continued(ranks, folder):
 
 
 def check_continued(found, expected, tolerance):
+    """Reports within `tolerance`; weights within 5 times as much: Muon raises rounding (`assert_close`)."""
     weights, reports = found
     if tolerance:
-        assert_close(weights, expected[0], tolerance, is_update=True)
+        assert_close(weights, expected[0], 5 * tolerance, is_update=True)
     else:
         assert all(np.array_equal(weights[name], expected[0][name]) for name in weights)
     for own, other in zip(reports, expected[1]):
@@ -68,8 +69,7 @@ def check_continued(found, expected, tolerance):
 def test_what_two_ranks_save_two_continue_bit_for_bit_and_one_process_as_well(tmp_path):
     weights, reports, again = on_ranks(2, saved_and_continued, tmp_path, folder=tmp_path)[0]
     check_continued(again, (weights, reports), 0.0)
-    # Of another number of ranks partial sums differ, 1e-7, and Muon raises them (`assert_close`).
-    check_continued(continued(ALONE, tmp_path), (weights, reports), 5e-6)
+    check_continued(continued(ALONE, tmp_path), (weights, reports), 1e-6)
     folder = tmp_path / "checkpoints/step-000002"
     model, meta = load_checkpoint(folder)
     one = TorchEngine(model, SETTINGS)
@@ -92,16 +92,11 @@ def files_of(folder):
 
 
 @pytest.mark.slow
-def test_what_one_process_saves_four_ranks_continue_and_the_other_way_round(tmp_path):
-    (tmp_path / "four").mkdir()
+def test_what_one_process_saves_four_ranks_continue(tmp_path):
     weights, reports, again = saved_and_continued(ALONE, tmp_path)
     check_continued(again, (weights, reports), 0.0)
     for found in on_ranks(4, continued, tmp_path, folder=tmp_path):
-        check_continued(found, (weights, reports), 5e-6)
-    own, own_reports, _ = on_ranks(4, saved_and_continued, tmp_path / "four", folder=tmp_path / "four")[0]
-    check_continued((own, own_reports), (weights, reports), 5e-6)
-    for found in on_ranks(2, continued, tmp_path / "four", folder=tmp_path / "four"):
-        check_continued(found, (weights, reports), 5e-6)
+        check_continued(found, (weights, reports), 1e-6)
 
 
 def failing_disk(ranks, folder):
