@@ -64,6 +64,13 @@ def cut_model(model: nn.Module, ranks: Ranks) -> None:
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
     register_fsdp_forward_method(whole, "streams")
+    # A group that no forward has run, as a prediction block without its loss, fails in a backward that keeps
+    # its gradients (PyTorch 2.13); once gathered it does not. The whole model first: so it is the root.
+    whole.unshard()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
 
 
 class Anchor:

@@ -66,6 +66,7 @@ def check_continued(found, expected, tolerance):
         assert own == pytest.approx(other, rel=tolerance, abs=0)
 
 
+@pytest.mark.slow
 def test_what_two_ranks_save_two_continue_bit_for_bit_and_one_process_as_well(tmp_path):
     weights, reports, again = on_ranks(2, saved_and_continued, tmp_path, folder=tmp_path)[0]
     check_continued(again, (weights, reports), 0.0)
@@ -118,6 +119,7 @@ def failing_disk(ranks, folder):
     return str(found.value), str(blocked.value)
 
 
+@pytest.mark.slow
 def test_what_fails_on_the_first_ranks_disk_is_an_error_on_all(tmp_path):
     first, second = on_ranks(2, failing_disk, tmp_path, folder=tmp_path)
     assert first == second and "no room to write the checkpoint" in first[0]
@@ -145,6 +147,7 @@ def killed(ranks, folder, who):
     save_checkpoint(folder / "ckpt", engine.model, None, META, engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", [0, 1])
 def test_a_rank_killed_while_saving_leaves_the_checkpoint_before(who, tmp_path):
     with pytest.raises(AssertionError, match=r"rank \d"):

@@ -2,10 +2,15 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from consilience.conf.errors import EngineError
+from consilience.model.ranks import ALONE
+from consilience.training.forward import hidden_at_loss
+from consilience.training.packing import split_micro_batches
 from consilience.training.torch_engine import TorchEngine
 from tests.rank_processes import on_ranks
 from tests.training.v4_ranks import SETTINGS, assert_close, copies, packed_rows, supervised, train, v4_model
@@ -57,3 +62,41 @@ def check(size, dtype, micro_tokens, tolerance, folder):
 def test_two_ranks_with_five_micro_batches_train_like_one_process(tmp_path):
     held, num_bytes = check(2, torch.float64, 160, 1e-12, tmp_path)
     assert sum(held) >= num_bytes > max(held)  # cut; what is small is whole on each
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_number_of_ranks_changes_nothing_in_fp32(size, tmp_path):
+    check(size, torch.float32, 160, 1e-5, tmp_path)  # the order in which partial sums are added
+
+
+def with_a_loss_that_is_not_finite(ranks):
+    from consilience.training.fsdp_engine import FsdpEngine
+
+    engine = FsdpEngine(v4_model(), SETTINGS, ranks=ranks)
+    before = whole(engine.model.state_dict())
+
+    def loss_fn(model, micro):
+        loss = hidden_at_loss(model, micro).hidden.sum()
+        return loss * (float("nan") if micro.sample_index.max() > 3 else 1.0), {}
+
+    with pytest.raises(EngineError) as found:
+        engine.forward_backward(loss_fn, split_micro_batches(packed_rows(), 160), {})
+    with pytest.raises(EngineError, match="no gradient to apply"):
+        engine.step()
+    after = whole(engine.model.state_dict())
+    train(engine, 1)
+    return str(found.value), all(np.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_on_a_rank_is_an_error_on_all(tmp_path):
+    first, second = on_ranks(2, with_a_loss_that_is_not_finite, folder=tmp_path)
+    assert first == second and first[1] and "is nan; no parameter was changed" in first[0]
+
+
+def test_one_rank_is_told_to_take_the_plain_engine():
+    from consilience.training.fsdp_engine import FsdpEngine
+
+    with pytest.raises(EngineError, match=r"this is one; take engine.kind=torch"):
+        FsdpEngine(v4_model(), SETTINGS, ranks=ALONE)
