@@ -7,6 +7,7 @@ counted when it ran first, and leaves the trace as it is.
 
 from __future__ import annotations
 
+from collections import UserList
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -43,13 +44,14 @@ class Trace:
     csa_dropped: int = 0
     stream_spread: float = 0.0
     wants_losses: bool = False
-    balance_loss: list[Tensor] = field(default_factory=list)
-    indexer_loss: list[Tensor] = field(default_factory=list)
+    # No plain lists: FSDP2 looks through the arguments of a block, and hands on copies of what holds gradients.
+    balance_loss: UserList[Tensor] = field(default_factory=UserList)
+    indexer_loss: UserList[Tensor] = field(default_factory=UserList)
     indexer_queries: list[Tensor] = field(default_factory=list)
 
     def start_losses(self) -> None:
         """Forget the losses of the micro-batch before; counts stay."""
-        self.balance_loss, self.indexer_loss, self.indexer_queries = [], [], []
+        self.balance_loss, self.indexer_loss, self.indexer_queries = UserList(), UserList(), []
 
     def summed_indexer_loss(self) -> Tensor:
         """Indexer losses of this forward, summed over layers and queries."""

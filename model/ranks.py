@@ -50,11 +50,16 @@ class Ranks:
         return list(items[self.rank :: self.size])
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
-        """Each tensor becomes its sum over the ranks, in place. They travel in buckets, one dtype each."""
+        """Each tensor becomes its sum over the ranks, in place. They travel in buckets, one dtype each.
+
+        Types below fp32 are summed in fp32 and rounded once.
+        """
         if self.group is None:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            if flat.is_floating_point():
+                flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
             dist.all_reduce(flat, group=self.group)
             parts = flat.split([tensor.numel() for tensor in bucket])
             for tensor, part in zip(bucket, parts):

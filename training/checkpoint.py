@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.conf.errors import CheckpointError, ConsilienceError
+from consilience.model.ranks import ALONE
 from consilience.model.shards import Stored, read_folder, read_into
 from consilience.training.durable_files import (
     flush_folder,
@@ -35,7 +36,7 @@ from consilience.training.durable_files import (
     replace_folder,
     restore_folder,
 )
-from consilience.training.engine import TrainEngine
+from consilience.training.engine import CutEngine, TrainEngine, is_cut
 from consilience.training.model_format import ModelFormat, dense_format, format_for, format_of
 from consilience.training.tensor_files import (
     INDEX,
@@ -107,18 +108,51 @@ def save_checkpoint(
     """Write the checkpoint and return its meta with digest and files filled in.
 
     stage_tensors  what the stage needs to go on beside engine and cursor, for `read_stage_tensors`
+    With an engine on several ranks all of them call this; the first one writes, its meta or error is
+    everybody's.
     CheckpointError when the disk is full or cannot be written; an older checkpoint in `folder` is
     then untouched and nothing else is left behind.
     """
-    folder, disk, model_format = Path(folder), disk or Disk(), model_format or format_for(model)
+    ranks = ALONE if engine is None else engine.ranks
+    made: CheckpointMeta | CheckpointError | None = None
+    if is_cut(engine) and not ranks.is_first:
+        _give_pieces(engine, max_shard_bytes)
+    if ranks.is_first:
+        try:
+            given = (model, tokenizer_path, meta, engine, stage_tensors or {}, max_shard_bytes)
+            made = _save(folder, *given, model_format or format_for(model), disk or Disk())
+        except CheckpointError as error:
+            made = error
+    made = ranks.broadcast(made)
+    if isinstance(made, CheckpointError):
+        raise made
+    return made
+
+
+def _save(
+    folder: Path,
+    model: nn.Module,
+    tokenizer_path: Path | None,
+    meta: CheckpointMeta,
+    engine: TrainEngine | None,
+    own: Mapping[str, Tensor],
+    max_shard_bytes: int,
+    model_format: ModelFormat,
+    disk: Disk,
+) -> CheckpointMeta:
+    """What the first rank does of `save_checkpoint`."""
+    folder = Path(folder)
     beside: Path | None = None
+    has_asked = False
     try:
         restore_folder(folder)
         beside = folder_beside(folder)
-        own = stage_tensors or {}
+        has_asked = True
         meta = _write(beside, model, tokenizer_path, meta, engine, own, max_shard_bytes, model_format, disk)
         disk.publish(beside, folder)
     except BaseException as error:
+        if is_cut(engine) and not has_asked:
+            engine.write_weights(None, max_shard_bytes)
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
         if isinstance(error, ConsilienceError) or not isinstance(error, Exception):
@@ -139,23 +173,36 @@ def _write(
     disk: Disk,
 ) -> CheckpointMeta:
     """All files of the checkpoint into the folder `beside`, flushed; `consilience.json` last."""
-    tensors = model_format.to_official(model)
-    weight_map: dict[str, str] = {}
-    for file_name, shard in shards(tensors, max_shard_bytes):
-        disk.write_tensors(beside / file_name, shard)
-        weight_map |= dict.fromkeys(shard, file_name)
+    if is_cut(engine):
+        from consilience.training.fsdp_checkpoint import StoredTensors
+
+        weight_map = engine.write_weights(beside, max_shard_bytes) or {}
+        engine.save(beside / STATE)
+        tensors: Mapping[str, Tensor] = StoredTensors(beside, weight_map)
+    else:
+        tensors = model_format.to_official(model)
+        weight_map = {}
+        for file_name, shard in shards(tensors, max_shard_bytes):
+            disk.write_tensors(beside / file_name, shard)
+            weight_map |= dict.fromkeys(shard, file_name)
     disk.write_text(beside / INDEX, index_text(weight_map, sum(t.nbytes for t in tensors.values())))
     config = model_format.config_dict(model) | {"torch_dtype": _main_dtype(tensors)}
     disk.write_text(beside / CONFIG, json.dumps(config, indent=1))
     if tokenizer_path is not None:
         disk.copy(Path(tokenizer_path), beside / TOKENIZER)
-    if engine is not None:
+    if engine is not None and not is_cut(engine):
         engine.save(beside / STATE)
     if stage_tensors:
         (beside / STATE).mkdir(exist_ok=True)
         disk.write_tensors(beside / STATE / STAGE_FILE, stage_tensors)
     meta = replace(meta, digest=model_format.digest(tensors))
     return seal_folder(beside, meta, set(weight_map.values()), disk)
+
+
+def _give_pieces(engine: CutEngine, max_shard_bytes: int) -> None:
+    """What the other ranks do while the first one writes; in the order of `_write`."""
+    if engine.write_weights(None, max_shard_bytes) is not None:
+        engine.save(None)
 
 
 def seal_folder(
@@ -194,15 +241,19 @@ def load_checkpoint(
     model = _read(folder, config, model_format)
     if verify:
         found = model_format.digest(model_format.to_official(model))
-        if found != meta.digest:
-            raise CheckpointError(
-                f"{folder}: the weights have digest {found[:16]}…, {META} says "
-                f"{meta.digest[:16] or 'nothing'}…; the files were changed or damaged, "
-                "restore or remake the checkpoint"
-            )
+        _check_digest(folder, meta, found)
         _verify_files(folder, {n: d for n, d in meta.files.items() if not n.startswith(f"{STATE}/")})
     model_format.check(model)
     return model, meta
+
+
+def _check_digest(folder: Path, meta: CheckpointMeta, found: str) -> None:
+    if found != meta.digest:
+        raise CheckpointError(
+            f"{folder}: the weights have digest {found[:16]}…, {META} says "
+            f"{meta.digest[:16] or 'nothing'}…; the files were changed or damaged, "
+            "restore or remake the checkpoint"
+        )
 
 
 def _read(folder: Path, config: Mapping[str, Any], model_format: ModelFormat) -> nn.Module:
@@ -230,6 +281,32 @@ def _load_released(folder: Path) -> tuple[nn.Module, CheckpointMeta]:
     else:
         model, digest = read_released(folder)
     return model, CheckpointMeta("released", seed=0, step=0, family=None, digest=digest)
+
+
+def load_weights(folder: Path, engine: TrainEngine) -> CheckpointMeta:
+    """Verified weights of a checkpoint into an engine's model, its own part on each rank; the meta."""
+    if not is_cut(engine):
+        model, meta = load_checkpoint(folder)
+        model_format = format_for(engine.model)
+        model_format.load_official(engine.model, model_format.to_official(model))
+        return meta
+    from consilience.model.digest import weights_digest
+    from consilience.model.shards import read_index
+    from consilience.training.fsdp_checkpoint import StoredTensors
+
+    meta = read_meta(folder)
+    found: str | CheckpointError = ""
+    if engine.ranks.is_first:
+        try:
+            found = weights_digest(StoredTensors(folder, read_index(folder / INDEX)))
+        except CheckpointError as error:
+            found = error
+    found = engine.ranks.broadcast(found)
+    if isinstance(found, CheckpointError):
+        raise found
+    _check_digest(folder, meta, found)
+    engine.read_weights(folder)
+    return meta
 
 
 def load_engine_state(folder: Path, engine: TrainEngine) -> None:

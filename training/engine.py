@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
+from consilience.model.ranks import Ranks
+
 
 class TrainEngine(Protocol):
-    """One model, one optimiser.
+    """One model, one optimiser, on one process or on several ranks that make the same calls.
 
     Loss denominators are global counts handed in by the caller, so the number of micro-batches
     (or ranks) never changes a gradient.
     """
 
     model: nn.Module
+    ranks: Ranks
 
     def forward_backward(
         self,
@@ -26,11 +29,12 @@ class TrainEngine(Protocol):
     ) -> dict[str, float]:
         """Accumulate gradients of `loss_fn(model, micro_batch)` over the batch's micro-batches.
 
-        batch is a list or tuple of micro-batches (anything else is one micro-batch). `loss_fn`
-        returns (sum-form loss already divided by its denominators, sums to report). Returned are
-        "loss" (summed over the micro-batches) and every reported sum; a sum named like a
-        denominator is divided by it. EngineError on a non-finite loss or a denominator that is not
-        a positive number, before any parameter changes.
+        batch is a list or tuple of micro-batches (anything else is one micro-batch), the whole of it on
+        every rank; each runs its own part (`Ranks.part`). `loss_fn` returns (sum-form loss already
+        divided by its denominators, sums to report). Returned are "loss" (summed over the micro-batches)
+        and every reported sum, of all ranks on each; a sum named like a denominator is divided by it, one
+        named max_… is the largest instead. EngineError on a non-finite loss on any rank or a denominator
+        that is not a positive number, on all ranks and before any parameter changes.
         """
         ...
 
@@ -40,13 +44,41 @@ class TrainEngine(Protocol):
         """Clip, update, clear. Returns {"grad_norm": …, "lr": …}. EngineError if not finite.
 
         expert_load  layer -> [E] tokens each expert received in this step (`Trace.expert_load`, MTP's
-                     layers numbered on after the trunk's); moves the router biases by rule. None
-                     leaves them.
+                     layers numbered on after the trunk's), of what this rank ran: summed over the
+                     ranks here; moves the router biases by rule. None leaves them.
         """
         ...
 
     def save(self, folder: Path) -> None:
-        """Optimiser and random state into `folder` (the checkpoint's `state/`), safetensors only."""
+        """Optimiser and random state into `folder` (the checkpoint's `state/`), safetensors only.
+
+        Called by every rank; the first one writes.
+        """
         ...
 
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None:
+        """Inverse of `save`, on every rank, whatever the number of ranks that saved."""
+        ...
+
+
+class CutEngine(TrainEngine, Protocol):
+    """An engine of which no rank has the whole model. Every rank makes these calls, and that of `save`."""
+
+    def write_weights(self, folder: Path | None, max_shard_bytes: int) -> dict[str, str] | None:
+        """Official weight files into the `folder` that the first rank gives; tensor -> file.
+
+        Others give None, and so does the first one if it has failed before. None on all ranks if nothing
+        was written: the first one raises why, and `save` is not to follow.
+        """
+        ...
+
+    def read_weights(self, folder: Path) -> None:
+        """The weights of a checkpoint, whoever wrote it, each rank its part."""
+        ...
+
+    def save(self, folder: Path | None) -> None: ...
+
+
+def is_cut(engine: TrainEngine | None) -> TypeGuard[CutEngine]:
+    """Whether weights are streamed from all ranks."""
+    return hasattr(engine, "write_weights")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.conf.errors import EngineError
+from consilience.model.ranks import ALONE
 from consilience.training.tensor_files import read_tensors, write_tensors
 
 
@@ -22,6 +23,7 @@ class FakeTrainEngine:
 
     def __init__(self, model: nn.Module | None = None, *, fail_at_step: int | None = None) -> None:
         self.model = model if model is not None else nn.Linear(1, 1)
+        self.ranks = ALONE
         self.fail_at_step = fail_at_step
         self.num_steps = 0
         self.batches: list[Any] = []

@@ -1,9 +1,12 @@
-"""The reference TrainEngine: one process, plain PyTorch, V4's two optimisers."""
+"""The reference TrainEngine: plain PyTorch, V4's two optimisers, on one process or on several.
+
+With several ranks each holds the whole model. A step's micro-batches are divided among them and the
+gradients summed, in the same order on every run; all ranks then take the same update.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from consilience.conf.errors import CheckpointError, EngineError
-from consilience.model.exact import exact_mode
-from consilience.training.optimizers import V4Optimizer, gate_bias_names, parameter_groups
+from consilience.model.ranks import ALONE, Ranks
+from consilience.training.accumulation import accumulate
+from consilience.training.clipping import checked_norm, clip_factors
+from consilience.training.optimizers import V4Optimizer, gate_bias_names, loads_by_bias, parameter_groups
 from consilience.training.random_state import random_state_tensors, restore_random_state
 from consilience.training.tensor_files import read_tensors, write_tensors
 
@@ -49,6 +54,8 @@ class TorchEngine:
     """Holds the model, its gradients and its optimiser. `num_steps` counts finished updates.
 
     exact: losses are computed in exact mode, in which the trainer's log-probabilities are the sampler's.
+    ranks: who shares the work; all make the same calls with the same arguments, but for `expert_load`, which
+    each gives for what it ran itself.
     """
 
     def __init__(
@@ -58,8 +65,10 @@ class TorchEngine:
         *,
         o_groups: int | None = None,
         exact: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
+        self.ranks = ranks
         self.exact = exact
         self.settings = settings or OptimizerSettings()
         self.num_steps = 0
@@ -75,6 +84,7 @@ class TorchEngine:
             bias_speed=s.bias_speed,
         )
         self._bias_names = gate_bias_names(model)
+        self._is_summed = False
 
     def forward_backward(
         self,
@@ -83,71 +93,71 @@ class TorchEngine:
         denominators: Mapping[str, float],
     ) -> dict[str, float]:
         """Accumulate gradients over micro-batches; see `TrainEngine`. An error clears them."""
-        for name, value in denominators.items():
-            if not (math.isfinite(value) and value > 0):
-                raise EngineError(
-                    f"step {self.num_steps}: denominator {name} is {value}; it must be a positive count, "
-                    "a mini-batch without loss tokens must not reach the engine"
-                )
-        micro_batches = batch if isinstance(batch, list | tuple) else [batch]
-        sums: dict[str, float] = {"loss": 0.0}
         try:
-            for index, micro_batch in enumerate(micro_batches):
-                with exact_mode(self.exact):
-                    loss, reported = loss_fn(self.model, micro_batch)
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise EngineError(
-                        f"step {self.num_steps}: the loss of micro-batch {index} is {value}; no parameter "
-                        "was changed. Lower the learning rate or resume from the last checkpoint"
-                    )
-                if loss.requires_grad:
-                    loss.backward()
-                sums["loss"] += value
-                for name, part in reported.items():
-                    sums[name] = sums.get(name, 0.0) + float(part)
+            return accumulate(
+                loss_fn,
+                self.model,
+                batch,
+                denominators,
+                ranks=self.ranks,
+                num_steps=self.num_steps,
+                is_exact=self.exact,
+            )
         except BaseException:
             self._clear()
             raise
-        return {name: value / denominators.get(name, 1.0) for name, value in sums.items()}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The step's gradients by name, summed over the ranks, in place; `step` is what follows.
+
+        A parameter that has one on some ranks only has the sum of those; one without any is not there.
+        """
+        held = self.optimizer.parameters
+        if not self._is_summed:
+            own = [name for name, parameter in held.items() if parameter.grad is not None]
+            anywhere = set().union(*self.ranks.gather(own))
+            for name, parameter in held.items():
+                if name in anywhere and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self.ranks.sum_(p.grad for n, p in held.items() if n in anywhere and p.grad is not None)
+            self._is_summed = True
+        return {name: parameter.grad for name, parameter in held.items() if parameter.grad is not None}
 
     def step(
         self, lr_scale: float = 1.0, expert_load: Mapping[int, Tensor] | None = None
     ) -> dict[str, float]:
         """Clip, update, clear; see `TrainEngine`."""
-        grads = {n: p.grad for n, p in self.optimizer.parameters.items() if p.grad is not None}
-        if not grads:
-            raise EngineError(f"step {self.num_steps}: no gradient to apply; call forward_backward first")
-        norms = dict(zip(grads, torch._foreach_norm(list(grads.values()))))  # pyright: ignore[reportPrivateImportUsage]
-        grad_norm = _total(norms.values())
-        if not math.isfinite(grad_norm):
-            worst = [name for name, norm in norms.items() if not math.isfinite(float(norm))]
+        grads = self.gradients()
+        lengths = torch._foreach_norm(list(grads.values())) if grads else ()  # pyright: ignore[reportPrivateImportUsage]
+        norms = dict(zip(grads, torch.stack([n.double() for n in lengths]).tolist() if grads else ()))
+        try:
+            grad_norm = checked_norm(norms, self.num_steps)
+        except EngineError:
             self._clear()
-            raise EngineError(
-                f"step {self.num_steps}: the gradient of {worst[0] if worst else 'the model'} is not finite "
-                f"({len(worst)} of {len(grads)} tensors); no parameter was changed. Lower the learning rate "
-                "or resume from the last checkpoint"
-            )
-        # A loss that only the prediction blocks learn from must not shorten the trunk's step.
-        ahead = [name for name in grads if name.startswith("mtp.")]
-        for names in (ahead, [name for name in grads if not name.startswith("mtp.")]):
-            own, clip = _total(norms[name] for name in names), self.settings.grad_clip
-            if clip and own > clip:
-                torch._foreach_mul_([grads[name] for name in names], clip / own)  # pyright: ignore[reportPrivateImportUsage]
-        lr = self.optimizer.step(lr_scale, self._bias_loads(expert_load))
+            raise
+        if factors := clip_factors(norms, self.settings.grad_clip):
+            clipped = [grads[name] for name in factors]
+            torch._foreach_mul_(clipped, list(factors.values()))  # pyright: ignore[reportPrivateImportUsage]
+        loads = loads_by_bias(self._bias_names, self.optimizer.groups.rule, expert_load, self.ranks)
+        lr = self.optimizer.step(lr_scale, loads)
         self._clear()
         self.num_steps += 1
         return {"grad_norm": grad_norm, "lr": lr}
 
     def save(self, folder: Path) -> None:
-        """optimizer.safetensors and random.safetensors in `folder`."""
+        """optimizer.safetensors and random.safetensors in `folder`, from the first rank.
+
+        The random state is the first rank's: nothing in training draws a number on the others alone.
+        """
+        if not self.ranks.is_first:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         steps = {"num_steps": torch.tensor(self.num_steps, dtype=torch.int64)}
         write_tensors(folder / OPTIMIZER_FILE, self.optimizer.state_tensors() | steps)
         write_tensors(folder / RANDOM_FILE, random_state_tensors())
 
     def load(self, folder: Path) -> None:
-        """Inverse of `save`. CheckpointError names file and tensor; the random state comes last."""
+        """Inverse of `save`, on every rank. CheckpointError names file and tensor; random state last."""
         tensors = read_tensors(folder / OPTIMIZER_FILE)
         random_tensors = read_tensors(folder / RANDOM_FILE)
         if "num_steps" not in tensors:
@@ -163,17 +173,7 @@ class TorchEngine:
         self.num_steps = num_steps
         self._clear()
 
-    def _bias_loads(self, expert_load: Mapping[int, Tensor] | None) -> dict[str, Tensor]:
-        """Layer numbers to names of router biases; hash layers have none."""
-        names = self._bias_names
-        return {names[layer]: load for layer, load in (expert_load or {}).items() if layer in names}
-
     def _clear(self) -> None:
         for parameter in self.model.parameters():
             parameter.grad = None
-
-
-def _total(norms: Iterable[Tensor]) -> float:
-    """Global norm from the norms of single tensors; 0 for none."""
-    values = [norm.double() for norm in norms]
-    return float(torch.linalg.vector_norm(torch.stack(values))) if values else 0.0
+        self._is_summed = False
