@@ -9,7 +9,7 @@ R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -72,6 +72,70 @@ class Ranks:
             for name, value in own.items():
                 total[name] = total.get(name, 0.0) + float(value)
         return total
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """[R, …]: what each rank gave, in the order of the ranks; the same shape from all."""
+        if self.group is None:
+            return tensor[None]
+        found = tensor.new_empty(self.size, *tensor.shape)
+        dist.all_gather([*found.unbind(0)], tensor.contiguous(), group=self.group)
+        return found
+
+    def spread_(self, tensor: Tensor, source: int) -> None:
+        """The contiguous tensor becomes that of the rank `source`, in place."""
+        if self.group is not None:
+            dist.broadcast(tensor, group=self.group, group_src=source)
+
+    def start_exchange(
+        self, found: Tensor, given: Tensor, found_rows: Sequence[int], given_rows: Sequence[int]
+    ) -> Callable[[], object]:
+        """Rows of `given`, given_rows[r] of them to rank r, set out for `found`, found_rows[r] from rank r;
+        both stand in the order of the ranks.
+
+        Returned is what waits for their arrival: on a GPU the current stream, not the host. Until then other
+        work goes on; neither tensor may change. Both are contiguous, of one type.
+        """
+        if self.group is None:
+            found.copy_(given)
+            return lambda: None
+        work = dist.all_to_all_single(
+            found, given, list(found_rows), list(given_rows), group=self.group, async_op=True
+        )
+        assert work is not None
+        return work.wait
+
+    def split(self, size: int, *, timeout_s: float = 600.0) -> tuple[Ranks, Ranks]:
+        """(this rank among its `size` neighbours, this rank among those of its place in the other groups).
+
+        Of 4 ranks in groups of 2, rank 1 is of (0, 1) and of (1, 3). All ranks call it together, and with all
+        ranks it is called, not with a part; a part ends when the whole is closed. EngineError if the groups
+        do not come out even.
+        """
+        if size < 1 or self.size % size:
+            raise EngineError(
+                f"{self.size} ranks cannot be split into groups of {size}; choose a divisor of {self.size}"
+            )
+        if size == self.size:
+            return self, Ranks(device=self.device)
+        if size == 1:
+            return Ranks(device=self.device), self
+        if self.group is not dist.group.WORLD:
+            raise EngineError("only the whole of the ranks can be split; split it, not a part of it")
+        starts = range(0, self.size, size)
+        rooms = [[*range(start, start + size)] for start in starts]
+        lanes = [[*range(place, self.size, size)] for place in range(size)]
+        within, across = (self._one_of(groups, timedelta(seconds=timeout_s)) for groups in (rooms, lanes))
+        return within, across
+
+    def _one_of(self, groups: list[list[int]], limit: timedelta) -> Ranks:
+        """This rank in that of the groups of ranks which has it; every rank makes all of them."""
+        found = ALONE
+        for members in groups:
+            group = dist.new_group(members, timeout=limit)
+            talk = group if self.group is self.talk else dist.new_group(members, limit, backend="gloo")
+            if self.rank in members:
+                found = Ranks(members.index(self.rank), len(members), group, talk, self.device)  # type: ignore[arg-type]
+        return found
 
     def gather(self, value: T) -> list[T]:
         """What each rank gave, in the order of the ranks, on every rank. The value must pickle."""
