@@ -28,7 +28,7 @@ from consilience.model.ranks import ALONE, Ranks
 from consilience.training.muon import Muon, MuonParameter
 from consilience.training.sharded_adamw import MOMENTS, ShardedAdamW
 from consilience.training.sharded_muon import ShardedMuon
-from consilience.training.shards import Shards
+from consilience.training.shards import Shards, norms_of
 
 
 class Owner(StrEnum):
@@ -283,9 +283,7 @@ class V4Optimizer:
         """name -> norm of the parameter's gradient, the same on every rank; after `sum_gradients`."""
         if self.shards is not None:
             return self.shards.gradient_norms()
-        grads = self.gradients()
-        norms = torch._foreach_norm(list(grads.values()))  # pyright: ignore[reportPrivateImportUsage]
-        return dict(zip(grads, torch.stack([norm.double() for norm in norms]).tolist())) if grads else {}
+        return norms_of(self.gradients())
 
     def scale_gradients(self, names: Iterable[str], factor: float) -> None:
         """Gradients of these parameters times `factor`, in place; after `sum_gradients`."""
@@ -293,7 +291,8 @@ class V4Optimizer:
             grads = self.shards.gradients(set(names))
         else:
             grads = [grad for name in names if (grad := self.parameters[name].grad) is not None]
-        torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
+        if grads:
+            torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
 
     def gradients(self) -> dict[str, Tensor]:
         """name -> gradient, those there are; after `sum_gradients`. From shards they are gathered, whole, by

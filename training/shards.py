@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from consilience.training.sharded_muon import ShardedMuon
 
 if TYPE_CHECKING:
     from consilience.training.optimizers import ParameterGroups
+
+K = TypeVar("K")
 
 
 class Shards:
@@ -60,11 +62,18 @@ class Shards:
             if side.across.is_first  # of equal parts in several groups one counts
             for item, grad in side.gradients().items()
         }
-        norms = torch._foreach_norm(list(own.values()))  # pyright: ignore[reportPrivateImportUsage]
         squares: dict[str, float] = {}
-        for item, norm in zip(own, torch.stack(norms).tolist() if norms else ()):
+        for item, norm in norms_of(own).items():
             squares[item.name] = squares.get(item.name, 0.0) + norm * norm
         return {name: square**0.5 for name, square in sorted(self.ranks.sums(squares).items())}
+
+
+def norms_of(tensors: Mapping[K, Tensor]) -> dict[K, float]:
+    """Norm of each tensor, read from the device at once."""
+    if not tensors:
+        return {}
+    norms = torch._foreach_norm(list(tensors.values()))  # pyright: ignore[reportPrivateImportUsage]
+    return dict(zip(tensors, torch.stack([norm.double() for norm in norms]).tolist()))
 
 
 def state_bytes(groups: ParameterGroups, num_ranks: int) -> list[int]:

@@ -35,6 +35,8 @@ class OptimizerSettings:
     momentum, update_rms   Muon's μ and γ
     bias_speed     step of the router biases
     grad_clip      largest global gradient norm, of the prediction blocks and of all else; 0: no clipping
+    is_sharded     optimiser state is divided among the ranks
+    has_bf16_exchange   sharded: gradients of experts travel as bf16, rounded by chance
     kind           "muon" (with AdamW for what Muon leaves) or "adamw" for every parameter
     """
 
@@ -48,6 +50,8 @@ class OptimizerSettings:
     bias_speed: float = 1e-3
     grad_clip: float = 1.0
     kind: str = "muon"
+    is_sharded: bool = False
+    has_bf16_exchange: bool = False
 
 
 class TorchEngine:
@@ -82,6 +86,9 @@ class TorchEngine:
             momentum=s.momentum,
             update_rms=s.update_rms,
             bias_speed=s.bias_speed,
+            ranks=ranks,
+            is_sharded=s.is_sharded,
+            has_bf16_exchange=s.has_bf16_exchange,
         )
         self._bias_names = gate_bias_names(model)
         self._is_summed = False
@@ -108,44 +115,38 @@ class TorchEngine:
             raise
 
     def gradients(self) -> dict[str, Tensor]:
-        """The step's gradients by name, summed over the ranks, in place; `step` is what follows.
+        """The step's gradients by name, summed over the ranks; `step` is what follows.
 
+        Where optimiser state is sharded they are gathered, copies; else they are the parameters' own.
         A parameter that has one on some ranks only has the sum of those; one without any is not there.
         """
-        held = self.optimizer.parameters
-        if not self._is_summed:
-            own = [name for name, parameter in held.items() if parameter.grad is not None]
-            anywhere = set().union(*self.ranks.gather(own))
-            for name, parameter in held.items():
-                if name in anywhere and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            self.ranks.sum_(p.grad for n, p in held.items() if n in anywhere and p.grad is not None)
-            self._is_summed = True
-        return {name: parameter.grad for name, parameter in held.items() if parameter.grad is not None}
+        self._sum_gradients()
+        return self.optimizer.gradients()
 
     def step(
         self, lr_scale: float = 1.0, expert_load: Mapping[int, Tensor] | None = None
     ) -> dict[str, float]:
         """Clip, update, clear; see `TrainEngine`."""
-        grads = self.gradients()
-        if not grads:
+        self._sum_gradients()
+        norms = self.optimizer.gradient_norms()
+        if not norms:
+            self._clear()
             raise EngineError(f"step {self.num_steps}: no gradient to apply; call forward_backward first")
-        norms = dict(zip(grads, torch._foreach_norm(list(grads.values()))))  # pyright: ignore[reportPrivateImportUsage]
         grad_norm = _total(norms.values())
         if not math.isfinite(grad_norm):
-            worst = [name for name, norm in norms.items() if not math.isfinite(float(norm))]
+            worst = [name for name, norm in norms.items() if not math.isfinite(norm)]
             self._clear()
             raise EngineError(
                 f"step {self.num_steps}: the gradient of {worst[0] if worst else 'the model'} is not finite "
-                f"({len(worst)} of {len(grads)} tensors); no parameter was changed. Lower the learning rate "
+                f"({len(worst)} of {len(norms)} tensors); no parameter was changed. Lower the learning rate "
                 "or resume from the last checkpoint"
             )
         # A loss that only the prediction blocks learn from must not shorten the trunk's step.
-        ahead = [name for name in grads if name.startswith("mtp.")]
-        for names in (ahead, [name for name in grads if not name.startswith("mtp.")]):
+        ahead = [name for name in norms if name.startswith("mtp.")]
+        for names in (ahead, [name for name in norms if not name.startswith("mtp.")]):
             own, clip = _total(norms[name] for name in names), self.settings.grad_clip
             if clip and own > clip:
-                torch._foreach_mul_([grads[name] for name in names], clip / own)  # pyright: ignore[reportPrivateImportUsage]
+                self.optimizer.scale_gradients(names, clip / own)
         lr = self.optimizer.step(lr_scale, self._bias_loads(expert_load))
         self._clear()
         self.num_steps += 1
@@ -156,11 +157,15 @@ class TorchEngine:
 
         The random state is the first rank's: nothing in training draws a number on the others alone.
         """
+        state: dict[str, Tensor] = {}
+        if self.ranks.is_first or self.settings.is_sharded:  # then every rank gives its part
+            for name, tensor in self.optimizer.each_state_tensor():
+                state |= {name: tensor.cpu()} if self.ranks.is_first else {}
         if not self.ranks.is_first:
             return
         folder.mkdir(parents=True, exist_ok=True)
         steps = {"num_steps": torch.tensor(self.num_steps, dtype=torch.int64)}
-        write_tensors(folder / OPTIMIZER_FILE, self.optimizer.state_tensors() | steps)
+        write_tensors(folder / OPTIMIZER_FILE, state | steps)
         write_tensors(folder / RANDOM_FILE, random_state_tensors())
 
     def load(self, folder: Path) -> None:
@@ -180,6 +185,11 @@ class TorchEngine:
         self.num_steps = num_steps
         self._clear()
 
+    def _sum_gradients(self) -> None:
+        if not self._is_summed:
+            self.optimizer.sum_gradients(self.num_steps)
+            self._is_summed = True
+
     def _bias_loads(self, expert_load: Mapping[int, Tensor] | None) -> dict[str, Tensor]:
         """Tokens of all ranks by name of the router bias; hash layers have none."""
         own = {self._bias_names[i]: load for i, load in (expert_load or {}).items() if i in self._bias_names}
@@ -193,10 +203,10 @@ class TorchEngine:
     def _clear(self) -> None:
         for parameter in self.model.parameters():
             parameter.grad = None
+        self.optimizer.clear_gradients()
         self._is_summed = False
 
 
-def _total(norms: Iterable[Tensor]) -> float:
+def _total(norms: Iterable[float]) -> float:
     """Global norm from the norms of single tensors; 0 for none."""
-    values = [norm.double() for norm in norms]
-    return float(torch.linalg.vector_norm(torch.stack(values))) if values else 0.0
+    return float(torch.linalg.vector_norm(torch.tensor([*norms], dtype=torch.float64)))

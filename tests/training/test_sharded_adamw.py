@@ -11,6 +11,7 @@ from consilience.training.sharded_adamw import ShardedAdamW, cut_evenly
 from tests.rank_processes import on_ranks
 
 torch.set_num_threads(1)
+SLOW = pytest.mark.slow
 
 DECAYED = {"embed.weight": (37, 24), "head.weight": (37, 24)}
 PLAIN = {"norm.weight": (24,), "layers.0.attn.attn_sink": (5,), "layers.0.hc_attn.scale": (3,)}
@@ -98,7 +99,7 @@ def assert_same(found, expected):
         assert found[name].dtype == expected[name].dtype
 
 
-@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=SLOW), pytest.param(3, marks=SLOW)])
 def test_weights_and_state_are_the_bits_of_one_process(size, tmp_path):
     expected, state = on_one(size, 3)
     found = on_ranks(size, sharded, 3, folder=tmp_path) if size > 1 else [sharded(ALONE, 3)]
@@ -110,7 +111,7 @@ def test_weights_and_state_are_the_bits_of_one_process(size, tmp_path):
     assert sum(held) == sum(w.numel() for w in expected.values()) and max(held) - min(held) <= 128
 
 
-@pytest.mark.slow
+@SLOW
 def test_state_of_two_ranks_goes_on_with_two_as_if_nothing_had_been(tmp_path):
     straight = on_ranks(2, sharded, 4, folder=tmp_path)[0]
     half = on_ranks(2, sharded, 2, folder=tmp_path)[0]
