@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -181,6 +182,25 @@ def gate_bias_names(model: nn.Module) -> dict[int, str]:
     return {first[found[1]] + int(found[2]): found[0] for found in biases if found}
 
 
+def loads_by_bias(
+    names: Mapping[int, str],
+    biases: Mapping[str, Tensor],
+    expert_load: Mapping[int, Tensor] | None,
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """Name of a router bias -> [E] fp64 tokens of all ranks; hash layers have none.
+
+    names  layer -> router bias (`gate_bias_names`);  expert_load  layer -> [E] tokens of this rank
+    """
+    own = {names[layer]: load for layer, load in (expert_load or {}).items() if layer in names}
+    total: dict[str, Tensor] = {}
+    for name in sorted(set().union(*ranks.gather(set(own)))):
+        nothing = torch.zeros_like(biases[name], dtype=torch.float64)
+        total[name] = own[name].double() if name in own else nothing
+    ranks.sum_(total.values())
+    return total
+
+
 class V4Optimizer:
     """Muon and AdamW over one model, and the bias rule. One learning rate for both (12.2).
 
@@ -210,18 +230,17 @@ class V4Optimizer:
         self.ranks = ranks
         self._adamw_names = [*groups.adamw_decayed, *groups.adamw]
         self.shards: Shards | None = None
+        self.muon: Muon | ShardedMuon
         if is_sharded:
-            muon = ShardedMuon(
-                groups.muon,
-                ranks=ranks,
-                momentum=momentum,
-                weight_decay=weight_decay,
-                update_rms=update_rms,
-                has_bf16_exchange=has_bf16_exchange,
-            )
+            rates: dict[str, Any] = {
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "update_rms": update_rms,
+            }
+            self.muon = ShardedMuon(groups.muon, ranks, has_bf16_exchange, **rates)
             decays = groups.adamw_decayed, groups.adamw
             adamw = ShardedAdamW(*decays, ranks=ranks, weight_decay=weight_decay, betas=betas, eps=eps)
-            self.shards = Shards(muon, adamw, ranks)
+            self.shards = Shards(self.muon, adamw, ranks)
             return
         self.muon = Muon(groups.muon, momentum=momentum, weight_decay=weight_decay, update_rms=update_rms)
         decayed, plain = list(groups.adamw_decayed.values()), list(groups.adamw.values())
@@ -249,11 +268,10 @@ class V4Optimizer:
         lr = self.lr * lr_scale
         if expert_loads and self.lr:
             self._move_biases(expert_loads)
-        if self.shards is not None:
-            self.shards.step(lr)
-            return lr
         self.muon.step(lr)
-        if self.adamw is not None:
+        if self.shards is not None:
+            self.shards.adamw.step(lr)
+        elif self.adamw is not None:
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
@@ -285,14 +303,14 @@ class V4Optimizer:
             return self.shards.gradient_norms()
         return norms_of(self.gradients())
 
-    def scale_gradients(self, names: Iterable[str], factor: float) -> None:
-        """Gradients of these parameters times `factor`, in place; after `sum_gradients`."""
+    def scale_gradients(self, factors: Mapping[str, float]) -> None:
+        """Gradients times the factors of their parameters, in place; after `sum_gradients`."""
         if self.shards is not None:
-            grads = self.shards.gradients(set(names))
-        else:
-            grads = [grad for name in names if (grad := self.parameters[name].grad) is not None]
-        if grads:
-            torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
+            self.shards.scale_gradients(factors)
+        elif factors:
+            grads = self.gradients()
+            scaled = [grads[name] for name in factors]
+            torch._foreach_mul_(scaled, list(factors.values()))  # pyright: ignore[reportPrivateImportUsage]
 
     def gradients(self) -> dict[str, Tensor]:
         """name -> gradient, those there are; after `sum_gradients`. From shards they are gathered, whole, by
@@ -320,11 +338,10 @@ class V4Optimizer:
     def each_state_tensor(self) -> Iterator[tuple[str, Tensor]]:
         """What `state_tensors` gives, one at a time. Where state is sharded every rank iterates, and each
         gets the whole tensors."""
-        muon, adamw = (self.muon, None) if self.shards is None else (self.shards.muon, self.shards.adamw)
-        for name, value in muon.each_state_tensor():
+        for name, value in self.muon.each_state_tensor():
             yield f"muon.momentum.{name}", value
-        if adamw is not None:
-            yield from ((f"adamw.{name}", value) for name, value in adamw.each_state_tensor())
+        if self.shards is not None:
+            yield from ((f"adamw.{name}", value) for name, value in self.shards.adamw.each_state_tensor())
             return
         for name in self._adamw_names:
             for key, value in self._adamw_state(name).items():
@@ -351,11 +368,10 @@ class V4Optimizer:
             {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
             for prefix in ("muon.momentum.", "adamw.")
         ]
+        self.muon.load_state_tensors(parts[0])
         if self.shards is not None:
-            self.shards.muon.load_state_tensors(parts[0])
             self.shards.adamw.load_state_tensors(parts[1])
             return
-        self.muon.load_state_tensors(parts[0])
         for name in self._adamw_names:
             parameter = self.parameters[name]
             state = {k: tensors[f"adamw.{k}.{name}"] for k in ("exp_avg", "exp_avg_sq", "step")}

@@ -37,13 +37,13 @@ class ShardedMuon:
     def __init__(
         self,
         parameters: Sequence[MuonParameter],
-        *,
         ranks: Ranks = ALONE,
+        has_bf16_exchange: bool = False,
+        seed: int = 0,
+        *,
         momentum: float = 0.95,
         weight_decay: float = 0.1,
         update_rms: float = 0.18,
-        has_bf16_exchange: bool = False,
-        seed: int = 0,
     ) -> None:
         self.parameters = list(parameters)
         self.ranks, self.has_bf16_exchange, self.seed = ranks, has_bf16_exchange, seed

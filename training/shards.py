@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ K = TypeVar("K")
 
 
 class Shards:
-    """What `V4Optimizer` asks of sharded state; every call needs all ranks, but for `gradients`."""
+    """What `V4Optimizer` asks of sharded state; every call needs all ranks, but for `scale_gradients`."""
 
     def __init__(self, muon: ShardedMuon, adamw: ShardedAdamW, ranks: Ranks) -> None:
         self.muon, self.adamw, self.ranks = muon, adamw, ranks
@@ -32,14 +32,12 @@ class Shards:
         self.muon.sum_gradients(gradients, step)
         self.adamw.owned.sum_gradients(gradients)
 
-    def step(self, lr: float) -> None:
-        """One update of all weights on every rank."""
-        self.muon.step(lr)
-        self.adamw.step(lr)
-
-    def gradients(self, names: Collection[str]) -> list[Tensor]:
-        """Gradients of this rank's parts of these weights."""
-        return [g for side in self._sides for item, g in side.gradients().items() if item.name in names]
+    def scale_gradients(self, factors: Mapping[str, float]) -> None:
+        """Gradients times the factors of their weights, in place."""
+        for side in self._sides:
+            for item, grad in side.gradients().items():
+                if item.name in factors:
+                    grad.mul_(factors[item.name])
 
     def whole_gradients(self) -> dict[str, Tensor]:
         """name -> gradient of the whole weight, gathered from its owners, the same on every rank."""
