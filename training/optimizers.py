@@ -231,18 +231,14 @@ class V4Optimizer:
         self._adamw_names = [*groups.adamw_decayed, *groups.adamw]
         self.shards: Shards | None = None
         self.muon: Muon | ShardedMuon
+        rates: Any = {"momentum": momentum, "weight_decay": weight_decay, "update_rms": update_rms}
         if is_sharded:
-            rates: dict[str, Any] = {
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "update_rms": update_rms,
-            }
             self.muon = ShardedMuon(groups.muon, ranks, has_bf16_exchange, **rates)
             decays = groups.adamw_decayed, groups.adamw
             adamw = ShardedAdamW(*decays, ranks=ranks, weight_decay=weight_decay, betas=betas, eps=eps)
             self.shards = Shards(self.muon, adamw, ranks)
             return
-        self.muon = Muon(groups.muon, momentum=momentum, weight_decay=weight_decay, update_rms=update_rms)
+        self.muon = Muon(groups.muon, **rates)
         decayed, plain = list(groups.adamw_decayed.values()), list(groups.adamw.values())
         param_groups = [
             {"params": parameters, "weight_decay": decay}
