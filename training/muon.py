@@ -19,7 +19,7 @@ product: at the demo's size the number of small operations is the cost.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,13 +111,17 @@ class Muon:
     def state_tensors(self) -> dict[str, Tensor]:
         """name -> momentum in the shape of the parameter (a copy)."""
         tensors = [
-            torch.empty(o.parameter.shape, dtype=_work_dtype(o), device=o.parameter.device)
+            torch.empty(o.parameter.shape, dtype=work_dtype(o.parameter), device=o.parameter.device)
             for o in self.parameters
         ]
         for bucket in self._buckets:
             for i, view, slots in bucket.parts:
                 _views(tensors[i], self.parameters[i].row_blocks)[view].copy_(bucket.momentum[slots])
         return {owned.name: tensor for owned, tensor in zip(self.parameters, tensors)}
+
+    def each_state_tensor(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, momentum in the shape of the parameter)."""
+        yield from self.state_tensors().items()
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -136,7 +140,7 @@ def _buckets(parameters: Sequence[MuonParameter]) -> list[_Bucket]:
     counts: dict[tuple, int] = defaultdict(int)
     for i, owned in enumerate(parameters):
         for view, matrices in enumerate(_views(owned.parameter, owned.row_blocks)):
-            key = (*matrices.shape[1:], _work_dtype(owned), owned.parameter.device)
+            key = (*matrices.shape[1:], work_dtype(owned.parameter), owned.parameter.device)
             found[key].append((i, view, slice(counts[key], counts[key] + len(matrices))))
             counts[key] += len(matrices)
     return [
@@ -159,6 +163,6 @@ def _views(tensor: Tensor | None, heights: tuple[int, ...]) -> list[Tensor]:
     return [view if view.shape[1] <= view.shape[2] else view.mT for view in views]
 
 
-def _work_dtype(owned: MuonParameter) -> torch.dtype:
-    """Momentum and iteration run in fp32 (fp64 parameters keep fp64)."""
-    return torch.float64 if owned.parameter.dtype == torch.float64 else torch.float32
+def work_dtype(parameter: Tensor) -> torch.dtype:
+    """Type of momentum and iteration: fp32 (fp64 parameters keep fp64)."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32

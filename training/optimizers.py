@@ -16,16 +16,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from consilience.conf.errors import CheckpointError, EngineError
-from consilience.model.ranks import Ranks
+from consilience.model.ranks import ALONE, Ranks
 from consilience.training.muon import Muon, MuonParameter
+from consilience.training.sharded_adamw import MOMENTS, ShardedAdamW
+from consilience.training.sharded_muon import ShardedMuon
+from consilience.training.shards import Shards, norms_of
 
 
 class Owner(StrEnum):
@@ -198,7 +202,12 @@ def loads_by_bias(
 
 
 class V4Optimizer:
-    """Muon and AdamW over one model, and the bias rule. One learning rate for both (12.2)."""
+    """Muon and AdamW over one model, and the bias rule. One learning rate for both (12.2).
+
+    ranks              who holds the same weights; all of them make the same calls
+    is_sharded         momentum and moments are divided among the ranks; state goes in and out whole
+    has_bf16_exchange  sharded only: experts' gradients travel as bf16, rounded by chance
+    """
 
     def __init__(
         self,
@@ -211,12 +220,25 @@ class V4Optimizer:
         momentum: float = 0.95,
         update_rms: float = 0.18,
         bias_speed: float = 1e-3,
+        ranks: Ranks = ALONE,
+        is_sharded: bool = False,
+        has_bf16_exchange: bool = False,
     ) -> None:
         self.groups = groups
         self.lr = lr
         self.bias_speed = bias_speed
-        self.muon = Muon(groups.muon, momentum=momentum, weight_decay=weight_decay, update_rms=update_rms)
+        self.ranks = ranks
         self._adamw_names = [*groups.adamw_decayed, *groups.adamw]
+        self.shards: Shards | None = None
+        self.muon: Muon | ShardedMuon
+        rates: Any = {"momentum": momentum, "weight_decay": weight_decay, "update_rms": update_rms}
+        if is_sharded:
+            self.muon = ShardedMuon(groups.muon, ranks, has_bf16_exchange, **rates)
+            decays = groups.adamw_decayed, groups.adamw
+            adamw = ShardedAdamW(*decays, ranks=ranks, weight_decay=weight_decay, betas=betas, eps=eps)
+            self.shards = Shards(self.muon, adamw, ranks)
+            return
+        self.muon = Muon(groups.muon, **rates)
         decayed, plain = list(groups.adamw_decayed.values()), list(groups.adamw.values())
         param_groups = [
             {"params": parameters, "weight_decay": decay}
@@ -243,11 +265,62 @@ class V4Optimizer:
         if expert_loads and self.lr:
             self._move_biases(expert_loads)
         self.muon.step(lr)
-        if self.adamw is not None:
+        if self.shards is not None:
+            self.shards.adamw.step(lr)
+        elif self.adamw is not None:
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
         return lr
+
+    def sum_gradients(self, step: int) -> None:
+        """Sum gradients over the ranks; a parameter that has one on some ranks only has the sum of those.
+
+        step  number of the update, the same on every rank (what chance roundings are keyed with)
+        Where state is sharded each sum goes to its owner alone, and no gradient stays on a parameter.
+        """
+        parameters = self.parameters
+        own = [name for name, parameter in parameters.items() if parameter.grad is not None]
+        anywhere = set().union(*self.ranks.gather(own))
+        for name in anywhere:
+            if parameters[name].grad is None:
+                parameters[name].grad = torch.zeros_like(parameters[name])
+        gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+        if self.shards is None:
+            self.ranks.sum_(gradients.values())
+            return
+        self.shards.sum_gradients(gradients, step)
+        for parameter in parameters.values():
+            parameter.grad = None
+
+    def gradient_norms(self) -> dict[str, float]:
+        """name -> norm of the parameter's gradient, the same on every rank; after `sum_gradients`."""
+        if self.shards is not None:
+            return self.shards.gradient_norms()
+        return norms_of(self.gradients())
+
+    def scale_gradients(self, factors: Mapping[str, float]) -> None:
+        """Gradients times the factors of their parameters, in place; after `sum_gradients`."""
+        if self.shards is not None:
+            self.shards.scale_gradients(factors)
+        elif factors:
+            grads = self.gradients()
+            scaled = [grads[name] for name in factors]
+            torch._foreach_mul_(scaled, list(factors.values()))  # pyright: ignore[reportPrivateImportUsage]
+
+    def gradients(self) -> dict[str, Tensor]:
+        """name -> gradient, those there are; after `sum_gradients`. From shards they are gathered, whole, by
+        all ranks together: to be looked at, not to be changed."""
+        if self.shards is not None:
+            return self.shards.whole_gradients()
+        return {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients, summed or not."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        if self.shards is not None:
+            self.shards.clear_gradients()
 
     def _move_biases(self, expert_loads: Mapping[str, Tensor]) -> None:
         unknown = sorted(set(expert_loads) - set(self.groups.rule))
@@ -258,32 +331,43 @@ class V4Optimizer:
         for name, load in expert_loads.items():
             update_gate_bias(self.groups.rule[name], load, self.bias_speed)
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """muon.momentum.<name>, adamw.{exp_avg, exp_avg_sq, step}.<name>; zeros before a first step."""
-        tensors = {f"muon.momentum.{name}": value for name, value in self.muon.state_tensors().items()}
+    def each_state_tensor(self) -> Iterator[tuple[str, Tensor]]:
+        """What `state_tensors` gives, one at a time. Where state is sharded every rank iterates, and each
+        gets the whole tensors."""
+        for name, value in self.muon.each_state_tensor():
+            yield f"muon.momentum.{name}", value
+        if self.shards is not None:
+            yield from ((f"adamw.{name}", value) for name, value in self.shards.adamw.each_state_tensor())
+            return
         for name in self._adamw_names:
             for key, value in self._adamw_state(name).items():
-                tensors[f"adamw.{key}.{name}"] = value
-        return tensors
+                yield f"adamw.{key}.{name}", value
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """muon.momentum.<name>, adamw.{exp_avg, exp_avg_sq, step}.<name>; zeros before a first step."""
+        return dict(self.each_state_tensor())
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Inverse of `state_tensors`. CheckpointError on a missing, unexpected or wrongly shaped tensor."""
-        expected = self.state_tensors()
+        expected = self._state_shapes()
         for name in sorted(set(expected) ^ set(tensors)):
             problem = "is missing" if name in expected else "is not a state of this model's optimiser"
             raise CheckpointError(
                 f"optimiser state: {name} {problem}; resume with the model and optimiser that wrote it"
             )
-        for name, value in expected.items():
-            if tensors[name].shape != value.shape:
+        for name, shape in expected.items():
+            if tensors[name].shape != shape:
                 raise CheckpointError(
-                    f"optimiser state: {name} has shape {list(tensors[name].shape)}, "
-                    f"expected {list(value.shape)}"
+                    f"optimiser state: {name} has shape {list(tensors[name].shape)}, expected {list(shape)}"
                 )
-        prefix = "muon.momentum."
-        self.muon.load_state_tensors(
+        parts = [
             {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
-        )
+            for prefix in ("muon.momentum.", "adamw.")
+        ]
+        self.muon.load_state_tensors(parts[0])
+        if self.shards is not None:
+            self.shards.adamw.load_state_tensors(parts[1])
+            return
         for name in self._adamw_names:
             parameter = self.parameters[name]
             state = {k: tensors[f"adamw.{k}.{name}"] for k in ("exp_avg", "exp_avg_sq", "step")}
@@ -294,6 +378,13 @@ class V4Optimizer:
                     ).clone(memory_format=torch.preserve_format)
                     for key, value in state.items()
                 }
+
+    def _state_shapes(self) -> dict[str, torch.Size]:
+        shapes = {f"muon.momentum.{owned.name}": owned.parameter.shape for owned in self.groups.muon}
+        for name, parameter in (*self.groups.adamw_decayed.items(), *self.groups.adamw.items()):
+            shapes |= {f"adamw.{moment}.{name}": parameter.shape for moment in MOMENTS}
+            shapes[f"adamw.step.{name}"] = torch.Size()
+        return shapes
 
     def _adamw_state(self, name: str) -> dict[str, Tensor]:
         parameter = self.parameters[name]

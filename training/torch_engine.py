@@ -35,6 +35,8 @@ class OptimizerSettings:
     momentum, update_rms   Muon's μ and γ
     bias_speed     step of the router biases
     grad_clip      largest global gradient norm, of the prediction blocks and of all else; 0: no clipping
+    is_sharded     optimiser state is divided among the ranks
+    has_bf16_exchange   sharded: gradients of experts travel as bf16, rounded by chance
     kind           "muon" (with AdamW for what Muon leaves) or "adamw" for every parameter
     """
 
@@ -48,6 +50,8 @@ class OptimizerSettings:
     bias_speed: float = 1e-3
     grad_clip: float = 1.0
     kind: str = "muon"
+    is_sharded: bool = False
+    has_bf16_exchange: bool = False
 
 
 class TorchEngine:
@@ -82,6 +86,9 @@ class TorchEngine:
             momentum=s.momentum,
             update_rms=s.update_rms,
             bias_speed=s.bias_speed,
+            ranks=ranks,
+            is_sharded=s.is_sharded,
+            has_bf16_exchange=s.has_bf16_exchange,
         )
         self._bias_names = gate_bias_names(model)
         self._is_summed = False
@@ -108,36 +115,26 @@ class TorchEngine:
             raise
 
     def gradients(self) -> dict[str, Tensor]:
-        """The step's gradients by name, summed over the ranks, in place; `step` is what follows.
+        """The step's gradients by name, summed over the ranks; `step` is what follows.
 
+        Where optimiser state is sharded they are gathered, copies; else they are the parameters' own.
         A parameter that has one on some ranks only has the sum of those; one without any is not there.
         """
-        held = self.optimizer.parameters
-        if not self._is_summed:
-            own = [name for name, parameter in held.items() if parameter.grad is not None]
-            anywhere = set().union(*self.ranks.gather(own))
-            for name, parameter in held.items():
-                if name in anywhere and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            self.ranks.sum_(p.grad for n, p in held.items() if n in anywhere and p.grad is not None)
-            self._is_summed = True
-        return {name: parameter.grad for name, parameter in held.items() if parameter.grad is not None}
+        self._sum_gradients()
+        return self.optimizer.gradients()
 
     def step(
         self, lr_scale: float = 1.0, expert_load: Mapping[int, Tensor] | None = None
     ) -> dict[str, float]:
         """Clip, update, clear; see `TrainEngine`."""
-        grads = self.gradients()
-        lengths = torch._foreach_norm(list(grads.values())) if grads else ()  # pyright: ignore[reportPrivateImportUsage]
-        norms = dict(zip(grads, torch.stack([n.double() for n in lengths]).tolist() if grads else ()))
+        self._sum_gradients()
+        norms = self.optimizer.gradient_norms()
         try:
             grad_norm = checked_norm(norms, self.num_steps)
         except EngineError:
             self._clear()
             raise
-        if factors := clip_factors(norms, self.settings.grad_clip):
-            clipped = [grads[name] for name in factors]
-            torch._foreach_mul_(clipped, list(factors.values()))  # pyright: ignore[reportPrivateImportUsage]
+        self.optimizer.scale_gradients(clip_factors(norms, self.settings.grad_clip))
         loads = loads_by_bias(self._bias_names, self.optimizer.groups.rule, expert_load, self.ranks)
         lr = self.optimizer.step(lr_scale, loads)
         self._clear()
@@ -149,11 +146,15 @@ class TorchEngine:
 
         The random state is the first rank's: nothing in training draws a number on the others alone.
         """
+        state: dict[str, Tensor] = {}
+        if self.ranks.is_first or self.settings.is_sharded:  # then every rank gives its part
+            for name, tensor in self.optimizer.each_state_tensor():
+                state |= {name: tensor.cpu()} if self.ranks.is_first else {}
         if not self.ranks.is_first:
             return
         folder.mkdir(parents=True, exist_ok=True)
         steps = {"num_steps": torch.tensor(self.num_steps, dtype=torch.int64)}
-        write_tensors(folder / OPTIMIZER_FILE, self.optimizer.state_tensors() | steps)
+        write_tensors(folder / OPTIMIZER_FILE, state | steps)
         write_tensors(folder / RANDOM_FILE, random_state_tensors())
 
     def load(self, folder: Path) -> None:
@@ -173,7 +174,13 @@ class TorchEngine:
         self.num_steps = num_steps
         self._clear()
 
+    def _sum_gradients(self) -> None:
+        if not self._is_summed:
+            self.optimizer.sum_gradients(self.num_steps)
+            self._is_summed = True
+
     def _clear(self) -> None:
         for parameter in self.model.parameters():
             parameter.grad = None
+        self.optimizer.clear_gradients()
         self._is_summed = False
