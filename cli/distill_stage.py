@@ -19,6 +19,7 @@ from consilience.cli.training_stage import (
     health_of,
     micro_tokens,
     open_stage,
+    ranks_of,
     result_of,
     rollout_store,
     shared,
@@ -42,15 +43,17 @@ from consilience.training.checkpoint import load_checkpoint
 
 def run_distill(context: StageContext) -> Mapping[str, Any]:
     """All specialists into one student that starts from the base."""
-    cfg, settings = context.cfg, context.cfg.distill
+    cfg, settings, ranks = context.cfg, context.cfg.distill, ranks_of(context)
     domains = domains_of(cfg)
     start = start_from(context, settings.init, "base", domains.values())
     tokenizer = Tokenizer.load(start.tokenizer)
     registry = teacher_registry(context)
     for record in registry:
         admit(start.folder, record.checkpoint, record.name)
-    pool = rollout_pool(cfg, start.model.config, start.tokenizer, domains, start.family)
-    hidden = HiddenStore(context.folder.path / "hidden_states")
+    pool: Any = None
+    if ranks.is_first:
+        pool = rollout_pool(cfg, start.model.config, start.tokenizer, domains, start.family)
+    hidden = HiddenStore(context.folder.path / "hidden_states", is_reader=not ranks.is_first)
     heads = HeadCache(device_of(cfg))
     load = partial(load_model_teacher, quantization=cfg.engine.quantization)
     side = TeacherSide(registry, TeacherScheduler(registry, load, hidden), hidden, heads)
@@ -74,7 +77,9 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         store = rollout_store(context)
-        proven = prove_start(context, pool, parts["engine"].model, parts["start"], store.publications)
+        proven: Mapping[str, Any] = {}
+        if ranks.is_first:
+            proven = prove_start(context, pool, parts["engine"].model, parts["start"], store.publications)
         with nullcontext((pool, {})) if settings.mode == "sync" else ahead(pool, settings) as (sampler, how):
             result = train_distill(
                 parts["engine"],
@@ -90,6 +95,8 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
             )
         cursor = {"clock": parts["clock"].state(), "rows": result["rows"]}
         folder = parts["checkpoints"].save(settings.steps, cursor)
+    if not ranks.is_first:
+        return {}
     counted = {key: result[key] for key in ("train_tokens", "sampled_tokens", "kl", "head_loads")}
     return result_of(context, parts, folder, counted) | {
         "health": health_of(context),

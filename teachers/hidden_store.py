@@ -65,16 +65,19 @@ def hidden_key(
 class HiddenStore:
     """The store of one run, in one folder; a folder left by a killed run is taken over as it is.
 
-    Not for several processes at once. EngineError: the disk refused a file, an entry that is missing,
-    corrupt or was reserved fewer times than it is taken.
+    One process writes; others may read what it wrote (`is_reader`, `expect`) as long as it keeps it, and
+    remove nothing. EngineError: the disk refused a file, an entry that is missing, corrupt or was reserved
+    fewer times than it is taken.
     """
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str, *, is_reader: bool = False) -> None:
+        self.folder, self._is_reader = Path(folder), is_reader
         self._places: dict[str, _Place] = {}
         self._entries: dict[Path, set[str]] = {}  # entries of a file that are still wanted
         self._reserved: Counter[str] = Counter()
         self.folder.mkdir(parents=True, exist_ok=True)
+        if is_reader:
+            return
         for leftover in self.folder.glob(f"*{PARTIAL}"):
             leftover.unlink()
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
@@ -90,6 +93,12 @@ class HiddenStore:
     def size_bytes(self) -> int:
         """Bytes of hidden states in the store, headers not counted."""
         return sum(place.num_bytes for place in self._places.values())
+
+    def expect(self, keys: Iterable[str]) -> None:
+        """(reader) What `score` did for the writer: see the files it has written since, reserve the keys."""
+        for path in sorted(set(self.folder.glob(f"*{SUFFIX}")) - self._entries.keys()):
+            self._adopt(path)
+        self.reserve(keys)
 
     def reserve(self, keys: Iterable[str]) -> None:
         """Announce one use of each key; a key given twice will be taken twice."""
@@ -159,7 +168,7 @@ class HiddenStore:
             self._entries[path].discard(key)
             if not self._entries[path]:
                 del self._entries[path]
-                path.unlink(missing_ok=True)
+                self._remove(path)
         self._reserved = +self._reserved
         return before - self.size_bytes
 
@@ -170,7 +179,7 @@ class HiddenStore:
                 checks = json.loads(file.metadata()["crc32"])
                 sizes = {key: file.get_tensor(key).nbytes for key in file.keys() if key in checks}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            path.unlink(missing_ok=True)
+            self._remove(path)
             return
         self._register(path, sizes)
 
@@ -183,7 +192,11 @@ class HiddenStore:
         """Remove a damaged file, so that the next scoring replaces it."""
         for key in self._entries.pop(path, set()):
             self._places.pop(key, None)
-        path.unlink(missing_ok=True)
+        self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        if not self._is_reader:
+            path.unlink(missing_ok=True)
 
 
 _AGAIN = "the file was removed, run again and its samples are scored anew"
