@@ -80,8 +80,9 @@ def with_proximal(
         found = _proximal(engine, batch, micros, settings)
         arrays = {name: np.zeros_like(batch.packed.loss_mask) for name in ("proximal_logprob", "correction")}
         first = 0
-        for micro, (values, part) in zip(micros, found, strict=True):
-            sums = combine(sums, part) if sums else part
+        for index, micro in enumerate(micros):
+            values, part = found.get(index, ({}, {}))
+            sums = combine(sums, part)
             rows = slice(first, first + len(micro.token_ids))
             for name, value in values.items():
                 arrays[name][rows][micro.loss_mask > 0] = value
@@ -92,10 +93,10 @@ def with_proximal(
 
 def _proximal(
     engine: TrainEngine, batch: MiniBatch, micros: Sequence[PackedRows], settings: Any
-) -> list[tuple[dict[str, np.ndarray], dict[str, float]]]:
-    """proximal_logprob [n] and correction [n] of each micro-batch, and its sums of the mismatch.
+) -> dict[int, tuple[dict[str, np.ndarray], dict[str, float]]]:
+    """proximal_logprob [n] and correction [n] of each micro-batch with loss tokens, and its mismatch's sums.
 
-    Each rank computes its part; all have all of it in the end.
+    By the micro-batch's number. Each rank computes its part; all have all of it in the end.
     """
     own: dict[int, tuple[dict[str, np.ndarray], dict[str, float]]] = {}
 
@@ -105,6 +106,8 @@ def _proximal(
             routing = batch.routing_of(rows)
             at = hidden_at_loss(model, rows, routing=routing)
             logprob = batch.logprob(at, model.head.weight, rows, settings.temperature)
+        if not logprob.numel():  # rows without loss, or those an engine fills up with
+            return logprob.new_zeros(()), {}
         log_ratio = logprob - at.arrays["old_logprob"]
         correction = settings.corrections.weights(log_ratio, at.sample_index)
         values = {"proximal_logprob": logprob.cpu().numpy(), "correction": correction.cpu().numpy()}
@@ -115,7 +118,7 @@ def _proximal(
     found: dict[int, tuple[dict[str, np.ndarray], dict[str, float]]] = {}
     for part in engine.ranks.gather(own):
         found |= part
-    return [found[index] for index in range(len(micros))]
+    return found
 
 
 def micro_batches(packed: PackedRows, settings: Any, num_ranks: int = 1) -> list[PackedRows]:

@@ -118,7 +118,15 @@ def save_checkpoint(
     if ranks.is_first:
         try:
             made = _save(
-                folder, model, tokenizer_path, meta, engine, stage_tensors, max_shard_bytes, model_format, disk
+                folder,
+                model,
+                tokenizer_path,
+                meta,
+                engine,
+                stage_tensors,
+                max_shard_bytes,
+                model_format,
+                disk,
             )
         except CheckpointError as error:
             made = error

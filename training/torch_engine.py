@@ -177,4 +177,3 @@ class TorchEngine:
         for parameter in self.model.parameters():
             parameter.grad = None
         self._is_summed = False
-

@@ -88,7 +88,7 @@ def all_fail(context):
 
 
 def test_what_all_ranks_raise_is_raised_as_it_is(start):
-    with pytest.raises(EngineError, match="^step 7: the loss is nan$"):
+    with pytest.raises(EngineError, match=r"^step 7: the loss is nan$"):
         start(all_fail)
 
 
@@ -99,7 +99,7 @@ def first_fails(context):
 
 
 def test_an_error_of_the_first_ends_those_that_wait_for_it(start):
-    with pytest.raises(EngineError, match="^rank 0 of 3: no space left"):
+    with pytest.raises(EngineError, match=r"^rank 0 of 3: no space left"):
         start(first_fails, 3)
 
 
