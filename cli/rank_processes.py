@@ -177,7 +177,7 @@ class RankGroup:
         self.board.close()
 
     def _verdict(self, error: BaseException, raised: float) -> BaseException:
-        with self._lock:
+        with self._lock:  # no limit: held for one call
             self._is_leaving = True
         if error is self.trouble:
             return error
@@ -234,7 +234,7 @@ class RankGroup:
         while time.monotonic() < end:  # a call to ranks that are gone raises by itself
             if self._over.wait(LOOK_S) or self._is_leaving or self.board.row(0).state == BROKE:
                 return
-        with self._lock:
+        with self._lock:  # no limit: held for one call
             if not self._is_leaving:
                 os.kill(os.getpid(), signal.SIGINT)
 
