@@ -95,6 +95,7 @@ def distill(ranks, folder, root, balance="weights"):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(("size", "balance"), [(2, "weights"), (2, "update"), (4, "update")])
 def test_distillation_is_that_of_one_process(size, balance, teachers, tmp_path):
     one = distill(ALONE, tmp_path / "one", teachers, balance)

@@ -112,6 +112,7 @@ def test_two_ranks_train_sft_as_one_process_does(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("size", [2, 4])
 def test_sft_under_anticipatory_routing_is_that_of_one_process(size, tmp_path):
     one = sft(ALONE, tmp_path / "one", "always")
@@ -122,6 +123,7 @@ def test_sft_under_anticipatory_routing_is_that_of_one_process(size, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(
     ("mode", "corrections"), [("sync", None), ("sync", Corrections(token_truncate=2.0)), ("async", None)]

@@ -14,7 +14,8 @@ from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 
 META = CheckpointMeta(stage="stage", seed=3, step=0, special_tokens={"<bos>": 0})
 # With the default eps of 1e-20 a gradient that is rounding alone would become a whole step of AdamW.
-SETTINGS = OptimizerSettings(lr=3e-3, weight_decay=0.0, kind="adamw", eps=1e-4, bias_speed=0.1)
+# Every step makes the next one's gradients differ by what its rounding moved: the rate keeps that below 1e-5.
+SETTINGS = OptimizerSettings(lr=1e-3, weight_decay=0.0, kind="adamw", eps=1e-4, bias_speed=0.1)
 OF_CLOCKS = ("anticipatory_s", "anticipatory_share")
 
 
