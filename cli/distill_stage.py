@@ -20,6 +20,7 @@ from consilience.cli.training_stage import (
     health_of,
     micro_tokens,
     open_stage,
+    ranks_of,
     result_of,
     rollout_store,
     shared,
@@ -52,19 +53,22 @@ REFERENCE = "reference"
 
 def run_distill(context: StageContext) -> Mapping[str, Any]:
     """All specialists into one student that starts from the base."""
-    cfg, settings = context.cfg, context.cfg.distill
+    cfg, settings, ranks = context.cfg, context.cfg.distill, ranks_of(context)
     domains = domains_of(cfg)
     start = start_from(context, settings.init, "base", domains.values())
     tokenizer = Tokenizer.load(start.tokenizer)
     registry = teacher_registry(context, start.folder)
     for record in registry:
         admit(start.folder, record.checkpoint, record.name)
-    pool = rollout_pool(cfg, start.model.config, start.tokenizer, domains, start.family)
+    pool: Any = None
+    if ranks.is_first:
+        pool = rollout_pool(cfg, start.model.config, start.tokenizer, domains, start.family)
     hidden = HiddenStore(
         context.folder.path / STATES,
         budget_bytes=settings.store_bytes,
         keeps=settings.keep_states,
         also=[Path(settings.replay) / STATES] if settings.replay else [],
+        is_reader=not ranks.is_first,
     )
     heads = HeadCache(device_of(cfg))
     load = partial(load_model_teacher, quantization=cfg.engine.quantization)
@@ -92,9 +96,11 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         store = rollout_store(context)
-        if settings.replay:
-            replay_phases(Path(settings.replay), store, settings.steps)
-        proven = prove_start(context, pool, parts["engine"].model, parts["start"], store.publications)
+        proven: Mapping[str, Any] = {}
+        if ranks.is_first:
+            if settings.replay:
+                replay_phases(Path(settings.replay), store, settings.steps)
+            proven = prove_start(context, pool, parts["engine"].model, parts["start"], store.publications)
         with nullcontext((pool, {})) if settings.mode == "sync" else ahead(pool, settings) as (sampler, how):
             result = train_distill(
                 parts["engine"],
@@ -110,6 +116,8 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
             )
         cursor = {"clock": parts["clock"].state(), "rows": result["rows"]}
         folder = parts["checkpoints"].save(settings.steps, cursor)
+    if not ranks.is_first:
+        return {}
     counted = {key: result[key] for key in ("train_tokens", "sampled_tokens", "kl", "head_loads")}
     return result_of(context, parts, folder, counted) | {
         "health": health_of(context) | guard_health(context),

@@ -17,6 +17,7 @@ from consilience.cli.training_stage import (
     micro_tokens,
     open_stage,
     own_domain,
+    ranks_of,
     result_of,
     rollout_store,
     shared,
@@ -46,7 +47,7 @@ CORRECTIONS = [field.name for field in fields(Corrections)]
 
 def run_grpo(context: StageContext) -> Mapping[str, Any]:
     """One specialist by GRPO from its SFT checkpoint, which is also the reference."""
-    cfg, settings = context.cfg, context.cfg.grpo
+    cfg, settings, ranks = context.cfg, context.cfg.grpo, ranks_of(context)
     name = own_domain(context)
     domains, num_workers = domains_of(cfg), None
     if context.threads is not None:  # beside others: workers of its own, for its own domain
@@ -58,7 +59,9 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
     reference.quantize(Quantization.from_name(cfg.engine.quantization))  # type: ignore[operator]
     tokenizer = Tokenizer.load(start.tokenizer)
     sleep = cfg.rollout.vllm.sleep if cfg.rollout.engine == "vllm" else None
-    pool = rollout_pool(cfg, start.model.config, start.tokenizer, domains, start.family, num_workers)
+    pool: Any = None
+    if ranks.is_first:
+        pool = rollout_pool(cfg, start.model.config, start.tokenizer, domains, start.family, num_workers)
 
     def jobs_of(step: int):
         problems = fresh_problems(cfg, domains[name], settings.prompts_per_step, step)
@@ -94,12 +97,16 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         store = rollout_store(context)
-        proven = prove_start(context, pool, parts["engine"].model, parts["start"], store.publications)
+        proven: Mapping[str, Any] = {}
+        if ranks.is_first:
+            proven = prove_start(context, pool, parts["engine"].model, parts["start"], store.publications)
         places = shared(parts)
         first = places.pop("start")
         stage = GrpoStage(parts["engine"], reference, schedule, store, tokenizer.decode, **places)
         result = _train(stage, pool, jobs_of, settings, first, sleep)
         folder = parts["checkpoints"].save(settings.steps, {"clock": parts["clock"].state()})
+    if not ranks.is_first:
+        return {}
     counted = {key: result[key] for key in ("train_tokens", "sampled_tokens")}
     counted["mismatch_max"] = max(
         (row["mismatch_max"] for row in read_metrics(context.folder.metrics) if "mismatch_max" in row),

@@ -74,8 +74,11 @@ def execute(cfg: Config, stages: list[Stage]) -> Graph:
         raise RunError(
             f"run folder '{folder}' exists and run.resume is false; choose another run.name or remove it"
         )
-    from consilience.training.manifest import environment_manifest  # imports torch
+    from consilience.cli.engines import backend_of
+    from consilience.training.manifest import environment_manifest  # both import torch
 
+    if cfg.engine.ranks > 1:
+        backend_of(cfg)  # refuses what the machine cannot do, before anything is started
     manifest = environment_manifest(command=command(), seed=cfg.run.seed)
     # A changed setting is not refused: the graph redoes just the stages that depend on it.
     opened = open_run(

@@ -158,11 +158,20 @@ def rollout_pool(
 
 
 @contextmanager
-def ahead(pool: RolloutPool, given: GrpoConfig | DistillConfig) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """What a stage whose `mode` is not sync samples with, and how far ahead: max_age, is_whole."""
+def ahead(
+    pool: RolloutPool | None, given: GrpoConfig | DistillConfig
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """What a stage whose `mode` is not sync samples with, and how far ahead: max_age, is_whole.
+
+    pool  None on ranks that do not sample
+    """
     is_whole = given.mode == "one_step_off"
+    how = {"max_age": 1 if is_whole else given.max_age, "is_whole": is_whole}
+    if pool is None:
+        yield None, how
+        return
     with ray_streams(pool, recompute=given.state_on_publish == "recompute") as streams:
-        yield streams, {"max_age": 1 if is_whole else given.max_age, "is_whole": is_whole}
+        yield streams, how
 
 
 def _prefixes(cfg: Config) -> dict[str, Any] | None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from consilience.conf.errors import RunError
 from consilience.conf.fields import nearest
 from consilience.conf.schema import Config
 from consilience.training.progress import Progress
 from consilience.training.run_folder import RunFolder, StageFolder
+
+if TYPE_CHECKING:
+    from consilience.model.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class StageContext:
     inputs    results of the stages it needs, by stage name
     progress  start(stage, total, unit), advance(n, **info), finish()
     threads   CPU threads of its trainer, its share beside other stages; None: as `engine.threads` says
+    ranks     this process among those that train the stage (`model.ranks.Ranks`); None: it is alone
     """
 
     name: str
@@ -33,6 +37,7 @@ class StageContext:
     inputs: Mapping[str, Mapping[str, Any]]
     progress: Progress
     threads: int | None = None
+    ranks: Ranks | None = None
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ PRELOAD = (
 )
 """Seconds of imports, each, that stages make; none of them may start a thread."""
 _HAS_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
-_CONTEXT = multiprocessing.get_context("forkserver") if _HAS_SERVER else multiprocessing.get_context("spawn")
+PROCESSES = multiprocessing.get_context("forkserver") if _HAS_SERVER else multiprocessing.get_context("spawn")
 BEAT_S = 2.0
 _LOOK_S = 1.0
 _STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -90,12 +90,12 @@ class StageProcess:
         warm_up()
         self.name = context.name
         self._ending: tuple[Any, ...] | None = None
-        self._messages, theirs = _CONTEXT.Pipe(duplex=False)
-        self._beats, beat = _CONTEXT.Pipe(duplex=False)
+        self._messages, theirs = PROCESSES.Pipe(duplex=False)
+        self._beats, beat = PROCESSES.Pipe(duplex=False)
         self._stalls = StallLog(context.run.path / STALLS)
         self._silence_s = context.cfg.run.silence_limit_s
         sent = replace(context, progress=SentProgress(theirs))
-        self._process = _CONTEXT.Process(
+        self._process = PROCESSES.Process(
             target=_work, args=(run, sent, dict(environment), beat), name=self.name
         )
         try:
@@ -145,7 +145,7 @@ class StageProcess:
             raise RunError(f"{self._stalls.stalls[0]}; the same command goes on where the stage stopped")
         if self._ending is None:
             raise RunError(
-                f"the process of stage '{self.name}' died without a word ({_death(self._process.exitcode)}); "
+                f"the process of stage '{self.name}' died without a word ({death(self._process.exitcode)}); "
                 "if memory ran out, lower run.parallel; the same command goes on where the stage stopped"
             )
         if self._ending[0] == "interrupted":
@@ -184,7 +184,7 @@ class StageProcess:
         finally:
             if silent_s < self._silence_s:
                 self._beats.close()
-        stacks = _stacks_file(self._stalls, self.name, pid)
+        stacks = stacks_file(self._stalls, self.name, pid)
         with contextlib.suppress(ProcessLookupError):
             if stacks is not None and stacks.exists():  # its handler is there, so the signal ends nothing
                 os.kill(pid, signal.SIGUSR1)
@@ -246,14 +246,14 @@ def _work(
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    stacks = _stacks_file(StallLog(context.run.path / STALLS), context.name, os.getpid())
-    with _signal_dumps(stacks):
+    stacks = stacks_file(StallLog(context.run.path / STALLS), context.name, os.getpid())
+    with signal_dumps(stacks):
         _run_stage(run, context, beat)
 
 
 def _run_stage(run: Callable[[StageContext], Mapping[str, Any]], context: StageContext, beat: Any) -> None:
     threading.Thread(target=_beat, args=(beat,), name="beat", daemon=True).start()
-    threading.Thread(target=_die_with_parent, name="die-with-parent", daemon=True).start()
+    threading.Thread(target=die_with_parent, name="die-with-parent", daemon=True).start()
     send: Callable[[tuple[Any, ...]], None] = context.progress.connection.send  # type: ignore[attr-defined]
     try:
         for number in _STOPS:
@@ -262,7 +262,7 @@ def _run_stage(run: Callable[[StageContext], Mapping[str, Any]], context: StageC
         ending = ("result", dict(run(context)))
         pickle.dumps(ending)
     except Exception as error:
-        ending = ("error", _portable(error, context.name))
+        ending = ("error", portable(error, context.name))
     except BaseException:
         ending = ("interrupted",)
     for number in _STOPS:
@@ -288,12 +288,12 @@ def _beat(connection: Any) -> None:
             time.sleep(BEAT_S)
 
 
-def _stacks_file(log: StallLog, name: str, pid: int) -> Path | None:
+def stacks_file(log: StallLog, name: str, pid: int) -> Path | None:
     return None if log.stacks is None else log.stacks / f"stage-{name.replace('/', '-')}-{pid}.txt"
 
 
 @contextlib.contextmanager
-def _signal_dumps(path: Path | None) -> Iterator[None]:
+def signal_dumps(path: Path | None) -> Iterator[None]:
     """SIGUSR1 writes the stacks of all threads to `path`; an empty file is removed at the end."""
     with contextlib.ExitStack() as stack:
         if path is not None:
@@ -309,14 +309,14 @@ def _signal_dumps(path: Path | None) -> Iterator[None]:
             path.parent.rmdir()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()  # no limit: waiting for that end is what this thread is for
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _portable(error: Exception, stage: str) -> Exception:
+def portable(error: Exception, stage: str) -> Exception:
     """The error with its traceback as a note; if it does not survive the pipe, one that says the same."""
     said = "".join(traceback.format_exception(error)).rstrip()
     error.add_note(f"In the process of stage '{stage}':\n{said}")
@@ -329,7 +329,7 @@ def _portable(error: Exception, stage: str) -> Exception:
     return other
 
 
-def _death(exitcode: int | None) -> str:
+def death(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(-exitcode).name}"

@@ -46,6 +46,9 @@ SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 SAMPLING = ("grpo", "distill", "evaluate")
 """Kinds of stage that sample, and so need rollout workers."""
 
+TRAINING = ("base", "sft", "grpo", "distill")
+"""Kinds of stage that train, and so run on `engine.ranks` processes."""
+
 
 def build_graph(cfg: Config, functions: StageFunctions = STAGE_FUNCTIONS) -> list[Stage]:
     """Every stage of `cfg`, in order. A stage with its own `init` checkpoint needs no earlier stage."""
@@ -97,7 +100,10 @@ def _stage(
     name = f"{kind}/{domain}" if domain else kind
     settings = config_digest(cfg, SETTINGS[kind])
     files, samples = tuple(_files(cfg, kind)), kind in SAMPLING
-    return Stage(name, needs, _lazily(functions[kind]), cfg, settings, domain, files, samples)
+    run = _lazily(functions[kind])
+    if kind in TRAINING and cfg.engine.ranks > 1:
+        run = functools.partial(_on_ranks, run)
+    return Stage(name, needs, run, cfg, settings, domain, files, samples)
 
 
 def _lazily(
@@ -109,6 +115,12 @@ def _lazily(
 
 def _call(path: str, context: StageContext) -> Mapping[str, Any]:
     return load_function(path)(context)
+
+
+def _on_ranks(run: StageFunction, context: StageContext) -> Mapping[str, Any]:
+    from consilience.cli.rank_processes import on_ranks  # imports torch
+
+    return on_ranks(run, context)
 
 
 def load_function(path: str) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from consilience.cli.training_stage import (
     micro_tokens,
     open_stage,
     own_domain,
+    ranks_of,
     result_of,
     shared,
     start_from,
@@ -37,17 +38,18 @@ from consilience.training.packing import row_length
 
 def run_base(context: StageContext) -> Mapping[str, Any]:
     """Tokenizer on the task text, then a model from random weights on every domain's train split."""
-    cfg, settings = context.cfg, context.cfg.base
+    cfg, settings, ranks = context.cfg, context.cfg.base, ranks_of(context)
     domains = domains_of(cfg)
     texts = base_texts(
         list(domains.values()), settings.num_examples * len(domains), cfg.run.seed, noise=settings.noise
     )
     family = prompt_family(cfg, context.folder.path, None, domains.values())
     path = context.folder.path / TOKENIZER
-    if not path.exists():
+    if ranks.is_first and not path.exists():
         few = texts[: 1000 * len(domains)]
         sample = [encode_messages(c.messages, c.effort, family=family) for c in few]
         Tokenizer.train(sample, cfg.task.vocab_size).save(path)
+    ranks.barrier()
     tokenizer = Tokenizer.load(path)
     model = initialize(Transformer(model_config(cfg, tokenizer)), cfg.run.seed)
     groups = []
@@ -113,6 +115,8 @@ def _supervised(
         )
         cursor = {"clock": parts["clock"].state(), "anticipatory": anticipatory.cursor()}
         folder = checkpoints.save(settings.steps, cursor)
+    if not ranks_of(context).is_first:
+        return {}
     counted = {"train_tokens": result["train_tokens"]} | anticipatory.report()
     return result_of(context, parts, folder, counted) | {
         "curves": curves_of(context, {"training loss": "nll"})

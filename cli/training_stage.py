@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
+from consilience.cli.engines import build_engine, device_of
 from consilience.cli.host_metrics import WithSandboxHosts
 from consilience.cli.prompt_family import prompt_family
+from consilience.cli.side_by_side import thread_share
 from consilience.cli.stage import StageContext
-from consilience.conf.errors import ConfigError
 from consilience.conf.rules import sampler_quantization
 from consilience.conf.schema import Config, OptimizerConfig
 from consilience.model.quantization import Quantization
+from consilience.model.ranks import ALONE, Ranks
 from consilience.model.recompute import recompute_policy, set_recompute
 from consilience.rollout.deadlines import STALLS, StallLog, Watch
 from consilience.rollout.phase_health import HEALTH
@@ -24,10 +26,10 @@ from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.tasks.domain import Domain
 from consilience.training.checkpoint import CheckpointMeta, load_checkpoint, read_meta
-from consilience.training.metrics import FanOut, MetricsLog, read_metrics, surviving
+from consilience.training.metrics import FanOut, MetricsLog, MetricsSink, read_metrics, surviving
 from consilience.training.stage_checkpoints import StageCheckpoints
 from consilience.training.stage_clock import StageClock
-from consilience.training.torch_engine import OptimizerSettings, TorchEngine
+from consilience.training.torch_engine import OptimizerSettings
 
 TOKENIZER = "tokenizer.json"
 
@@ -64,13 +66,9 @@ def optimizer_settings(given: OptimizerConfig, lr: float) -> OptimizerSettings:
     )
 
 
-def device_of(cfg: Config) -> torch.device:
-    """Where the trainer's tensors live. ConfigError if a GPU is asked for and there is none."""
-    wanted = cfg.engine.device
-    has_gpu = torch.cuda.is_available()
-    if wanted == "cuda" and not has_gpu:
-        raise ConfigError("engine.device is cuda, but torch finds no GPU; take engine.device=auto")
-    return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
+def ranks_of(context: StageContext) -> Ranks:
+    """Who trains the stage together; of several, this process is one."""
+    return context.ranks or ALONE
 
 
 @dataclass(frozen=True)
@@ -100,17 +98,20 @@ def start_from(context: StageContext, init: str | None, stage: str, domains: Ite
 
 @contextmanager
 def open_stage(context: StageContext, start: Start, lr: float):
-    """Engine, checkpoints, logs and clock of a stage, resumed where it was cut short."""
-    from consilience.training.wandb_sink import WandbSink
+    """Engine, checkpoints, logs and clock of a stage, resumed where it was cut short.
 
-    cfg = context.cfg
-    if threads := context.threads or cfg.engine.threads:
+    Of several ranks each has an engine, and the first alone has logs.
+    """
+    cfg, ranks = context.cfg, ranks_of(context)
+    if ranks.size > 1:
+        torch.set_num_threads(thread_share(context.threads or cfg.engine.threads, ranks.size))
+    elif threads := context.threads or cfg.engine.threads:
         torch.set_num_threads(threads)
     context.folder.create()
     model = start.model
     model.to(device_of(cfg)).quantize(Quantization.from_name(cfg.engine.quantization))
     set_recompute(model, recompute_policy(cfg.engine.recompute))
-    engine = TorchEngine(model, optimizer_settings(cfg.optimizer, lr), exact=cfg.engine.exact)
+    engine = build_engine(cfg, model, optimizer_settings(cfg.optimizer, lr), ranks)
     tokenizer = Tokenizer.load(start.tokenizer)
     meta = CheckpointMeta(
         stage=context.name,
@@ -125,6 +126,31 @@ def open_stage(context: StageContext, start: Start, lr: float):
         context.folder.checkpoints, engine, start.tokenizer, meta, every_s=cfg.engine.checkpoint_s
     )
     first, cursor = checkpoints.resume()
+    ranks.barrier()  # all have read it before the first writes another
+    log, watch = _open_logs(context, lr, first) if ranks.is_first else (FanOut([]), None)
+    parts = {
+        "engine": engine,
+        "checkpoints": checkpoints,
+        "log": log,
+        "clock": StageClock(earlier=cursor.get("clock"), on_phase=watch.begin if watch else _unwatched),
+        "progress": context.progress,
+        "start": first,
+        "cursor": cursor,
+    }
+    try:
+        yield parts
+    finally:
+        log.finish()
+        if watch is not None:
+            watch.close()
+        context.progress.finish()
+
+
+def _open_logs(context: StageContext, lr: float, first: int) -> tuple[MetricsSink, Watch]:
+    """Where the stage's numbers go, rows after step `first` cut off, and who watches its phases."""
+    from consilience.training.wandb_sink import WandbSink
+
+    cfg = context.cfg
     sinks = [
         MetricsLog(context.folder.metrics, resume_step=first),
         WandbSink(
@@ -136,24 +162,13 @@ def open_stage(context: StageContext, start: Start, lr: float):
             config={"stage": context.name, "seed": cfg.run.seed, "lr": lr},
         ),
     ]
-    log = WithSandboxHosts(FanOut(sinks))
     watch = Watch(f"stage {context.name}", cfg.run.phase_limit_s, StallLog(context.run.path / STALLS))
     watch.begin("start")
-    parts = {
-        "engine": engine,
-        "checkpoints": checkpoints,
-        "log": log,
-        "clock": StageClock(earlier=cursor.get("clock"), on_phase=watch.begin),
-        "progress": context.progress,
-        "start": first,
-        "cursor": cursor,
-    }
-    try:
-        yield parts
-    finally:
-        log.finish()
-        watch.close()
-        context.progress.finish()
+    return WithSandboxHosts(FanOut(sinks)), watch
+
+
+def _unwatched(phase: str) -> None:
+    """The first rank alone is watched; who keeps it waiting is known to `rank_processes`."""
 
 
 def shared(parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ RECOMPUTE = (
     "none", "cheap", "mhc", "attention", "experts", "block",
     "streams", "layer_input", "attention_inner", "picks", "attention_output", "router", "expert_activations",
 )  # fmt: skip
+ENGINES = ("torch",)
+"""Names of `engine.kind`; `cli/engines.py` has the class of each."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,24 @@ class OptimizerConfig:
 class EngineConfig:
     """What holds parameters, gradients and optimiser."""
 
-    kind: str = setting("torch", "train engine", choices=("torch",))
+    kind: str = setting(
+        "torch", "train engine; each has the whole model on every rank", choices=ENGINES, speed_only=True
+    )
+    ranks: int = setting(
+        1,
+        "processes that train a stage together, on GPUs each with one of its own",
+        unit="processes",
+        low=1,
+        high=65_536,
+        speed_only=True,
+    )
+    rank_limit_s: float = setting(
+        600.0,
+        "longest wait of a rank for another one; then it is named and the stage ends, to be resumed",
+        unit="s",
+        low=1,
+        speed_only=True,
+    )
     device: str = setting(
         "auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"), speed_only=True
     )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from consilience.distill.samples import by_teacher
 from consilience.model.kernels.linear_logprob import linear_logprob
+from consilience.model.ranks import Ranks
 from consilience.rollout.records import RolloutRecord
 
 OLD_LOGPROB, ADVANTAGE = "old_logprob", "advantage"
@@ -107,6 +108,10 @@ class RewardTerm:
             self._sums["policy_clipped"] += float(is_clipped.sum())
             self._sums["policy_tokens"] += float((A != 0).sum())
         return loss
+
+    def share(self, ranks: Ranks) -> None:
+        """What other ranks added up, on every rank."""
+        self._sums = ranks.sums(self._sums)
 
     def numbers(self) -> dict[str, float]:
         """reward_mean, policy_loss (sum over the mini-batches), policy_clip_share, no_advantage_share."""

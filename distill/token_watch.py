@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consilience.model.ranks import Ranks
+
 NUM_PARTS = 10
 NUM_ELSEWHERE = 64
 """Places of a micro-batch, other than ends, at which the end of text is looked at."""
@@ -56,6 +58,15 @@ class TokenWatch:
                 p, q = (_probability(h[rows], head, self._eos) for h, head in (student, teacher))
                 sums = self._eos_sums.setdefault(place, np.zeros(3))
                 sums += (float(p.sum()), float(q.sum()), len(rows))
+
+    def share(self, ranks: Ranks) -> None:
+        """What other ranks saw, on every rank."""
+        found = ranks.gather((self._kl, self._num, self._eos_sums))
+        self._kl, self._num = sum(kl for kl, _, _ in found), sum(num for _, num, _ in found)
+        self._eos_sums = {}
+        for _, _, sums in found:
+            for place, own in sums.items():
+                self._eos_sums[place] = self._eos_sums.get(place, 0) + own
 
     def numbers(self) -> dict[str, float]:
         """kl_tenth_1 … kl_tenth_10 (nats a token), late_ratio (last three over first three tenths).

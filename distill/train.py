@@ -32,7 +32,8 @@ from consilience.distill.reward_term import RewardSettings, RewardTerm
 from consilience.distill.samples import by_teacher, pack_records, score_request, training_samples, without
 from consilience.distill.token_watch import TokenWatch
 from consilience.model.forward_trace import Trace
-from consilience.rollout.ahead import PhasesAhead, PhasesInTurn, RolloutStreams, staleness
+from consilience.model.ranks import Ranks
+from consilience.rollout.ahead import PhasesAhead, PhasesElsewhere, PhasesInTurn, RolloutStreams, staleness
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.phases import Sampler, publish
 from consilience.rollout.records import RolloutRecord
@@ -110,6 +111,9 @@ def train_distill(
     Phases already sampled are read from `store`, states already scored from the hidden store, so a
     killed run repeats neither. Returns kl and head_loads rows for the report, and counters.
 
+    Of several ranks all run this. The first alone samples, scores, publishes, and writes store and log; the
+    others look at neither `sampler` nor `jobs_of`, and read the states from the hidden store.
+
     max_age   sample ahead through `RolloutStreams`, tokens of at most this age; None: one after the other
     is_whole  publish only when nothing is being sampled (one step off, with a max_age of 1)
     """
@@ -117,33 +121,35 @@ def train_distill(
     balance = UpdateBalance({record.name: record.weight for record in teachers.registry})
     if rows and "balance" in rows[-1]:
         balance.restore(rows[-1]["balance"])
-    phases: PhasesAhead | PhasesInTurn
-    if max_age is None:
-        phases = PhasesInTurn(store, sampler, jobs_of)  # type: ignore[arg-type]
-    else:
-        streams: RolloutStreams = sampler  # type: ignore[assignment]
-        phases = PhasesAhead(store, streams, jobs_of, start=start, num_steps=settings.steps, max_age=max_age)
-    store.ledger.resumed(start)
-    version = publish(sampler, engine.model, start, store)
+    ranks = engine.ranks
+    phases: PhasesAhead | PhasesInTurn | PhasesElsewhere = PhasesElsewhere()
+    if ranks.is_first:
+        phases = _phases(store, sampler, jobs_of, start, settings.steps, max_age)
+        store.ledger.resumed(start)
+    version = publish(sampler, engine.model, start, store, ranks)
     phases.admit(version)
     for step in range(start, settings.steps):
         with clock.phase("rollout"):
-            records = phases.take(step)
+            records = ranks.first(phases.take, step)
         clock.add_tokens("sampled", sum(r.num_sampled for r in records))
         uids, age = [r.uid for r in records], staleness(records, step)
         records, seen = guard_samples(training_samples(records), settings.guard)
         with clock.phase("score"):
-            scored = teachers.scheduler.score([score_request(c) for r in records for c in by_teacher(r)])
+            requests = [score_request(c) for r in records for c in by_teacher(r)]
+            scored = ranks.first(teachers.scheduler.score, requests)
+            if not ranks.is_first:
+                teachers.store.expect(scored.keys.values())
         records, masked = without(records, scored.bad)
         with clock.phase("train"):
             report = train_phase(engine, records, scored, teachers, settings, step, balance)
-        store.ledger.trained(step, uids)
+        if ranks.is_first:
+            store.ledger.trained(step, uids)
         clock.add_tokens("train", int(report["train_tokens"]))
         if is_whole:
             with clock.phase("rollout"):
                 phases.complete_all()
         with clock.phase("publish"):
-            version = publish(sampler, engine.model, version + 1, store)
+            version = publish(sampler, engine.model, version + 1, store, ranks)
         phases.admit(version)
         for row in rows[-1:]:
             row.pop("balance", None)  # the last row's is enough to go on from
@@ -164,8 +170,23 @@ def train_distill(
         warned = {"guard": said} if (said := spoken(flags)) else {}
         progress.advance(1, **{f"kl {name}": value for name, value in report["kl"].items()}, **warned)
         checkpoints.save_if_due(step + 1, {"clock": clock.state(), "rows": rows})
-    store.ledger.check()
+    if ranks.is_first:
+        store.ledger.check()
     return _result(rows, clock)
+
+
+def _phases(
+    store: RolloutStore,
+    sampler: Any,
+    jobs_of: Callable[[int], list[RolloutJob]],
+    start: int,
+    num_steps: int,
+    max_age: int | None,
+) -> PhasesAhead | PhasesInTurn:
+    """Where the first rank takes its records from: sampled as they are asked for, or ahead."""
+    if max_age is None:
+        return PhasesInTurn(store, sampler, jobs_of)
+    return PhasesAhead(store, sampler, jobs_of, start=start, num_steps=num_steps, max_age=max_age)
 
 
 def _result(rows: Sequence[dict[str, Any]], clock: StageClock) -> dict[str, Any]:
@@ -199,10 +220,17 @@ class _Tally:
             earlier = mine.get(name, 0.0)
             mine[name] = max(earlier, value) if name.startswith("max_") else earlier + value
 
-    def pop_max_kl(self) -> float:
-        """The largest KL of a token since this was last asked."""
-        found, self.max_kl = self.max_kl, 0.0
+    def pop_max_kl(self, ranks: Ranks) -> float:
+        """The largest KL of a token, on any rank, since this was last asked."""
+        found, self.max_kl = max(ranks.gather(self.max_kl)), 0.0
         return found
+
+    def share(self, ranks: Ranks) -> None:
+        """Samples that other ranks ran, on every rank."""
+        for kl, loss, pull in ranks.gather((self.kl, self.loss, self.pull)):
+            self.kl |= kl
+            self.loss |= loss
+            self.pull |= pull
 
     def mean(self, name: str) -> dict[str, float]:
         """A sum by teacher over its loss tokens."""
@@ -237,9 +265,9 @@ def train_phase(
         loads = _mini_batch(engine, chosen, scored, teachers, settings, balance, tally, trace)
         total["head_loads"].append({"distinct": loads.distinct, "loads": loads.loads})
         total["train_tokens"] += sum(len(r.prompt_ids) + len(r.token_ids) for r in chosen)
-        is_noise = tally.pop_max_kl() <= NOISE_KL and not settings.reward.weight
+        is_noise = tally.pop_max_kl(engine.ranks) <= NOISE_KL and not settings.reward.weight
         if is_noise:
-            engine.model.zero_grad()
+            engine.discard()
         total |= {"grad_norm": 0.0, "lr": 0.0} if is_noise else engine.step(scale, trace.expert_load)
         total["skipped_updates"] += is_noise
         teachers.store.free_taken()
@@ -249,6 +277,8 @@ def train_phase(
     names += ["objective"] * (settings.objective.name != "reverse_kl")
     names += ["mtp_loss"] * any("mtp_loss" in part for part in tally.by_teacher.values())
     total |= {name: tally.mean(name) for name in names}
+    tally.watch.share(engine.ranks)
+    tally.reward.share(engine.ranks)
     return total | tally.watch.numbers() | tally.reward.numbers() | _shares(records, tally)
 
 
@@ -281,6 +311,7 @@ def _mini_batch(
     for segment in segments:
         chosen = [(records[i], weights[i]) for i in segment.samples]
         tally.add(segment.teacher, _segment(engine, chosen, scored, teachers, settings, tally, trace))
+    tally.share(engine.ranks)
     pulls: dict[str, float] = dict.fromkeys(owners, 0.0)
     for record, owner in zip(records, owners):
         pulls[owner] += tally.pull[record.uid]
@@ -311,7 +342,7 @@ def _segment(
     def loss_fn(model: Any, micro: PackedRows):
         at = hidden_at_loss(model, micro, trace, wants_mtp=settings.mtp_weight > 0, is_detached=True)
         order = sample_order(at)
-        theirs = torch.cat([states[s] for s in order]).to(at.hidden.device)
+        theirs = torch.cat([states[s] for s in order] or [states[0][:0]]).to(at.hidden.device)
         out = distill_loss(
             at.hidden,
             model.head.weight,
@@ -324,8 +355,9 @@ def _segment(
         )
         uids, sizes = [records[s].uid for s in order], [states[s].shape[0] for s in order]
         ours = (at.hidden, model.head.weight)
-        tally.watch.observe(out.tokens.kl, sizes, at.target_ids, ours, (theirs, head))
-        tally.max_kl = max(tally.max_kl, float(out.tokens.kl.max()))
+        if order:  # not the rows that fill up another rank's share
+            tally.watch.observe(out.tokens.kl, sizes, at.target_ids, ours, (theirs, head))
+            tally.max_kl = max(tally.max_kl, float(out.tokens.kl.max()))
         tally.kl.update(zip(uids, _parts(out.tokens.kl, sizes, torch.mean)))
         tally.loss.update(zip(uids, _parts(out.tokens.value * at.weight, sizes, torch.sum)))
 
@@ -343,7 +375,7 @@ def _segment(
 
     # A row widened for a long episode is a micro-batch of its own.
     budget = max(settings.micro_tokens, packed.token_ids.shape[1])
-    report = engine.forward_backward(loss_fn, split_micro_batches(packed, budget), {})
+    report = engine.forward_backward(loss_fn, split_micro_batches(packed, budget, engine.ranks.size), {})
     report.pop("loss", None)
     return report
 

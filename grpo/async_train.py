@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from consilience.grpo.train import GrpoStage
-from consilience.rollout.ahead import PhasesAhead, RolloutStreams
+from consilience.rollout.ahead import PhasesAhead, PhasesElsewhere, RolloutStreams
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.phases import publish
 
@@ -31,26 +31,29 @@ def train_grpo_ahead(
 ) -> dict[str, Any]:
     """Run the steps from `start`; returns what `train_grpo` does, and may be cut short as that may.
 
+    Of several ranks the first alone samples; `streams` and `jobs_of` of the others are not looked at.
+
     max_age   oldest token a step trains on, in versions; jobs are admitted accordingly, none is discarded
     is_whole  publish only when nothing is being sampled (one step off, with a max_age of 1)
     """
-    clock, model = stage.clock, stage.engine.model
-    stage.store.ledger.resumed(start)
-    phases = PhasesAhead(
-        stage.store, streams, jobs_of, start=start, num_steps=stage.settings.steps, max_age=max_age
-    )
+    clock, model, ranks = stage.clock, stage.engine.model, stage.engine.ranks
+    phases: PhasesAhead | PhasesElsewhere = PhasesElsewhere()
+    if ranks.is_first:
+        stage.store.ledger.resumed(start)
+        num_steps = stage.settings.steps
+        phases = PhasesAhead(stage.store, streams, jobs_of, start=start, num_steps=num_steps, max_age=max_age)
     try:
-        version = publish(streams, model, start, stage.store)
+        version = publish(streams, model, start, stage.store, ranks)
         phases.admit(version)
         for step in range(start, stage.settings.steps):
             with clock.phase("wait"):
-                records = phases.take(step)
+                records = ranks.first(phases.take, step)
             report = stage.learn(step, records)
             if is_whole:
                 with clock.phase("wait"):
                     phases.complete_all()
             with clock.phase("publish"):
-                version = publish(streams, model, version + 1, stage.store)
+                version = publish(streams, model, version + 1, stage.store, ranks)
             phases.admit(version)
             stage.note(step, records, report)
     finally:

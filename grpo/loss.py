@@ -16,12 +16,14 @@ Shapes: n sampled tokens of all samples, flat; S kept samples of the mini-batch.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from consilience.conf.errors import EngineError
+from consilience.model.ranks import Ranks
 from consilience.model.row_sums import add_rows_
 
 CLIP_EPS = 0.2
@@ -122,6 +124,11 @@ def combine(left: dict[str, float], right: dict[str, float]) -> dict[str, float]
     keys = left.keys() | right.keys()
     pairs = {key: (left.get(key, 0.0), right.get(key, 0.0)) for key in keys}
     return {key: max(pair) if key.startswith("max_") else sum(pair) for key, pair in pairs.items()}
+
+
+def summed(ranks: Ranks, sums: dict[str, float]) -> dict[str, float]:
+    """Sums of this rank's micro-batches, {} where it had none, as those of all, added in their order."""
+    return functools.reduce(combine, ranks.gather(sums))
 
 
 def _check(

@@ -75,46 +75,55 @@ def with_proximal(
     """The batches with "proximal_logprob", what the weights of now give, and "correction", its weight by
     `settings.corrections`; and the sums of the sampler's mismatch over all of them. No gradient is made."""
     done, sums = [], {}
-
     for batch in batches:
-        found = {name: np.zeros_like(batch.packed.loss_mask) for name in ("proximal_logprob", "correction")}
+        micros = micro_batches(batch.packed, settings, engine.ranks.size)
+        found = _proximal(engine, batch, micros, settings)
+        arrays = {name: np.zeros_like(batch.packed.loss_mask) for name in ("proximal_logprob", "correction")}
         first = 0
-        for micro in micro_batches(batch.packed, settings):
-            (values, part) = _proximal(engine, batch, micro, settings)
-            sums = combine(sums, part) if sums else part
+        for index, micro in enumerate(micros):
+            values, part = found.get(index, ({}, {}))
+            sums = combine(sums, part)
             rows = slice(first, first + len(micro.token_ids))
             for name, value in values.items():
-                found[name][rows][micro.loss_mask > 0] = value.cpu().numpy()
+                arrays[name][rows][micro.loss_mask > 0] = value
             first = rows.stop
-        done.append(replace(batch, packed=replace(batch.packed, arrays=batch.packed.arrays | found)))
+        done.append(replace(batch, packed=replace(batch.packed, arrays=batch.packed.arrays | arrays)))
     return done, sums
 
 
 def _proximal(
-    engine: TrainEngine, batch: MiniBatch, micro: PackedRows, settings: Any
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """proximal_logprob [n] and correction [n] of one micro-batch, and its sums of the mismatch."""
-    values: dict[str, Tensor] = {}
-    sums: dict[str, float] = {}
+    engine: TrainEngine, batch: MiniBatch, micros: Sequence[PackedRows], settings: Any
+) -> dict[int, tuple[dict[str, np.ndarray], dict[str, float]]]:
+    """proximal_logprob [n] and correction [n] of each micro-batch with loss tokens, and its mismatch's sums.
 
-    def measure(model: Any, rows: PackedRows):
+    By the micro-batch's number. Each rank computes its part; all have all of it in the end.
+    """
+    own: dict[int, tuple[dict[str, np.ndarray], dict[str, float]]] = {}
+
+    def measure(model: Any, numbered: tuple[int, PackedRows]):
+        index, rows = numbered
         with torch.no_grad():
             routing = batch.routing_of(rows)
             at = hidden_at_loss(model, rows, routing=routing)
             logprob = batch.logprob(at, model.head.weight, rows, settings.temperature)
+        if not logprob.numel():  # rows without loss, or those an engine fills up with
+            return logprob.new_zeros(()), {}
         log_ratio = logprob - at.arrays["old_logprob"]
-        values["proximal_logprob"] = logprob
-        values["correction"] = settings.corrections.weights(log_ratio, at.sample_index)
-        sums.update(batch.mismatch(log_ratio, rows, routing))
+        correction = settings.corrections.weights(log_ratio, at.sample_index)
+        values = {"proximal_logprob": logprob.cpu().numpy(), "correction": correction.cpu().numpy()}
+        own[index] = values, batch.mismatch(log_ratio, rows, routing)
         return logprob.new_zeros(()), {}
 
-    engine.forward_backward(measure, [micro], {})  # in the engine's own arithmetic; there is no gradient
-    return values, sums
+    engine.forward_backward(measure, list(enumerate(micros)), {})  # in its own arithmetic; no gradient
+    found: dict[int, tuple[dict[str, np.ndarray], dict[str, float]]] = {}
+    for part in engine.ranks.gather(own):
+        found |= part
+    return found
 
 
-def micro_batches(packed: PackedRows, settings: Any) -> list[PackedRows]:
+def micro_batches(packed: PackedRows, settings: Any, num_ranks: int = 1) -> list[PackedRows]:
     """Rows for one forward each; a row widened for a long episode is a micro-batch of its own."""
-    return split_micro_batches(packed, max(settings.micro_tokens, packed.token_ids.shape[1]))
+    return split_micro_batches(packed, max(settings.micro_tokens, packed.token_ids.shape[1]), num_ranks)
 
 
 def known_mask(record: RolloutRecord) -> list[int]:

@@ -125,9 +125,11 @@ def train_supervised(
     return {"train_tokens": clock.state()["tokens"].get("train", 0), "final_nll": nll}
 
 
-def micro_batches_of(packed: PackedRows, settings: SupervisedSettings) -> list[PackedRows]:
+def micro_batches_of(
+    packed: PackedRows, settings: SupervisedSettings, num_ranks: int = 1
+) -> list[PackedRows]:
     """Row slices of at most `micro_tokens`; a row wider than that is one of its own."""
-    return split_micro_batches(packed, max(settings.micro_tokens, packed.token_ids.shape[1]))
+    return split_micro_batches(packed, max(settings.micro_tokens, packed.token_ids.shape[1]), num_ranks)
 
 
 def supervised_step(
@@ -141,7 +143,7 @@ def supervised_step(
 
     choices  layer -> [R, K] experts that the learned routers take; None: their own
     """
-    micro_batches = micro_batches_of(packed, settings)
+    micro_batches = micro_batches_of(packed, settings, engine.ranks.size)
     denominator, num_samples, num_queries = packed.loss_weight, len(packed.lengths), index_queries(packed)
     wants_losses = settings.balance_weight > 0 or settings.indexer_weight > 0
     trace = Trace(wants_losses=wants_losses)
@@ -207,5 +209,6 @@ def indexer_warmup_step(
 
     denominators = {"nll": packed.loss_weight, "indexer_kl": num_queries}
     with warming_up(engine.model):
-        report = engine.forward_backward(loss_fn, micro_batches_of(packed, settings), denominators)
+        micro_batches = micro_batches_of(packed, settings, engine.ranks.size)
+        report = engine.forward_backward(loss_fn, micro_batches, denominators)
         return report | engine.step(_rate(settings, step))

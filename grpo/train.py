@@ -16,7 +16,7 @@ import torch
 
 from consilience.grpo.advantage import Advantages, group_advantages
 from consilience.grpo.corrections import Corrections
-from consilience.grpo.loss import combine, grpo_loss, shares
+from consilience.grpo.loss import combine, grpo_loss, shares, summed
 from consilience.grpo.mini_batch import MiniBatch, micro_batches, with_proximal
 from consilience.grpo.mismatch import mismatch_report
 from consilience.model.forward_trace import Trace
@@ -64,6 +64,8 @@ class GrpoSettings:
 class GrpoStage:
     """A GRPO stage while it runs: what a driver does with a step's records, however they were sampled.
 
+    Of several ranks all run it; the first alone samples, publishes, and writes store, ledger and log.
+
     curves        name -> value of each step of this attempt
     mismatch_max  largest |log ratio| of weights that were sampler's and trainer's both; None: there were none
     """
@@ -86,7 +88,8 @@ class GrpoStage:
         advantages = _advantages(records)
         with self.clock.phase("train"):
             report = train_phase(self.engine, self.reference, records, advantages, self.settings, step)
-        self.store.ledger.trained(step, [r.uid for r in records])
+        if self.engine.ranks.is_first:
+            self.store.ledger.trained(step, [r.uid for r in records])
         self.clock.add_tokens("train", int(report["train_tokens"]))
         report |= rollout_report(records, advantages) | staleness(records, step)
         report |= self.store.health.pop(step, {})
@@ -108,7 +111,8 @@ class GrpoStage:
 
     def summary(self) -> dict[str, Any]:
         """The stage's curves and counters. RunError unless all that was issued has been trained on."""
-        self.store.ledger.check()
+        if self.engine.ranks.is_first:
+            self.store.ledger.check()
         tokens = self.clock.state()["tokens"]
         return {
             "train_tokens": tokens.get("train", 0),
@@ -125,17 +129,18 @@ def train_grpo(
 
     A phase whose rollouts are already in the store (the run was cut short after sampling) is trained on
     those: the sampler's work is neither lost nor done twice. EngineError stops the run before a
-    parameter changes.
+    parameter changes. `sampler` and `jobs_of` are the first rank's; the others may have None.
     """
-    store, clock = stage.store, stage.clock
-    store.ledger.resumed(start)
-    version = publish(sampler, stage.engine.model, start, store)
+    store, clock, engine = stage.store, stage.clock, stage.engine
+    if engine.ranks.is_first:
+        store.ledger.resumed(start)
+    version = publish(sampler, engine.model, start, store, engine.ranks)
     for step in range(start, stage.settings.steps):
         with clock.phase("rollout"):
-            records = sample_phase(store, step, sampler, jobs_of)
+            records = engine.ranks.first(sample_phase, store, step, sampler, jobs_of)
         report = stage.learn(step, records)
         with clock.phase("publish"):
-            version = publish(sampler, stage.engine.model, version + 1, store)
+            version = publish(sampler, engine.model, version + 1, store, engine.ranks)
         stage.note(step, records, report)
     return stage.summary()
 
@@ -183,7 +188,7 @@ def train_phase(
 def _mini_batch(
     engine: TrainEngine, reference: Any, batch: MiniBatch, settings: GrpoSettings, *, wants_mismatch: bool
 ) -> dict[str, Any]:
-    """Gradients of one mini-batch; returns the loss sums and the experts' load.
+    """Gradients of one mini-batch; returns the loss sums of all ranks and the experts' load of this one.
 
     wants_mismatch: no step was taken since the weights were the sampler's; measure how it differs
     """
@@ -214,6 +219,8 @@ def _mini_batch(
             sampler_logprob=sampler,
             share=at.arrays.get("share"),
         )
+        if not at.hidden.shape[0]:  # nothing to learn from, nor to report
+            return out.loss, {}
         sums = combine(sums, out.sums) if sums else dict(out.sums)
         if wants_mismatch:
             sums = combine(sums, batch.mismatch(logprob.detach() - sampler, micro, routing))
@@ -224,8 +231,8 @@ def _mini_batch(
         sums = combine(sums, {"mtp_loss": float(ahead.detach())})
         return out.loss + settings.mtp_weight * ahead / max(packed.num_loss_tokens, 1), {}
 
-    engine.forward_backward(loss_fn, micro_batches(packed, settings), {})
-    return sums | {"expert_load": trace.expert_load}
+    engine.forward_backward(loss_fn, micro_batches(packed, settings, engine.ranks.size), {})
+    return summed(engine.ranks, sums) | {"expert_load": trace.expert_load}
 
 
 def rollout_report(records: Sequence[RolloutRecord], advantages: Advantages) -> dict[str, float]:

@@ -9,7 +9,8 @@ R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,7 +23,12 @@ from consilience.conf.errors import EngineError
 
 BUCKET_BYTES = 64 << 20
 BACKENDS = {"gloo": "cpu", "nccl": "cuda"}
+WAITS, WAITS_FOR_FIRST, HAS, BROKE = "waits", "waits for the first", "has", "broke"
 T = TypeVar("T")
+
+
+def _unheard(state: str) -> None:
+    """Nobody listens."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class Ranks:
     group   carries tensors (gloo or NCCL); None: alone
     talk    carries Python values, by gloo; the same group where tensors go by gloo too
     device  where tensors of the group must lie
+    patient talk for what the first rank may take long for; None: as `talk`
+    on_call told WAITS or WAITS_FOR_FIRST when a call begins, HAS when it returns, BROKE when it raises
     """
 
     rank: int = 0
@@ -39,6 +47,8 @@ class Ranks:
     group: dist.ProcessGroup | None = None
     talk: dist.ProcessGroup | None = None
     device: torch.device = torch.device("cpu")
+    patient: dist.ProcessGroup | None = None
+    on_call: Callable[[str], None] = _unheard
 
     @property
     def is_first(self) -> bool:
@@ -60,7 +70,8 @@ class Ranks:
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             if flat.is_floating_point():
                 flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-            dist.all_reduce(flat, group=self.group)
+            with self._call(WAITS):
+                dist.all_reduce(flat, group=self.group)
             parts = flat.split([tensor.numel() for tensor in bucket])
             for tensor, part in zip(bucket, parts):
                 tensor.copy_(part.view_as(tensor))
@@ -142,23 +153,36 @@ class Ranks:
         if self.talk is None:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.talk)
+        with self._call(WAITS):
+            dist.all_gather_object(found, value, group=self.talk)
         return found
 
     def broadcast(self, value: T | None) -> T:
         """The first rank's value, on every rank; what the others gave is not looked at."""
         if self.talk is None:
             return value  # type: ignore[return-value]
-        found = [value if self.is_first else None]
-        dist.broadcast_object_list(found, group=self.talk, group_src=0)
-        return found[0]  # type: ignore[return-value]
+        with self._call(WAITS):
+            return _sent(value if self.is_first else None, self.talk)
+
+    def first(self, make: Callable[..., T], *arguments: Any) -> T:
+        """What `make(*arguments)` gives on the first rank, on every rank; the others do not call it.
+
+        They wait as long as it takes. Where it raises, only the first rank has the error: whoever started
+        the ranks ends the others.
+        """
+        if self.talk is None:
+            return make(*arguments)
+        value = make(*arguments) if self.is_first else None
+        with self._call(WAITS if self.is_first else WAITS_FOR_FIRST):
+            return _sent(value, self.patient or self.talk)
 
     def barrier(self) -> None:
         """Return when every rank is here. EngineError names the ranks that are not, within the limit."""
         if self.talk is None:
             return
         try:
-            dist.monitored_barrier(self.talk, wait_all_ranks=True)
+            with self._call(WAITS):
+                dist.monitored_barrier(self.talk, wait_all_ranks=True)
         except RuntimeError as error:
             raise EngineError(f"rank {self.rank} of {self.size} waited in vain: {error}") from None
 
@@ -167,17 +191,36 @@ class Ranks:
         if self.group is not None:
             dist.destroy_process_group()
 
+    @contextmanager
+    def _call(self, begins: str) -> Iterator[None]:
+        self.on_call(begins)
+        try:
+            yield
+        except BaseException:
+            self.on_call(BROKE)
+            raise
+        self.on_call(HAS)
+
 
 ALONE = Ranks()
 
 
 def open_ranks(
-    address: str, rank: int, size: int, *, backend: str = "gloo", timeout_s: float = 600.0
+    address: str,
+    rank: int,
+    size: int,
+    *,
+    backend: str = "gloo",
+    timeout_s: float = 600.0,
+    patience_s: float | None = None,
+    on_call: Callable[[str], None] = _unheard,
 ) -> Ranks:
     """Join the group that meets at `address`, as the process's default group.
 
     address    file:///path that all ranks see, or tcp://host:port of rank 0
     timeout_s  the longest any rank waits for the others, then and in every call
+    patience_s the same where it waits for work that the first does alone (`Ranks.first`); None: timeout_s
+    on_call    see `Ranks`
     EngineError if the ranks do not come together, or there is no GPU for a rank of NCCL.
     """
     if not 0 <= rank < size:
@@ -195,11 +238,20 @@ def open_ranks(
         dist.init_process_group(backend, init_method=address, rank=rank, world_size=size, timeout=limit)
         whole = dist.group.WORLD
         talk = whole if backend == "gloo" else dist.new_group(backend="gloo", timeout=limit)
+        patience = timedelta(seconds=patience_s or timeout_s)
+        patient = talk if patience == limit else dist.new_group(backend="gloo", timeout=patience)
     except (RuntimeError, ValueError, dist.DistError) as error:
         raise EngineError(
             f"rank {rank} of {size} found no others at {address} within {timeout_s:g} s: {error}"
         ) from None
-    return Ranks(rank, size, whole, talk, device)  # type: ignore[arg-type]
+    return Ranks(rank, size, whole, talk, device, patient, on_call)  # type: ignore[arg-type]
+
+
+def _sent(value: T | None, group: dist.ProcessGroup) -> T:
+    """The first rank's value."""
+    found = [value]
+    dist.broadcast_object_list(found, group=group, group_src=0)
+    return found[0]  # type: ignore[return-value]
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:

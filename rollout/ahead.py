@@ -114,6 +114,23 @@ class PhasesInTurn:
         """Nothing is open."""
 
 
+class PhasesElsewhere:
+    """The verbs of `PhasesAhead` on a rank beside the first, which hears of the records from that one."""
+
+    def admit(self, version: int) -> None:
+        """The first rank admits."""
+
+    def take(self, step: int) -> list[RolloutRecord]:
+        """Not called: `Ranks.first` brings the records."""
+        raise RuntimeError(f"phase {step} is taken by the first rank alone")
+
+    def complete_all(self) -> None:
+        """The first rank waits."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def ages(records: Sequence[RolloutRecord], version: int) -> dict[int, int]:
     """Age in versions -> sampled tokens of that age, for a trainer whose weights are `version`."""
     counts: dict[int, int] = {}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from consilience.conf.errors import EngineError
 from consilience.model.checkpoint import to_official
+from consilience.model.ranks import ALONE, Ranks
 from consilience.rollout.deadlines import read_stalls
 from consilience.rollout.dispatch import DROPPED
 from consilience.rollout.drops import drop_groups, drop_report
@@ -68,12 +69,17 @@ class Sampler(Publisher, Protocol):
     ) -> list[RolloutRecord]: ...
 
 
-def publish(sampler: Publisher, model: nn.Module, version: int, store: RolloutStore) -> int:
+def publish(
+    sampler: Publisher, model: nn.Module, version: int, store: RolloutStore, ranks: Ranks = ALONE
+) -> int:
     """Give the workers the model's weights as a publication; returns the version.
 
     The publication is in the store before any worker has the weights, so that every token's version can be
     traced to bytes, whoever dies. Errors are those of `PublicationLog.record` and of the sampler.
+    ranks  that train the model and all call this; the first publishes
     """
+    if not ranks.is_first:
+        return version
     weights = to_official(model)  # type: ignore[arg-type]
     publication = announce(weights, version, store.quantization)
     store.publications.record(publication)

@@ -74,8 +74,9 @@ class HiddenStore:
     keeps         states stay when they were taken, for other losses and weights on the same samples
     also          folders of stores that are only read: nothing of them is changed or removed
 
-    Not for several processes at once. EngineError: the disk refused a file or the folder, no room in the
-    budget, an entry that is missing, corrupt or was reserved fewer times than it is taken.
+    One process writes; others may read what it wrote (`is_reader`, `expect`) as long as it keeps it, and
+    remove nothing. EngineError: the disk refused a file or the folder, no room in the budget, an entry that
+    is missing, corrupt or was reserved fewer times than it is taken.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class HiddenStore:
         budget_bytes: int | None = None,
         keeps: bool = False,
         also: Iterable[Path | str] = (),
+        is_reader: bool = False,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder, self._is_reader = Path(folder), is_reader
         self.keeps, self.budget_bytes = keeps, budget_bytes
         self._places: dict[str, _Place] = {}
         self._entries: dict[Path, set[str]] = {}  # entries of a file that are still wanted
@@ -94,10 +96,11 @@ class HiddenStore:
         self._reserved: Counter[str] = Counter()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in (*self.folder.glob(f"*{PARTIAL}"), *self.folder.glob(f"{UNFINISHED}*")):
-                leftover.unlink()
-            for path in sorted(self.folder.glob(f"*{SUFFIX}")):
-                self._adopt(path)
+            if not is_reader:
+                for leftover in (*self.folder.glob(f"*{PARTIAL}"), *self.folder.glob(f"{UNFINISHED}*")):
+                    leftover.unlink()
+                for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+                    self._adopt(path)
         except OSError as error:
             raise EngineError(
                 f"hidden states cannot be kept in {self.folder} ({error.strerror or error}); "
@@ -118,7 +121,7 @@ class HiddenStore:
     @property
     def size_bytes(self) -> int:
         """Bytes of hidden states in its own folder, headers not counted."""
-        return sum(place.num_bytes for place in self._places.values() if self._is_own(place.path))
+        return sum(place.num_bytes for place in self._places.values() if place.path.parent == self.folder)
 
     @property
     def origins(self) -> dict[str, int]:
@@ -152,6 +155,12 @@ class HiddenStore:
             f"holds {held}{kept}; nothing was written. Raise distill.store_bytes, or sample fewer prompts "
             "a phase"
         )
+
+    def expect(self, keys: Iterable[str]) -> None:
+        """(reader) What `score` did for the writer: see the files it has written since, reserve the keys."""
+        for path in sorted(set(self.folder.glob(f"*{SUFFIX}")) - self._entries.keys()):
+            self._adopt(path)
+        self.reserve(keys)
 
     def reserve(self, keys: Iterable[str]) -> None:
         """Announce one use of each key; a key given twice will be taken twice."""
@@ -229,16 +238,18 @@ class HiddenStore:
     def _free(self, keys: Iterable[str]) -> None:
         for key in keys:
             path = self._places[key].path
-            if not self._is_own(path):
+            if path.parent != self.folder:
                 continue
             del self._places[key]
             self._entries[path].discard(key)
             if not self._entries[path]:
                 del self._entries[path]
-                path.unlink(missing_ok=True)
+                if self._is_own(path):
+                    path.unlink(missing_ok=True)
 
     def _is_own(self, path: Path) -> bool:
-        return path.parent == self.folder
+        """Whether this store may remove it."""
+        return path.parent == self.folder and not self._is_reader
 
     def _adopt(self, path: Path) -> None:
         """Take over a file of an earlier run; an own one whose header does not read goes (scored anew)."""
@@ -264,7 +275,7 @@ class HiddenStore:
         for key in self._entries.pop(path, set()):
             self._places.pop(key, None)
         if not self._is_own(path):
-            return "it belongs to another stage and is only read: remove it, or score without that store"
+            return "this process only reads it: remove it, or score without that store"
         path.unlink(missing_ok=True)
         return "the file was removed, run again and its samples are scored anew"
 

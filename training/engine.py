@@ -49,6 +49,10 @@ class TrainEngine(Protocol):
         """
         ...
 
+    def discard(self) -> None:
+        """Forget the gradients accumulated since the last step, which then does not take place."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Optimiser and random state into `folder` (the checkpoint's `state/`), safetensors only.
 

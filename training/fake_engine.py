@@ -61,6 +61,9 @@ class FakeTrainEngine:
         self.scales.append(lr_scale)
         return {"grad_norm": 1.0, "lr": lr_scale}
 
+    def discard(self) -> None:
+        """There are none."""
+
     def save(self, folder: Path) -> None:
         """The number of steps, as a safetensors file."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -175,8 +175,10 @@ def row_length(longest: int, at_least: int = 1, quantum: int = 32) -> int:
     return -(-max(longest, at_least, 1) // quantum) * quantum
 
 
-def split_micro_batches(packed: PackedRows, budget_tokens: int) -> list[PackedRows]:
+def split_micro_batches(packed: PackedRows, budget_tokens: int, num_ranks: int = 1) -> list[PackedRows]:
     """Consecutive row slices of at most `budget_tokens` positions each (padding counted: it costs too).
+
+    num_ranks  ranks that share them: their number is a multiple of it as far as there are rows
 
     The inverse map of every slice is that of the whole packing, so results of the micro-batches,
     concatenated along rows in order, go through `unpack_*` of the whole. ConfigError when one row
@@ -189,6 +191,7 @@ def split_micro_batches(packed: PackedRows, budget_tokens: int) -> list[PackedRo
             f"raise the micro-batch budget to at least {row_tokens} or shorten the rows"
         )
     num_parts = -(-num_rows // (budget_tokens // row_tokens))
+    num_parts = min(num_rows, -(-num_parts // num_ranks) * num_ranks)
     edges = np.linspace(0, num_rows, num_parts + 1).round().astype(int)  # near-equal parts
     return [_slice_rows(packed, slice(lo, hi)) for lo, hi in pairwise(edges)]
 

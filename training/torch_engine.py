@@ -141,6 +141,10 @@ class TorchEngine:
         self.num_steps += 1
         return {"grad_norm": grad_norm, "lr": lr}
 
+    def discard(self) -> None:
+        """Forget the gradients accumulated since the last step."""
+        self._clear()
+
     def save(self, folder: Path) -> None:
         """optimizer.safetensors and random.safetensors in `folder`, from the first rank.
 

@@ -1,0 +1,77 @@
+"""A training stage of the program on two processes: one result, resumed after a rank was killed."""
+
+import functools
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from consilience.cli import supervised_stages as supervised
+from consilience.cli.rank_processes import on_ranks
+from consilience.cli.stage import StageContext
+from consilience.conf.errors import EngineError
+from consilience.conf.load import from_plain
+from consilience.model.checkpoint import to_official
+from consilience.training.checkpoint import load_checkpoint
+from consilience.training.metrics import read_metrics
+from consilience.training.progress import SilentProgress
+from consilience.training.run_folder import RunFolder
+
+torch.set_num_threads(1)
+
+MODEL = {
+    "preset": "tiny",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "compress_ratios": [0, 4],
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 8,
+}
+STAGE = {"steps": 3, "tokens_per_step": 300, "row_tokens": 128, "num_examples": 6, "warmup": 1}
+
+
+def context(root, ranks):
+    plain = {
+        "task": {"domains": {"code": {"kind": "code"}}, "vocab_size": 300},
+        "model": MODEL,
+        "engine": {"threads": 1, "device": "cpu", "ranks": ranks, "checkpoint_s": 0.0},
+        "optimizer": {"kind": "adamw", "eps": 1e-4},
+        "log": {"wandb": "disabled"},
+        "base": STAGE,
+    }
+    run = RunFolder(root)
+    folder = run.stage("base").create()
+    return StageContext("base", None, from_plain(plain), folder, run, {}, SilentProgress())
+
+
+def killed_in_step(step, context):
+    """The base stage; rank 1 is killed when the first step's checkpoint is there."""
+
+    class Fatal(SilentProgress):
+        def advance(self, n=1, **info):
+            super().advance(n, **info)
+            if self.done == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if context.ranks.rank == 1:
+        context = replace(context, progress=Fatal())
+    return supervised.run_base(context)
+
+
+def test_a_killed_rank_ends_the_stage_and_the_same_command_ends_where_one_process_does(tmp_path):
+    whole = supervised.run_base(context(tmp_path / "one", 1))
+    cut = context(tmp_path / "two", 2)
+    with pytest.raises(EngineError, match=r"^rank 1 of 2 \(process \d+\) died without a word .*SIGKILL"):
+        on_ranks(functools.partial(killed_in_step, 2), cut)
+    first = [path.name for path in cut.folder.checkpoints.iterdir()]
+    assert first and "step-000003" not in first
+    result = on_ranks(supervised.run_base, cut)
+    assert result["train_tokens"] == whole["train_tokens"]
+    assert [row["step"] for row in read_metrics(cut.folder.metrics)] == [1, 2, 3]
+    ends = [tmp_path / "one" / whole["checkpoint"], tmp_path / "two" / result["checkpoint"]]
+    one, two = (to_official(load_checkpoint(folder)[0]) for folder in ends)
+    for name, value in one.items():
+        # fp32 sums in another order; AdamW's eps keeps a gradient of rounding from being a step.
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6, msg=name)

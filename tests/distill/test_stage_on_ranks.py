@@ -1,0 +1,106 @@
+"""Distillation on 2 and 4 ranks ends where one process does: gradients, weights and reports to 1e-5."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import small_trainer
+import torch
+from graded_records import record
+from small_trainer import small_model
+from stage_ranks import META, StageParts, assert_ranks_agree, assert_same
+
+from consilience.distill.train import DistillSettings, TeacherSide, train_distill
+from consilience.model.ranks import ALONE
+from consilience.rollout.publishing import verify
+from consilience.rollout.store import RolloutStore
+from consilience.teachers.heads import HeadCache
+from consilience.teachers.hidden_store import HiddenStore
+from consilience.teachers.model_teacher import load_model_teacher
+from consilience.teachers.registry import TeacherRecord, TeacherRegistry
+from consilience.teachers.scheduler import TeacherScheduler
+from consilience.training.checkpoint import save_checkpoint
+from tests.rank_processes import on_ranks
+
+torch.set_num_threads(1)
+
+CONFIG = replace(small_trainer.AHEAD, initializer_range=0.2)  # teachers of two seeds really disagree
+SEEDS = {"code": 1, "math": 2}
+OWNERS = ("math", "code", "math", "code+math", "code", "math")
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    root = tmp_path_factory.mktemp("teachers")
+    (root / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": {}}))
+    for name, seed in SEEDS.items():
+        given = replace(META, domain=name)
+        save_checkpoint(root / name, small_model(seed, CONFIG), root / "tokenizer.json", given)
+    return root
+
+
+def side(root, folder, ranks):
+    registry = TeacherRegistry([TeacherRecord(name, root / name, (name,)) for name in SEEDS], True)
+    store = HiddenStore(folder, is_reader=not ranks.is_first)
+    return TeacherSide(registry, TeacherScheduler(registry, load_model_teacher, store), store, HeadCache())
+
+
+class RankSampler:
+    def publish(self, weights, announced, version):
+        verify(weights, announced)
+
+    def generate(self, jobs, on_progress=None, *, durable=None):
+        made = []
+        for number, (job, owner) in enumerate(zip(jobs, OWNERS, strict=True)):
+            generator = torch.Generator().manual_seed(100 * job.step + number)
+            ids = torch.randint(2, 40, (5 + 3 * number,), generator=generator).tolist()
+            made.append(replace(record(job.uid, ids, None), teacher=owner, domain=owner.split("+")[0]))
+        return made
+
+
+def jobs_of(step):
+    return [SimpleNamespace(uid=f"{step}/{number}", step=step) for number in range(len(OWNERS))]
+
+
+def distill(ranks, folder, root, balance="weights"):
+    parts = StageParts(small_model(0, CONFIG), ranks, folder)
+    teachers = side(root, folder / "hidden", ranks)
+    result = train_distill(
+        parts.engine,
+        RankSampler() if ranks.is_first else None,
+        jobs_of,
+        teachers,
+        DistillSettings(2, row_tokens=32, micro_tokens=32, warmup=0, balance=balance),
+        store=RolloutStore(folder / "rollouts"),
+        decode=str,
+        start=parts.start,
+        **parts.named(),
+    )
+    assert len(teachers.store) == 0
+    left = parts.left()
+    shared = (
+        "step",
+        "train_tokens",
+        "grad_norm",
+        "lr",
+        "kl",
+        "top1_agreement",
+        "student_entropy",
+        "mtp_loss",
+    )
+    rows = [{k: v for k, v in r.items() if k in shared or k.endswith("share")} for r in left["rows"]]
+    samples = sorted((step, row.uid, row.kl) for step, row in parts.log.samples)
+    return left | {"result": result, "rows": rows, "samples": samples}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("size", "balance"), [(2, "weights"), (2, "update"), (4, "update")])
+def test_distillation_is_that_of_one_process(size, balance, teachers, tmp_path):
+    one = distill(ALONE, tmp_path / "one", teachers, balance)
+    more = tmp_path / "more"
+    several = assert_ranks_agree(on_ranks(size, distill, more, teachers, balance, folder=tmp_path))
+    assert len(one["gradients"]) == 4 and {"update_share", "loss_share"} <= one["rows"][0].keys()
+    assert_same(several, one)
+    assert not list((more / "hidden").iterdir())

@@ -1,0 +1,100 @@
+"""A stage's parts on any number of ranks, and what it leaves, for tests that compare numbers of ranks."""
+
+import math
+
+import numpy as np
+import torch
+
+from consilience.training.checkpoint import CheckpointMeta
+from consilience.training.metrics import MemorySink
+from consilience.training.progress import SilentProgress
+from consilience.training.stage_checkpoints import StageCheckpoints
+from consilience.training.stage_clock import StageClock
+from consilience.training.torch_engine import OptimizerSettings, TorchEngine
+
+META = CheckpointMeta(stage="stage", seed=3, step=0, special_tokens={"<bos>": 0})
+# With the default eps of 1e-20 a gradient that is rounding alone would become a whole step of AdamW.
+# Every step makes the next one's gradients differ by what its rounding moved: the rate keeps that below 1e-5.
+SETTINGS = OptimizerSettings(lr=1e-3, weight_decay=0.0, kind="adamw", eps=1e-4, bias_speed=0.1)
+OF_CLOCKS = ("anticipatory_s", "anticipatory_share")
+
+
+class Keeper(TorchEngine):
+    """Keeps the summed gradients of every step."""
+
+    def __init__(self, model, ranks):
+        super().__init__(model, SETTINGS, ranks=ranks)
+        self.kept = []
+
+    def step(self, lr_scale=1.0, expert_load=None):
+        self.kept.append({name: grad.numpy().copy() for name, grad in self.gradients().items()})
+        return super().step(lr_scale, expert_load)
+
+
+class StageParts:
+    """Engine, checkpoints, log and clock of a stage in `folder`, which all ranks see."""
+
+    def __init__(self, model, ranks, folder):
+        torch.set_num_threads(1)
+        if ranks.is_first:
+            folder.mkdir(exist_ok=True)
+            (folder / "tokenizer.json").write_text("{}")
+        ranks.barrier()
+        self.engine, self.log = Keeper(model, ranks), MemorySink()
+        self.checkpoints = StageCheckpoints(
+            folder / "checkpoints", self.engine, folder / "tokenizer.json", META, every_s=0.0
+        )
+        self.start, self.cursor = self.checkpoints.resume()
+        ranks.barrier()
+        self.clock, self.progress = StageClock(), SilentProgress()
+
+    def named(self):
+        return {name: getattr(self, name) for name in ("checkpoints", "log", "clock", "progress")}
+
+    def left(self):
+        """Gradients by step, weights and router biases at the end, and what was logged."""
+        rows = [{k: v for k, v in row.items() if k not in OF_CLOCKS} for row in self.log.rows]
+        weights = {name: value.numpy().copy() for name, value in self.engine.model.state_dict().items()}
+        return {"gradients": self.engine.kept, "weights": weights, "rows": rows}
+
+
+def assert_same(found, expected, tolerance=1e-5, least=1e-6):
+    """Tensors within `tolerance` of their largest value, numbers within that of theirs; fp32 sums differ so.
+
+    least  values are compared with this at least. Of gradients it is a tenth of the step's largest: mixing
+           weights of the first layer's streams, which enter it as copies, have rounding for a gradient.
+           A mean of differences of log-probs, as |log ratio| is, has the error of the log-probs, 1e-6.
+    """
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        if all(isinstance(value, np.ndarray) for value in expected.values()):
+            least = max(0.1 * max((np.abs(v).max() for v in expected.values()), default=0.0), least)
+        for name in expected:
+            try:
+                assert_same(found[name], expected[name], tolerance, least)
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from None
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for number, (one, other) in enumerate(zip(found, expected)):
+            try:
+                assert_same(one, other, tolerance, least)
+            except AssertionError as error:
+                raise AssertionError(f"[{number}]: {error}") from None
+    elif isinstance(expected, np.ndarray):
+        off = np.abs(found - expected).max(initial=0)
+        assert off <= tolerance * np.abs(expected).max(initial=least), off
+    elif isinstance(expected, float):
+        both_nan = math.isnan(found) and math.isnan(expected)
+        assert both_nan or abs(found - expected) <= max(tolerance * abs(expected), least), (found, expected)
+    else:
+        assert found == expected
+
+
+def assert_ranks_agree(left):
+    """All ranks end with the same bits; returns the first's."""
+    for other in left[1:]:
+        for name, value in left[0]["weights"].items():
+            assert np.array_equal(value, other["weights"][name]), name
+        assert repr(other["rows"]) == repr(left[0]["rows"])
+    return left[0]
