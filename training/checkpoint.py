@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.conf.errors import CheckpointError, ConsilienceError
+from consilience.model.ranks import ALONE
 from consilience.model.shards import Stored, read_folder, read_into
 from consilience.training.durable_files import (
     flush_folder,
@@ -107,9 +108,38 @@ def save_checkpoint(
     """Write the checkpoint and return its meta with digest and files filled in.
 
     stage_tensors  what the stage needs to go on beside engine and cursor, for `read_stage_tensors`
+    With an engine on several ranks all of them call this; the first one writes, its meta or error is
+    everybody's.
     CheckpointError when the disk is full or cannot be written; an older checkpoint in `folder` is
     then untouched and nothing else is left behind.
     """
+    ranks = ALONE if engine is None else engine.ranks
+    made: CheckpointMeta | CheckpointError | None = None
+    if ranks.is_first:
+        try:
+            made = _save(
+                folder, model, tokenizer_path, meta, engine, stage_tensors, max_shard_bytes, model_format, disk
+            )
+        except CheckpointError as error:
+            made = error
+    made = ranks.broadcast(made)
+    if isinstance(made, CheckpointError):
+        raise made
+    return made
+
+
+def _save(
+    folder: Path,
+    model: nn.Module,
+    tokenizer_path: Path | None,
+    meta: CheckpointMeta,
+    engine: TrainEngine | None,
+    stage_tensors: Mapping[str, Tensor] | None,
+    max_shard_bytes: int,
+    model_format: ModelFormat | None,
+    disk: Disk | None,
+) -> CheckpointMeta:
+    """What the first rank does of `save_checkpoint`."""
     folder, disk, model_format = Path(folder), disk or Disk(), model_format or format_for(model)
     beside: Path | None = None
     try:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.conf.errors import CheckpointError, EngineError
+from consilience.model.ranks import Ranks
 from consilience.training.muon import Muon, MuonParameter
 
 
@@ -175,6 +176,25 @@ def gate_bias_names(model: nn.Module) -> dict[int, str]:
     first = {"layers": 0, "mtp": max(trunk, default=-1) + 1}
     biases = (re.fullmatch(r"(layers|mtp)\.(\d+)\.ffn\.gate\.bias", name) for name in names)
     return {first[found[1]] + int(found[2]): found[0] for found in biases if found}
+
+
+def loads_by_bias(
+    names: Mapping[int, str],
+    biases: Mapping[str, Tensor],
+    expert_load: Mapping[int, Tensor] | None,
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """Name of a router bias -> [E] fp64 tokens of all ranks; hash layers have none.
+
+    names  layer -> router bias (`gate_bias_names`);  expert_load  layer -> [E] tokens of this rank
+    """
+    own = {names[layer]: load for layer, load in (expert_load or {}).items() if layer in names}
+    total: dict[str, Tensor] = {}
+    for name in sorted(set().union(*ranks.gather(set(own)))):
+        nothing = torch.zeros_like(biases[name], dtype=torch.float64)
+        total[name] = own[name].double() if name in own else nothing
+    ranks.sum_(total.values())
+    return total
 
 
 class V4Optimizer:

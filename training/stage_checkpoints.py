@@ -26,7 +26,7 @@ from consilience.training.model_format import format_for
 
 
 class StageCheckpoints:
-    """`checkpoints/step-NNNNNN` of one stage.
+    """`checkpoints/step-NNNNNN` of one stage. Every rank makes the same calls; the first one's clock counts.
 
     every_s       seconds between two saves while the stage runs (state included)
     points_every  updates between two rollback points, saves at steps that do not depend on the clock;
@@ -46,13 +46,14 @@ class StageCheckpoints:
         points_every: int = 0,
     ) -> None:
         self.folder, self.engine, self.tokenizer, self.meta = Path(folder), engine, tokenizer, meta
+        self.ranks = engine.ranks
         self.every_s, self.points_every = every_s, points_every
         self.tensors: dict[str, Tensor] = {}
         self._saved_at = time.monotonic()
 
     def resume(self) -> tuple[int, dict[str, Any]]:
         """Load the newest checkpoint into the engine; (finished updates, cursor), (0, {}) without one."""
-        newest = latest_checkpoint(self.folder)
+        newest = self.ranks.broadcast(latest_checkpoint(self.folder) if self.ranks.is_first else None)
         return (0, {}) if newest is None else self._load(newest)
 
     def go_back(self, step: int) -> tuple[int, dict[str, Any]]:
@@ -63,7 +64,9 @@ class StageCheckpoints:
         """
         point = max(0, (step // self.points_every - 1) * self.points_every)
         found = self._load(step_folder(self.folder, point))
-        remove_later_checkpoints(self.folder, point)
+        self.ranks.barrier()  # none reads any more
+        if self.ranks.is_first:
+            remove_later_checkpoints(self.folder, point)
         return found
 
     def save_if_due(
@@ -71,7 +74,8 @@ class StageCheckpoints:
     ) -> None:
         """Save at a rollback point, or when `every_s` have passed since the last save."""
         is_point = self.points_every > 0 and step % self.points_every == 0
-        if is_point or time.monotonic() - self._saved_at >= self.every_s:
+        is_due = is_point or time.monotonic() - self._saved_at >= self.every_s
+        if self.ranks.broadcast(is_due):
             self.save(step, cursor, tensors)
 
     def save(self, step: int, cursor: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Path:
@@ -79,7 +83,8 @@ class StageCheckpoints:
         folder = step_folder(self.folder, step)
         meta = replace(self.meta, step=step, cursor=dict(cursor))
         save_checkpoint(folder, self.engine.model, self.tokenizer, meta, self.engine, stage_tensors=tensors)
-        prune_checkpoints(self.folder, keep=2, points_every=self.points_every)
+        if self.ranks.is_first:
+            prune_checkpoints(self.folder, keep=2, points_every=self.points_every)
         self._saved_at = time.monotonic()
         return folder
 

@@ -6,8 +6,7 @@ gradients summed, in the same order on every run; all ranks then take the same u
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from consilience.conf.errors import CheckpointError, EngineError
 from consilience.model.ranks import ALONE, Ranks
 from consilience.training.accumulation import accumulate
-from consilience.training.optimizers import V4Optimizer, gate_bias_names, parameter_groups
+from consilience.training.clipping import checked_norm, clip_factors
+from consilience.training.optimizers import V4Optimizer, gate_bias_names, loads_by_bias, parameter_groups
 from consilience.training.random_state import random_state_tensors, restore_random_state
 from consilience.training.tensor_files import read_tensors, write_tensors
 
@@ -128,25 +128,18 @@ class TorchEngine:
     ) -> dict[str, float]:
         """Clip, update, clear; see `TrainEngine`."""
         grads = self.gradients()
-        if not grads:
-            raise EngineError(f"step {self.num_steps}: no gradient to apply; call forward_backward first")
-        norms = dict(zip(grads, torch._foreach_norm(list(grads.values()))))  # pyright: ignore[reportPrivateImportUsage]
-        grad_norm = _total(norms.values())
-        if not math.isfinite(grad_norm):
-            worst = [name for name, norm in norms.items() if not math.isfinite(float(norm))]
+        lengths = torch._foreach_norm(list(grads.values())) if grads else ()  # pyright: ignore[reportPrivateImportUsage]
+        norms = dict(zip(grads, torch.stack([n.double() for n in lengths]).tolist() if grads else ()))
+        try:
+            grad_norm = checked_norm(norms, self.num_steps)
+        except EngineError:
             self._clear()
-            raise EngineError(
-                f"step {self.num_steps}: the gradient of {worst[0] if worst else 'the model'} is not finite "
-                f"({len(worst)} of {len(grads)} tensors); no parameter was changed. Lower the learning rate "
-                "or resume from the last checkpoint"
-            )
-        # A loss that only the prediction blocks learn from must not shorten the trunk's step.
-        ahead = [name for name in grads if name.startswith("mtp.")]
-        for names in (ahead, [name for name in grads if not name.startswith("mtp.")]):
-            own, clip = _total(norms[name] for name in names), self.settings.grad_clip
-            if clip and own > clip:
-                torch._foreach_mul_([grads[name] for name in names], clip / own)  # pyright: ignore[reportPrivateImportUsage]
-        lr = self.optimizer.step(lr_scale, self._bias_loads(expert_load))
+            raise
+        if factors := clip_factors(norms, self.settings.grad_clip):
+            clipped = [grads[name] for name in factors]
+            torch._foreach_mul_(clipped, list(factors.values()))  # pyright: ignore[reportPrivateImportUsage]
+        loads = loads_by_bias(self._bias_names, self.optimizer.groups.rule, expert_load, self.ranks)
+        lr = self.optimizer.step(lr_scale, loads)
         self._clear()
         self.num_steps += 1
         return {"grad_norm": grad_norm, "lr": lr}
@@ -180,23 +173,8 @@ class TorchEngine:
         self.num_steps = num_steps
         self._clear()
 
-    def _bias_loads(self, expert_load: Mapping[int, Tensor] | None) -> dict[str, Tensor]:
-        """Tokens of all ranks by name of the router bias; hash layers have none."""
-        own = {self._bias_names[i]: load for i, load in (expert_load or {}).items() if i in self._bias_names}
-        total: dict[str, Tensor] = {}
-        for name in sorted(set().union(*self.ranks.gather(set(own)))):
-            nothing = torch.zeros_like(self.optimizer.groups.rule[name], dtype=torch.float64)
-            total[name] = own[name].double() if name in own else nothing
-        self.ranks.sum_(total.values())
-        return total
-
     def _clear(self) -> None:
         for parameter in self.model.parameters():
             parameter.grad = None
         self._is_summed = False
 
-
-def _total(norms: Iterable[Tensor]) -> float:
-    """Global norm from the norms of single tensors; 0 for none."""
-    values = [norm.double() for norm in norms]
-    return float(torch.linalg.vector_norm(torch.stack(values))) if values else 0.0
