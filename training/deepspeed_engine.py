@@ -19,12 +19,15 @@ from consilience.conf.errors import CheckpointError, EngineError
 from consilience.model.exact import exact_mode
 from consilience.model.ranks import ALONE, Ranks
 from consilience.training.accumulation import LossFn, add_report
+from consilience.training.clipping import checked_norm, clip_factors
 from consilience.training.deepspeed_gradients import OrderedGradients, divide_flat
 from consilience.training.deepspeed_optimizer import ZeroV4Optimizer, optimizer_groups
 from consilience.training.deepspeed_setup import check_possible, open_deepspeed
+from consilience.training.deepspeed_stage3 import DividedModel, divide_parameters
 from consilience.training.deepspeed_state import load_states, state_tensors
 from consilience.training.engine_checks import check_denominators, fail_together
-from consilience.training.optimizers import gate_bias_names, parameter_groups, update_gate_bias
+from consilience.training.fill_up import blank
+from consilience.training.optimizers import gate_bias_names, loads_by_bias, parameter_groups, update_gate_bias
 from consilience.training.random_state import random_state_tensors, restore_random_state
 from consilience.training.tensor_files import read_tensors, write_tensors
 from consilience.training.torch_engine import OPTIMIZER_FILE, RANDOM_FILE, OptimizerSettings
@@ -35,7 +38,8 @@ MASTER_FILE = "master.safetensors"
 class DeepSpeedEngine:
     """Holds the model, in the types it came with, and fp32 masters, gradients and states divided by ZeRO.
 
-    zero_stage  1 divides optimiser states and masters, 2 the gradients too
+    zero_stage  1 divides optimiser states and masters, 2 the gradients too, 3 the trunk's weights too (AdamW
+                and fp32 only; `whole_weights` to read or change them)
     offload     masters, gradients and states lie in the CPU's memory, and the update is made there
     exact       losses are computed in exact mode
     EngineError names the route where DeepSpeed cannot train the model right.
@@ -60,14 +64,26 @@ class DeepSpeedEngine:
         check_possible(model, zero_stage=zero_stage, kind=s.kind, expert_ranks=expert_ranks)
         self._owners = parameter_groups(model, o_groups=o_groups, use_muon=s.kind == "muon")
         self._bias_names = gate_bias_names(model)
+        rule = self._owners.rule
+        self._bias_shapes = {
+            name: torch.empty(bias.shape, device=ranks.device) for name, bias in rule.items()
+        }
         groups = optimizer_groups(self._owners, s.weight_decay, is_fp32_first=zero_stage == 2)
         self._optimizer = ZeroV4Optimizer(groups, s, ranks)
+        self._parameters = {
+            name: p
+            for name, p in model.named_parameters()
+            if any(name in group.parameters for group in groups)
+        }
+        self._is_divided = zero_stage == 3
         self._engine = open_deepspeed(model, self._optimizer, ranks, zero_stage=zero_stage, offload=offload)
-        self._zero = self._engine.optimizer
-        divide_flat(self._zero, groups, ranks)
-        names = {name for group in groups for name in group.parameters}
-        self._parameters = {name: p for name, p in model.named_parameters() if name in names}
-        self._gradients = OrderedGradients(self._zero, self._parameters, is_offloaded=offload)
+        self._zero = zero = self._engine.optimizer
+        if self._is_divided:
+            divide_parameters(zero, groups, ranks)
+            self._gradients = DividedModel(zero, model, self._parameters, ranks, offload=offload)
+        else:
+            divide_flat(zero, groups, ranks)
+            self._gradients = OrderedGradients(zero, self._parameters, is_offloaded=offload)
 
     def forward_backward(
         self, loss_fn: LossFn, batch: Any, denominators: Mapping[str, float]
@@ -85,25 +101,31 @@ class DeepSpeedEngine:
         found: dict[str, float] = {"loss": 0.0}
         for first in range(0, len(micro_batches), self.ranks.size):
             index = first + self.ranks.rank
+            is_filler = index >= len(micro_batches)
             loss, failure = None, None
-            if index < len(micro_batches):
-                try:
+            try:
+                if not is_filler:
                     loss = self._loss(loss_fn, micro_batches[index], index, found)
-                except Exception as error:
-                    failure = error
+                elif self._is_divided:  # the blocks are gathered together, so all ranks must run them
+                    loss = self._loss(loss_fn, blank(micro_batches[0]), index, {})
+            except Exception as error:
+                failure = error
             fail_together(self.ranks, index, failure, self.num_steps)
-            # ZeRO-2 sums in every backward pass: a rank without a micro-batch adds zeros.
-            if loss is None or not loss.requires_grad:
-                loss = 0.0 * min(self._parameters.values(), key=Tensor.numel).sum()
-                self._gradients.backward(self._engine, loss, is_filler=True)
-            else:
-                self._gradients.backward(self._engine, loss)
+            self._gradients.backward(self._engine, self._reaching(loss), is_filler=is_filler)
         total: dict[str, float] = {}
         for report in self.ranks.gather(found):
             add_report(total, report)
         return {name: value / denominators.get(name, 1.0) for name, value in total.items()}
 
+    def _reaching(self, loss: Tensor | None) -> Tensor:
+        """The loss; zero through the smallest parameter where there is none, as all ranks sum gradients."""
+        if loss is not None and loss.requires_grad:
+            return loss
+        outer = [p for name, p in self._parameters.items() if not name.startswith("layers.")]
+        return 0.0 * min(outer or self._parameters.values(), key=Tensor.numel).sum()
+
     def _loss(self, loss_fn: LossFn, micro_batch: Any, index: int, found: dict[str, float]) -> Tensor:
+        self._gradients.begin()
         with exact_mode(self.exact):
             loss, reported = loss_fn(self.model, micro_batch)
         value = float(loss.detach())
@@ -134,13 +156,18 @@ class DeepSpeedEngine:
     ) -> dict[str, float]:
         """Clip, update, clear; see `TrainEngine`."""
         reached = self._reached()
-        if not reached:
-            raise EngineError(f"step {self.num_steps}: no gradient to apply; call forward_backward first")
-        self._gradients.finish()
         try:
-            grad_norm = self._clip(reached)
-            lr = self.settings.lr * lr_scale
+            if reached:
+                self._gradients.finish()
+            norms = self._norms(reached)
+            grad_norm = checked_norm(norms, self.num_steps)
+            factors = clip_factors(norms, self.settings.grad_clip)
+            for group, part in zip(self._optimizer.groups, self._gradients.parts()):
+                clipped = [factors[name] for name in group.parameters if name in factors]
+                if clipped:  # one factor for all of a group: it is of the prediction blocks or of the rest
+                    part.mul_(clipped[0])
             self._move_biases(expert_load)
+            lr = self.settings.lr * lr_scale
             self._optimizer.lr, self._optimizer.touched = lr, frozenset(reached)
             self._zero.step()
         finally:
@@ -148,51 +175,47 @@ class DeepSpeedEngine:
         self.num_steps += 1
         return {"grad_norm": grad_norm, "lr": lr}
 
+    @property
+    def _masters(self) -> list[Tensor]:
+        """Each group's fp32 weights on this rank [n]."""
+        if self._is_divided:
+            return self._zero.fp32_partitioned_groups_flat
+        return self._zero.single_partition_of_fp32_groups
+
     def _reached(self) -> set[str]:
         return set().union(*self.ranks.gather(self._gradients.reached))
 
-    def _clip(self, reached: set[str]) -> float:
-        """Shorten the two halves of the gradient, each by its own norm; the norm of both before."""
-        parts = list(zip(self._optimizer.groups, self._gradients.parts()))
-        names = [name for name in self._parameters if name in reached]
-        squares = dict.fromkeys(names, 0.0)
-        for group, part in parts:
+    def _norms(self, reached: set[str]) -> dict[str, float]:
+        """Name -> norm of the whole gradient, of all that have one."""
+        squares = {name: 0.0 for name in self._parameters if name in reached}
+        for group, part in zip(self._optimizer.groups, self._gradients.parts()):
             held = [segment for segment in group.segments if segment.name in squares]
             norms = torch._foreach_norm([segment.of(part) for segment in held]) if held else []  # pyright: ignore[reportPrivateImportUsage]
             for segment, norm in zip(held, norms):
                 squares[segment.name] += float(norm) ** 2
         total = torch.tensor(list(squares.values()), dtype=torch.float64, device=self.ranks.device)
         self.ranks.sum_([total])
-        squares = dict(zip(names, total.tolist()))
-        if not math.isfinite(sum(squares.values())):
-            worst = [name for name in names if not math.isfinite(squares[name])]
-            raise EngineError(
-                f"step {self.num_steps}: the gradient of {worst[0] if worst else 'the model'} is not finite "
-                f"({len(worst)} of {len(names)} tensors); no parameter was changed. Lower the learning rate "
-                "or resume from the last checkpoint"
-            )
-        for is_ahead in (True, False):
-            own = math.sqrt(sum(squares[name] for name in names if name.startswith("mtp.") == is_ahead))
-            if self.settings.grad_clip and own > self.settings.grad_clip:
-                for group, part in parts:
-                    if group.is_ahead == is_ahead:
-                        part.mul_(self.settings.grad_clip / own)
-        return math.sqrt(sum(squares.values()))
+        return {name: math.sqrt(square) for name, square in zip(squares, total.tolist())}
 
     def _move_biases(self, expert_load: Mapping[int, Tensor] | None) -> None:
-        """Router biases by the tokens that the experts received on all ranks; hash layers have none."""
-        own = {self._bias_names[i]: load for i, load in (expert_load or {}).items() if i in self._bias_names}
-        for name in sorted(set().union(*self.ranks.gather(set(own)))):
-            bias = self._owners.rule[name]
-            load = own.get(name, torch.zeros_like(bias)).to(self.ranks.device, torch.float64, copy=True)
-            self.ranks.sum_([load])
-            if self.settings.lr:
-                update_gate_bias(bias, load, self.settings.bias_speed)
+        loads = loads_by_bias(self._bias_names, self._bias_shapes, expert_load, self.ranks)
+        if not loads or not self.settings.lr:
+            return
+        with self.whole_weights(is_changed=True, names=set(loads)):
+            for name, load in loads.items():
+                update_gate_bias(self._owners.rule[name], load, self.settings.bias_speed)
+
+    def whole_weights(self, *, is_changed: bool = False, names: set[str] | None = None) -> Any:
+        """A context in which `model` holds whole weights on every rank, also under ZeRO-3.
+
+        is_changed  the first rank's changes are kept, in every rank's part;  names  only these, None: all
+        """
+        return self._gradients.whole(is_changed=is_changed, names=names)
 
     def held_bytes(self) -> dict[str, int]:
         """What this rank keeps between steps: weights, fp32 masters, optimiser states; and, until `step`, the
         gradients that it has after `gradients`."""
-        groups, parts = self._optimizer.groups, self._zero.single_partition_of_fp32_groups
+        groups, parts = self._optimizer.groups, self._masters
         return {
             "weights": sum(p.nbytes for p in self._parameters.values()),
             "masters": sum(part.nbytes for part in parts),
@@ -206,7 +229,7 @@ class DeepSpeedEngine:
         fp32 masters of parameters that the model keeps in bf16 go into a file of their own, which other
         engines do not read: with it training goes on bit by bit, without it from the rounded weights.
         """
-        states, masters = state_tensors(self._optimizer, self._zero.single_partition_of_fp32_groups)
+        states, masters = state_tensors(self._optimizer, self._masters)
         if not self.ranks.is_first:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -230,9 +253,10 @@ class DeepSpeedEngine:
                 f"{folder / OPTIMIZER_FILE}: tensor num_steps is missing; remake the checkpoint"
             )
         num_steps = int(tensors.pop("num_steps"))
-        self._zero.refresh_fp32_params()
+        if not self._is_divided:  # where it is, `whole_weights` has done it
+            self._zero.refresh_fp32_params()
         try:
-            load_states(self._optimizer, self._zero.single_partition_of_fp32_groups, tensors, masters)
+            load_states(self._optimizer, self._masters, tensors, masters)
         except CheckpointError as error:
             raise CheckpointError(f"{folder / OPTIMIZER_FILE}: {error}") from error
         restore_random_state(random_tensors)

@@ -7,7 +7,8 @@ Here every rank hands them over in one order, zeros for those that its own loss 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,14 @@ class OrderedGradients:
         self.reached: set[str] = set()
         self._reduce = zero.process_gradients
         zero.process_gradients = self._arrive
+
+    def begin(self) -> None:
+        """Before the forward of each micro-batch: nothing to do."""
+
+    @contextmanager
+    def whole(self, *, is_changed: bool = False, names: set[str] | None = None) -> Iterator[None]:
+        """Weights are whole on every rank; masters take their values with `DeepSpeedEngine.load`."""
+        yield
 
     def backward(self, engine: Any, loss: Tensor, *, is_filler: bool = False) -> None:
         """Add the gradients of one loss. All ranks call it together; it must reach one parameter at least.
@@ -107,7 +116,8 @@ class OrderedGradients:
             if id(following) not in self._arrived:
                 if _will_arrive(following):
                     return
-                following.grad = torch.zeros_like(following)
+                if following.grad is None:  # ZeRO-1 keeps what earlier passes have found
+                    following.grad = torch.zeros_like(following)
             self._reduce(following, group)
             self._next += 1
 

@@ -79,6 +79,10 @@ class Group:
     cut: list[Matrix] = field(default_factory=list)
     states: dict[str, Tensor] = field(default_factory=dict)
     num_steps: dict[str, Tensor] = field(default_factory=dict)
+    shapes: dict[str, torch.Size] = field(init=False)  # of the whole parameters, which ZeRO-3 empties
+
+    def __post_init__(self) -> None:
+        self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,13 +107,13 @@ class Group:
         All ranks call it and get all; one parameter at a time is in memory twice.
         """
         held = {segment.name: segment for segment in self.segments}
-        for name, parameter in self.parameters.items():
-            whole = torch.zeros(parameter.numel(), dtype=flat.dtype, device=ranks.device)
+        for name, shape in self.shapes.items():
+            whole = torch.zeros(shape.numel(), dtype=flat.dtype, device=ranks.device)
             if name in held:
                 segment = held[name]
                 whole[segment.first : segment.first + segment.length] = segment.of(flat)
             ranks.sum_([whole])  # pieces do not overlap: each element is one number and zeros
-            yield name, whole.view(parameter.shape)
+            yield name, whole.view(shape)
 
     def take(self, flat: Tensor, values: Mapping[str, Tensor]) -> None:
         """Copy this rank's elements of whole parameters into its part `flat` [n]."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from consilience.conf.errors import EngineError
 from consilience.model.ranks import Ranks
+from consilience.training.deepspeed_stage3 import mark_blocks
 
 BUCKET_ELEMENTS = 1 << 26
 VERSION = "0.19.8"
@@ -36,10 +37,10 @@ def open_deepspeed(
     check_installed()
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logger = logging.getLogger("DeepSpeed")
     import deepspeed
     import deepspeed.ops
 
-    logger = logging.getLogger("DeepSpeed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its build takes 44 s
     _join(ranks)
     elements = min(bucket_elements, sum(p.numel() for p in model.parameters()))
@@ -49,19 +50,27 @@ def open_deepspeed(
         "reduce_bucket_size": elements,
         "allgather_bucket_size": elements + elements % 2,
     }
+    if zero_stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_max_reuse_distance": 0,
+        }
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
-        "gradient_allreduce_op": "sum",
+        "gradient_allreduce_op": "mean" if zero_stage == 3 else "sum",  # 3 has no sums: the engine multiplies
         "managed_gradient_accumulation": False,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
         "steps_per_print": None,
     }
+    if zero_stage == 3:
+        mark_blocks(model)
     logger.setLevel(logging.ERROR)  # it warns of every optimiser that is not its own
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False
@@ -80,6 +89,15 @@ def check_possible(model: nn.Module, *, zero_stage: int, kind: str, expert_ranks
         raise EngineError(
             "optimizer.kind=muon with engine.zero_stage=3: every matrix is cut into pieces over all ranks, "
             "and Muon needs whole ones; use engine.zero_stage=2, engine.kind=fsdp or optimizer.kind=adamw"
+        )
+    if zero_stage == 3 and types - {torch.float32}:
+        raise EngineError(
+            "engine.zero_stage=3 with a bf16 model: DeepSpeed's ZeRO-3 keeps all parameters in one type, V4 "
+            "keeps some in fp32; use engine.zero_stage=2, engine.kind=fsdp or model weights in fp32"
+        )
+    if zero_stage == 3 and not hasattr(model, "layers"):
+        raise EngineError(
+            f"engine.zero_stage=3 divides V4 models, not {type(model).__name__}; use stage 1 or 2"
         )
     if expert_ranks > 1:
         raise EngineError(

@@ -51,9 +51,7 @@ def load_states(
     """
     _check(_shapes(optimizer.groups), tensors)
     if masters:
-        own = {
-            n: p.shape for g in optimizer.groups if g.dtype != torch.float32 for n, p in g.parameters.items()
-        }
+        own = {n: s for g in optimizer.groups if g.dtype != torch.float32 for n, s in g.shapes.items()}
         _check(own, masters)
     for group, part in zip(optimizer.groups, parts):
         kind = "muon" if group.is_muon else "adamw"
@@ -70,8 +68,8 @@ def _shapes(groups: Sequence[Group]) -> dict[str, torch.Size]:
     shapes = {}
     for group in groups:
         kind = "muon" if group.is_muon else "adamw"
-        for name, parameter in group.parameters.items():
-            shapes |= {f"{kind}.{key}.{name}": parameter.shape for key in group.states}
+        for name, shape in group.shapes.items():
+            shapes |= {f"{kind}.{key}.{name}": shape for key in group.states}
         shapes |= {f"{kind}.step.{name}": torch.Size() for name in group.num_steps}
     return shapes
 

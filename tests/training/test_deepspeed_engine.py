@@ -82,6 +82,26 @@ def test_stage_and_ranks_change_nothing(stage, kind, size, tmp_path):
     check(found, expected(kind))
 
 
+def divided(ranks):
+    """As `outcome`, with the weights put together at the end; and what a rank holds of the trunk's."""
+    engine = DeepSpeedEngine(v4_model(), replace(SETTINGS, kind="adamw"), ranks=ranks, zero_stage=3)
+    report, load = supervised(engine, packed_rows())
+    gradients = copies(engine.gradients())
+    reports = [report | engine.step(1.0, load), *train(engine, 2, first=1)]
+    empty = all(p.numel() == 0 for p in engine.model.layers.parameters())
+    with engine.whole_weights():
+        weights = copies(engine.model.state_dict())
+    return gradients, weights, reports, empty
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_zero_3_trains_like_one_process(size, tmp_path):
+    found = on_ranks(size, divided, folder=tmp_path)
+    check([each[:3] for each in found], expected("adamw"))
+    assert all(each[3] for each in found)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_offload_changes_nothing(stage, tmp_path):

@@ -103,7 +103,8 @@ def whole():
 
 @pytest.mark.parametrize(("size", "num_cut"), [(1, 0), (2, 1), (3, 2), (7, 5)])
 def test_muon_on_parts_moves_matrices_as_on_wholes(size, num_cut):
-    # 24 + 3 * 20 + 8 + 16 = 108 elements: borders at 54, at 36 and 72, and at 16, 32, 48, 64 (between two), 80, 96.
+    # 24 + 3 * 20 + 8 + 16 = 108 elements: borders at 54, at 36 and 72, and at 16, 32, 48, 64, 80, 96;
+    # 64 and no other lies between two matrices.
     expected = whole()
     for found, cut in on_threads(size, in_parts) if size > 1 else [in_parts(ALONE)]:
         assert cut == num_cut
