@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO trains like one process, whatever the stage, the ranks and what each rank's rows reach."""
 
 import functools
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -199,9 +200,15 @@ def test_what_fails_on_one_rank_fails_on_all_and_leaves_nothing(stage, tmp_path)
 
 
 def make(kind, ranks, model):
-    if kind == "torch":
-        return TorchEngine(model, SETTINGS, ranks=ranks)
-    return DeepSpeedEngine(model, SETTINGS, ranks=ranks, zero_stage=int(kind))
+    """An engine by "torch" or the stage; with a star for AdamW alone."""
+    settings = replace(SETTINGS, kind="adamw") if kind.endswith("*") else SETTINGS
+    if kind.startswith("torch"):
+        return TorchEngine(model, settings, ranks=ranks)
+    return DeepSpeedEngine(model, settings, ranks=ranks, zero_stage=int(kind[0]))
+
+
+def whole(engine, **options):
+    return engine.whole_weights(**options) if isinstance(engine, DeepSpeedEngine) else nullcontext()
 
 
 def saved(ranks, kind, model_of, folder):
@@ -209,26 +216,31 @@ def saved(ranks, kind, model_of, folder):
     engine = make(kind, ranks, model_of())
     train(engine, 2)
     engine.save(folder)
-    if ranks.is_first:
-        write_tensors(folder / "model.safetensors", engine.model.state_dict())
+    with whole(engine):
+        if ranks.is_first:
+            write_tensors(folder / "model.safetensors", engine.model.state_dict())
     ranks.barrier()
     train(engine, 1, first=2)
-    return copies_of(engine.model)
+    with whole(engine):
+        return copies_of(engine.model)
 
 
 def resumed(ranks, kind, model_of, folder):
     """The third update by another engine; what it then saves."""
     engine = make(kind, ranks, model_of(seed=1))
-    engine.model.load_state_dict(read_tensors(folder / "model.safetensors"))
+    with whole(engine, is_changed=True):
+        engine.model.load_state_dict(read_tensors(folder / "model.safetensors"))
     engine.load(folder)
     assert engine.num_steps == 2
     engine.save(folder / f"again-{kind}-{ranks.size}")
     ranks.barrier()
-    states = [read_tensors(at / OPTIMIZER_FILE) for at in (folder, folder / f"again-{kind}-{ranks.size}")]
+    again = folder / f"again-{kind}-{ranks.size}"
+    states = [read_tensors(at / OPTIMIZER_FILE) for at in (folder, again)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     train(engine, 1, first=2)
-    return copies_of(engine.model)
+    with whole(engine):
+        return copies_of(engine.model)
 
 
 def copies_of(model):
@@ -257,6 +269,16 @@ def test_a_run_of_the_torch_engine_goes_on_under_zero(tmp_path):
     expected = on_ranks(1, saved, "torch", v4_model, folder, folder=tmp_path)[0]
     found = on_ranks(2, resumed, "2", v4_model, folder, folder=tmp_path)[0]
     assert_close(found, expected, TOLERANCE, is_update=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", ["3*", "torch*", "2*"])
+def test_a_run_under_zero_3_goes_on_with_any_engine(after, tmp_path):
+    folder = tmp_path / "state"
+    expected = on_ranks(2, saved, "3*", v4_model, folder, folder=tmp_path)[0]
+    found = on_ranks(1 if after == "torch*" else 2, resumed, after, v4_model, folder, folder=tmp_path)[0]
+    assert_close(found, expected, TOLERANCE, is_update=True)
+    assert after != "3*" or same(found, expected)
 
 
 @pytest.mark.slow
