@@ -1,0 +1,36 @@
+"""What engines whose ranks wait for each other in every backward pass check before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from consilience.conf.errors import EngineError
+from consilience.model.ranks import Ranks
+
+
+def check_denominators(denominators: Mapping[str, float], num_steps: int) -> None:
+    """EngineError if one is not a positive number."""
+    for name, value in denominators.items():
+        if not (math.isfinite(value) and value > 0):
+            raise EngineError(
+                f"step {num_steps}: denominator {name} is {value}; it must be a positive count, "
+                "a mini-batch without loss tokens must not reach the engine"
+            )
+
+
+def fail_together(ranks: Ranks, index: int, failure: Exception | None, num_steps: int) -> None:
+    """Before ranks wait for each other's gradients: if one failed, all raise, the failing one its own error.
+
+    index  this rank's micro-batch. The others raise an EngineError that names the first that failed.
+    """
+    told = None if failure is None else (index, ranks.rank, type(failure).__name__, str(failure))
+    failures = [each for each in ranks.gather(told) if each is not None]
+    if not failures:
+        return
+    where, rank, kind, text = min(failures)
+    if failure is not None and rank == ranks.rank:
+        raise failure
+    if kind == EngineError.__name__:
+        raise EngineError(text)
+    raise EngineError(f"step {num_steps}: rank {rank} failed in micro-batch {where} ({kind}: {text})")
