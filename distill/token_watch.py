@@ -62,11 +62,12 @@ class TokenWatch:
     def share(self, ranks: Ranks) -> None:
         """What other ranks saw, on every rank."""
         found = ranks.gather((self._kl, self._num, self._eos_sums))
-        self._kl, self._num = sum(kl for kl, _, _ in found), sum(num for _, num, _ in found)
+        self._kl = np.sum([kl for kl, _, _ in found], axis=0)
+        self._num = np.sum([num for _, num, _ in found], axis=0)
         self._eos_sums = {}
         for _, _, sums in found:
             for place, own in sums.items():
-                self._eos_sums[place] = self._eos_sums.get(place, 0) + own
+                self._eos_sums[place] = self._eos_sums.get(place, np.zeros(3)) + own
 
     def numbers(self) -> dict[str, float]:
         """kl_tenth_1 … kl_tenth_10 (nats a token), late_ratio (last three over first three tenths).

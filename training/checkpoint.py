@@ -115,8 +115,11 @@ def save_checkpoint(
     """
     ranks = ALONE if engine is None else engine.ranks
     made: CheckpointMeta | CheckpointError | None = None
-    if is_cut(engine) and not ranks.is_first:
-        _give_pieces(engine, max_shard_bytes)
+    if engine is not None and not ranks.is_first:
+        if is_cut(engine):
+            _give_pieces(engine, max_shard_bytes)
+        elif ranks.broadcast(None):
+            engine.save(folder)
     if ranks.is_first:
         try:
             given = (model, tokenizer_path, meta, engine, stage_tensors or {}, max_shard_bytes)
@@ -143,16 +146,18 @@ def _save(
     """What the first rank does of `save_checkpoint`."""
     folder = Path(folder)
     beside: Path | None = None
-    has_asked = False
+    has_asked, whole = False, _WholeState(engine)
     try:
         restore_folder(folder)
         beside = folder_beside(folder)
         has_asked = True
-        meta = _write(beside, model, tokenizer_path, meta, engine, own, max_shard_bytes, model_format, disk)
+        given = (model, tokenizer_path, meta, engine, whole, own, max_shard_bytes, model_format, disk)
+        meta = _write(beside, *given)
         disk.publish(beside, folder)
     except BaseException as error:
         if is_cut(engine) and not has_asked:
             engine.write_weights(None, max_shard_bytes)
+        whole.dismiss()
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
         if isinstance(error, ConsilienceError) or not isinstance(error, Exception):
@@ -167,6 +172,7 @@ def _write(
     tokenizer_path: Path | None,
     meta: CheckpointMeta,
     engine: TrainEngine | None,
+    whole: _WholeState,
     stage_tensors: Mapping[str, Tensor],
     max_shard_bytes: int,
     model_format: ModelFormat,
@@ -190,13 +196,30 @@ def _write(
     disk.write_text(beside / CONFIG, json.dumps(config, indent=1))
     if tokenizer_path is not None:
         disk.copy(Path(tokenizer_path), beside / TOKENIZER)
-    if engine is not None and not is_cut(engine):
-        engine.save(beside / STATE)
+    whole.save(beside / STATE)
     if stage_tensors:
         (beside / STATE).mkdir(exist_ok=True)
         disk.write_tensors(beside / STATE / STAGE_FILE, stage_tensors)
     meta = replace(meta, digest=model_format.digest(tensors))
     return seal_folder(beside, meta, set(weight_map.values()), disk)
+
+
+class _WholeState:
+    """State of an engine whose weights every rank has: the first says when all save, or that none do."""
+
+    def __init__(self, engine: TrainEngine | None) -> None:
+        self._engine = None if is_cut(engine) else engine
+
+    def save(self, folder: Path) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.ranks.broadcast(True)
+            engine.save(folder)
+
+    def dismiss(self) -> None:
+        """The others need not wait any more: something failed before the state's turn."""
+        if self._engine is not None:
+            self._engine.ranks.broadcast(False)
 
 
 def _give_pieces(engine: CutEngine, max_shard_bytes: int) -> None:
