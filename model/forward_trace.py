@@ -7,7 +7,6 @@ counted when it ran first, and leaves the trace as it is.
 
 from __future__ import annotations
 
-from collections import UserList
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -44,14 +43,23 @@ class Trace:
     csa_dropped: int = 0
     stream_spread: float = 0.0
     wants_losses: bool = False
-    # No plain lists: FSDP2 looks through the arguments of a block, and hands on copies of what holds gradients.
-    balance_loss: UserList[Tensor] = field(default_factory=UserList)
-    indexer_loss: UserList[Tensor] = field(default_factory=UserList)
-    indexer_queries: list[Tensor] = field(default_factory=list)
+    _losses: _Losses = field(default_factory=lambda: _Losses(), repr=False)
+
+    @property
+    def balance_loss(self) -> list[Tensor]:
+        return self._losses.balance
+
+    @property
+    def indexer_loss(self) -> list[Tensor]:
+        return self._losses.indexer
+
+    @property
+    def indexer_queries(self) -> list[Tensor]:
+        return self._losses.queries
 
     def start_losses(self) -> None:
         """Forget the losses of the micro-batch before; counts stay."""
-        self.balance_loss, self.indexer_loss, self.indexer_queries = UserList(), UserList(), []
+        self._losses = _Losses()
 
     def summed_indexer_loss(self) -> Tensor:
         """Indexer losses of this forward, summed over layers and queries."""
@@ -89,6 +97,16 @@ class Trace:
         self.csa_visible += int(counts)
         if picks is not None:
             self.csa_dropped += int(counts) - int(((picks >= 0).sum(-1) * is_valid).sum())
+
+
+class _Losses:
+    """What of a trace has gradients. No dataclass: FSDP2 looks through the arguments of a block, dataclasses
+    and lists among them, and hands on copies of those with gradients in them; this it leaves alone."""
+
+    def __init__(self) -> None:
+        self.balance: list[Tensor] = []
+        self.indexer: list[Tensor] = []
+        self.queries: list[Tensor] = []
 
 
 def _is_run_again() -> bool:
