@@ -11,8 +11,9 @@ from consilience.conf.errors import ConfigError, RunError
 from consilience.conf.schema import Config
 from consilience.model.quantization import Quantization
 from consilience.rollout.tokenizer import Tokenizer
-from consilience.training.checkpoint import latest_checkpoint, load_checkpoint
+from consilience.training.checkpoint import load_checkpoint
 from consilience.training.run_folder import RunFolder
+from consilience.training.step_folders import latest_checkpoint
 
 if TYPE_CHECKING:
     from consilience.model.transformer import Transformer

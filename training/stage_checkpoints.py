@@ -12,16 +12,18 @@ from torch import Tensor
 
 from consilience.training.checkpoint import (
     CheckpointMeta,
-    latest_checkpoint,
     load_engine_state,
     load_weights,
-    prune_checkpoints,
     read_stage_tensors,
-    remove_later_checkpoints,
     save_checkpoint,
-    step_folder,
 )
 from consilience.training.engine import TrainEngine
+from consilience.training.step_folders import (
+    latest_checkpoint,
+    prune_checkpoints,
+    remove_later_checkpoints,
+    step_folder,
+)
 
 
 class StageCheckpoints:

@@ -22,15 +22,13 @@ from consilience.training.checkpoint import (
     CheckpointMeta,
     Disk,
     ModelFormat,
-    latest_checkpoint,
     load_checkpoint,
     load_engine_state,
-    prune_checkpoints,
     read_meta,
     save_checkpoint,
-    step_folder,
 )
 from consilience.training.durable_files import replace_folder
+from consilience.training.step_folders import latest_checkpoint, prune_checkpoints, step_folder
 from consilience.training.tensor_files import INDEX, read_tensors, write_tensors
 from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 

@@ -9,8 +9,9 @@ from small_trainer import CONFIG, small_model
 from consilience.conf.errors import CheckpointError
 from consilience.model.checkpoint import to_official
 from consilience.model.digest import weights_digest
-from consilience.training.checkpoint import CheckpointMeta, read_meta, step_folder
+from consilience.training.checkpoint import CheckpointMeta, read_meta
 from consilience.training.stage_checkpoints import StageCheckpoints
+from consilience.training.step_folders import step_folder
 from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 
 torch.set_num_threads(1)
