@@ -19,7 +19,19 @@ from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 
 def build_engine(cfg: Config, model: Any, settings: OptimizerSettings, ranks: Ranks) -> TrainEngine:
     """The engine that `engine.kind` names, around `model`, which is on its device already."""
-    return TorchEngine(model, settings, exact=cfg.engine.exact, ranks=ranks)
+    engine = cfg.engine
+    if engine.kind == "deepspeed":
+        from consilience.training.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(
+            model,
+            settings,
+            ranks=ranks,
+            zero_stage=engine.zero_stage,
+            offload=engine.offload,
+            exact=engine.exact,
+        )
+    return TorchEngine(model, settings, exact=engine.exact, ranks=ranks)
 
 
 def device_of(cfg: Config) -> torch.device:
@@ -38,6 +50,10 @@ def backend_of(cfg: Config, num_gpus: int | None = None, kinds: list[str] | None
     ConfigError, before anything is started, where the ranks that the settings ask for cannot train together.
     """
     size = cfg.engine.ranks
+    if cfg.engine.kind == "deepspeed":
+        from consilience.training.deepspeed_setup import check_installed
+
+        check_installed()
     if size > 1 and not dist.is_available():
         raise ConfigError(
             f"engine.ranks is {size}, but this torch has no torch.distributed; set engine.ranks=1"

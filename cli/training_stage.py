@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,12 @@ def open_stage(context: StageContext, start: Start, lr: float):
     model = start.model
     model.to(device_of(cfg)).quantize(Quantization.from_name(cfg.engine.quantization))
     set_recompute(model, recompute_policy(cfg.engine.recompute))
-    engine = build_engine(cfg, model, optimizer_settings(cfg.optimizer, lr), ranks)
+    settings = replace(
+        optimizer_settings(cfg.optimizer, lr),
+        is_sharded=cfg.engine.shard_state,
+        has_bf16_exchange=cfg.engine.bf16_exchange,
+    )
+    engine = build_engine(cfg, model, settings, ranks)
     tokenizer = Tokenizer.load(start.tokenizer)
     meta = CheckpointMeta(
         stage=context.name,

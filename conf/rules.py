@@ -31,6 +31,7 @@ def check_rules(cfg: Config) -> Config:
     _check_sandbox(cfg)
     _check_engine(cfg)
     _check_sampler(cfg)
+    _check_ranks(cfg)
     _check_vllm(cfg)
     _check_files(cfg)
     _check_plan(cfg)
@@ -267,6 +268,22 @@ def _check_sampler(cfg: Config) -> None:
             f"rollout.quantization is {sampler}, engine.quantization {trainer}: samples then come from "
             "another model than the one that trains, which must be measured; set rollout.proof=start"
         )
+
+
+def _check_ranks(cfg: Config) -> None:
+    engine = cfg.engine
+    if engine.shard_state and engine.kind != "torch":
+        raise ConfigError(
+            f"engine.shard_state divides the state of engine.kind=torch, and this is {engine.kind}, which "
+            "divides it anyway; set engine.shard_state=false"
+        )
+    if engine.bf16_exchange and not engine.shard_state:
+        raise ConfigError(
+            "engine.bf16_exchange is how gradients reach those who keep a part of the state; set "
+            "engine.shard_state=true too, or engine.bf16_exchange=false"
+        )
+    if engine.offload and engine.kind != "deepspeed":
+        raise ConfigError("engine.offload is of engine.kind=deepspeed; set one of them")
 
 
 def _check_vllm(cfg: Config) -> None:

@@ -10,7 +10,7 @@ RECOMPUTE = (
     "none", "cheap", "mhc", "attention", "experts", "block",
     "streams", "layer_input", "attention_inner", "picks", "attention_output", "router", "expert_activations",
 )  # fmt: skip
-ENGINES = ("torch",)
+ENGINES = ("torch", "deepspeed")
 """Names of `engine.kind`; `cli/engines.py` has the class of each."""
 
 
@@ -299,6 +299,24 @@ class EngineConfig:
         low=1,
         high=65_536,
         speed_only=True,
+    )
+    shard_state: bool = setting(
+        False,
+        "kind=torch: each rank keeps and updates its part of the optimiser's state, Muon by whole matrices",
+        speed_only=True,
+    )
+    bf16_exchange: bool = setting(
+        False, "with shard_state: experts' gradients travel in BF16, rounded stochastically, summed in fp32"
+    )
+    zero_stage: int = setting(
+        2,
+        "kind=deepspeed: 1 divides the optimiser's state over the ranks, 2 the gradients too",
+        low=1,
+        high=2,
+        speed_only=True,
+    )
+    offload: bool = setting(
+        False, "kind=deepspeed: the optimiser's state in the memory of the CPU", speed_only=True
     )
     rank_limit_s: float = setting(
         600.0,

@@ -223,6 +223,10 @@ class DeepSpeedEngine:
             "gradients": sum(part.nbytes for part in self._gradients.parts()),
         }
 
+    def discard(self) -> None:
+        """Forget the gradients accumulated since the last step."""
+        self._gradients.clear()
+
     def save(self, folder: Path) -> None:
         """Optimiser and random state as `TorchEngine` writes them, whatever the ranks and the stage.
 

@@ -115,20 +115,25 @@ def check_installed(find: Callable[[str], Any] = importlib.util.find_spec) -> No
     if find("deepspeed") is None:
         raise EngineError(
             "engine.kind=deepspeed needs DeepSpeed, which is not installed; "
-            f"pip install 'deepspeed=={VERSION}', or use engine.kind=torch or fsdp"
+            f"pip install 'deepspeed=={VERSION}', or use engine.kind=torch"
         )
 
 
 def _join(ranks: Ranks) -> None:
-    """DeepSpeed talks through the process group that is open; one process opens one of its own."""
+    """DeepSpeed talks through the process group that is open; one process opens one of its own.
+
+    It keeps groups in variables of its modules: those of an earlier stage in this process are gone.
+    """
     from deepspeed import comm
+    from deepspeed.utils import groups
 
     if ranks.group is None and not dist.is_initialized():
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     for name, value in (("RANK", ranks.rank), ("LOCAL_RANK", 0), ("WORLD_SIZE", ranks.size)):
-        os.environ.setdefault(name, str(value))
-    if not comm.is_initialized():
-        comm.init_distributed(
-            dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False, verbose=False
-        )
+        os.environ[name] = str(value)
+    groups._release_process_group_references()
+    comm.comm.cdb = None
+    comm.init_distributed(
+        dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False, verbose=False
+    )

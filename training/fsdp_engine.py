@@ -171,6 +171,10 @@ class FsdpEngine:
         self._reshard()
         read_weights(folder, self.model, self.ranks)
 
+    def discard(self) -> None:
+        """Forget the gradients accumulated since the last step."""
+        self._clear()
+
     def save(self, folder: Path | None) -> None:
         """optimizer.safetensors and random.safetensors, as one process writes them; see `stream_files`."""
         steps = torch.tensor(self.num_steps, dtype=torch.int64)

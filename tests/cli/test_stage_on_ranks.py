@@ -32,11 +32,11 @@ MODEL = {
 STAGE = {"steps": 3, "tokens_per_step": 300, "row_tokens": 128, "num_examples": 6, "warmup": 1}
 
 
-def context(root, ranks):
+def context(root, ranks, **engine):
     plain = {
         "task": {"domains": {"code": {"kind": "code"}}, "vocab_size": 300},
         "model": MODEL,
-        "engine": {"threads": 1, "device": "cpu", "ranks": ranks, "checkpoint_s": 0.0},
+        "engine": {"threads": 1, "device": "cpu", "ranks": ranks, "checkpoint_s": 0.0, **engine},
         "optimizer": {"kind": "adamw", "eps": 1e-4},
         "log": {"wandb": "disabled"},
         "base": STAGE,
@@ -71,7 +71,29 @@ def test_a_killed_rank_ends_the_stage_and_the_same_command_ends_where_one_proces
     assert result["train_tokens"] == whole["train_tokens"]
     assert [row["step"] for row in read_metrics(cut.folder.metrics)] == [1, 2, 3]
     ends = [tmp_path / "one" / whole["checkpoint"], tmp_path / "two" / result["checkpoint"]]
-    one, two = (to_official(load_checkpoint(folder)[0]) for folder in ends)
+    assert_same_weights(*ends)
+
+
+def assert_same_weights(*folders):
+    one, two = (to_official(load_checkpoint(folder)[0]) for folder in folders)
     for name, value in one.items():
         # fp32 sums in another order; AdamW's eps keeps a gradient of rounding from being a step.
         torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"shard_state": True},
+        {"kind": "deepspeed", "zero_stage": 1},
+        {"kind": "deepspeed", "zero_stage": 2, "offload": True},
+    ],
+)
+def test_other_engines_end_where_one_process_does(engine, tmp_path):
+    whole = supervised.run_base(context(tmp_path / "one", 1))
+    two = context(tmp_path / "two", 2, **engine)
+    result = on_ranks(supervised.run_base, two)
+    assert_same_weights(tmp_path / "one" / whole["checkpoint"], tmp_path / "two" / result["checkpoint"])
+    kept = sorted(path.name for path in two.folder.checkpoints.iterdir())
+    assert kept[-1] == "step-000003" and len(kept) > 1  # saved on the way too, by all ranks
