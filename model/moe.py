@@ -303,14 +303,13 @@ class MoE(nn.Module):
     def _experts(self, _: int, hidden: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor]:
         """Routed and shared experts of hidden [R, D] by weights, experts [R, K] -> [R, D]."""
         own, shared = self.experts, self.shared_experts
+        if not self._is_on_gpu(hidden) and own.shard is None:
+            return ((own(hidden, weights, experts)[0] + shared(hidden)).to(hidden.dtype),)
         given = (hidden, weights, experts, own.weights(), own.limit)
-        if self._is_on_gpu(hidden):
-            base = gpu_moe.shared_expert(shared, hidden)
-            if own.shard is not None:
-                return (own.shard.run(*given, base),)
-            return (gpu_moe.routed_experts(*given, base),)
-        sums = routed(*given)[0] if own.shard is None else own.shard.run(*given)
-        return ((sums + shared(hidden)).to(hidden.dtype),)
+        if not self._is_on_gpu(hidden):
+            return ((own.shard.run(*given) + shared(hidden)).to(hidden.dtype),)  # type: ignore[union-attr]
+        base = gpu_moe.shared_expert(shared, hidden)
+        return (gpu_moe.routed_experts(*given, base) if own.shard is None else own.shard.run(*given, base),)
 
     def _is_on_gpu(self, hidden: Tensor) -> bool:
         return gpu_moe.is_available(hidden, self.experts.w1, self.gate.topk)
