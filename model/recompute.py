@@ -45,7 +45,7 @@ NAMES = {
     "attention_output": "attention's sum over keys [B, T, H, C] and what it hands to the streams [R, D]",
     "router": "the gate's logits [R, E]",
     "expert_activations": "gate and up projections of the routed [R·K, I] and shared experts; in fp32 on a "
-    "CPU, where those never leave the cache, their outputs [R, D]; of experts over ranks outputs "
+    "CPU, where under a policy those never leave the cache, their outputs [R, D]; of experts over ranks outputs "
     "and the rows that came [R·K, D]",
 }
 POLICIES = {
@@ -100,6 +100,11 @@ def named(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
     finally:
         del _works[number]
     return tuple(made) if len(made) > 1 else made[0]
+
+
+def has_policy() -> bool:
+    """Whether somebody decides by name what stays for the backward; if not, all that it asks for does."""
+    return _is_selective.get()
 
 
 def name_of(operation: Any, arguments: tuple[Any, ...]) -> str | None:

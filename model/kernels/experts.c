@@ -102,26 +102,27 @@ INLINE void inner(const experts_t *q, long expert, long n, const float *x, float
 }
 
 /* out [pairs, D]: for each of the `tasks` (expert, first pair, behind its last) what the expert makes of the pairs,
- * times share [pairs]. work [num_threads, 3, rows, max(D, I)]. */
+ * times share [pairs]. gates, ups [pairs, I] for the backward, or null. work [num_threads, 3, rows, max(D, I)]. */
 void experts_forward(gemm_t gemm, long num_tasks, long D, long I, long rows, float limit, const long *tasks,
                      const long *tokens, const float *hidden, const float *share, const float *w1,
-                     const float *w2, const float *w3, float *out, float *work) {
+                     const float *w2, const float *w3, float *out, float *gates, float *ups, float *work) {
     const experts_t q = {D, I, rows, limit, gemm, w1, w2, w3, hidden, share, tokens};
     const long size = rows * (D > I ? D : I);
     AS_FREE
     for (long task = 0; task < num_tasks; task++) {
         const long *own = tasks + 3 * task;
-        float *gate = work + OWN_THREAD * 3 * size, *up = gate + size, *copies = up + size;
+        float *active = work + OWN_THREAD * 3 * size, *copies = active + 2 * size;
         for (long first = own[1]; first < own[2]; first += rows) {
             const long n = at_most(rows, own[2] - first);
+            float *gate = gates ? gates + first * I : active, *up = ups ? ups + first * I : active + size;
             inner(&q, own[0], n, rows_of(&q, hidden, first, n, copies), gate, up);
-            activate(n, I, limit, gate, up, share ? share + first : 0, gate);
-            times(gemm, n, D, I, gate, 0, w2 + own[0] * D * I, 1, 0, out + first * D);
+            activate(n, I, limit, gate, up, share ? share + first : 0, active);
+            times(gemm, n, D, I, active, 0, w2 + own[0] * D * I, 1, 0, out + first * D);
         }
     }
 }
 
-typedef struct { const float *grad; float *d_w1, *d_w2, *d_w3, *d_share, *d_x; } slopes_t;
+typedef struct { const float *grad, *gates, *ups; float *d_w1, *d_w2, *d_w3, *d_share, *d_x; } slopes_t;
 
 /* One piece of a task's backward, the `is_first`: d_w… of the task are set, else added to. */
 static void piece_backward(const experts_t *q, const slopes_t *to, long expert, long task, long first, long n,
@@ -130,7 +131,12 @@ static void piece_backward(const experts_t *q, const slopes_t *to, long expert, 
     float *gate = work, *up = work + size, *active = work + 2 * size;
     const float *x = rows_of(q, q->hidden, first, n, work + 3 * size);
     const float *grad = rows_of(q, to->grad, first, n, work + 4 * size);
-    inner(q, expert, n, x, gate, up);
+    if (to->gates) {
+        memcpy(gate, to->gates + first * I, n * I * sizeof(float));
+        memcpy(up, to->ups + first * I, n * I * sizeof(float));
+    } else {
+        inner(q, expert, n, x, gate, up);
+    }
     times(q->gemm, n, I, D, grad, 0, q->w2 + expert * matrix, 0, 0, active);
     activate_backward(n, I, q->limit, q->share ? q->share + first : 0, gate, up, active,
                       q->share ? to->d_share + first : 0);
@@ -143,14 +149,14 @@ static void piece_backward(const experts_t *q, const slopes_t *to, long expert, 
     times(q->gemm, n, D, I, up, 0, q->w3 + expert * matrix, 0, 1, to->d_x + first * D);
 }
 
-/* d_x [pairs, D] and d_share [pairs] from grad [R, D]; d_w… [tasks, …], zeros where a task has no pairs, unless
+/* d_x [pairs, D] and d_share [pairs] from grad [R, D], and gates and ups of the forward unless they are null; d_w… [tasks, …], zeros where a task has no pairs, unless
  * null. work [num_threads, 5, rows, max(D, I)]. */
 void experts_backward(gemm_t gemm, long num_tasks, long D, long I, long rows, float limit, const long *tasks,
                       const long *tokens, const float *hidden, const float *share, const float *w1,
-                      const float *w2, const float *w3, const float *grad, float *d_w1, float *d_w2, float *d_w3,
-                      float *d_share, float *d_x, float *work) {
+                      const float *w2, const float *w3, const float *grad, const float *gates, const float *ups,
+                      float *d_w1, float *d_w2, float *d_w3, float *d_share, float *d_x, float *work) {
     const experts_t q = {D, I, rows, limit, gemm, w1, w2, w3, hidden, share, tokens};
-    const slopes_t to = {grad, d_w1, d_w2, d_w3, d_share, d_x};
+    const slopes_t to = {grad, gates, ups, d_w1, d_w2, d_w3, d_share, d_x};
     const long size = rows * (D > I ? D : I), bytes = D * I * sizeof(float);
     AS_FREE
     for (long task = 0; task < num_tasks; task++) {

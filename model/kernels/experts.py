@@ -1,7 +1,9 @@
 """The experts of a layer on a CPU, a few hundred rows at a time (experts.c); the twins are in model/moe.py.
 
 Between the matrix products of one expert its rows stay in cache: gates, activations and expert outputs of
-a whole batch are never made. The backward makes gate and up anew, two products beside a step's nine.
+a whole batch are never made. For the backward gate and up are kept where nothing says which tensors are (and
+the model is so wide that making them costs more than reading them); else it makes them anew, two products
+beside a step's nine.
 
 R tokens, D model width, E experts, K experts a token, I expert width, n rows of one expert.
 """
@@ -19,9 +21,10 @@ from torch import Tensor
 
 from consilience.model import exact
 from consilience.model.kernels.compiled import call, library
-from consilience.model.recompute import named
+from consilience.model.recompute import has_policy, named
 
 ROWS = 512  # of one expert at a time
+WIDE = 128  # of D: a number of gate is 2 D operations or 8 bytes written and read
 MOST_PARTS = 4  # of an expert that takes every token: each has gradients of its own until they are summed
 
 
@@ -107,12 +110,18 @@ def _work(count: int, own: Expert) -> Tensor:
 
 
 def _forward(
-    hidden: Tensor, shares: Tensor | None, experts: Tensor | None, limit: float, own: Expert
+    hidden: Tensor,
+    shares: Tensor | None,
+    experts: Tensor | None,
+    limit: float,
+    own: Expert,
+    kept: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
+    """`kept` [pairs, I] each are filled with gate and up."""
     if shares is None or experts is None:
         output = torch.empty_like(hidden)
         sizes = _sizes(own, _pieces([0, len(hidden)]), limit)
-        call("experts", "experts_forward", *sizes, None, hidden, None, *own, output, _work(3, own))
+        call("experts", "experts_forward", *sizes, None, hidden, None, *own, output, *kept, _work(3, own))
         return output
     pairs = _Pairs.of(experts, len(own.w1))
     made, sizes = (
@@ -120,26 +129,30 @@ def _forward(
         _sizes(own, _pieces(pairs.starts), limit),
     )
     given = (pairs.tokens, hidden, pairs.sorted(shares), *own)
-    call("experts", "experts_forward", *sizes, *given, made, _work(3, own))
+    call("experts", "experts_forward", *sizes, *given, made, *kept, _work(3, own))
     return pairs.sums(made)
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, shares, experts, limit, *weights):  # type: ignore[override]
-        ctx.save_for_backward(hidden, shares, experts, *weights)
+        own, kept = Expert(*weights), (None, None)
+        if hidden.shape[1] >= WIDE and not has_policy():
+            count = len(hidden) if experts is None else experts.numel()
+            kept = hidden.new_empty(count, own.w1.shape[-2]), hidden.new_empty(count, own.w1.shape[-2])
+        ctx.save_for_backward(hidden, shares, experts, *weights, *kept)
         ctx.limit = limit
-        return named("expert_activations", _forward, hidden, shares, experts, limit, Expert(*weights))
+        return named("expert_activations", _forward, hidden, shares, experts, limit, own, kept)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        hidden, shares, experts, *weights = ctx.saved_tensors
+        hidden, shares, experts, *weights, gates, ups = ctx.saved_tensors
         own, grad = Expert(*weights), grad.contiguous()
         wants_weights = any(ctx.needs_input_grad[4:])
         if experts is None:
             d_hidden, tasks = torch.empty_like(hidden), _parts(len(hidden))
             grads = [w.new_empty(len(tasks), *w.shape) if wants_weights else None for w in own]
-            given = (None, hidden, None, *own, grad, *grads, None, d_hidden, _work(5, own))
+            given = (None, hidden, None, *own, grad, gates, ups, *grads, None, d_hidden, _work(5, own))
             call("experts", "experts_backward", *_sizes(own, tasks, ctx.limit), *given)
             summed = (None if g is None else g.sum(0) if len(tasks) > 1 else g[0] for g in grads)
             return d_hidden, None, None, None, *summed
@@ -148,7 +161,7 @@ class _Experts(torch.autograd.Function):
         grads = [torch.empty_like(w) if wants_weights else None for w in own]
         share, d_x = pairs.sorted(shares), hidden.new_empty(experts.numel(), hidden.shape[1])
         d_share = torch.empty_like(share)
-        given = (pairs.tokens, hidden, share, *own, grad, *grads, d_share, d_x, _work(5, own))
+        given = (pairs.tokens, hidden, share, *own, grad, gates, ups, *grads, d_share, d_x, _work(5, own))
         call("experts", "experts_backward", *_sizes(own, tasks, ctx.limit), *given)
         return pairs.sums(d_x), d_share[pairs.places], None, None, *grads
 
