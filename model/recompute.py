@@ -45,8 +45,8 @@ NAMES = {
     "attention_output": "attention's sum over keys [B, T, H, C] and what it hands to the streams [R, D]",
     "router": "the gate's logits [R, E]",
     "expert_activations": "gate and up projections of the routed [R·K, I] and shared experts; in fp32 on a "
-    "CPU, where under a policy those never leave the cache, their outputs [R, D]; of experts over ranks outputs "
-    "and the rows that came [R·K, D]",
+    "CPU, where under a policy those never leave the cache, their outputs [R, D]; of experts over ranks "
+    "outputs and the rows that came [R·K, D]",
 }
 POLICIES = {
     "cheap": (),
