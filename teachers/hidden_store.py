@@ -274,8 +274,10 @@ class HiddenStore:
         """Leave a damaged file out, so that the next scoring replaces it; what to do, in words."""
         for key in self._entries.pop(path, set()):
             self._places.pop(key, None)
-        if not self._is_own(path):
-            return "this process only reads it: remove it, or score without that store"
+        if path.parent != self.folder:
+            return "it belongs to another stage and is only read: remove it, or score without that store"
+        if self._is_reader:
+            return "the process that writes it removes it when it reads it; run again"
         path.unlink(missing_ok=True)
         return "the file was removed, run again and its samples are scored anew"
 
