@@ -30,9 +30,9 @@ from consilience.distill.minibatch import draw_minibatches, segments_by_teacher
 from consilience.distill.objectives import Objective
 from consilience.distill.reward_term import RewardSettings, RewardTerm
 from consilience.distill.samples import by_teacher, pack_records, score_request, training_samples, without
+from consilience.distill.tally import Tally
 from consilience.distill.token_watch import TokenWatch
 from consilience.model.forward_trace import Trace
-from consilience.model.ranks import Ranks
 from consilience.rollout.ahead import PhasesAhead, PhasesElsewhere, PhasesInTurn, RolloutStreams, staleness
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.phases import Sampler, publish
@@ -157,14 +157,9 @@ def train_distill(
         row |= {"length": full_length(seen, step, settings.guard)} if seen and not rows else {}
         rows.append(row | {"balance": balance.state()})
         by_sample = report.pop("kl_by_sample")
-        first = rows[0] if rows else {}
-        flags = failures(report | seen, first.get("length"), settings.guard, step)
-        report |= (
-            {"teacher_loads": len(scored.loads), "reused": scored.num_reused}
-            | {"masked_bad_states": len(masked), **seen, **flags}
-            | age
-            | store.health.pop(step, {})
-        )
+        flags = failures(report | seen, rows[0].get("length"), settings.guard, step)
+        report |= {"teacher_loads": len(scored.loads), "reused": scored.num_reused}
+        report |= {"masked_bad_states": len(masked), **seen, **flags} | age | store.health.pop(step, {})
         log.scalars(step + 1, report)
         log.rollouts(step + 1, _table(records, by_sample, decode, settings.table_rows))
         warned = {"guard": said} if (said := spoken(flags)) else {}
@@ -202,41 +197,6 @@ def _result(rows: Sequence[dict[str, Any]], clock: StageClock) -> dict[str, Any]
     }
 
 
-@dataclass
-class _Tally:
-    """What a phase adds up: sums by teacher, and by sample its mean KL, its loss and its pull."""
-
-    watch: TokenWatch
-    reward: RewardTerm
-    by_teacher: dict[str, dict[str, float]] = field(default_factory=dict)
-    kl: dict[str, float] = field(default_factory=dict)
-    loss: dict[str, float] = field(default_factory=dict)
-    pull: dict[str, float] = field(default_factory=dict)
-    max_kl: float = 0.0
-
-    def add(self, teacher: str, sums: dict[str, float]) -> None:
-        mine = self.by_teacher.setdefault(teacher, {})
-        for name, value in sums.items():
-            earlier = mine.get(name, 0.0)
-            mine[name] = max(earlier, value) if name.startswith("max_") else earlier + value
-
-    def pop_max_kl(self, ranks: Ranks) -> float:
-        """The largest KL of a token, on any rank, since this was last asked."""
-        found, self.max_kl = max(ranks.gather(self.max_kl)), 0.0
-        return found
-
-    def share(self, ranks: Ranks) -> None:
-        """Samples that other ranks ran, on every rank."""
-        for kl, loss, pull in ranks.gather((self.kl, self.loss, self.pull)):
-            self.kl |= kl
-            self.loss |= loss
-            self.pull |= pull
-
-    def mean(self, name: str) -> dict[str, float]:
-        """A sum by teacher over its loss tokens."""
-        return {teacher: part[name] / part["tokens"] for teacher, part in self.by_teacher.items()}
-
-
 def train_phase(
     engine: TrainEngine,
     records: Sequence[RolloutRecord],
@@ -250,7 +210,7 @@ def train_phase(
     rng = np.random.default_rng((settings.seed, step))
     balance = balance or UpdateBalance({record.name: record.weight for record in teachers.registry})
     total: dict[str, Any] = {"train_tokens": 0, "head_loads": [], "skipped_updates": 0}
-    tally = _Tally(TokenWatch(settings.guard.eos), RewardTerm(records, settings.reward))
+    tally = Tally(TokenWatch(settings.guard.eos), RewardTerm(records, settings.reward))
     scale = warmup_constant_cosine(
         step,
         num_steps=settings.steps,
@@ -289,7 +249,7 @@ def _mini_batch(
     teachers: TeacherSide,
     settings: DistillSettings,
     balance: UpdateBalance,
-    tally: _Tally,
+    tally: Tally,
     trace: Trace,
 ) -> HeadLoads:
     """Gradients of one mini-batch, teacher by teacher; a record runs once for each teacher that it has."""
@@ -328,7 +288,7 @@ def _segment(
     scored: ScoreReport,
     teachers: TeacherSide,
     settings: DistillSettings,
-    tally: _Tally,
+    tally: Tally,
     trace: Trace,
 ) -> dict[str, float]:
     """Gradients of one teacher's samples in a mini-batch, each with the weight of its loss tokens."""
@@ -385,7 +345,7 @@ def _parts(values: Tensor, sizes: Sequence[int], reduce: Callable[[Tensor], Tens
     return [float(reduce(part)) for part in values.detach().split(list(sizes))]
 
 
-def _shares(records: Sequence[RolloutRecord], tally: _Tally) -> dict[str, dict[str, float]]:
+def _shares(records: Sequence[RolloutRecord], tally: Tally) -> dict[str, dict[str, float]]:
     """Each domain's share of the phase's prompts, loss tokens, loss and update."""
     amounts: dict[str, dict[str, float]] = {}
     for r in records:

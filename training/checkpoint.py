@@ -12,10 +12,9 @@ Everything is written into a sibling folder, flushed to the disk and renamed. Wh
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,10 @@ from torch import Tensor, nn
 from consilience.conf.errors import CheckpointError, ConsilienceError
 from consilience.model.ranks import ALONE
 from consilience.model.shards import Stored, read_folder, read_into
+from consilience.training.disk import Disk, sha256_of, why_not_written
 from consilience.training.durable_files import (
     flush_folder,
     folder_beside,
-    fsync_file,
-    is_disk_full,
-    replace_folder,
     restore_folder,
 )
 from consilience.training.engine import CutEngine, TrainEngine, is_cut
@@ -42,7 +39,6 @@ from consilience.training.tensor_files import (
     index_text,
     read_tensors,
     shards,
-    write_tensors,
 )
 
 SCHEMA = 1
@@ -77,17 +73,6 @@ class CheckpointMeta:
     cursor: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
-
-
-@dataclass(frozen=True)
-class Disk:
-    """Every way a checkpoint touches the disk, so that a test can let any of them fail."""
-
-    write_tensors: Callable[[Path, Mapping[str, Tensor]], None] = write_tensors
-    write_text: Callable[[Path, str], Any] = lambda path, text: path.write_text(text, "utf-8")
-    copy: Callable[[Path, Path], Any] = shutil.copyfile
-    sync: Callable[[Path], None] = fsync_file
-    publish: Callable[[Path, Path], None] = replace_folder
 
 
 def save_checkpoint(
@@ -159,7 +144,7 @@ def _save(
             shutil.rmtree(beside, ignore_errors=True)
         if isinstance(error, ConsilienceError) or not isinstance(error, Exception):
             raise
-        raise CheckpointError(_why(folder, error)) from error
+        raise CheckpointError(why_not_written(folder, error)) from error
     return meta
 
 
@@ -234,7 +219,7 @@ def seal_folder(
     """
     disk = disk or Disk()
     others = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in shards]
-    meta = replace(meta, files={path.relative_to(folder).as_posix(): _sha256(path) for path in others})
+    meta = replace(meta, files={path.relative_to(folder).as_posix(): sha256_of(path) for path in others})
     disk.write_text(folder / META, json.dumps(asdict(meta), indent=1))
     flush_folder(folder, disk.sync)
     return meta
@@ -381,7 +366,7 @@ def _verify_files(folder: Path, files: Mapping[str, str]) -> None:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; the checkpoint is not complete, restore or remake it")
-        if _sha256(path) != expected:
+        if sha256_of(path) != expected:
             raise CheckpointError(f"{path} was changed or damaged since it was saved; restore or remake it")
 
 
@@ -405,23 +390,3 @@ def _main_dtype(tensors: Mapping[str, Tensor] | Mapping[str, Stored]) -> str:
         if name in tensors:
             return str(tensors[name].dtype).removeprefix("torch.")
     raise CheckpointError(f"{INDEX}: tensor embed.weight is missing; these are not the weights of a V4 model")
-
-
-def _why(folder: Path, error: Exception) -> str:
-    if is_disk_full(error):
-        return (
-            f"no room to write the checkpoint {folder}; the one before it is untouched. Free disk space "
-            "(older step folders can go) and run again: it resumes from the last checkpoint"
-        )
-    return (
-        f"the checkpoint {folder} could not be written ({type(error).__name__}: {error}); "
-        "none was left half-written. Repair the folder or choose another, and run again"
-    )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -53,6 +52,7 @@ from consilience.model.kernels.triton_attention_gluon import (
     flat,
     tensors_of,
 )
+from consilience.model.kernels.triton_integer_sums import choose, clear, unpack
 
 CHUNK = gl.constexpr(128)  # channels of a tile's gradients at a time
 PART = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16]))
@@ -304,55 +304,6 @@ def _backward(
     gl.atomic_max(largest + 1, gl.max(gl.max(far_top, 1), 0).to(gl.int32, bitcast=True), sem="relaxed")
 
 
-@triton.jit
-def _choose(largest, scales, is_needed, near_limit, far_limit, near_room, far_room, IS_CHECK: tl.constexpr):
-    """Powers of two by which parts of keys and of entries are multiplied: the largest found, `room` times, is
-    at most the limit. A check, by the largest of all, changes what does not fit, and says so."""
-    index = tl.arange(0, 2)
-    limit, room = tl.where(index == 0, near_limit, far_limit), tl.where(index == 0, near_room, far_room)
-    top = tl.load(largest + index).to(tl.float32, bitcast=True)
-    fitting = limit / (top * (1.0 if IS_CHECK else room))
-    fitting = (fitting.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    fitting = tl.where((fitting > 0) & (fitting < float("inf")), fitting, 1.0)
-    if IS_CHECK:
-        before = tl.load(scales + index)
-        # Too small is only what was not measured at all.
-        is_wrong = (top * before > limit) | (fitting > 2 * room * before)
-        is_wrong &= top > 0
-        is_needed_again = tl.max(is_wrong.to(tl.int32), 0)
-        tl.store(is_needed, is_needed_again)
-        fitting = tl.where(is_needed_again > 0, fitting, before)
-    tl.store(scales + index, fitting)
-
-
-@triton.jit
-def _clear(sums, num_pairs, is_needed, BLOCK: tl.constexpr):
-    """Zeros, where the sums are made again."""
-    if tl.load(is_needed) != 0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        tl.store(sums + at, tl.zeros([BLOCK], tl.int64), mask=at < num_pairs)
-
-
-@triton.jit
-def _unpack(
-    sums, scales, largest, gradient, num_pairs,
-    INDEX: tl.constexpr, ADDS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sums of pairs as gradients, or added to them; NaN all over where a part was not finite."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    both = tl.load(sums + at, mask=at < num_pairs, other=0)
-    low = both.to(tl.int32)
-    high = ((both - low.to(tl.int64)) >> 32).to(tl.int32)
-    back = 1.0 / tl.load(scales + INDEX)
-    back = tl.where(tl.load(largest + INDEX) >= 0x7F800000, float("nan"), back)
-    values = tl.join(low.to(tl.float32) * back, high.to(tl.float32) * back)
-    target = gradient + 2 * at[:, None] + tl.arange(0, 2)[None, :]
-    is_there = (at < num_pairs)[:, None]
-    if ADDS:
-        values += tl.load(target, mask=is_there, other=0.0)
-    tl.store(target, values, mask=is_there)
-
-
 def _add_range(problem: Problem, given: tuple[Any, ...], found: list[Tensor], begin: int, end: int) -> None:
     """Gradients of keys from the blocks begin … end - 1, added to `found` (fp32), the first put there."""
     device, shares = problem.query.device, problem.query.shape[2] // HEADS.value
@@ -371,14 +322,14 @@ def _add_range(problem: Problem, given: tuple[Any, ...], found: list[Tensor], be
         )  # fmt: skip
 
     launch(largest[0], is_needed, triton.cdiv(end - begin, WINDOW.value), True)
-    _choose[(1,)](largest[0], scales, is_needed, *limits, *ROOM, IS_CHECK=False)
+    choose[(1,)](largest[0], scales, is_needed, *limits, *ROOM, IS_CHECK=False)
     launch(largest[1], is_needed, end - begin, False)
-    _choose[(1,)](largest[1], scales, is_needed[1:], *limits, *ROOM, IS_CHECK=True)
+    choose[(1,)](largest[1], scales, is_needed[1:], *limits, *ROOM, IS_CHECK=True)
     for pairs in sums:
-        _clear[(triton.cdiv(pairs.numel(), 4096),)](pairs, pairs.numel(), is_needed[1:], BLOCK=4096)
+        clear[(triton.cdiv(pairs.numel(), 4096),)](pairs, pairs.numel(), is_needed[1:], BLOCK=4096)
     launch(largest[1], is_needed[1:], end - begin, False)
     for index, (x, pairs) in enumerate(zip(found, sums)):
-        _unpack[(triton.cdiv(pairs.numel(), 1024),)](
+        unpack[(triton.cdiv(pairs.numel(), 1024),)](
             pairs, scales, largest[1], x, pairs.numel(),
             INDEX=index, ADDS=begin > 0, BLOCK=1024,
         )  # fmt: skip

@@ -20,13 +20,13 @@ from consilience.conf.errors import CheckpointError
 from consilience.model.digest import weights_digest
 from consilience.training.checkpoint import (
     CheckpointMeta,
-    Disk,
     ModelFormat,
     load_checkpoint,
     load_engine_state,
     read_meta,
     save_checkpoint,
 )
+from consilience.training.disk import Disk
 from consilience.training.durable_files import replace_folder
 from consilience.training.step_folders import latest_checkpoint, prune_checkpoints, step_folder
 from consilience.training.tensor_files import INDEX, read_tensors, write_tensors

@@ -10,7 +10,8 @@ import torch
 
 from consilience.conf.errors import CheckpointError
 from consilience.model.ranks import ALONE
-from consilience.training.checkpoint import CheckpointMeta, Disk, load_checkpoint, read_meta, save_checkpoint
+from consilience.training.checkpoint import CheckpointMeta, load_checkpoint, read_meta, save_checkpoint
+from consilience.training.disk import Disk
 from consilience.training.engine import is_cut
 from consilience.training.stage_checkpoints import StageCheckpoints
 from consilience.training.torch_engine import TorchEngine

@@ -234,7 +234,7 @@ def test_sums_of_parts_that_were_not_finite_are_not_a_number(modules):
     scales, found = torch.tensor([4.0, 2.0], device=device), torch.full((1, 4), 9.0, device=device)
     for top, wanted in ((1.5, [1.25, 1.75, -0.75, -0.5]), (float("inf"), [float("nan")] * 4)):
         largest = torch.tensor([top, 0.0], device=device).view(torch.int32)
-        modules[2]._unpack[(1,)](sums, scales, largest, found, 2, INDEX=0, ADDS=False, BLOCK=16)
+        modules[2].unpack[(1,)](sums, scales, largest, found, 2, INDEX=0, ADDS=False, BLOCK=16)
         torch.testing.assert_close(found[0].cpu(), torch.tensor(wanted), rtol=0, atol=0, equal_nan=True)
 
 

@@ -1,0 +1,44 @@
+"""What the micro-batches of a phase add up to, whoever ran them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from consilience.distill.reward_term import RewardTerm
+from consilience.distill.token_watch import TokenWatch
+from consilience.model.ranks import Ranks
+
+
+@dataclass
+class Tally:
+    """What a phase adds up: sums by teacher, and by sample its mean KL, its loss and its pull."""
+
+    watch: TokenWatch
+    reward: RewardTerm
+    by_teacher: dict[str, dict[str, float]] = field(default_factory=dict)
+    kl: dict[str, float] = field(default_factory=dict)
+    loss: dict[str, float] = field(default_factory=dict)
+    pull: dict[str, float] = field(default_factory=dict)
+    max_kl: float = 0.0
+
+    def add(self, teacher: str, sums: dict[str, float]) -> None:
+        mine = self.by_teacher.setdefault(teacher, {})
+        for name, value in sums.items():
+            earlier = mine.get(name, 0.0)
+            mine[name] = max(earlier, value) if name.startswith("max_") else earlier + value
+
+    def pop_max_kl(self, ranks: Ranks) -> float:
+        """The largest KL of a token, on any rank, since this was last asked."""
+        found, self.max_kl = max(ranks.gather(self.max_kl)), 0.0
+        return found
+
+    def share(self, ranks: Ranks) -> None:
+        """Samples that other ranks ran, on every rank."""
+        for kl, loss, pull in ranks.gather((self.kl, self.loss, self.pull)):
+            self.kl |= kl
+            self.loss |= loss
+            self.pull |= pull
+
+    def mean(self, name: str) -> dict[str, float]:
+        """A sum by teacher over its loss tokens."""
+        return {teacher: part[name] / part["tokens"] for teacher, part in self.by_teacher.items()}
