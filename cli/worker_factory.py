@@ -79,19 +79,17 @@ def build_worker(
     )
     wait_s = (limits or Limits()).lease_s + 60.0  # the worker's own look at its threads comes first
     boxes = _boxes(sandbox, warm, uses_per_box, wait_s, log_folder) if needs_boxes else None
-    try:
-        grader.start(rewards)
-    except BaseException:
-        grader.close()
-        if boxes is not None:
-            boxes.close()
-        raise
 
     def close() -> None:
         grader.close()
         if boxes is not None:
             boxes.close()
 
+    try:
+        grader.start(rewards)
+    except BaseException:
+        close()
+        raise
     return RolloutWorker(
         sampler,
         Tokenizer.load(tokenizer_path),
