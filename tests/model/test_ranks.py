@@ -99,7 +99,7 @@ def test_rows_reach_their_rank_in_order_and_ranks_split_into_parts(size, tmp_pat
 def absent(ranks):
     """Rank 1 never reaches the barrier, and lives on."""
     if ranks.rank == 1:
-        time.sleep(4)
+        time.sleep(9)
         return None
     with pytest.raises(EngineError) as found:
         ranks.barrier()
@@ -107,7 +107,7 @@ def absent(ranks):
 
 
 def test_a_barrier_names_the_rank_that_is_missing(tmp_path):
-    said = on_ranks(2, absent, folder=tmp_path, limit_s=6)
+    said = on_ranks(2, absent, folder=tmp_path, limit_s=16)
     assert "rank 0 of 2 waited in vain" in said[0] and "1" in said[0]
 
 
