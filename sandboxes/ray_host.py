@@ -1,14 +1,17 @@
 """The sandbox host of each node as a detached Ray actor, and the `ask` to it. An actor is a mailbox.
 
-Detached, so that it outlives workers, drivers and trainers that join its cluster; restarted when it dies,
-with what it left behind reaped first. Its boxes end with its process: then verbs raise SandboxLost, and
-nothing is found. No call is ever sent twice.
+Detached, so that it outlives workers, drivers and trainers that join its cluster; restarted when it dies.
+What dead owners left behind, a predecessor too, is reaped first and then now and again: an engine may still
+make a container for one that was killed while it asked. Its boxes end with its process: then verbs raise
+SandboxLost, and nothing is found. No call is ever sent twice.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
+import time
 from typing import Any
 
 import ray
@@ -22,6 +25,7 @@ from consilience.sandboxes.host_reaper import reap_leftovers
 
 NAMESPACE = "consilience"
 START_LIMIT_S = 120.0
+REAP_S = 60.0
 _NAME = "sandbox-host-"
 _MOST_CALLS = 4096  # under way at once: a lease that waits is one
 
@@ -37,6 +41,13 @@ class HostMailbox:
             return SandboxHost(limits)
 
         self._host = self._thread.run(made(), ORDER_LIMIT_S)
+        threading.Thread(target=self._reap, name="reap", daemon=True).start()
+
+    def _reap(self) -> None:
+        while True:
+            time.sleep(REAP_S)
+            with contextlib.suppress(OSError):
+                self._num_left += reap_leftovers()
 
     async def ask(self, verb: str, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
         work = getattr(self._host, verb)(*args, **options)

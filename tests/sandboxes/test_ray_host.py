@@ -1,5 +1,6 @@
 """The host as a Ray actor: a node's processes share it; it outlives those that are killed."""
 
+import asyncio
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ import ray
 from consilience.cli.worker_factory import _boxes
 from consilience.conf.errors import SandboxLost, SandboxUnavailable
 from consilience.rollout.ray_cluster import ray_cluster, worker_runtime
+from consilience.sandboxes import ray_host
 from consilience.sandboxes.host import HostLimits
 from consilience.sandboxes.host_client import HostPool
 from consilience.sandboxes.protocol import Limits, SandboxSpec
@@ -156,3 +158,12 @@ def test_a_worker_of_a_run_takes_its_boxes_from_the_host(ask):
         assert found["leased"] >= 1
     finally:
         boxes.close()
+
+
+def test_what_dead_owners_leave_is_looked_for_again_and_again(monkeypatch):
+    found = iter([1, 0, 2])
+    monkeypatch.setattr(ray_host, "REAP_S", 0.05)
+    monkeypatch.setattr(ray_host, "reap_leftovers", lambda: next(found, 0))
+    mailbox = ray_host.HostMailbox(None)
+    wait_for(lambda: asyncio.run(mailbox.metrics())["leftovers"] == 3)
+    assert asyncio.run(mailbox.ask("close", (), {})) == (None, None)
