@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from consilience.conf.errors import EngineError
 from consilience.model.exact import exact_mode
 from consilience.model.ranks import Ranks
+from consilience.training.engine_checks import check_denominators, raise_first, told_of
 from consilience.training.fill_up import blank
 
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, Mapping[str, float]]]
@@ -38,7 +39,7 @@ def accumulate(
     Every rank gets the same report and, where any of them fails, an error: EngineError names the first
     micro-batch that failed. Gradients lie where `backward` left them, those of other ranks are not in them.
     """
-    _check(denominators, num_steps)
+    check_denominators(denominators, num_steps)
     micro_batches = list(batch) if isinstance(batch, list | tuple) else [batch]
     own = ranks.part(range(len(micro_batches)))
     num_blank = -(-len(micro_batches) // ranks.size) - len(own) if is_in_step else 0
@@ -85,27 +86,11 @@ def add_report(total: dict[str, float], report: Mapping[str, float]) -> None:
             total[name] = max(total[name], value) if name.startswith(LARGEST) else total[name] + value
 
 
-def _check(denominators: Mapping[str, float], num_steps: int) -> None:
-    for name, value in denominators.items():
-        if not (math.isfinite(value) and value > 0):
-            raise EngineError(
-                f"step {num_steps}: denominator {name} is {value}; it must be a positive count, "
-                "a mini-batch without loss tokens must not reach the engine"
-            )
-
-
 def _shared(
     ranks: Ranks, found: Mapping[str, float], failed: tuple[int, Exception] | None, num_steps: int
 ) -> Sequence[Mapping[str, float]]:
     """Every rank's report, in the order of the ranks. If one failed, all raise."""
-    told = None if failed is None else (failed[0], ranks.rank, type(failed[1]).__name__, str(failed[1]))
-    answers = ranks.gather((dict(found), told))
-    errors = [error for _, error in answers if error is not None]
-    if not errors:
-        return [report for report, _ in answers]
-    index, rank, kind, text = min(errors)
-    if failed is not None and rank == ranks.rank:
-        raise failed[1]
-    if kind == EngineError.__name__:
-        raise EngineError(text)
-    raise EngineError(f"step {num_steps}: rank {rank} failed in micro-batch {index} ({kind}: {text})")
+    index, failure = failed or (0, None)
+    answers = ranks.gather((dict(found), told_of(ranks, index, failure)))
+    raise_first(ranks, [told for _, told in answers], failure, num_steps)
+    return [report for report, _ in answers]
