@@ -27,7 +27,8 @@ def print_report(report: Report, stream: TextIO | None = None) -> None:
     console.print(verdict)
     if disturbed := {name: n for name, n in spoken_health(report.health).items() if n}:
         said = ", ".join(f"{name} {n}" for name, n in disturbed.items())
-        console.print(Text(f"disturbances: {said}; stalls.jsonl names each wait", "yellow"))
+        where = "; stalls.jsonl names each wait" if disturbed.get("stalls") else ""
+        console.print(Text(f"disturbances: {said}{where}", "yellow"))
     for row in report.checks:
         if not row.ok:
             console.print(Text(f"  fails: {row.name}: {_value(row.value)}, needs {row.bound}", "red"))

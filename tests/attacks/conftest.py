@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from attack import Attack
 
 from consilience.conf.errors import SandboxLost
-from consilience.sandboxes import bwrap_driver, docker_driver
 from consilience.sandboxes.blocking import BlockingSandbox, open_blocking
 from consilience.sandboxes.insecure_driver import open_insecure
-from consilience.sandboxes.protocol import Isolation, Limits, Sandbox, SandboxSpec
+from consilience.sandboxes.protocol import Isolation, Limits, SandboxSpec
+from tests import drivers_here
 
 LIMITS = Limits(
     memory_bytes=96 << 20,
@@ -32,21 +32,13 @@ IS_LONG_RUN = os.environ.get("ATTACKS") == "all"  # `make attacks`
 NOT_ENFORCED: list[str] = []
 
 
-async def open_root(spec: SandboxSpec) -> Sandbox:
-    return await bwrap_driver.open_bwrap(spec, is_root_mode=True)
-
-
-async def open_user(spec: SandboxSpec) -> Sandbox:
-    return await bwrap_driver.open_bwrap(spec, is_root_mode=False)
-
-
 def _present() -> dict[str, tuple[Isolation, Callable]]:
-    found: dict[str, tuple[Isolation, Callable]] = {}
-    if not isinstance(docker_driver.find_engine(), str):
-        found["docker"] = (Isolation.CONTAINER, docker_driver.open_docker)
-    if os.geteuid() == 0 and not isinstance(bwrap_driver.find_bwrap(True), str):
-        found["bwrap_root"] = (Isolation.BWRAP_ROOT, open_root)
-    found["bwrap_user"] = (Isolation.BWRAP_USER, open_user)  # must work wherever the tests run
+    levels = {
+        "docker": Isolation.CONTAINER,
+        "bwrap_root": Isolation.BWRAP_ROOT,
+        "bwrap_user": Isolation.BWRAP_USER,
+    }
+    found = {name: (levels[name], opener) for name, opener in drivers_here.PRESENT.items()}
     found["insecure"] = (Isolation.RLIMIT, open_insecure)
     return found
 

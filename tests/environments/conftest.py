@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from consilience.rewards.judge_box import JudgeBox
-from consilience.sandboxes import bwrap_driver, docker_driver
 from consilience.sandboxes.blocking import BlockingSandbox, open_blocking
-from consilience.sandboxes.protocol import Sandbox, SandboxSpec
-
-
-async def open_root(spec: SandboxSpec) -> Sandbox:
-    return await bwrap_driver.open_bwrap(spec, is_root_mode=True)
-
-
-async def open_user(spec: SandboxSpec) -> Sandbox:
-    return await bwrap_driver.open_bwrap(spec, is_root_mode=False)
-
-
-def _present() -> dict[str, Callable]:
-    found: dict[str, Callable] = {}
-    if not isinstance(docker_driver.find_engine(), str):
-        found["docker"] = docker_driver.open_docker
-    if os.geteuid() == 0 and not isinstance(bwrap_driver.find_bwrap(True), str):
-        found["bwrap_root"] = open_root
-    found["bwrap_user"] = open_user  # must work wherever the tests run
-    return found
-
-
-PRESENT = _present()
+from consilience.sandboxes.protocol import SandboxSpec
+from tests.drivers_here import PRESENT
 
 
 @pytest.fixture(scope="session", params=list(PRESENT))

@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from consilience.sandboxes import bwrap_driver, docker_driver
 from consilience.sandboxes.blocking import BlockingSandbox, open_blocking
-from consilience.sandboxes.protocol import Limits, Sandbox, SandboxSpec
+from consilience.sandboxes.protocol import Limits, SandboxSpec
+from tests.drivers_here import PRESENT
 
 LIMITS = Limits(
     memory_bytes=96 << 20, processes=24, workspace_bytes=8 << 20, file_bytes=4 << 20, output_bytes=4096
 )
-
-
-async def open_root(spec: SandboxSpec) -> Sandbox:
-    return await bwrap_driver.open_bwrap(spec, is_root_mode=True)
-
-
-async def open_user(spec: SandboxSpec) -> Sandbox:
-    return await bwrap_driver.open_bwrap(spec, is_root_mode=False)
-
-
-def _present() -> dict[str, Callable]:
-    found: dict[str, Callable] = {}
-    if not isinstance(docker_driver.find_engine(), str):
-        found["docker"] = docker_driver.open_docker
-    if os.geteuid() == 0 and not isinstance(bwrap_driver.find_bwrap(True), str):
-        found["bwrap_root"] = open_root
-    found["bwrap_user"] = open_user  # must work wherever the tests run
-    return found
-
-
-PRESENT = _present()
 
 
 @pytest.fixture(scope="session")
