@@ -35,9 +35,7 @@ def told_of(ranks: Ranks, index: int, failure: Exception | None) -> Told | None:
     return None if failure is None else (index, ranks.rank, type(failure).__name__, str(failure))
 
 
-def raise_first(
-    ranks: Ranks, told: Iterable[Told | None], failure: Exception | None, num_steps: int
-) -> None:
+def raise_first(ranks: Ranks, told: Iterable[Told | None], failure: Exception | None, num_steps: int) -> None:
     """Raise what failed first of what all ranks told: on the rank that failed `failure` itself."""
     failures = [each for each in told if each is not None]
     if not failures:
