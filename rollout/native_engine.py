@@ -185,11 +185,14 @@ class NativeEngine:
 
     def new_tokens(self) -> NewTokens:
         """See `RolloutEngine.new_tokens`."""
-        new = NewTokens(self._version)
-        for stream, before, count in self._new:
-            for at in range(before, before + count):
-                new.add(stream.request.uid, at, stream.tokens[at], stream.logprobs[at])
-        return new
+        places = [(s, at) for s, before, count in self._new for at in range(before, before + count)]
+        return NewTokens(
+            self._version,
+            [s.request.uid for s, _ in places],
+            [at for _, at in places],
+            [s.tokens[at] for s, at in places],
+            [s.logprobs[at] for s, at in places],
+        )
 
     def release(self, uids: Sequence[str]) -> None:
         """See `RolloutEngine.release`."""
