@@ -20,6 +20,7 @@ from consilience.conf.errors import ConfigError, ConsilienceError
 from consilience.conf.fields import fields_of, nearest
 from consilience.conf.overrides import own_setting
 from consilience.conf.schema import Config
+from consilience.training.durable_files import is_disk_full
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPT, EXIT_TERMINATED = 1, 2, 130, 143
 RESUMABLE = ("run", "sft", "grpo", "distill", "evaluate")
@@ -126,6 +127,8 @@ def _fail(error: Exception, code: int, is_debug: bool) -> int:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ConsilienceError):
         _say(f"consilience: {text}")
+    elif is_disk_full(error):
+        _say(f"consilience: {text}: the disk takes no more; free space and run again, what is finished is kept")
     else:
         _say(f"consilience: {type(error).__name__}: {text} (--debug shows where; finished stages are kept)")
     return code

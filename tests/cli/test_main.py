@@ -71,6 +71,19 @@ def test_debug_shows_where(tmp_path):
     assert "Traceback" in done.stderr
 
 
+def on_a_full_disk(cfg) -> int:
+    with open("/dev/full", "w") as file:
+        file.write("anything")
+    return 0
+
+
+def test_a_full_disk_is_told_plainly_whoever_met_it(capsys):
+    assert main(["doctor"], {"doctor": f"{__name__}:on_a_full_disk"}) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "free space and run again" in error
+    assert "--debug" not in error and error.count("\n") == 1
+
+
 def test_help_lists_every_verb_and_group_and_explains_a_group(capsys):
     assert main(["help"]) == 0
     text = capsys.readouterr().out
