@@ -128,7 +128,9 @@ def _fail(error: Exception, code: int, is_debug: bool) -> int:
     if isinstance(error, ConsilienceError):
         _say(f"consilience: {text}")
     elif is_disk_full(error):
-        _say(f"consilience: {text}: the disk takes no more; free space and run again, what is finished is kept")
+        _say(
+            f"consilience: {text}: the disk takes no more; free space and run again, what is finished is kept"
+        )
     else:
         _say(f"consilience: {type(error).__name__}: {text} (--debug shows where; finished stages are kept)")
     return code
