@@ -127,7 +127,7 @@ def start_arms(given: argparse.Namespace, folder: Path) -> Iterator[Arm]:
         wanted.append(("V4", "vllm", "vllm", v4))
     order: dict[str, Any] = {"threads": given.threads, "device": "cuda" if IS_GPU else "cpu"}
     order["dtype"] = "bfloat16" if IS_GPU else "float32"
-    order |= {"rows": max(given.batches), "length": given.prompt + given.tokens}
+    order |= {"batches": given.batches, "length": given.prompt + given.tokens}
     for number, (model, name, kind, checkpoint) in enumerate(wanted):
         python = given.vllm_python if kind == "vllm" else sys.executable
         mine = {**order, "kind": kind, "folder": str(checkpoint)}

@@ -136,7 +136,7 @@ def digest_of_values(weights: Weights, dtype: torch.dtype) -> str:
     return weights_digest({name: cast(tensor) for name, tensor in weights.items()})
 
 
-# ---- arms: (folder, device, dtype, most rows, most tokens of a row) -> run, digest, seconds to publish
+# ---- arms: (folder, device, dtype, rows that will be asked for, most tokens of a row) -> run, digest, seconds to publish
 
 
 def native_model(folder: Path, device: str, dtype: torch.dtype) -> Any:
@@ -144,13 +144,16 @@ def native_model(folder: Path, device: str, dtype: torch.dtype) -> Any:
     from consilience.model.released_checkpoint import open_checkpoint
     from consilience.model.transformer import Transformer
 
+    config = open_checkpoint(folder).config
     with torch.device(device):
-        model = Transformer(open_checkpoint(folder).config, dtype)
+        model = Transformer(config, dtype)
     load_official(model, stored_weights(folder))
     return model.requires_grad_(False).eval()
 
 
-def native(folder: Path, device: str, dtype: torch.dtype, rows: int, length: int) -> tuple[Run, str, float]:
+def native(
+    folder: Path, device: str, dtype: torch.dtype, batches: list[int], length: int
+) -> tuple[Run, str, float]:
     from consilience.model.checkpoint import to_official
     from consilience.rollout.native_engine import NativeEngine
 
@@ -160,14 +163,16 @@ def native(folder: Path, device: str, dtype: torch.dtype, rows: int, length: int
 
     def run(prompts: list[list[int]], tokens: int, seed: int) -> Marks:
         engine = NativeEngine(
-            model, max_rows=len(prompts), max_length=length, prefill_tokens=rows * len(prompts[0])
+            model, max_rows=len(prompts), max_length=length, prefill_tokens=max(batches) * len(prompts[0])
         )
         return step_through(engine, prompts, tokens, seed)
 
     return run, digest_of_values(to_official(model), dtype), published_s
 
 
-def vllm(folder: Path, device: str, dtype: torch.dtype, rows: int, length: int) -> tuple[Run, str, float]:
+def vllm(
+    folder: Path, device: str, dtype: torch.dtype, batches: list[int], length: int
+) -> tuple[Run, str, float]:
     from consilience.model.released_checkpoint import open_checkpoint
     from consilience.rollout.vllm_engine import VllmEngine
     from consilience.rollout.vllm_launch import probe_sequences, v4_export
@@ -178,19 +183,18 @@ def vllm(folder: Path, device: str, dtype: torch.dtype, rows: int, length: int) 
     if is_v4:
         from vllm_gpu import SETTINGS
 
-        sizes = [1 << i for i in range(rows.bit_length())]
-        memory = {"gpu_memory_utilization": 0.25, "enforce_eager": False, "cudagraph_capture_sizes": sizes}
-        settings = SETTINGS | memory | {"max_num_batched_tokens": max(2048, rows * length)}
+        memory = {"gpu_memory_utilization": 0.4, "enforce_eager": False, "cudagraph_capture_sizes": batches}
+        settings = SETTINGS | memory
     else:
         cache = {"kv_cache_memory_bytes": 256 << 20, "enable_prefix_caching": False}
         settings = {
             "dtype": "float32",
             "enforce_eager": True,
-            "max_num_batched_tokens": rows * length,
+            "max_num_batched_tokens": max(batches) * length,
         } | cache
     engine = VllmEngine(
         folder,
-        max_rows=rows,
+        max_rows=max(batches),
         max_length=length,
         probes=probe_sequences(min(vocab_size, 2000), probe_length),
         reference=reference_of(folder, device),
@@ -203,7 +207,7 @@ def vllm(folder: Path, device: str, dtype: torch.dtype, rows: int, length: int) 
     return lambda *what: step_through(engine, *what), digest_of_values(weights, dtype), published_s
 
 
-def transformers(folder: Path, device: str, dtype: torch.dtype, rows: int, length: int) -> Any:
+def transformers(folder: Path, device: str, dtype: torch.dtype, batches: list[int], length: int) -> Any:
     from transformers import StoppingCriteria
 
     model, digest = v4_twin(folder, device, dtype) if architecture(folder) == V4 else dense(folder, dtype)
@@ -306,7 +310,7 @@ def serve(order: dict[str, Any]) -> None:
     libraries = settle()
     began = time.perf_counter()
     run, digest, published_s = ARMS[order["kind"]](
-        Path(order["folder"]), device, dtype, order["rows"], order["length"]
+        Path(order["folder"]), device, dtype, order["batches"], order["length"]
     )
     vocab_size = json.loads((Path(order["folder"]) / "config.json").read_text())["vocab_size"]
     say({"digest": digest, "published_s": published_s, "start_s": time.perf_counter() - began})

@@ -179,7 +179,7 @@ def main() -> None:
         except EngineError as error:
             raise SystemExit(f"FAIL: {error}") from None
         for proof in proofs:
-            print(f"{proof.kind}: moved {proof.expected:.2f} nats, vLLM's move is {proof.missing:.2f} off")
+            print(f"{proof.kind}: moved {proof.expected:.2f} nats, vLLM followed by {proof.followed:.2f}")
     engine.close()
 
 

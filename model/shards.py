@@ -168,7 +168,7 @@ def read_rows(stored: Stored, first: int = 0, last: int | None = None) -> Tensor
     """
     last = stored.shape[0] if last is None and stored.shape else last
     num_rows = last - first if last is not None else 1
-    raw = torch.empty(num_rows * stored.row_bytes, dtype=torch.uint8)
+    raw = torch.empty(num_rows * stored.row_bytes, dtype=torch.uint8, device="cpu")
     _read(stored, first * stored.row_bytes, raw)
     shape = (num_rows, *stored.shape[1:]) if stored.shape else ()
     return raw.view(stored.dtype).view(shape)

@@ -27,7 +27,7 @@ from consilience.rollout.vllm_proof import (
     Mismatch,
     Reference,
     Scores,
-    changed,
+    changed_enough,
     compare,
     kind_proof,
     kinds_of,
@@ -330,10 +330,10 @@ class VllmEngine:
         for kind, names in every.items():
             if kinds and kind not in kinds:
                 continue
-            other = changed(weights, names)
+            other, moved = changed_enough(weights, names, self._reference, self._probes, before[1])
             self._load(other)
-            after = self.score(self._probes), self._reference(other, self._probes)
-            proofs.append(kind_proof(kind, (before[0], after[0]), (before[1], after[1])))
+            after = self.score(self._probes)
+            proofs.append(kind_proof(kind, (before[0], after), (before[1], moved)))
         self._load(weights)
         again = compare(self._version, self.score(self._probes), before[1], None)
         if not again.mean <= self._max_mismatch:

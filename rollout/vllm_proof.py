@@ -23,7 +23,11 @@ from consilience.model.digest import weights_digest
 Scores = list[np.ndarray]  # one fp64 row a probe: log-probability of its tokens 1, 2, …
 Reference = Callable[[Mapping[str, Tensor], Sequence[Sequence[int]]], Scores]
 
-STALE_SHARE = 0.5  # of the move that a changed tensor must cause; a stale one causes none
+FOLLOWED = 0.5  # least share of the move that a changed tensor must cause; a stale one causes none
+MOVE, MOST_TIMES = (
+    0.5,
+    64.0,
+)  # a change is doubled until the reference moves by so many nats, or so often as large
 
 
 def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -76,8 +80,11 @@ def kinds_of(names: Sequence[str]) -> dict[str, list[str]]:
     return kinds
 
 
-def changed(weights: Mapping[str, Tensor], names: Sequence[str], seed: int = 0) -> dict[str, Tensor]:
-    """`weights` with `names` made others: by half of their spread, and no less than 0.1, of normal noise.
+def changed(
+    weights: Mapping[str, Tensor], names: Sequence[str], times: float = 1.0, seed: int = 0
+) -> dict[str, Tensor]:
+    """`weights` with `names` made others: by half of their spread, and no less than 0.1, of normal noise; or
+    `times` as much of the same.
 
     Tables of integers stay: they are no weights, and no update changes them.
     """
@@ -90,30 +97,52 @@ def changed(weights: Mapping[str, Tensor], names: Sequence[str], seed: int = 0) 
             size = max(
                 0.5 * float(values.std(correction=0)), 0.1 * min(1.0, float(values.abs().max()) or 1.0)
             )
-            noise = torch.randn(values.shape, generator=generator) * size
+            noise = torch.randn(values.shape, generator=generator) * (times * size)
             new[name] = (values + noise).to(old.dtype).to(old.device)
     return new
 
 
+def changed_enough(
+    weights: Mapping[str, Tensor],
+    names: Sequence[str],
+    reference: Reference,
+    probes: Sequence[Sequence[int]],
+    before: Scores,
+) -> tuple[dict[str, Tensor], Scores]:
+    """`changed` weights that move the reference's log-probabilities by `MOVE` nats on average, so that the
+    move stands out of the sampler's rounding; or by what `MOST_TIMES` the change does. With them their scores."""
+    times = 1.0
+    while True:  # no limit: doubles to MOST_TIMES
+        other = changed(weights, names, times)
+        after = reference(other, probes)
+        moved = np.abs(np.concatenate(after) - np.concatenate(before)).mean()
+        if moved >= MOVE or times >= MOST_TIMES:
+            return other, after
+        times *= 2
+
+
 @dataclass(frozen=True, slots=True)
 class KindProof:
-    """One kind of tensor changed alone: mean absolute moves of the log-probabilities, in nats.
+    """One kind of tensor changed alone.
 
-    expected  how far the reference moved
-    missing   how far the sampler's move is from it
+    expected  mean absolute move of the reference's log-probabilities, in nats
+    followed  how much of the reference's move is in the sampler's: 1 where it has the new tensors, 0 where it
+              kept the old ones, and near to these where it computes in FP8
     """
 
     kind: str
     expected: float
-    missing: float
+    followed: float
 
     @property
     def is_stale(self) -> bool:
-        """The sampler did not follow: what it misses is most of what was to come."""
-        return self.missing > STALE_SHARE * self.expected
+        """The sampler did not follow."""
+        return not self.followed >= FOLLOWED
 
 
 def kind_proof(kind: str, ours: tuple[Scores, Scores], reference: tuple[Scores, Scores]) -> KindProof:
-    """From (before, after) of both sides. A systematic difference between the two sides cancels."""
-    moves = [np.concatenate(after) - np.concatenate(before) for before, after in (ours, reference)]
-    return KindProof(kind, float(np.abs(moves[1]).mean()), float(np.abs(moves[0] - moves[1]).mean()))
+    """From (before, after) of both sides. A systematic difference between the two sides cancels, and what the
+    sampler rounds differently, which has no direction, averages out: <x, y> / <y, y> of the moves x and y."""
+    x, y = (np.concatenate(after) - np.concatenate(before) for before, after in (ours, reference))
+    moved = float(y @ y)
+    return KindProof(kind, float(np.abs(y).mean()), float(x @ y) / moved if moved else float("nan"))

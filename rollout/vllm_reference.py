@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def _transformers(config: Any, device: str) -> Reference:
 
 
 def _native(row: Mapping[str, Any], device: str) -> Reference:
+    """Without prediction blocks: no log-probability depends on them, and not every checkpoint has them."""
     model = None
 
     @torch.no_grad()
@@ -68,8 +70,11 @@ def _native(row: Mapping[str, Any], device: str) -> Reference:
         from consilience.model.transformer import Transformer
 
         if model is None:
-            model = Transformer(ModelConfig.from_json_dict(row)).to(device).eval()
-        load_official(model, weights)
+            config = replace(
+                ModelConfig.from_json_dict(row), num_nextn_predict_layers=0, mtp_compress_ratios=()
+            )
+            model = Transformer(config).to(device).eval()
+        load_official(model, {name: t for name, t in weights.items() if not name.startswith("mtp.")})
         return [_scores(model(torch.tensor([list(s)], device=device))[0], s) for s in sequences]
 
     return score

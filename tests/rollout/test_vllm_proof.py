@@ -9,6 +9,7 @@ import torch
 from consilience.rollout.vllm_proof import (
     Mismatch,
     changed,
+    changed_enough,
     compare,
     kind_proof,
     kinds_of,
@@ -65,13 +66,38 @@ def test_a_sampler_that_follows_is_told_from_one_that_stays_though_both_are_off_
     before, after = rows([-1.0, -2.0]), rows([-1.4, -1.2])
     offset = rows([-1.3, -2.3])
     follows = kind_proof("k", (offset, rows([-1.7, -1.5])), (before, after))
-    assert (
-        follows.expected == pytest.approx(0.6)
-        and follows.missing == pytest.approx(0)
-        and not follows.is_stale
-    )
+    assert follows.expected == pytest.approx(0.6) and follows.followed == pytest.approx(1)
+    assert not follows.is_stale
     stays = kind_proof("k", (offset, offset), (before, after))
-    assert stays.missing == pytest.approx(0.6) and stays.is_stale
+    assert stays.followed == 0 and stays.is_stale
+    assert kind_proof(
+        "k", (before, after), (offset, offset)
+    ).is_stale  # where nothing moves, nothing is proven
+
+
+def test_rounding_larger_than_the_move_does_not_hide_whether_it_was_followed():
+    noise = np.random.default_rng(0).normal(0, 0.3, (4, 1000))
+    before, move = noise[0], noise[1] / 3
+    reference = ([before], [before + move])
+    follows = kind_proof("k", ([before + noise[2]], [before + move + noise[3]]), reference)
+    stays = kind_proof("k", ([before + noise[2]], [before + noise[3]]), reference)
+    assert abs(follows.followed - 1) < 0.4 and not follows.is_stale
+    assert abs(stays.followed) < 0.4 and stays.is_stale
+
+
+def test_a_change_grows_until_the_reference_moves():
+    weights = {"w": torch.ones(4)}
+    asked = []
+
+    def reference(given, probes):
+        asked.append(float((given["w"] - 1).abs().mean()))
+        return rows([0.3 * asked[-1], -0.3 * asked[-1]])
+
+    other, scores = changed_enough(weights, ["w"], reference, [[1, 2, 3]], rows([0.0, 0.0]))
+    assert asked == sorted(asked) and asked[-1] == float((other["w"] - 1).abs().mean())
+    assert np.abs(np.concatenate(scores)).mean() >= 0.5 > 0.3 * asked[-2]
+    still = changed_enough(weights, ["w"], lambda given, probes: rows([0.0]), [[1, 2]], rows([0.0]))
+    assert still[1][0].tolist() == [0.0]
 
 
 def test_what_was_found_of_an_update_is_a_line_of_a_file_that_several_processes_write(tmp_path):
