@@ -50,12 +50,17 @@ START_LIMIT_S, BATCH_LIMIT_S, TABLE_LIMIT_S = (
     240,
 )  # vLLM compiles kernels on a GPU where none are cached
 IS_GPU = torch.cuda.is_available()
+BEGAN = time.perf_counter()
 QUICK = {"batches": [1, 4], "rounds": 2, "prompt": 8, "tokens": 12}
 TABLES = {"publication": ["publish.py", "30", "2", "7"], "log": ["token_log.py"]}
 QUICK_TABLES = {"publication": ["publish.py", "0.5", "1", "2"], "log": ["token_log.py", "8", "16"]}
 
 
 # ---- arms -----------------------------------------------------------------------------------------
+
+
+def note(text: str) -> None:
+    print(f"{time.perf_counter() - BEGAN:5.0f} s  {text}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -91,6 +96,12 @@ class Arm:
     def is_alive(self) -> bool:
         return self.process.poll() is None and "failed" not in self.ready
 
+    def await_ready(self) -> None:
+        if not self.ready:
+            self.ready = self.hear(START_LIMIT_S)
+            started = f"ready after {self.ready.get('start_s', 0):.0f} s"
+            note(f"{self.model}, {self.name}: {self.ready.get('failed', started)}")
+
     def sample(self, **wanted: int) -> dict[str, Any]:
         """What a batch took (`Marks.measured`, peak), or {"failed": why}."""
         assert self.process.stdin is not None
@@ -115,9 +126,10 @@ class Arm:
 
 
 def start_arms(given: argparse.Namespace, folder: Path) -> Iterator[Arm]:
-    """All arms of this machine; at once on a CPU, in turn on a GPU, whose memory they share."""
+    """All arms of this machine, at once; vLLM last on a GPU: it takes a share of the memory that is free."""
     v4, dense = given.checkpoint or folder / "v4", folder / "dense"
     if given.checkpoint is None:
+        note(f"writing {given.model} with random weights")
         write_v4(v4, given.model)
     wanted = [("V4", name, name.split()[0], v4) for name in ("native", "native again", "transformers")]
     if given.vllm_python and not IS_GPU:
@@ -128,13 +140,15 @@ def start_arms(given: argparse.Namespace, folder: Path) -> Iterator[Arm]:
     order: dict[str, Any] = {"threads": given.threads, "device": "cuda" if IS_GPU else "cpu"}
     order["dtype"] = "bfloat16" if IS_GPU else "float32"
     order |= {"batches": given.batches, "length": given.prompt + given.tokens}
+    started: list[Arm] = []
     for number, (model, name, kind, checkpoint) in enumerate(wanted):
         python = given.vllm_python if kind == "vllm" else sys.executable
         mine = {**order, "kind": kind, "folder": str(checkpoint)}
-        arm = Arm.start(model, name, python, mine, folder / f"{number}.err")
-        if IS_GPU:
-            arm.ready = arm.hear(START_LIMIT_S)
-        yield arm
+        if IS_GPU and kind == "vllm":
+            for arm in started:
+                arm.await_ready()
+        started.append(Arm.start(model, name, python, mine, folder / f"{number}.err"))
+        yield started[-1]
 
 
 # ---- speed ----------------------------------------------------------------------------------------
@@ -152,6 +166,7 @@ def take_turns(arms: Sequence[Arm], given: argparse.Namespace) -> list[dict[str,
     """A row for every arm and batch: what each round measured, or why not."""
     rows = []
     for batch in given.batches:
+        note(f"{batch} rows")
         cells = {id(arm): {"arm": arm, "batch": batch, "found": []} for arm in arms}
         for turn in range(given.rounds + 1):
             for arm in arms if turn % 2 else arms[::-1]:
@@ -244,7 +259,7 @@ def speed(given: argparse.Namespace, picture: Path | None) -> Iterator[str]:
         try:
             arms += start_arms(given, Path(folder))
             for arm in arms:
-                arm.ready = arm.ready or arm.hear(START_LIMIT_S)
+                arm.await_ready()
             check_digests(arms)
             rows = take_turns(arms, given)
         finally:

@@ -136,7 +136,7 @@ def digest_of_values(weights: Weights, dtype: torch.dtype) -> str:
     return weights_digest({name: cast(tensor) for name, tensor in weights.items()})
 
 
-# ---- arms: (folder, device, dtype, rows that will be asked for, most tokens of a row) -> run, digest, seconds to publish
+# ---- arms: (folder, device, dtype, batches to come, tokens of a row) -> run, digest, seconds to publish
 
 
 def native_model(folder: Path, device: str, dtype: torch.dtype) -> Any:
