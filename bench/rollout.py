@@ -166,7 +166,6 @@ def take_turns(arms: Sequence[Arm], given: argparse.Namespace) -> list[dict[str,
     """A row for every arm and batch: what each round measured, or why not."""
     rows = []
     for batch in given.batches:
-        note(f"{batch} rows")
         cells = {id(arm): {"arm": arm, "batch": batch, "found": []} for arm in arms}
         for turn in range(given.rounds + 1):
             for arm in arms if turn % 2 else arms[::-1]:
@@ -180,6 +179,11 @@ def take_turns(arms: Sequence[Arm], given: argparse.Namespace) -> list[dict[str,
                 elif turn:
                     cell["found"].append(found)
         rows += cells.values()
+        for cell in cells.values():
+            found = (
+                f"{statistics.median(rates(cell)):.0f} tokens/s" if cell["found"] else cell.get("failed", "–")
+            )
+            note(f"{batch} rows, {cell['arm'].model}, {cell['arm'].name}: {found}")
     return rows
 
 
