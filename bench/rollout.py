@@ -191,7 +191,7 @@ def rates(row: dict[str, Any], tokens: str = "tokens", time_: str = "s") -> list
     return [found[tokens] / found[time_] for found in row["found"]]
 
 
-def speed_lines(arms: Sequence[Arm], rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+def ratelines(arms: Sequence[Arm], rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "| model | arm | digest of the values it holds | `publish` into it, s | ready after, s |"
     yield "|---|---|---|---|---|"
     for arm in arms:
@@ -269,7 +269,7 @@ def speed(given: argparse.Namespace, picture: Path | None) -> Iterator[str]:
         finally:
             for arm in arms:
                 arm.close()
-    yield from speed_lines(arms, rows)
+    yield from ratelines(arms, rows)
     if not given.vllm_python:
         yield "\nvLLM is not here (`make vllm`, or `--vllm-python`)."
     if picture:
