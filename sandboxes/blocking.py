@@ -168,8 +168,8 @@ class BlockingSandbox:
     def write(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
         self._thread.run(self.inner.write(path, data, mode=mode), self._limit_s)
 
-    def reset(self) -> None:
-        self._thread.run(self.inner.reset(), self._limit_s)
+    def reset(self) -> bool:
+        return self._thread.run(self.inner.reset(), self._limit_s)
 
     def destroy(self) -> None:
         self._thread.run(self.inner.destroy(), self._limit_s)

@@ -112,10 +112,10 @@ class LoggedSandbox:
     async def write(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
         await self._once("write", {"path": path, "data": data, "mode": mode})
 
-    async def reset(self) -> None:
+    async def reset(self) -> bool:
         """Not a command of the model's: it is noted, and the box is empty."""
         self.log.note("reset")
-        await self._box.reset()
+        return await self._box.reset()
 
     async def destroy(self) -> None:
         self.log.note("destroyed")
