@@ -110,7 +110,7 @@ def changed_enough(
     before: Scores,
 ) -> tuple[dict[str, Tensor], Scores]:
     """`changed` weights that move the reference's log-probabilities by `MOVE` nats on average, so that the
-    move stands out of the sampler's rounding; or by what `MOST_TIMES` the change does. With them their scores."""
+    move stands out of the sampler's rounding, or by what `MOST_TIMES` the change does; and their scores."""
     times = 1.0
     while True:  # no limit: doubles to MOST_TIMES
         other = changed(weights, names, times)
