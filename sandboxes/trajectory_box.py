@@ -14,6 +14,7 @@ import asyncio
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from consilience.conf.errors import OutcomeUnknown, SandboxLost, TrajectoryDiverged
@@ -37,6 +38,16 @@ _RUN_TO_RUN = (  # what may differ in the output of the same command
     (re.compile(rb"\b(pid|PID)([ =:]+)\d+\b"), rb"\1\2PID"),
     (re.compile(rb"\b\d+(\.\d+)? ?(ms|s|seconds)\b"), b"SPAN"),
 )
+
+
+def logged(opener: Opener, folder: Path) -> Opener:
+    """`opener`, whose boxes write their logs to `folder`, each to a folder named by its id."""
+
+    async def opened(spec: SandboxSpec) -> Sandbox:
+        box = await opener(spec)
+        return LoggedSandbox(box, TrajectoryLog(folder / box.id))
+
+    return opened
 
 
 class LoggedSandbox:
