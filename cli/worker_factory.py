@@ -102,8 +102,8 @@ def build_worker(
 
 
 def _boxes(sandbox: SandboxSpec, warm: int, wait_s: float, log_folder: str | None) -> Any:
-    """A new box for each lease: from this node's host, where Ray runs, and boxes outlive the worker; or from a
-    pool of its own."""
+    """A new box for each lease: from this node's host, where Ray runs, and boxes outlive the worker; or from
+    a pool of its own."""
     if "ray" in sys.modules:
         from consilience.sandboxes.ray_host import host_of_this_node, is_here
 
