@@ -124,7 +124,6 @@ def rollout_pool(
         "quantization": sampler_quantization(cfg),
         "sandbox": sandbox_spec(cfg),
         "warm": cfg.sandbox.warm,
-        "uses_per_box": cfg.sandbox.uses_per_box,
         "gradings_per_box": cfg.sandbox.gradings_per_box,
         "log_folder": cfg.sandbox.log_folder and str(Path(cfg.sandbox.log_folder).expanduser().absolute()),
         "rewards": tuple(sorted({(d.reward, d.needs_sandbox) for d in domains.values() if d.reward})),

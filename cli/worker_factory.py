@@ -23,7 +23,6 @@ def build_worker(
     max_length: int,
     sandbox: SandboxSpec,
     warm: int,
-    uses_per_box: int,
     rewards: tuple[tuple[str, bool], ...],
     reward_timeout_s: float,
     reward_processes: int,
@@ -52,7 +51,7 @@ def build_worker(
     engine     "native", or "vllm" with the arguments `vllm` of `vllm_launch.launch`
     rewards    (reward path, needs sandbox) pairs to load before the first episode
     limits     how long an episode's threads may take
-    gradings_per_box, log_folder  of the judge's box, and of the node's host (`sandbox.*`)
+    gradings_per_box, log_folder  of the judge's box, and of the agents' boxes (`sandbox.*`)
     Raises what a part that can never work raises: RewardError, SandboxUnavailable.
     """
     import torch
@@ -78,7 +77,7 @@ def build_worker(
         gradings_per_box=gradings_per_box,
     )
     wait_s = (limits or Limits()).lease_s + 60.0  # the worker's own look at its threads comes first
-    boxes = _boxes(sandbox, warm, uses_per_box, wait_s, log_folder) if needs_boxes else None
+    boxes = _boxes(sandbox, warm, wait_s, log_folder) if needs_boxes else None
 
     def close() -> None:
         grader.close()
@@ -102,8 +101,9 @@ def build_worker(
     )
 
 
-def _boxes(sandbox: SandboxSpec, warm: int, uses_per_box: int, wait_s: float, log_folder: str | None) -> Any:
-    """From this node's host, where Ray runs: its boxes outlive this worker. Else from a pool of its own."""
+def _boxes(sandbox: SandboxSpec, warm: int, wait_s: float, log_folder: str | None) -> Any:
+    """A new box for each lease: from this node's host, where Ray runs, and boxes outlive the worker; or from
+    a pool of its own."""
     if "ray" in sys.modules:
         from consilience.sandboxes.ray_host import host_of_this_node, is_here
 
@@ -111,7 +111,8 @@ def _boxes(sandbox: SandboxSpec, warm: int, uses_per_box: int, wait_s: float, lo
             return HostPool(
                 host_of_this_node(HostLimits(log_folder=log_folder)), sandbox, warm=warm, lease_limit_s=wait_s
             )
-    return BlockingPool(sandbox, max(warm, 1), uses_per_box, lease_limit_s=wait_s)
+    logs = None if log_folder is None else Path(log_folder)
+    return BlockingPool(sandbox, max(warm, 1), 1, lease_limit_s=wait_s, log_folder=logs)
 
 
 def _native(model: Mapping[str, Any], quantization: str, **settings: Any) -> RolloutEngine:

@@ -157,12 +157,9 @@ class SandboxConfig:
     min_isolation: str = setting("bwrap_user", "weakest level accepted", choices=ISOLATION)
     limits: LimitsConfig = setting(LimitsConfig, "caps of a box")
     warm: int = setting(2, "boxes kept ready", unit="boxes", low=0, high=1024, speed_only=True)
-    uses_per_box: int = setting(
-        16, "leases before a box is thrown away", unit="leases", low=1, speed_only=True
-    )
     gradings_per_box: int = setting(
         1,
-        "gradings that a judge's box serves, emptied in between; any abnormal outcome ends it at once",
+        "gradings that a judge's box serves, each as another user (one, where it has no other)",
         unit="gradings",
         low=1,
         high=10_000,

@@ -2,7 +2,9 @@
 
 A grading has a uid, namespaces and a runner process of its own, because it has a box of its own; the next
 one is opened while it runs. Where opening costs too much (a container: half a second), several gradings may
-follow each other in one box, emptied in between; after any abnormal outcome it is thrown away at once.
+follow each other in one box: everything of the last one is killed, all that can be written is emptied, and
+the next runs as another user. A box that has one user only serves one grading. After any abnormal outcome
+it is thrown away at once.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ class JudgeBox:
     """A place as the score function's `sandbox`: exec, run_python, read, write, all blocking.
 
     It notes every abnormal outcome (`is_soiled`); the owner then calls `renew`. `begin` gives the next
-    grading a fresh box if the last one used this, or empties it while it may serve more.
+    grading a fresh box if the last one used this, or empties it while it may serve more, as another user.
     """
 
     def __init__(
@@ -73,11 +75,9 @@ class JudgeBox:
         if not self._is_used:
             return
         self._num_gradings += 1
-        if self._num_gradings >= self._gradings_per_box:
+        if self._num_gradings >= self._gradings_per_box or not self._box.reset():
             self.renew()
-        else:
-            self._box.reset()
-            self._is_used = False
+        self._is_used = False
 
     def renew(self, *, is_lost: bool = False) -> None:
         """Another box in place of this one. SandboxUnavailable, SandboxLost if none can be had."""

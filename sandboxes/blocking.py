@@ -10,6 +10,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from consilience.conf.errors import SandboxLost
@@ -17,6 +18,7 @@ from consilience.sandboxes.box import FILE_TIMEOUT_S, PACK_TIMEOUT_S
 from consilience.sandboxes.pool import LEASE_LIMIT_S, LeasedSandbox, Opener, SandboxPool
 from consilience.sandboxes.probe import open_sandbox
 from consilience.sandboxes.protocol import Enforced, ExecResult, Process, Sandbox, SandboxSpec, Snapshot
+from consilience.sandboxes.trajectory_box import logged
 
 T = TypeVar("T")
 ORDER_LIMIT_S = 60.0  # what only tells the loop to begin something
@@ -168,8 +170,8 @@ class BlockingSandbox:
     def write(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
         self._thread.run(self.inner.write(path, data, mode=mode), self._limit_s)
 
-    def reset(self) -> None:
-        self._thread.run(self.inner.reset(), self._limit_s)
+    def reset(self) -> bool:
+        return self._thread.run(self.inner.reset(), self._limit_s)
 
     def destroy(self) -> None:
         self._thread.run(self.inner.destroy(), self._limit_s)
@@ -196,9 +198,11 @@ class BlockingPool:
         *,
         opener: Opener = open_sandbox,
         lease_limit_s: float = LEASE_LIMIT_S,
+        log_folder: Path | None = None,
     ) -> None:
-        """Begins to open the boxes in the background and returns."""
+        """Begins to open the boxes in the background and returns. `log_folder`: of their trajectory logs."""
         self._thread = loop_thread()
+        opener = opener if log_folder is None else logged(opener, log_folder)
         self._lease_limit_s, self._wall_s = lease_limit_s, spec.limits.wall_s
         self._pool = SandboxPool(spec, size, uses_per_box, opener=opener, lease_limit_s=lease_limit_s)
         self._thread.run(self._pool.start(), ORDER_LIMIT_S)

@@ -10,7 +10,7 @@ import random
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -39,13 +39,16 @@ MODEL_ENV = {
 }
 OOM_SCORE = 500  # of the whole box: it goes before the harness does, and nothing inside may go lower
 MODEL_UIDS = range(0x70000000, 0x71000000)  # above what systemd and subuid files hand out
+UIDS_PER_BOX = 64  # one for each time that a box is emptied
 _CPU_SIGNALS = (-24, -9)  # SIGXCPU, and SIGKILL a second later for those that ignore it
 _SIZE_SIGNALS = (-25,)  # SIGXFSZ
 
 
-def new_uid() -> int:
-    """A user id no other box has: it keeps signals, process counts and key rings apart."""
-    return random.SystemRandom().choice(MODEL_UIDS)
+def new_uids(among: range = MODEL_UIDS) -> range:
+    """User ids no other box has, the one to begin with first: they keep signals, process counts and key rings
+    apart, and in one box those who use it after each other."""
+    first = random.SystemRandom().choice(among[::UIDS_PER_BOX])
+    return range(first, first + UIDS_PER_BOX)
 
 
 def new_box_id() -> str:
@@ -100,13 +103,16 @@ class RunnerSandbox:
         enforced: Enforced,
         *,
         count_kills: Callable[[], Mapping[str, int]] = dict,
+        uids: Sequence[int] = (),
     ) -> None:
+        """`uids` are those its programs may run as, in this order; none: always as the same user."""
         self.id = name
         self.enforced = enforced
         self.limits = limits
         self._channel = channel
         self._count_kills = count_kills
         self._kills: dict[str, int] = {}
+        self._next_uids = iter(uids[1:])
         self._turn = asyncio.Lock()  # commands one after the other; streamed programs beside them
 
     async def exec(
@@ -220,13 +226,16 @@ class RunnerSandbox:
         reply, _ = await self._channel.call(request, data, timeout_s=FILE_TIMEOUT_S)
         _raise_os_error(reply, path)
 
-    async def reset(self) -> None:
-        """SandboxLost (and the box is killed) if it cannot be brought back to empty."""
+    async def reset(self) -> bool:
+        """See `Sandbox.reset`. SandboxLost (and the box is killed) if it cannot be brought back to empty."""
+        uid = next(self._next_uids, None)
+        request = {"verb": "reset"} if uid is None else {"verb": "reset", "uid": uid}
         async with self._turn:  # no limit: each command before has one
-            reply, _ = await self._channel.call({"verb": "reset"}, timeout_s=FILE_TIMEOUT_S)
+            reply, _ = await self._channel.call(request, timeout_s=FILE_TIMEOUT_S)
         if reply.get("clean") is not True:
             await self._channel.abandon(f"reset left something behind: {reply.get('text', 'a process')}")
             raise SandboxLost(f"{self.id} is gone: {self._channel.lost}")
+        return uid is not None
 
     async def ping(self) -> None:
         await self._channel.call({"verb": "ping"}, timeout_s=FILE_TIMEOUT_S)

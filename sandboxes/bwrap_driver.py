@@ -33,7 +33,7 @@ from consilience.sandboxes.box import (
     RunnerSandbox,
     find_python,
     new_box_id,
-    new_uid,
+    new_uids,
     settings,
     wait_for_exit,
 )
@@ -162,17 +162,17 @@ class _Files:
 
 
 def _arguments(
-    bwrap: Bwrap, limits: Limits, uid: int, info_fd: int, files: _Files, is_memory_capped: bool
+    bwrap: Bwrap, limits: Limits, uids: range, info_fd: int, files: _Files, is_memory_capped: bool
 ) -> list[str]:
     prefix = find_python()[1]
     size = str(limits.workspace_bytes)
     small = str(min(limits.workspace_bytes, SMALL_TMPFS_BYTES))
     arch = seccomp.machine() or ""
-    passwd = f"root:x:0:0::/:/bin/false\nmodel:x:{uid}:{uid}::/workspace:/bin/sh\n"
+    users = "".join(f"model:x:{uid}:{uid}::/workspace:/bin/sh\n" for uid in uids)
     texts = {
         RUNNER_INSIDE: runner_text().decode(),
-        "/etc/passwd": passwd,
-        "/etc/group": f"root:x:0:\nmodel:x:{uid}:\n",
+        "/etc/passwd": f"root:x:0:0::/:/bin/false\n{users}",
+        "/etc/group": "root:x:0:\n" + "".join(f"model:x:{uid}:\n" for uid in uids),
         "/etc/hosts": "127.0.0.1 localhost box\n::1 localhost\n",
         "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
     }
@@ -183,7 +183,7 @@ def _arguments(
         for name in ("SETUID", "SETGID", "KILL"):
             arguments += ["--cap-add", f"CAP_{name}"]
     else:
-        arguments += ["--unshare-user", "--uid", str(uid), "--gid", str(uid)]
+        arguments += ["--unshare-user", "--uid", str(uids[0]), "--gid", str(uids[0])]
         arguments += ["--disable-userns"] if bwrap.version >= (0, 8) else []
     arguments += ["--hostname", "box", "--die-with-parent", "--new-session", "--as-pid-1"]
     arguments += ["--ro-bind", "/usr", "/usr", *_usr_links()]
@@ -251,7 +251,7 @@ class _BwrapTransport:
 
 @contextlib.contextmanager
 def _started(
-    bwrap: Bwrap, limits: Limits, uid: int, is_memory_capped: bool, mark: str
+    bwrap: Bwrap, limits: Limits, uids: range, is_memory_capped: bool, mark: str
 ) -> Iterator[tuple[_BwrapTransport, PipeEnds, int]]:
     """A started bubblewrap, its transport, pipes and the read end of its information pipe."""
     files, errors = _Files(), os.fdopen(os.memfd_create("bwrap-errors", os.MFD_CLOEXEC), "w+b")
@@ -262,7 +262,7 @@ def _started(
         info_r, info_w = os.pipe()
         for fd in (request_r, reply_w, info_w):
             theirs.callback(os.close, fd)
-        arguments = _arguments(bwrap, limits, uid, info_w, files, is_memory_capped)
+        arguments = _arguments(bwrap, limits, uids, info_w, files, is_memory_capped)
         listed = files.add(b"".join(os.fsencode(word) + b"\0" for word in arguments))
         try:
             process: Any = subprocess.Popen(
@@ -305,17 +305,17 @@ async def open_bwrap(spec: SandboxSpec, *, is_root_mode: bool | None = None) -> 
         group = cgroups.Group(
             where, cgroups.owner_prefix() + name, memory_bytes=limits.memory_bytes, processes=limits.processes
         )
-    uid = new_uid() if is_root_mode else USER_UID
+    uids = new_uids() if is_root_mode else range(USER_UID, USER_UID + 1)
     transport: _BwrapTransport | None = None
     try:
-        with _started(bwrap, limits, uid, group is not None, mark) as (transport, pipes, info_r):
+        with _started(bwrap, limits, uids, group is not None, mark) as (transport, pipes, info_r):
             transport.group = group
             channel = Channel(name, transport)
             await pipes.connect(channel)
             await _place(transport, info_r, group, is_root_mode)
         request = settings(
             limits,
-            uid=uid if is_root_mode else None,
+            uid=uids[0] if is_root_mode else None,
             nice=0 if is_root_mode else 3,
             rlimit_memory=group is None,
             rlimit_processes=True,
@@ -324,7 +324,7 @@ async def open_bwrap(spec: SandboxSpec, *, is_root_mode: bool | None = None) -> 
         reply, _ = await channel.call(request, timeout_s=START_TIMEOUT_S)
         if reply["pid"] != 1 or not reply["shielded"]:
             raise SandboxUnavailable(f"bubblewrap: the runner in the box is not protected ({reply})")
-        return await _verified(bwrap, name, channel, limits, group, where)
+        return await _verified(bwrap, name, channel, limits, group, where, uids)
     except BaseException as error:
         if transport is not None:
             await asyncio.shield(transport.kill())
@@ -371,7 +371,13 @@ async def _read_all(fd: int) -> bytes:
 
 
 async def _verified(
-    bwrap: Bwrap, name: str, channel: Channel, limits: Limits, group: cgroups.Group | None, where: object
+    bwrap: Bwrap,
+    name: str,
+    channel: Channel,
+    limits: Limits,
+    group: cgroups.Group | None,
+    where: object,
+    uids: range,
 ) -> RunnerSandbox:
     asked = Enforced(bwrap.level, "bwrap", bwrap.runtime, True, False, "none", "none")
     probe = RunnerSandbox(name, channel, Limits(wall_s=START_TIMEOUT_S), asked)
@@ -389,4 +395,4 @@ async def _verified(
     cap = "cgroup" if group is not None else "rlimit"
     enforced = Enforced(bwrap.level, "bwrap", bwrap.runtime, False, True, cap, cap, tuple(notes))
     counters = group.counters if group is not None else dict
-    return RunnerSandbox(name, channel, limits, enforced, count_kills=counters)
+    return RunnerSandbox(name, channel, limits, enforced, count_kills=counters, uids=uids)

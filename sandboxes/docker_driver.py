@@ -20,7 +20,7 @@ from consilience.sandboxes.box import (
     START_TIMEOUT_S,
     RunnerSandbox,
     new_box_id,
-    new_uid,
+    new_uids,
     settings,
 )
 from consilience.sandboxes.channel import Channel
@@ -196,10 +196,10 @@ async def _configured(
 ) -> RunnerSandbox:
     async with asyncio.timeout(START_TIMEOUT_S):
         await transport.send(bootstrap_frame())
-    uid = 1000 + new_uid() % 50000 if engine.has_userns else new_uid()  # remapped ranges hold 65536
+    uids = new_uids(range(1000, 51000)) if engine.has_userns else new_uids()  # remapped ranges hold 65536
     request = settings(
         limits,
-        uid=uid,
+        uid=uids[0],
         nice=10,  # in one share of the processor with the runner, which must get its turn beside a bomb
         rlimit_memory=False,
         rlimit_processes=True,
@@ -227,7 +227,7 @@ async def _configured(
     is_promised = report["is_mapped"] or engine.level is not Isolation.CONTAINER_USERNS
     level = engine.level if is_promised else Isolation.CONTAINER
     enforced = Enforced(level, "docker", engine.runtime, False, True, "cgroup", "cgroup", notes)
-    return RunnerSandbox(name, channel, limits, enforced)
+    return RunnerSandbox(name, channel, limits, enforced, uids=uids)
 
 
 CAPS_PROBE = """

@@ -40,7 +40,7 @@ class FakeSandbox:
         self.enforced = ENFORCED
         self.files: dict[str, bytes] = dict(files or {})
         self.calls: list[tuple[list[str], bytes]] = []
-        self.num_resets = 0
+        self.num_resets, self.is_reusable = 0, True
         self._script = script
         self._sessions: set[str] = set()
         self._lost: str | None = None
@@ -119,11 +119,13 @@ class FakeSandbox:
         self._check()
         self.files[_inside(path)] = bytes(data)
 
-    async def reset(self) -> None:
+    async def reset(self) -> bool:
+        """See `Sandbox.reset`; `is_reusable` says whether another user comes."""
         self._check()
         self.files.clear()
         self._sessions.clear()
         self.num_resets += 1
+        return self.is_reusable
 
     async def destroy(self) -> None:
         self._lost = self._lost or "it was destroyed"

@@ -196,8 +196,9 @@ class SandboxHost:
         value = await asyncio.shield(self._in_background(self._do(held, work)))
         if verb != "spawn":
             return value
-        held.processes.append(value)
-        return len(held.processes) - 1
+        if value not in held.processes:  # a client that starts again asks for the same program
+            held.processes.append(value)
+        return held.processes.index(value)
 
     async def talk(self, box_id: str, key: str, number: int, verb: str, *args: Any, **options: Any) -> Any:
         """A verb of `PROCESS_VERBS` on a spawned program. SandboxLost as `call`; ValueError if there is none.

@@ -24,7 +24,7 @@ from consilience.sandboxes.box import (
     RunnerSandbox,
     find_python,
     new_box_id,
-    new_uid,
+    new_uids,
     settings,
     wait_for_exit,
 )
@@ -80,7 +80,7 @@ async def open_insecure(spec: SandboxSpec) -> Sandbox:
             "install bubblewrap or Docker instead (`consilience doctor` lists what this machine offers)"
         )
     _warn_once(os.getpid())
-    name, uid = new_box_id(), new_uid() if os.geteuid() == 0 else None
+    name, uid = new_box_id(), new_uids()[0] if os.geteuid() == 0 else None
     folder = os.path.realpath(tempfile.mkdtemp(prefix="consilience-insecure-"))
     if uid is not None:
         os.chown(folder, uid, uid)

@@ -110,8 +110,8 @@ class LeasedSandbox:
     async def write(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
         await self._watch(self._live().write(path, data, mode=mode))
 
-    async def reset(self) -> None:
-        await self._watch(self._live().reset())
+    async def reset(self) -> bool:
+        return await self._watch(self._live().reset())
 
     async def destroy(self) -> None:
         self.is_tainted = True
@@ -253,8 +253,7 @@ class SandboxPool:
 
     async def _renew(self, box: Sandbox, uses: int, is_tainted: bool) -> None:
         try:
-            if not is_tainted and uses < self.uses_per_box:
-                await box.reset()
+            if not is_tainted and uses < self.uses_per_box and await box.reset():
                 self.counts.resets += 1
                 self._ready.put_nowait((box, uses))
                 return

@@ -242,8 +242,12 @@ class Sandbox(Protocol):
         """Replaces a file of the workspace, making its folders. PermissionError, OSError (ENOSPC)."""
         ...
 
-    async def reset(self) -> None:
-        """Kill what runs and empty the workspace, so that the next lease starts clean."""
+    async def reset(self) -> bool:
+        """Kill what runs and empty what can be written, so that who comes next starts clean.
+
+        Whether programs run as another user from here on. False where the box has one user only, or has no
+        other left: whoever must not meet the user before then takes another box.
+        """
         ...
 
     async def destroy(self) -> None: ...

@@ -159,6 +159,7 @@ class Runner:
         with self.confinement.as_model():
             for folder in self.settings["writable"]:
                 empty_folder(folder)
+        self.confinement.uid = request.get("uid", self.confinement.uid)
         return {"clean": is_clean}
 
     def finish(self):

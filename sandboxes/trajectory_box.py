@@ -14,12 +14,14 @@ import asyncio
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from consilience.conf.errors import OutcomeUnknown, SandboxLost, TrajectoryDiverged
 from consilience.sandboxes.host_creation import Opener
 from consilience.sandboxes.protocol import Enforced, ExecResult, Process, Sandbox, SandboxSpec, Snapshot
 from consilience.sandboxes.trajectory import Entry, TrajectoryLog, hash_of, outcome_of, unplain, value_of
+from consilience.sandboxes.trajectory_process import EndedProcess, LoggedProcess
 
 REPEATABLE = (
     "read",
@@ -38,6 +40,16 @@ _RUN_TO_RUN = (  # what may differ in the output of the same command
 )
 
 
+def logged(opener: Opener, folder: Path) -> Opener:
+    """`opener`, whose boxes write their logs to `folder`, each to a folder named by its id."""
+
+    async def opened(spec: SandboxSpec) -> Sandbox:
+        box = await opener(spec)
+        return LoggedSandbox(box, TrajectoryLog(folder / box.id))
+
+    return opened
+
+
 class LoggedSandbox:
     """`Sandbox` whose commands are numbered from 1 and logged. `next_number` is the one that comes next.
 
@@ -50,6 +62,7 @@ class LoggedSandbox:
         self.next_number = len(log.entries) + 1
         self._box = box
         self._running: dict[int, asyncio.Task[Any]] = {}
+        self._programs: dict[int, asyncio.Task[Process]] = {}
         log.pin(_facts(box))
 
     def rewind(self, number: int = 1) -> None:
@@ -96,9 +109,32 @@ class LoggedSandbox:
         env: dict[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> Process:
-        """A conversation has no one result to answer with again: it is noted, and is no numbered command."""
-        self.log.note("spawn", argv=argv, stdin=stdin, cwd=cwd, env=env, timeout_s=timeout_s)
-        return await self._box.spawn(argv, stdin=stdin, cwd=cwd, env=env, timeout_s=timeout_s)
+        """Started once: asked for again it is the same program while it lives, then its outcome alone.
+
+        OutcomeUnknown where it was started by a process that is gone, and nobody had waited for its end.
+        """
+        given = {"argv": argv, "stdin": stdin, "cwd": cwd, "env": env, "timeout_s": timeout_s}
+        number = self.next_number
+        if number <= len(self.log.entries):
+            entry = self._known(number, "spawn", given)
+            if number not in self._programs:
+                if entry.outcome is None:
+                    raise self._unknown(entry)
+                return EndedProcess(self._answer(entry))
+        else:
+            entry = self.log.intend("spawn", given, is_idempotent=False)
+            self.next_number += 1
+            self._programs[number] = asyncio.create_task(self._start(entry, given))
+            self._programs[number].add_done_callback(_take_error)
+        return await asyncio.shield(self._programs[number])
+
+    async def _start(self, entry: Entry, given: Mapping[str, Any]) -> Process:
+        try:
+            inner = await self._box.spawn(**given)
+        except SandboxLost as error:
+            self.log.note("lost", number=entry.seq, why=str(error))
+            raise
+        return LoggedProcess(inner, lambda outcome: self.log.settle(entry, outcome_of(outcome)))
 
     async def snapshot(self, *, max_bytes: int | None = None) -> Snapshot:
         return await self._once("snapshot", {"max_bytes": max_bytes})
@@ -112,10 +148,10 @@ class LoggedSandbox:
     async def write(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
         await self._once("write", {"path": path, "data": data, "mode": mode})
 
-    async def reset(self) -> None:
+    async def reset(self) -> bool:
         """Not a command of the model's: it is noted, and the box is empty."""
         self.log.note("reset")
-        await self._box.reset()
+        return await self._box.reset()
 
     async def destroy(self) -> None:
         self.log.note("destroyed")
@@ -123,27 +159,38 @@ class LoggedSandbox:
         await self._box.destroy()
 
     async def _once(self, op: str, args: Mapping[str, Any]) -> Any:
-        number, entries = self.next_number, self.log.entries
-        if number <= len(entries):
-            entry = entries[number - 1]
-            check_same(entry, op, args)
-            self.next_number += 1
+        number = self.next_number
+        if number <= len(self.log.entries):
+            entry = self._known(number, op, args)
             if entry.outcome is not None:
-                value = value_of(entry.outcome)
-                return replace(value, enforced=self.enforced) if isinstance(value, ExecResult) else value
+                return self._answer(entry)
             if number in self._running:
                 return await asyncio.shield(self._running[number])
             if not entry.is_idempotent:
-                raise OutcomeUnknown(
-                    f"command {number} of {self.id} ({op}) was sent by a process that is gone, its result "
-                    "was never seen; it is not run a second time"
-                )
+                raise self._unknown(entry)
         else:
             entry = self.log.intend(op, args, is_idempotent=op in REPEATABLE)
             self.next_number += 1
         self._running[number] = asyncio.create_task(self._run(entry, args))
         self._running[number].add_done_callback(_take_error)
         return await asyncio.shield(self._running[number])
+
+    def _known(self, number: int, op: str, args: Mapping[str, Any]) -> Entry:
+        entry = self.log.entries[number - 1]
+        check_same(entry, op, args)
+        self.next_number += 1
+        return entry
+
+    def _answer(self, entry: Entry) -> Any:
+        assert entry.outcome is not None
+        value = value_of(entry.outcome)
+        return replace(value, enforced=self.enforced) if isinstance(value, ExecResult) else value
+
+    def _unknown(self, entry: Entry) -> OutcomeUnknown:
+        return OutcomeUnknown(
+            f"command {entry.seq} of {self.id} ({entry.op}) was sent by a process that is gone, its result "
+            "was never seen; it is not run a second time"
+        )
 
     async def _run(self, entry: Entry, args: Mapping[str, Any]) -> Any:
         try:
@@ -206,13 +253,14 @@ class Difference:
 async def verify(log: TrajectoryLog, opener: Opener, spec: SandboxSpec) -> list[Difference]:
     """Runs the logged commands again in a fresh box; what differs, `normalized`. The log stays as it is.
 
-    Wall times are not compared. Commands whose result is not known are not run.
+    Wall times are not compared. Commands whose result is not known are not run, nor are streamed programs:
+    what they were told is not in the log.
     """
     box = await opener(spec)
     found: list[Difference] = []
     try:
         for entry in log.entries:
-            if entry.outcome is None:
+            if entry.outcome is None or entry.op == "spawn":
                 continue
             try:
                 now = outcome_of(await call(box, entry.op, unplain(entry.args)))

@@ -1,7 +1,11 @@
 """Lifetime and resources (R): what a program leaves running, fills up, or refuses to give back."""
 
 from attack import Attack, python, shell
+from neighbour import Neighbour
 
+from consilience.sandboxes.protocol import Isolation
+
+SPINS = Neighbour()
 LATE = "timeout output_capped pids nonzero ok"  # a shell whose forks fail may also give up
 ATTACKS: list[Attack] = [
     shell(
@@ -144,6 +148,25 @@ ATTACKS: list[Attack] = [
                 except OSError: pass
         """,
         expect="nonzero disk",
+    ),
+    python(
+        "R10",
+        "spinning processes, more than there are processors, beside another box that works",
+        """
+        began, until = time.monotonic(), time.monotonic() + <seconds>
+        for _ in range(16):
+            if os.fork() == 0:
+                while time.monotonic() < until: pass
+                os._exit(0)
+        while True:
+            try: os.wait()
+            except ChildProcessError: break
+        used = os.times()
+        print(used.children_user + used.children_system, time.monotonic() - began)
+        """,
+        level=Isolation.BWRAP_ROOT,
+        arrange=SPINS.arrange,
+        check=SPINS.check,
     ),
     python(
         "R11",

@@ -23,4 +23,5 @@ def test_each_claim_has_its_attack_and_each_attack_its_claim():
 def test_the_insecure_driver_claims_nothing_and_every_other_everything():
     assert PRESENT["insecure"][0] is Isolation.RLIMIT
     weakest = min(level for name, (level, _) in PRESENT.items() if name != "insecure")
-    assert all(Isolation.RLIMIT < attack.level <= weakest for attack in ATTACKS)
+    above = {attack.id for attack in ATTACKS if not Isolation.RLIMIT < attack.level <= weakest}
+    assert above <= {"R10"}  # only a cgroup caps processors

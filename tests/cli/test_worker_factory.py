@@ -32,7 +32,6 @@ def build(folder, reward=REWARD, family="official", max_length=64, config=CONFIG
         max_length=max_length,
         sandbox=SandboxSpec(),
         warm=0,
-        uses_per_box=1,
         rewards=((reward, False),),
         reward_timeout_s=10.0,
         reward_processes=1,

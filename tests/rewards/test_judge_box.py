@@ -83,6 +83,52 @@ def test_each_grading_has_a_box_of_its_own_unless_told_otherwise():
         boxes(lambda argv, stdin, files: b"", gradings_per_box=0)
 
 
+def test_a_box_with_one_user_serves_one_grading_however_many_are_allowed():
+    box, opened = boxes(lambda argv, stdin, files: b"ok")
+    for number in range(1, 4):
+        box.begin()
+        box.run_python("1")
+        opened[-1].is_reusable = False
+        assert len(opened) == number and box.id == opened[-1].id
+
+
+SNOOPS = """
+import os, pwd, signal
+print(os.getuid(), pwd.getpwuid(os.getuid()).pw_name)
+print(sorted(os.listdir('/workspace') + os.listdir('/tmp') + os.listdir('/dev/shm')))
+alive = [name for name in os.listdir('/proc') if name.isdigit() and int(name) not in (1, os.getpid())]
+print(alive)
+for place in ('/workspace', '/tmp', '/dev/shm'):
+    os.makedirs(place + '/closed/deep')
+    open(place + '/closed/deep/left', 'w').write('the expected answer')
+    os.chmod(place + '/closed', 0)
+if os.fork() == 0:
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.close(1), os.close(2)
+    signal.pause()
+"""
+
+
+@pytest.mark.timeout(120)
+def test_gradings_that_share_a_box_share_neither_user_nor_files_nor_processes():
+    spec = SandboxSpec(driver="bwrap", limits=Limits(workspace_bytes=1 << 20))
+    box = JudgeBox.open(spec, gradings_per_box=3)
+    try:
+        seen = []
+        for _ in range(4):
+            box.begin()
+            done = box.run_python(SNOOPS)
+            who, left, alive = done.stdout.decode().splitlines()
+            assert done.is_ok and left == alive == "[]" and who.endswith(" model"), done
+            seen.append((box.id, who))
+        assert len(set(seen)) == 4
+        num_boxes = 2 if box.label == "bwrap_root" else 4  # with one user only, no box is shared
+        assert len({box_id for box_id, _ in seen}) == num_boxes
+    finally:
+        box.close()
+
+
 @pytest.mark.timeout(120)
 def test_gradings_in_real_boxes_share_neither_box_nor_uid_nor_files():
     """What one leaves in every place that outlives a command is not there for the next."""

@@ -18,6 +18,7 @@ from consilience.sandboxes.blocking import (
 )
 from consilience.sandboxes.fake import FakeSandbox
 from consilience.sandboxes.protocol import SandboxSpec
+from consilience.sandboxes.trajectory import TrajectoryLog
 
 SPEC = SandboxSpec()
 
@@ -115,3 +116,15 @@ def test_a_loop_that_is_stuck_costs_its_caller_no_more_than_the_limit():
         thread.run(answer(), 0.2)
     release.set()
     assert thread.run(answer(), 20.0) == 5
+
+
+def test_boxes_of_a_pool_write_their_trajectory_where_they_are_told_to(tmp_path):
+    with BlockingPool(SPEC, size=1, opener=open_fake, log_folder=tmp_path) as pool:
+        box = pool.lease()
+        box.write("f", b"1")
+        assert box.read("f") == b"1"
+        (folder,) = tmp_path.iterdir()
+        log = TrajectoryLog(folder)
+        pool.release(box)
+    assert [entry.op for entry in log.entries] == ["write", "read"]
+    assert all(entry.outcome is not None for entry in log.entries)

@@ -150,7 +150,7 @@ def _is_ours(pid):
 
 @pytest.mark.timeout(120)
 def test_a_worker_of_a_run_takes_its_boxes_from_the_host(ask):
-    boxes = _boxes(SPEC, warm=0, uses_per_box=16, wait_s=30.0, log_folder=None)
+    boxes = _boxes(SPEC, warm=0, wait_s=30.0, log_folder=None)
     try:
         assert isinstance(boxes, HostPool)
         wait_for(lambda: boxes.lease().exec(["true"]).is_ok)

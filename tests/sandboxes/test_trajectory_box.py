@@ -50,7 +50,7 @@ def test_a_client_that_starts_again_gets_the_same_answers_and_nothing_runs_twice
     asyncio.run(used())
 
 
-def test_shells_and_snapshots_are_answered_from_the_log_and_a_spawn_is_noted(tmp_path):
+def test_shells_snapshots_and_ended_programs_are_answered_from_the_log(tmp_path):
     async def used():
         fake = FakeSandbox(counting)
         box = LoggedSandbox(fake, TrajectoryLog(tmp_path))
@@ -66,9 +66,35 @@ def test_shells_and_snapshots_are_answered_from_the_log_and_a_spawn_is_noted(tmp
             await again.shell("b", session="s"),
         ] == answers
         fake.files["f"] = b"after"
+        num_calls = len(fake.calls)
+        ended = await again.spawn(["p"])
+        assert (await ended.wait()).is_ok and await ended.read() == b"" and len(fake.calls) == num_calls
+        with pytest.raises(BrokenPipeError):
+            await ended.write(b"more")
         await again.restore(answers[1])
         assert fake.files["f"] == b"after"
-        assert "spawn" in [event["what"] for event in again.log.events]
+
+    asyncio.run(used())
+
+
+def test_a_program_that_lives_is_attached_to_and_one_of_a_dead_process_is_not_started_again(tmp_path):
+    async def used():
+        fake = FakeSandbox(counting)
+        box = LoggedSandbox(fake, TrajectoryLog(tmp_path))
+        program = await box.spawn(["p"])
+        await program.write(b"first")
+        box.rewind(1)
+        assert await box.spawn(["p"]) is program and box.next_number == 2
+        box.rewind(1)
+        with pytest.raises(TrajectoryDiverged):
+            await box.spawn(["q"])
+        again = LoggedSandbox(fake, TrajectoryLog(tmp_path))  # its process is gone, nobody heard the end
+        again.rewind(1)
+        with pytest.raises(OutcomeUnknown, match=r"command 1 .*spawn.* not run a second time"):
+            await again.spawn(["p"])
+        assert not fake.calls
+        assert (await program.wait()) == (await program.wait()) and len(fake.calls) == 1
+        assert TrajectoryLog(tmp_path).entries[0].outcome is not None
 
     asyncio.run(used())
 

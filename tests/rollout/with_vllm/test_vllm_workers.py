@@ -41,7 +41,6 @@ def pool(checkpoint, tmp_path_factory):
         "max_length": MAX_LENGTH,
         "sandbox": SandboxSpec(),
         "warm": 0,
-        "uses_per_box": 1,
         "rewards": (),
         "reward_timeout_s": 1.0,
         "reward_processes": 1,
