@@ -41,6 +41,11 @@ class TeacherDigests:
     dtype: torch.dtype = torch.float32
     width: int | None = None
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one state; 0 while the width is not known."""
+        return (self.width or 0) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class HeadLoads:
