@@ -242,7 +242,7 @@ def train_phase(
     names = ["kl", "top1_agreement", "student_entropy"]
     names += ["objective"] * (settings.objective.name != "reverse_kl")
     names += ["mtp_loss"] * any("mtp_loss" in part for part in tally.by_teacher.values())
-    total |= {name: tally.mean(name) for name in names}
+    total |= {name: tally.mean(name) for name in names} | tally.kl_tail(engine.ranks)
     tally.watch.share(engine.ranks)
     tally.reward.share(engine.ranks)
     return total | tally.watch.numbers() | tally.reward.numbers() | _shares(kept, tally)
@@ -329,7 +329,7 @@ def _segment(
         ours = (at.hidden, model.head.weight)
         if order:  # not the rows that fill up another rank's share
             tally.watch.observe(out.tokens.kl, sizes, at.target_ids, ours, (theirs, head))
-            tally.max_kl = max(tally.max_kl, float(out.tokens.kl.max()))
+            tally.see(teacher.name, out.tokens.kl[at.weight > 0])
         tally.kl.update(zip(uids, _parts(out.tokens.kl, sizes, torch.mean)))
         tally.loss.update(zip(uids, _parts(out.tokens.value * at.weight, sizes, torch.sum)))
 

@@ -85,6 +85,8 @@ def distill(ranks, folder, root, balance="weights"):
         "grad_norm",
         "lr",
         "kl",
+        "kl_p99",
+        "kl_max",
         "top1_agreement",
         "student_entropy",
         "mtp_loss",
