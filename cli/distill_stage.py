@@ -38,7 +38,7 @@ from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.tasks.domain import Domain
-from consilience.teachers.admission import admit
+from consilience.teachers.admission import admit, check_loaded
 from consilience.teachers.heads import HeadCache
 from consilience.teachers.hidden_store import HiddenStore
 from consilience.teachers.model_teacher import load_model_teacher
@@ -72,7 +72,9 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
     )
     heads = HeadCache(device_of(cfg))
     load = partial(load_model_teacher, quantization=cfg.engine.quantization)
-    scheduler = TeacherScheduler(registry, load, hidden, may_load=settings.replay is None)
+    scheduler = TeacherScheduler(
+        registry, load, hidden, may_load=settings.replay is None, check=check_loaded
+    )
     side = TeacherSide(registry, scheduler, hidden, heads)
     schedule = DistillSettings(
         steps=settings.steps,

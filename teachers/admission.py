@@ -37,6 +37,8 @@ NEUTRAL = {
 SELF_KL_BOUND = 1e-6
 """Nats a token. Equal weights on equal ids differ by fp32 rounding alone, which is far below."""
 
+PROBE_TOKENS, PROBE_STEP = 16, 7
+
 
 @dataclass(frozen=True)
 class Speech:
@@ -166,6 +168,32 @@ def self_kl(student: Teacher, teacher: Teacher, token_ids: Sequence[Sequence[int
     with torch.no_grad():
         out = reverse_kl(h_s, student.head(), h_t, teacher.head(), torch.ones(len(h_s), device=h_s.device))
     return float(out.kl.double().mean()) if out.kl.numel() else 0.0
+
+
+def check_loaded(teacher: Teacher) -> float:
+    """AdmissionError unless a loaded teacher's KL to itself, through the loss, is 0; the largest of the probe.
+
+    What no folder tells: weights that are not finite, a head that does not fit the states, logits out of
+    range, a kernel that is wrong for this width, type or device.
+    """
+    head = teacher.head()
+    ids = [(PROBE_STEP * i + 1) % head.shape[0] for i in range(PROBE_TOKENS)]
+    states = teacher.score([ids], [range(len(ids))])[0].to(head.device)
+    if states.shape[-1] != head.shape[1]:
+        raise AdmissionError(
+            f"teacher '{teacher.name}' has states of width {states.shape[-1]} and a head of {head.shape[1]}; "
+            "its logits cannot be rebuilt from them"
+        )
+    with torch.no_grad():
+        out = reverse_kl(states, head, states, head, torch.ones(len(ids), device=head.device))
+    value = float(out.kl.abs().max())
+    if not value <= SELF_KL_BOUND:
+        raise AdmissionError(
+            f"teacher '{teacher.name}': its KL to itself is {value:.3g} nats at a token of a probe, at most "
+            f"{SELF_KL_BOUND:.3g} is allowed; its weights or what computes the loss are damaged. Nothing was "
+            "trained on it"
+        )
+    return value
 
 
 def check_self_kl(value: float, bound: float = SELF_KL_BOUND) -> float:

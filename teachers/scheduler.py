@@ -73,7 +73,8 @@ class TeacherScheduler:
     `loader` builds a teacher from its record and keeps no reference to it. `batch_tokens` bounds the tokens
     of one scored and stored batch (a longer single sample is a batch of its own). `digests` reads a
     teacher's digests, and the type and width of its states, without loading it. `may_load=False` is for
-    samples whose states must all be stored already.
+    samples whose states must all be stored already. `check` sees every distinct teacher when it is first
+    loaded, and raises where it may not teach.
     """
 
     def __init__(
@@ -85,9 +86,11 @@ class TeacherScheduler:
         batch_tokens: int = 8192,
         digests: Callable[[TeacherRecord], TeacherDigests] = read_digests,
         may_load: bool = True,
+        check: Callable[[Teacher], object] | None = None,
     ) -> None:
         self._registry, self._loader, self._store = registry, loader, store
-        self._may_load = may_load
+        self._may_load, self._check = may_load, check
+        self._checked: set[TeacherDigests] = set()
         self._batch_tokens, self._read_digests = batch_tokens, digests
         self._digests: dict[str, TeacherDigests] = {}
         self._resident: weakref.ref[Teacher] | None = None
@@ -199,6 +202,9 @@ class TeacherScheduler:
                 f"teacher '{record.name}': loaded digests {found}, its checkpoint states "
                 f"{stated}; the folder changed during the run or is corrupt"
             )
+        if self._check is not None and stated not in self._checked:
+            self._check(teacher)
+            self._checked.add(stated)
         faults: dict[str, str] = {}
         for keys in _batches(queue, self._batch_tokens):
             keys = [key for key in keys if key not in self._store]
