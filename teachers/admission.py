@@ -20,6 +20,7 @@ import torch
 from consilience.conf.errors import AdmissionError, CheckpointError
 from consilience.model.kernels.reverse_kl import reverse_kl
 from consilience.rollout.prompts import checkpoint_family
+from consilience.teachers.causal_folder import causal_config, is_other_model
 from consilience.teachers.heads import head_shape, read_json
 from consilience.teachers.teacher import Teacher
 from consilience.training.checkpoint import META
@@ -30,9 +31,11 @@ NEUTRAL = {
     "lm_head_multiplier": 1,
     "output_multiplier_scale": 1,
     "final_logit_softcapping": None,
+    "logits_soft_cap": None,
+    "output_logit_soft_cap": None,
 }
 """Keys of config.json by which models change logits behind the head -> the value that changes nothing
-(Cohere, Granite, Falcon-H1, Grok, Gemma 2)."""
+(Cohere, Granite, Falcon-H1, Grok, Gemma 2, RecurrentGemma, xLSTM). Others are found when a model is loaded."""
 
 SELF_KL_BOUND = 1e-6
 """Nats a token. Equal weights on equal ids differ by fp32 rounding alone, which is far below."""
@@ -68,6 +71,8 @@ def read_speech(folder: Path | str) -> Speech:
     """Read only headers and JSON. CheckpointError: a file missing or unreadable, a head without rows."""
     folder = Path(folder)
     config = read_json(folder / "config.json")
+    # What a file of another model leaves out has that model's default, which need not be neutral.
+    settings = causal_config(folder).get_text_config().to_dict() if is_other_model(folder) else config
     tokenizer = read_json(folder / "tokenizer.json")
     added = tokenizer.get("added_tokens") or []
     has_card = (folder / META).is_file()
@@ -87,7 +92,7 @@ def read_speech(folder: Path | str) -> Speech:
         declared_tokens=declared,
         bos=config.get("bos_token_id"),
         eos=config.get("eos_token_id"),
-        scales={k: v for k in NEUTRAL if (v := config.get(k)) is not None and v != NEUTRAL[k]},
+        scales={k: v for k in NEUTRAL if (v := settings.get(k)) is not None and v != NEUTRAL[k]},
     )
 
 
