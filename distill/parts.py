@@ -1,8 +1,8 @@
 """A phase scored in parts where the store cannot hold all of its states at once (post-training notes 7.2).
 
 Membership of the mini-batches is drawn first. As many neighbouring ones as the budget holds are scored
-together, trained on and freed, then the next. Parts follow from the samples and the budget alone: a killed run
-cuts them as an undisturbed one does, and scores in the same batches.
+together, trained on and freed, then the next. Parts follow from the samples and the budget alone: a killed
+run cuts them as an undisturbed one does, and scores in the same batches.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def cut_parts(batches: Sequence[dict[str, int]], budget_bytes: int | None) -> li
     """
     firsts: list[int] = [0]
     held: dict[str, int] = {}
-    for number, own in enumerate(batches if budget_bytes is not None else ()):
+    if budget_bytes is None:
+        return firsts
+    for number, own in enumerate(batches):
         if (num_bytes := sum(own.values())) > budget_bytes:
             raise EngineError(
                 f"{num_bytes} bytes of hidden states of one mini-batch do not fit: the store may hold "

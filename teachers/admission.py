@@ -35,7 +35,7 @@ NEUTRAL = {
     "output_logit_soft_cap": None,
 }
 """Keys of config.json by which models change logits behind the head -> the value that changes nothing
-(Cohere, Granite, Falcon-H1, Grok, Gemma 2, RecurrentGemma, xLSTM). Others are found when a model is loaded."""
+(Cohere, Granite, Falcon-H1, Grok, Gemma 2, RecurrentGemma, xLSTM). Others show when a model is loaded."""
 
 SELF_KL_BOUND = 1e-6
 """Nats a token. Equal weights on equal ids differ by fp32 rounding alone, which is far below."""
@@ -176,7 +176,7 @@ def self_kl(student: Teacher, teacher: Teacher, token_ids: Sequence[Sequence[int
 
 
 def check_loaded(teacher: Teacher) -> float:
-    """AdmissionError unless a loaded teacher's KL to itself, through the loss, is 0; the largest of the probe.
+    """The largest KL of a loaded teacher to itself, through the loss; AdmissionError unless it is 0.
 
     What no folder tells: weights that are not finite, a head that does not fit the states, logits out of
     range, a kernel that is wrong for this width, type or device.

@@ -1,7 +1,7 @@
 """A checkpoint folder of another causal model than V4, read without its model: head, digest, what it scales.
 
-Any model of transformers' AutoModelForCausalLM, from its own folder: nothing is looked up anywhere else and no
-code of a folder is run. transformers is imported when such a folder is read.
+Any model of transformers' AutoModelForCausalLM, from its own folder: nothing is looked up anywhere else and
+no code of a folder is run. transformers is imported when such a folder is read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def is_other_model(folder: Path | str) -> bool:
 
 
 def causal_config(folder: Path | str) -> Any:
-    """transformers' configuration of the folder, defaults filled in. CheckpointError if it knows no such model."""
+    """transformers' configuration, defaults filled in. CheckpointError if it knows no such model."""
     with reading(folder) as transformers:
         config = transformers.AutoConfig.from_pretrained(folder, **FROM_DISK)
     if getattr(config, "quantization_config", None):
@@ -80,9 +80,13 @@ def find_head(folder: Path | str) -> Stored:
     stored = read_folder(folder)
     found = next((stored[name] for name in names if name in stored), None)
     if found is None:
-        raise CheckpointError(f"{folder}: no file has its head, looked for as {', '.join(dict.fromkeys(names))}")
+        raise CheckpointError(
+            f"{folder}: no file has its head, looked for as {', '.join(dict.fromkeys(names))}"
+        )
     if found.dtype not in FLOATS:
-        raise CheckpointError(f"{found.file}: {found.name} is of type {found.dtype}, a floating one is needed")
+        raise CheckpointError(
+            f"{found.file}: {found.name} is of type {found.dtype}, a floating one is needed"
+        )
     return found
 
 
@@ -92,7 +96,7 @@ def read_causal_head(folder: Path | str) -> torch.Tensor:
 
 
 def folder_digest(folder: Path | str) -> str:
-    """The weights digest of what the files hold, under the names they have there; a tensor in memory at a time."""
+    """The weights digest of what the files hold, by the names they have there, a tensor at a time."""
     folder = Path(folder)
     weight_map = {name: stored.file.name for name, stored in read_folder(folder).items()}
     return weights_digest(StoredTensors(folder, weight_map))

@@ -1,4 +1,4 @@
-"""A teacher that is any causal model of transformers with the student's vocabulary, scored by its own forward.
+"""A teacher that is any causal model of transformers with the student's vocabulary, by its own forward.
 
 The states are what its head is given: behind the final norm. That logits are those states times the head, and
 nothing more, is tried on every model that is loaded.
@@ -39,7 +39,7 @@ class CausalTeacher:
     def __init__(self, name: str, model: Any, digest: str, *, batch_tokens: int = 8192) -> None:
         self.name = name
         self.digest = digest
-        self._model = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self.head_digest = head_digest(self.head())
         self._batch_tokens = batch_tokens
 
@@ -52,12 +52,12 @@ class CausalTeacher:
         """
         if len(token_ids) != len(positions):
             raise ValueError(f"{len(token_ids)} samples but positions for {len(positions)}")
-        most = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max((len(ids) for ids in token_ids), default=0)
         if most is not None and longest > most:
             raise EngineError(
-                f"teacher '{self.name}' has {most} positions (max_position_embeddings), a sample has {longest} "
-                "tokens; sample shorter ones or take another teacher"
+                f"teacher '{self.name}' has {most} positions (max_position_embeddings), a sample has "
+                f"{longest} tokens; sample shorter ones or take another teacher"
             )
         states: list[Tensor] = []
         for first, last in _batches([len(ids) for ids in token_ids], self._batch_tokens):
@@ -68,7 +68,7 @@ class CausalTeacher:
 
     def head(self) -> Tensor:
         """Prediction head [V, D]."""
-        return self._model.get_output_embeddings().weight
+        return self.model.get_output_embeddings().weight
 
     def _forward(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
         """What the head is given [S, T, D]."""
@@ -79,7 +79,7 @@ class CausalTeacher:
         for row, own in enumerate(token_ids):
             ids[row, : len(own)] = torch.tensor(list(own), dtype=torch.long)
             is_there[row, : len(own)] = 1
-        found = self._model.base_model(
+        found = self.model.base_model(
             input_ids=ids.to(head.device), attention_mask=is_there.to(head.device), use_cache=False
         )
         return found.last_hidden_state.to(head.dtype)
@@ -88,23 +88,23 @@ class CausalTeacher:
     def check(self) -> None:
         """AdmissionError with the number if its own logits are others than its states times its head."""
         head = self.head()
-        kind = type(self._model).__name__
-        bias = getattr(self._model.get_output_embeddings(), "bias", None)
+        kind = type(self.model).__name__
+        bias = getattr(self.model.get_output_embeddings(), "bias", None)
         if bias is not None and bool(bias.any()):
             raise AdmissionError(
-                f"teacher '{self.name}': the head of {kind} has a bias (up to {float(bias.abs().max()):.3g}), so "
-                "its logits are not state times head, as they are rebuilt here"
+                f"teacher '{self.name}': the head of {kind} has a bias (to {float(bias.abs().max()):.3g}), "
+                "so its logits are not state times head, as they are rebuilt here"
             )
         ids = torch.arange(NUM_PROBED, device=head.device)[None] % head.shape[0]
-        own = self._model(input_ids=ids, use_cache=False).logits
+        own = self.model(input_ids=ids, use_cache=False).logits
         wide = torch.promote_types(head.dtype, torch.float32)
         ours = self._forward(ids.tolist()).to(wide) @ head.to(wide).T
         bound = logits_bound(own.dtype, head.shape[1]) * float(ours.abs().max())
         gap = float((own.to(wide) - ours).abs().max())
         if not gap <= bound:
             raise AdmissionError(
-                f"teacher '{self.name}': logits of {kind} differ by {gap:.3g} from its states times its head, at "
-                f"most {bound:.3g} is rounding; it scales, caps or shifts them, or its states are no such"
+                f"teacher '{self.name}': logits of {kind} differ by {gap:.3g} from states times head, "
+                f"at most {bound:.3g} is rounding; it scales, caps or shifts them, or its states are no such"
             )
 
 
@@ -125,8 +125,8 @@ def load_causal_teacher(
     for what in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, report[what])):
             raise CheckpointError(
-                f"{folder}: {what.replace('_', ' ')} {', '.join(names[:5])} ({len(names)} in all); they would "
-                "be random, restore or remake the checkpoint"
+                f"{folder}: {what.replace('_', ' ')} {', '.join(names[:5])} ({len(names)} in all); they "
+                "would be random, restore or remake the checkpoint"
             )
     teacher = CausalTeacher(record.name, model.to(device), folder_digest(folder), batch_tokens=batch_tokens)
     teacher.check()

@@ -21,7 +21,7 @@ from consilience.conf.errors import AdmissionError, CheckpointError
 from consilience.model.digest import weights_digest
 from consilience.model.released_checkpoint import find_tensor
 from consilience.model.shards import read_rows
-from consilience.teachers.causal_folder import folder_digest, find_head, is_other_model, read_causal_head
+from consilience.teachers.causal_folder import find_head, folder_digest, is_other_model, read_causal_head
 from consilience.teachers.read_ahead import ReadAhead
 from consilience.teachers.registry import TeacherRecord
 from consilience.training.checkpoint import META
@@ -168,9 +168,8 @@ class HeadCache:
 def read_head(folder: Path | str) -> Tensor:
     """The head [V, D] of a checkpoint folder in any layout that is read here, as the loaded model has it.
 
-    Its type is that of the embedding, in which such a model computes; of another model than V4 (`causal_folder`)
-    its own. CheckpointError if the folder has no
-    head or its file cannot be read; it names file and tensor.
+    Its type is that of the embedding, in which such a model computes; of another model than V4 its own.
+    CheckpointError if the folder has no head or its file cannot be read; it names file and tensor.
     """
     if is_other_model(folder):
         return read_causal_head(folder)

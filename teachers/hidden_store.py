@@ -168,7 +168,7 @@ class HiddenStore:
         self._later = tuple(dict.fromkeys(keys))
 
     def expect(self, keys: Iterable[str], later: Iterable[str] = ()) -> None:
-        """(reader) What `score` did for the writer: see the files it has written since, reserve and hold keys."""
+        """(reader) What `score` did for the writer: see the files it wrote since, reserve and hold keys."""
         self.hold(later)
         for path in [path for path in self._entries if not path.exists()]:  # made room for others
             for key in self._entries.pop(path):

@@ -56,8 +56,8 @@ def newton_schulz(matrices: Tensor) -> Tensor:
 def _norms(wide: Tensor, dtype: torch.dtype) -> Tensor:
     """Frobenius norms [K, 1, 1] to divide by, in `dtype`; never 0.
 
-    Squares of entries beyond 2^±63 leave fp32, and their sum is 0 or infinite: outside of `SAFE_NORMS` they are
-    summed in fp64.
+    Squares of entries beyond 2^±63 leave fp32, and their sum is 0 or infinite: outside of `SAFE_NORMS` they
+    are summed in fp64.
     """
     norm = torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True, dtype=dtype)
     least, most = SAFE_NORMS

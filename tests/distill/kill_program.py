@@ -2,9 +2,10 @@
 
     kill_program.py FOLDER frees|keeps|parts N N N …
 
-The store frees what was used, keeps it, or holds a mini-batch of the two alone. Each N is a stage of its own: killed at event N (0: never), then run to its end. One JSON line for each:
-{"events", "parts", "digest", "kl", "scored", "again"}; scored: states computed in all attempts, again: those of them
-that were stored when the attempt began.
+The store frees what was used, keeps it, or has room for one of a phase's two mini-batches. Each N is a stage
+of its own: killed at event N (0: never), then run to its end. One JSON line for each:
+{"events", "parts", "digest", "kl", "scored", "again"}; scored: states computed in all attempts, again: those
+of them that were stored when the attempt began.
 """
 
 import json

@@ -39,7 +39,7 @@ def test_parts_by_hand(batches, budget, firsts):
 
 
 def test_a_mini_batch_that_does_not_fit_alone_is_refused_with_both_numbers():
-    with pytest.raises(EngineError, match="9 bytes of hidden states of one mini-batch .* may hold 8"):
+    with pytest.raises(EngineError, match=r"9 bytes of hidden states of one mini-batch .* may hold 8"):
         cut_parts([{"a": 4}, {"b": 5, "c": 4}], 8)
 
 

@@ -29,7 +29,9 @@ def test_other_models_are_told_from_v4_by_their_configuration(tmp_path):
         assert is_other_model(tmp_path) is expected
 
 
-@pytest.mark.parametrize(("kind", "name"), [("GPTNeoX", "embed_out.weight"), ("GPT2", "transformer.wte.weight")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("GPTNeoX", "embed_out.weight"), ("GPT2", "transformer.wte.weight")]
+)
 def test_a_head_is_found_under_the_name_that_the_files_have(kind, name, tmp_path):
     made = build(kind)
     folder = write(tmp_path, made)
@@ -74,5 +76,5 @@ def test_models_that_cannot_teach_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"no file has its head, looked for as lm_head\.weight"):
         find_head(folder)
     save_file(tensors | {"lm_head.weight": head.to(torch.float8_e4m3fn)}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="of type torch.float8_e4m3fn, a floating one is needed"):
+    with pytest.raises(CheckpointError, match=r"of type torch.float8_e4m3fn, a floating one is needed"):
         find_head(folder)

@@ -58,4 +58,3 @@ def test_subnormal_and_zero_matrices_stay_finite_among_ordinary_ones():
     found = newton_schulz(torch.cat([g, g * 1e-40, g * 0]))
     assert torch.isfinite(found).all()
     assert torch.equal(found[:1], newton_schulz(g)) and not found[2].any()
-
