@@ -6,6 +6,7 @@ no code of a folder is run. transformers is imported when such a folder is read.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,14 +70,11 @@ def find_head(folder: Path | str) -> Stored:
     CheckpointError if the model has no head, if no file has it, or if it is of no floating type.
     """
     folder = Path(folder)
-    config = causal_config(folder)
-    with reading(folder) as transformers, torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    if head is None:
-        raise CheckpointError(f"{folder}: a {type(model).__name__} has no head that makes logits")
-    names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is head.weight]
-    names += [*(name.removeprefix(f"{model.base_model_prefix}.") for name in names), *OLD_NAMES]
+    try:
+        config = (folder / "config.json").read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{folder} has no config.json that can be read ({error})") from error
+    names = _head_names(folder, config)
     stored = read_folder(folder)
     found = next((stored[name] for name in names if name in stored), None)
     if found is None:
@@ -88,6 +86,20 @@ def find_head(folder: Path | str) -> Stored:
             f"{found.file}: {found.name} is of type {found.dtype}, a floating one is needed"
         )
     return found
+
+
+@functools.cache  # heads are read in a thread beside training, where no model should be built
+def _head_names(folder: Path, config: str) -> tuple[str, ...]:
+    """What files may call the head of the model that this config.json describes."""
+    found = causal_config(folder)
+    with reading(folder) as transformers, torch.device("meta"):
+        # Another type than the default one would be everybody's default while it is built.
+        model = transformers.AutoModelForCausalLM.from_config(found, dtype=torch.float32)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise CheckpointError(f"{folder}: a {type(model).__name__} has no head that makes logits")
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is head.weight]
+    return (*names, *(name.removeprefix(f"{model.base_model_prefix}.") for name in names), *OLD_NAMES)
 
 
 def read_causal_head(folder: Path | str) -> torch.Tensor:

@@ -15,7 +15,8 @@ from consilience.teachers.admission import admit, check_loaded
 from consilience.teachers.causal_teacher import CausalTeacher, load_causal_teacher
 from consilience.teachers.heads import read_digests, read_head
 from consilience.teachers.registry import TeacherRecord, TeacherRegistry
-from consilience.training.checkpoint import save_checkpoint
+from consilience.teachers.scheduler import ScoreRequest
+from consilience.training.checkpoint import load_checkpoint, save_checkpoint
 from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 
 torch.set_num_threads(1)
@@ -56,6 +57,20 @@ def test_states_come_in_the_type_that_the_files_have(tmp_path):
 def test_a_sample_longer_than_the_model_has_positions_is_refused():
     with pytest.raises(EngineError, match=r"teacher 'x' has 64 positions .* 65 tokens"):
         CausalTeacher("x", build("GPT2"), "digest").score(draw(65), [[3]])
+
+
+def test_a_dense_specialist_of_our_own_teaches_too(tmp_path):
+    """One whose checkpoint has a card: trained here from a model of transformers."""
+    start = write(tmp_path / "start", build("Qwen3"))
+    trained, _ = load_checkpoint(start)
+    own = tmp_path / "own"
+    save_checkpoint(own, trained, start / "tokenizer.json", replace(META, special_tokens={"<eos>": 1}))
+    admit(start, own)
+    registry = TeacherRegistry([TeacherRecord("math", own, ("math",))])
+    teachers = side(registry, tmp_path / "states", load_causal_teacher)
+    found = teachers.scheduler.score([ScoreRequest("a", "math", (3, 4, 5), (0, 1))])
+    expected = load_causal_teacher(TeacherRecord("start", start, ("math",))).score([(3, 4, 5)], [(0, 1)])[0]
+    assert torch.equal(teachers.store.take(found.keys["a"]), expected)
 
 
 SCALED = {
