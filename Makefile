@@ -5,7 +5,7 @@
 #   make test-all           the slow ones too
 #   make test-kernels       the GPU kernels; on a machine without one, under Triton's interpreter
 #   make vllm               vLLM's CPU build, in an environment over the first: .venv-vllm (77 s, 1.3 GB)
-#   make test-vllm          the tests of the vLLM engine, there
+#   make test-vllm          the tests of the vLLM engine and of teachers scored by it, there
 #   make test-docker        boxes and attacks on a Docker Engine, installed and started if this is root's machine
 #   make attacks            hostile programs against every kind of box present, the longest too
 #   make chaos              kill -9 of drivers and workers at random points (KILLS=100 SEED=0)
@@ -103,7 +103,7 @@ $(VLLM_STAMP): $(STAMP)
 	@touch $@
 
 test-vllm: vllm
-	@$(VLLM)/bin/python -m pytest tests/rollout/with_vllm $(ARGS)
+	@$(VLLM)/bin/python -m pytest tests/rollout/with_vllm tests/teachers/with_vllm $(ARGS)
 
 test-docker: setup
 	@$(BIN)/python -m consilience.sandboxes.build_image --engine

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from consilience.cli.jobs import fresh_problems, rollout_jobs
 from consilience.cli.prove import prove_start
 from consilience.cli.ray_session import ahead, domains_of, rollout_pool
 from consilience.cli.stage import StageContext
+from consilience.cli.teacher_loading import teacher_loader
 from consilience.cli.training_stage import (
     device_of,
     health_of,
@@ -38,7 +38,7 @@ from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.tasks.domain import Domain
-from consilience.teachers.admission import admit
+from consilience.teachers.admission import admit, check_loaded
 from consilience.teachers.heads import HeadCache
 from consilience.teachers.hidden_store import HiddenStore
 from consilience.teachers.model_teacher import load_model_teacher
@@ -71,8 +71,9 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         is_reader=not ranks.is_first,
     )
     heads = HeadCache(device_of(cfg))
-    load = partial(load_model_teacher, quantization=cfg.engine.quantization)
-    scheduler = TeacherScheduler(registry, load, hidden, may_load=settings.replay is None)
+    scheduler = TeacherScheduler(
+        registry, teacher_loader(cfg), hidden, may_load=settings.replay is None, check=check_loaded
+    )
     side = TeacherSide(registry, scheduler, hidden, heads)
     schedule = DistillSettings(
         steps=settings.steps,

@@ -136,6 +136,12 @@ def _check_teachers(cfg: Config) -> None:
             raise ConfigError(
                 f"{key} owns {len(teacher.domains)} domains and has no checkpoint; set {key}.checkpoint"
             )
+    if cfg.teachers.engine == "vllm":
+        _check_vllm_python(cfg)
+    elif cfg.teachers.settings:
+        raise ConfigError(
+            "teachers.settings are arguments of vLLM; set teachers.engine=vllm, or leave them out"
+        )
     missing = sorted(set(cfg.task.domains) - set(owner)) if owner else []
     if missing:
         raise ConfigError(
@@ -306,6 +312,10 @@ def _check_vllm(cfg: Config) -> None:
             "rollout.proof=start reads back what a worker holds, and vLLM packs its weights: each update is "
             "proven by log-probabilities instead; set rollout.proof=off"
         )
+    _check_vllm_python(cfg)
+
+
+def _check_vllm_python(cfg: Config) -> None:
     python = cfg.rollout.vllm.python
     if python is not None and not Path(python).is_file():
         raise ConfigError(f"rollout.vllm.python is '{python}', but no such file exists; make vllm builds one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from consilience.conf.fields import setting
 
@@ -269,6 +270,15 @@ class TeachersConfig:
     """Who teaches what. Empty: the run's own specialists, one a domain, weight 1."""
 
     shared: bool = setting(False, "several teachers may own a domain: their weighted KLs add up")
+    engine: str = setting(
+        "auto",
+        "what scores teachers that are not V4: transformers' own forward, or vLLM, held against it first; V4 "
+        "is always scored by our own",
+        choices=("auto", "vllm"),
+    )
+    settings: dict[str, Any] = setting(
+        {}, "arguments of vLLM for teachers (teachers/vllm_teacher.py says which)", speed_only=True
+    )
     registry: dict[str, TeacherConfig] = setting({}, "name -> teacher; `teachers.registry.NAME.KEY=VALUE`")
 
 

@@ -28,8 +28,9 @@ from consilience.distill.guards import (
 from consilience.distill.loss import REVERSE_KL, distill_loss, sample_weights
 from consilience.distill.minibatch import draw_minibatches, segments_by_teacher
 from consilience.distill.objectives import Objective
+from consilience.distill.parts import PhaseScores
 from consilience.distill.reward_term import RewardSettings, RewardTerm
-from consilience.distill.samples import by_teacher, pack_records, score_request, training_samples, without
+from consilience.distill.samples import by_teacher, pack_records, training_samples, without
 from consilience.distill.tally import Tally
 from consilience.distill.token_watch import TokenWatch
 from consilience.model.forward_trace import Trace
@@ -134,14 +135,12 @@ def train_distill(
         clock.add_tokens("sampled", sum(r.num_sampled for r in records))
         uids, age = [r.uid for r in records], staleness(records, step)
         records, seen = guard_samples(training_samples(records), settings.guard)
-        with clock.phase("score"):
-            requests = [score_request(c) for r in records for c in by_teacher(r)]
-            scored = ranks.first(teachers.scheduler.score, requests)
-            if not ranks.is_first:
-                teachers.store.expect(scored.keys.values())
-        records, masked = without(records, scored.bad)
         with clock.phase("train"):
-            report = train_phase(engine, records, scored, teachers, settings, step, balance)
+            batches = [[records[i] for i in chosen] for chosen in membership(len(records), settings, step)]
+            scores = PhaseScores(batches, teachers.scheduler, teachers.store, ranks, clock)
+            report = train_phase(engine, records, scores, teachers, settings, step, balance)
+        scored = scores.report
+        records, masked = without(records, scored.bad)
         if ranks.is_first:
             store.ledger.trained(step, uids)
         clock.add_tokens("train", int(report["train_tokens"]))
@@ -158,7 +157,7 @@ def train_distill(
         rows.append(row | {"balance": balance.state()})
         by_sample = report.pop("kl_by_sample")
         flags = failures(report | seen, rows[0].get("length"), settings.guard, step)
-        report |= {"teacher_loads": len(scored.loads), "reused": scored.num_reused}
+        report |= {"teacher_loads": len(scored.loads), "reused": scored.num_reused, "parts": scores.num_parts}
         report |= {"masked_bad_states": len(masked), **seen, **flags} | age | store.health.pop(step, {})
         log.scalars(step + 1, report)
         log.rollouts(step + 1, _table(records, by_sample, decode, settings.table_rows))
@@ -200,14 +199,16 @@ def _result(rows: Sequence[dict[str, Any]], clock: StageClock) -> dict[str, Any]
 def train_phase(
     engine: TrainEngine,
     records: Sequence[RolloutRecord],
-    scored: ScoreReport,
+    scores: Callable[[int], ScoreReport] | ScoreReport,
     teachers: TeacherSide,
     settings: DistillSettings,
     step: int,
     balance: UpdateBalance | None = None,
 ) -> dict[str, Any]:
-    """All optimiser steps of one phase; `balance` carries what former phases pulled."""
-    rng = np.random.default_rng((settings.seed, step))
+    """All optimiser steps of one phase; `balance` carries what former phases pulled.
+
+    scores  what is scored, all of it or, by the number of a mini-batch, at least that one
+    """
     balance = balance or UpdateBalance({record.name: record.weight for record in teachers.registry})
     total: dict[str, Any] = {"train_tokens": 0, "head_loads": [], "skipped_updates": 0}
     tally = Tally(TokenWatch(settings.guard.eos), RewardTerm(records, settings.reward))
@@ -218,8 +219,13 @@ def train_phase(
         decay_steps=min(settings.decay_steps, max(settings.steps - settings.warmup, 0)),
         final_scale=settings.final_scale,
     )
-    for members in draw_minibatches(len(records), settings.mini_batches, rng):
-        chosen = [records[i] for i in members]
+    kept: list[RolloutRecord] = []
+    for number, members in enumerate(membership(len(records), settings, step)):
+        scored = scores(number) if callable(scores) else scores
+        chosen, _ = without([records[i] for i in members], scored.bad)
+        kept += chosen
+        if not chosen:
+            continue
         trace = Trace()
         tally.reward.begin(chosen)
         loads = _mini_batch(engine, chosen, scored, teachers, settings, balance, tally, trace)
@@ -232,14 +238,20 @@ def train_phase(
         total["skipped_updates"] += is_noise
         teachers.store.free_taken()
     mean = lambda values: sum(values) / len(values)
-    total["kl_by_sample"] = {r.uid: mean([tally.kl[c.uid] for c in by_teacher(r)]) for r in records}
+    total["kl_by_sample"] = {r.uid: mean([tally.kl[c.uid] for c in by_teacher(r)]) for r in kept}
     names = ["kl", "top1_agreement", "student_entropy"]
     names += ["objective"] * (settings.objective.name != "reverse_kl")
     names += ["mtp_loss"] * any("mtp_loss" in part for part in tally.by_teacher.values())
-    total |= {name: tally.mean(name) for name in names}
+    total |= {name: tally.mean(name) for name in names} | tally.kl_tail(engine.ranks)
     tally.watch.share(engine.ranks)
     tally.reward.share(engine.ranks)
-    return total | tally.watch.numbers() | tally.reward.numbers() | _shares(records, tally)
+    return total | tally.watch.numbers() | tally.reward.numbers() | _shares(kept, tally)
+
+
+def membership(num_records: int, settings: DistillSettings, step: int) -> list[np.ndarray]:
+    """Indices of the records of each mini-batch of a phase."""
+    rng = np.random.default_rng((settings.seed, step))
+    return draw_minibatches(num_records, settings.mini_batches, rng)
 
 
 def _mini_batch(
@@ -317,7 +329,7 @@ def _segment(
         ours = (at.hidden, model.head.weight)
         if order:  # not the rows that fill up another rank's share
             tally.watch.observe(out.tokens.kl, sizes, at.target_ids, ours, (theirs, head))
-            tally.max_kl = max(tally.max_kl, float(out.tokens.kl.max()))
+            tally.see(teacher.name, out.tokens.kl[at.weight > 0])
         tally.kl.update(zip(uids, _parts(out.tokens.kl, sizes, torch.mean)))
         tally.loss.update(zip(uids, _parts(out.tokens.value * at.weight, sizes, torch.sum)))
 

@@ -136,14 +136,20 @@ class DenseModel(nn.Module):
         """CheckpointError if the model's own logits are others than its head's products with what it sees."""
         ids = torch.arange(CHECKED_TOKENS, device=self.head.weight.device)[None] % self.config.vocab_size
         own, ours = self._whole[0](ids, use_cache=False).logits, self.forward(ids)
-        # Both are rounded once to the weights' type, and sum D products in fp32 or wider, in another order.
-        rounding = max(16 * torch.finfo(own.dtype).eps, 4 * self.head.weight.shape[1] ** 0.5 * FP32_EPS)
-        bound = rounding * float(ours.abs().max())
+        bound = logits_bound(own.dtype, self.head.weight.shape[1]) * float(ours.abs().max())
         if not float((own.to(ours.dtype) - ours).abs().max()) <= bound:
             raise CheckpointError(
                 f"{type(self._whole[0]).__name__} makes other logits than its head's products (a scale, a "
                 "cap, a bias?), which losses would not see; train a model without"
             )
+
+
+def logits_bound(dtype: torch.dtype, width: int) -> float:
+    """By what share of the largest two ways to the same logits may differ.
+
+    Both are rounded once to the weights' type, and sum `width` products in fp32 or wider, in another order.
+    """
+    return max(16 * torch.finfo(dtype).eps, 4 * width**0.5 * FP32_EPS)
 
 
 def build_causal(row: Mapping[str, Any], dtype: torch.dtype | None = None) -> Any:

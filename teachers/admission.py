@@ -20,6 +20,7 @@ import torch
 from consilience.conf.errors import AdmissionError, CheckpointError
 from consilience.model.kernels.reverse_kl import reverse_kl
 from consilience.rollout.prompts import checkpoint_family
+from consilience.teachers.causal_folder import causal_config, is_other_model
 from consilience.teachers.heads import head_shape, read_json
 from consilience.teachers.teacher import Teacher
 from consilience.training.checkpoint import META
@@ -30,12 +31,16 @@ NEUTRAL = {
     "lm_head_multiplier": 1,
     "output_multiplier_scale": 1,
     "final_logit_softcapping": None,
+    "logits_soft_cap": None,
+    "output_logit_soft_cap": None,
 }
 """Keys of config.json by which models change logits behind the head -> the value that changes nothing
-(Cohere, Granite, Falcon-H1, Grok, Gemma 2)."""
+(Cohere, Granite, Falcon-H1, Grok, Gemma 2, RecurrentGemma, xLSTM). Others show when a model is loaded."""
 
 SELF_KL_BOUND = 1e-6
 """Nats a token. Equal weights on equal ids differ by fp32 rounding alone, which is far below."""
+
+PROBE_TOKENS, PROBE_STEP = 16, 7
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ def read_speech(folder: Path | str) -> Speech:
     """Read only headers and JSON. CheckpointError: a file missing or unreadable, a head without rows."""
     folder = Path(folder)
     config = read_json(folder / "config.json")
+    # What a file of another model leaves out has that model's default, which need not be neutral.
+    settings = causal_config(folder).get_text_config().to_dict() if is_other_model(folder) else config
     tokenizer = read_json(folder / "tokenizer.json")
     added = tokenizer.get("added_tokens") or []
     has_card = (folder / META).is_file()
@@ -85,7 +92,7 @@ def read_speech(folder: Path | str) -> Speech:
         declared_tokens=declared,
         bos=config.get("bos_token_id"),
         eos=config.get("eos_token_id"),
-        scales={k: v for k in NEUTRAL if (v := config.get(k)) is not None and v != NEUTRAL[k]},
+        scales={k: v for k in NEUTRAL if (v := settings.get(k)) is not None and v != NEUTRAL[k]},
     )
 
 
@@ -166,6 +173,32 @@ def self_kl(student: Teacher, teacher: Teacher, token_ids: Sequence[Sequence[int
     with torch.no_grad():
         out = reverse_kl(h_s, student.head(), h_t, teacher.head(), torch.ones(len(h_s), device=h_s.device))
     return float(out.kl.double().mean()) if out.kl.numel() else 0.0
+
+
+def check_loaded(teacher: Teacher) -> float:
+    """The largest KL of a loaded teacher to itself, through the loss; AdmissionError unless it is 0.
+
+    What no folder tells: weights that are not finite, a head that does not fit the states, logits out of
+    range, a kernel that is wrong for this width, type or device.
+    """
+    head = teacher.head()
+    ids = [(PROBE_STEP * i + 1) % head.shape[0] for i in range(PROBE_TOKENS)]
+    states = teacher.score([ids], [range(len(ids))])[0].to(head.device)
+    if states.shape[-1] != head.shape[1]:
+        raise AdmissionError(
+            f"teacher '{teacher.name}' has states of width {states.shape[-1]} and a head of {head.shape[1]}; "
+            "its logits cannot be rebuilt from them"
+        )
+    with torch.no_grad():
+        out = reverse_kl(states, head, states, head, torch.ones(len(ids), device=head.device))
+    value = float(out.kl.abs().max())
+    if not value <= SELF_KL_BOUND:
+        raise AdmissionError(
+            f"teacher '{teacher.name}': its KL to itself is {value:.3g} nats at a token of a probe, at most "
+            f"{SELF_KL_BOUND:.3g} is allowed; its weights or what computes the loss are damaged. Nothing was "
+            "trained on it"
+        )
+    return value
 
 
 def check_self_kl(value: float, bound: float = SELF_KL_BOUND) -> float:

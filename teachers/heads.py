@@ -21,6 +21,7 @@ from consilience.conf.errors import AdmissionError, CheckpointError
 from consilience.model.digest import weights_digest
 from consilience.model.released_checkpoint import find_tensor
 from consilience.model.shards import read_rows
+from consilience.teachers.causal_folder import find_head, folder_digest, is_other_model, read_causal_head
 from consilience.teachers.read_ahead import ReadAhead
 from consilience.teachers.registry import TeacherRecord
 from consilience.training.checkpoint import META
@@ -40,6 +41,11 @@ class TeacherDigests:
     head: str
     dtype: torch.dtype = torch.float32
     width: int | None = None
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one state; 0 while the width is not known."""
+        return (self.width or 0) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -160,17 +166,21 @@ class HeadCache:
 
 
 def read_head(folder: Path | str) -> Tensor:
-    """The head [V, D] of a checkpoint folder in any layout that `model/` reads, as the loaded model has it.
+    """The head [V, D] of a checkpoint folder in any layout that is read here, as the loaded model has it.
 
-    Its type is that of the embedding, in which such a model computes. CheckpointError if the folder has no
-    head or its file cannot be read; it names file and tensor.
+    Its type is that of the embedding, in which such a model computes; of another model than V4 its own.
+    CheckpointError if the folder has no head or its file cannot be read; it names file and tensor.
     """
+    if is_other_model(folder):
+        return read_causal_head(folder)
     head, embedding = (find_tensor(Path(folder), name) for name in (HEAD, EMBEDDING))
     return read_rows(head).to(embedding.dtype)
 
 
 def head_shape(folder: Path | str) -> tuple[int, ...]:
     """Shape of the head, from the header of its file alone."""
+    if is_other_model(folder):
+        return find_head(folder).shape
     return find_tensor(Path(folder), HEAD).shape
 
 
@@ -186,7 +196,10 @@ def read_digests(record: TeacherRecord) -> TeacherDigests:
     """
     folder = Path(record.checkpoint)
     path = folder / META
-    weights = read_json(path).get("digest") if path.is_file() else released_digest(folder)
+    if path.is_file():
+        weights = read_json(path).get("digest")
+    else:
+        weights = folder_digest(folder) if is_other_model(folder) else released_digest(folder)
     if not isinstance(weights, str) or not weights:
         raise CheckpointError(f"{path} names no digest; the checkpoint is incomplete, restore or retrain it")
     head = read_head(folder)

@@ -94,6 +94,7 @@ class HiddenStore:
         self._entries: dict[Path, set[str]] = {}  # entries of a file that are still wanted
         self._origins: dict[Path, str] = {}
         self._reserved: Counter[str] = Counter()
+        self._later: tuple[str, ...] = ()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not is_reader:
@@ -134,12 +135,15 @@ class HiddenStore:
     def make_room(self, num_bytes: int, wanted: Container[str] = ()) -> None:
         """EngineError unless `num_bytes` more fit the budget; to be asked before anything is computed.
 
-        What nobody has reserved and is not `wanted` goes first (left by a killed run, or of other weights).
+        What nobody has reserved and is not `wanted` goes first (left by a killed run, or of other weights);
+        then, as far as it must, what is held for later, the last of it first.
         """
-        if self._has_room(num_bytes):
-            return
-        if not self.keeps:
-            self._free([key for key in self._places if self._reserved[key] < 1 and key not in wanted])
+        if not self.keeps and not self._has_room(num_bytes):
+            idle = [key for key in self._places if self._reserved[key] < 1 and key not in wanted]
+            self._free([key for key in idle if key not in set(self._later)])
+            for key in reversed([key for key in self._later if key in set(idle)]):
+                if not self._has_room(num_bytes):
+                    self._free([key])
         self._must_have_room(num_bytes)
 
     def _has_room(self, num_bytes: int) -> bool:
@@ -156,8 +160,19 @@ class HiddenStore:
             "a phase"
         )
 
-    def expect(self, keys: Iterable[str]) -> None:
-        """(reader) What `score` did for the writer: see the files it has written since, reserve the keys."""
+    def hold(self, keys: Iterable[str]) -> None:
+        """Keys that are wanted later, the soonest first: while there is room they stay without a reservation.
+
+        Replaces what was held before.
+        """
+        self._later = tuple(dict.fromkeys(keys))
+
+    def expect(self, keys: Iterable[str], later: Iterable[str] = ()) -> None:
+        """(reader) What `score` did for the writer: see the files it wrote since, reserve and hold keys."""
+        self.hold(later)
+        for path in [path for path in self._entries if not path.exists()]:  # made room for others
+            for key in self._entries.pop(path):
+                self._places.pop(key, None)
         for path in sorted(set(self.folder.glob(f"*{SUFFIX}")) - self._entries.keys()):
             self._adopt(path)
         self.reserve(keys)
@@ -225,13 +240,14 @@ class HiddenStore:
         return states
 
     def free_taken(self) -> int:
-        """Drop every entry without reservations left; returns the bytes freed: 0 in a store that keeps.
+        """Drop entries neither reserved nor held for later; returns the bytes freed: 0 in a store that keeps.
 
         A file goes when the last of its entries goes. Tensors taken before stay valid while held.
         """
         before = self.size_bytes
         if not self.keeps:
-            self._free([key for key in self._places if self._reserved[key] < 1])
+            later = set(self._later)
+            self._free([key for key in self._places if self._reserved[key] < 1 and key not in later])
         self._reserved = +self._reserved
         return before - self.size_bytes
 

@@ -55,6 +55,7 @@ class ScoreReport:
     num_scored   samples scored now;  num_reused  samples whose states were stored already
     num_tokens   tokens the teachers read
     bad          uid -> what is wrong with its states; nothing is stored or reserved for it
+    later        keys that are held for a call to come
     """
 
     keys: dict[str, str]
@@ -63,6 +64,7 @@ class ScoreReport:
     num_reused: int
     num_tokens: int
     bad: dict[str, str] = field(default_factory=dict)
+    later: tuple[str, ...] = ()
 
 
 class TeacherScheduler:
@@ -71,7 +73,8 @@ class TeacherScheduler:
     `loader` builds a teacher from its record and keeps no reference to it. `batch_tokens` bounds the tokens
     of one scored and stored batch (a longer single sample is a batch of its own). `digests` reads a
     teacher's digests, and the type and width of its states, without loading it. `may_load=False` is for
-    samples whose states must all be stored already.
+    samples whose states must all be stored already. `check` sees every distinct teacher when it is first
+    loaded, and raises where it may not teach.
     """
 
     def __init__(
@@ -83,15 +86,19 @@ class TeacherScheduler:
         batch_tokens: int = 8192,
         digests: Callable[[TeacherRecord], TeacherDigests] = read_digests,
         may_load: bool = True,
+        check: Callable[[Teacher], object] | None = None,
     ) -> None:
         self._registry, self._loader, self._store = registry, loader, store
-        self._may_load = may_load
+        self._may_load, self._check = may_load, check
+        self._checked: set[TeacherDigests] = set()
         self._batch_tokens, self._read_digests = batch_tokens, digests
         self._digests: dict[str, TeacherDigests] = {}
         self._resident: weakref.ref[Teacher] | None = None
 
-    def score(self, requests: Sequence[ScoreRequest]) -> ScoreReport:
+    def score(self, requests: Sequence[ScoreRequest], later: Sequence[str] = ()) -> ScoreReport:
         """Score what is not stored yet and reserve one use of every request's states.
+
+        later  keys that another call will want: what is stored of them stays while there is room
 
         ConfigError: an unknown teacher. ValueError: two requests with one uid, positions outside the
         sample. AdmissionError: a loaded teacher whose digest is not its checkpoint's. CheckpointError: a
@@ -100,7 +107,8 @@ class TeacherScheduler:
         the right shape, type and finite, or one still in memory when the next is due.
         What was stored before an error stays stored.
         """
-        keys = self._keys(requests)
+        keys = self.keys(requests)
+        self._store.hold(later)
         queues: dict[TeacherDigests, tuple[str, dict[str, ScoreRequest]]] = {}
         for request in requests:
             digests = self._digests[request.teacher]
@@ -121,6 +129,7 @@ class TeacherScheduler:
             num_reused=len(requests) - num_scored,
             num_tokens=sum(_num_tokens(rest.values()) for _, _, rest in due),
             bad=bad,
+            later=tuple(later),
         )
 
     def _check_room(
@@ -140,9 +149,7 @@ class TeacherScheduler:
                     f"the store holds those of {held}. Its weights, its head or the samples are others: "
                     "score them again without distill.replay"
                 )
-            if digests.width is not None:
-                state_bytes = digests.width * digests.dtype.itemsize
-                num_bytes += sum(len(queue[key].positions) for key in keys) * state_bytes
+            num_bytes += sum(len(queue[key].positions) for key in keys) * digests.state_bytes
         self._store.make_room(num_bytes, wanted)
 
     def digests(self, name: str) -> TeacherDigests:
@@ -168,7 +175,8 @@ class TeacherScheduler:
                 warm.stop()
         return faults
 
-    def _keys(self, requests: Sequence[ScoreRequest]) -> dict[str, str]:
+    def keys(self, requests: Sequence[ScoreRequest]) -> dict[str, str]:
+        """uid -> key of its states in the store. Errors as `score`, of what it is given."""
         keys: dict[str, str] = {}
         for request in requests:
             if request.uid in keys:
@@ -194,6 +202,9 @@ class TeacherScheduler:
                 f"teacher '{record.name}': loaded digests {found}, its checkpoint states "
                 f"{stated}; the folder changed during the run or is corrupt"
             )
+        if self._check is not None and stated not in self._checked:
+            self._check(teacher)
+            self._checked.add(stated)
         faults: dict[str, str] = {}
         for keys in _batches(queue, self._batch_tokens):
             keys = [key for key in keys if key not in self._store]

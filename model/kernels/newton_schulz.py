@@ -28,6 +28,8 @@ FEWEST_ROWS = 128
 FEWEST_TILES = 528
 """Four tiles of the upper triangles for each SM of an H100: with fewer, whole products were faster
 (`bench/newton_schulz_gpu.py`: 136, 129 and 288 lose 19, 23 and 3 %, 528 and more win 5 to 25 %)."""
+SAFE_NORMS = (2.0**-40, 2.0**60)
+"""Norms of fp32 matrices to which squares that underflow add nothing, and in which none overflows."""
 MOST_ENTRIES = 2**29
 """Entries that go through at once: four buffers take up to 4 GiB, and few tiles would leave the chip idle."""
 
@@ -51,6 +53,19 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     return found if is_wide else found.mT
 
 
+def _norms(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """Frobenius norms [K, 1, 1] to divide by, in `dtype`; never 0.
+
+    Squares of entries beyond 2^±63 leave fp32, and their sum is 0 or infinite: outside of `SAFE_NORMS` they
+    are summed in fp64.
+    """
+    norm = torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True, dtype=dtype)
+    least, most = SAFE_NORMS
+    is_safe = (norm >= least) & (norm <= most)
+    exact = torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True, dtype=torch.float64)
+    return torch.where(is_safe, norm, exact.to(dtype)).clamp_min(torch.finfo(dtype).tiny)
+
+
 def _iterate_wholes(wide: Tensor) -> Tensor:
     return newton_schulz_plainly(wide.to(torch.bfloat16))
 
@@ -61,8 +76,7 @@ def iterate_halves(wide: Tensor) -> Tensor:
 
     k, n, m = wide.shape
     y = torch.empty(k, n, m, dtype=torch.bfloat16, device=wide.device)
-    norm = torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    torch.div(wide, norm.clamp_min(torch.finfo(torch.float32).tiny), out=y)
+    torch.div(wide, _norms(wide, torch.float32), out=y)
     next_y = torch.empty_like(y)
     gram, polynomial = (y.new_empty(k, n, n) for _ in range(2))
     for a, b, c in COEFFICIENTS:
@@ -82,9 +96,8 @@ def newton_schulz_plainly(matrices: Tensor) -> Tensor:
     """
     k, n, m = matrices.shape
     wide = matrices if n <= m else matrices.mT
-    norm = torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True)
     y = torch.empty(wide.shape, dtype=wide.dtype, device=wide.device)
-    torch.div(wide, norm.clamp_min(torch.finfo(wide.dtype).tiny), out=y)
+    torch.div(wide, _norms(wide, wide.dtype), out=y)
     next_y = torch.empty_like(y)
     gram, polynomial = (y.new_empty(k, min(n, m), min(n, m)) for _ in range(2))
     diagonal = polynomial.diagonal(dim1=1, dim2=2)

@@ -151,6 +151,8 @@ def test_a_wrong_override_is_refused_in_one_line_that_says_what_to_do(override, 
         ("teachers.registry.t.domains=[math,chess]", "unknown domain 'chess'"),
         ("teachers.registry.t.weight=0", "above 0"),
         ("teachers.registry.t.domains=[math]", "domain 'agent' has no teacher"),
+        ("teachers.engine=sglang", "valid: auto, vllm"),
+        ("teachers.settings.block_size=32", "arguments of vLLM; set teachers.engine=vllm"),
     ],
 )
 def test_a_setting_that_does_not_go_with_another_is_refused(override, said):

@@ -1,10 +1,11 @@
 """A distillation stage of twelve teachers, killed with SIGKILL at its n-th event and run again.
 
-    kill_program.py FOLDER KEEPS N N N …
+    kill_program.py FOLDER frees|keeps|parts N N N …
 
-Each N is a stage of its own: killed at event N (0: never), then run to its end. One JSON line for each:
-{"events", "digest", "kl", "scored", "again"}; scored: states computed in all attempts, again: those of them
-that were stored when the attempt began.
+The store frees what was used, keeps it, or has room for one of a phase's two mini-batches. Each N is a stage
+of its own: killed at event N (0: never), then run to its end. One JSON line for each:
+{"events", "parts", "digest", "kl", "scored", "again"}; scored: states computed in all attempts, again: those
+of them that were stored when the attempt began.
 """
 
 import json
@@ -29,6 +30,8 @@ from consilience.teachers.scheduler import TeacherScheduler  # noqa: E402
 from consilience.training.metrics import MemorySink  # noqa: E402
 from consilience.training.torch_engine import OptimizerSettings, TorchEngine  # noqa: E402
 
+PART_BYTES = 16 << 10
+"""A phase of the run has 26 KiB of states, its mini-batches half of that."""
 NAMES = [f"t{i:02d}" for i in range(12)]
 
 
@@ -45,8 +48,8 @@ class Clock:
 
 
 class Store(HiddenStore):
-    def __init__(self, folder, clock, log, keeps):
-        super().__init__(folder, keeps=keeps)
+    def __init__(self, folder, clock, log, mode):
+        super().__init__(folder, keeps=mode == "keeps", budget_bytes=PART_BYTES if mode == "parts" else None)
         self.clock, self.log = clock, log
         known = log.read_text().split() if log.exists() else []
         self.held = {key.split(":")[1] for key in known if key.split(":")[1] in self}
@@ -92,14 +95,14 @@ class Log(MemorySink):
         super().scalars(step, values)
 
 
-def attempt(folder, registry, last, keeps):
+def attempt(folder, registry, last, mode):
     torch.set_num_threads(1)
     clock = Clock(last)
-    store = Store(folder / "states", clock, folder / "scored.txt", keeps)
+    store = Store(folder / "states", clock, folder / "scored.txt", mode)
     scheduler = TeacherScheduler(registry, load_model_teacher, store, batch_tokens=40)
     engine = Engine(model(), OptimizerSettings(lr=0.01))
     engine.clock = clock
-    _, _, result = run(
+    _, log, result = run(
         folder,
         TeacherSide(registry, scheduler, store, HeadCache()),
         Sampler(lambda step: samples(step, [*NAMES, *NAMES[step:]])),
@@ -111,6 +114,7 @@ def attempt(folder, registry, last, keeps):
     scored = (folder / "scored.txt").read_text().split()
     found = {
         "events": clock.count,
+        "parts": [row["parts"] for row in log.rows],
         "digest": weights_digest(to_official(engine.model)),
         "kl": result["kl"],
         "loads": result["head_loads"],
@@ -135,14 +139,14 @@ def in_child(*arguments):
 
 
 def main():
-    root, keeps, points = Path(sys.argv[1]), sys.argv[2] == "keeps", [int(n) for n in sys.argv[3:]]
+    root, mode, points = Path(sys.argv[1]), sys.argv[2], [int(n) for n in sys.argv[3:]]
     for point in points:
-        folder = root / f"killed-at-{point}-{keeps}"
+        folder = root / f"killed-at-{point}-{mode}"
         folder.mkdir(parents=True)
         registry = registry_of(root / "teachers", {name: i + 1 for i, name in enumerate(NAMES)})
         if point:
-            assert in_child(folder, registry, point, keeps) == -signal.SIGKILL
-        assert in_child(folder, registry, 0, keeps) == 0
+            assert in_child(folder, registry, point, mode) == -signal.SIGKILL
+        assert in_child(folder, registry, 0, mode) == 0
         print((folder / "result.json").read_text(), flush=True)
 
 

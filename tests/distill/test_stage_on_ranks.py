@@ -27,6 +27,8 @@ torch.set_num_threads(1)
 
 CONFIG = replace(small_trainer.AHEAD, initializer_range=0.2)  # teachers of two seeds really disagree
 SEEDS = {"code": 1, "math": 2}
+PART_BYTES = 5 << 10
+"""A phase has 75 loss tokens, 14 of them of two teachers: 5696 bytes of states, 4160 at most in a mini-batch."""
 OWNERS = ("math", "code", "math", "code+math", "code", "math")
 
 
@@ -40,9 +42,9 @@ def teachers(tmp_path_factory):
     return root
 
 
-def side(root, folder, ranks):
+def side(root, folder, ranks, budget=None):
     registry = TeacherRegistry([TeacherRecord(name, root / name, (name,)) for name in SEEDS], True)
-    store = HiddenStore(folder, is_reader=not ranks.is_first)
+    store = HiddenStore(folder, budget_bytes=budget, is_reader=not ranks.is_first)
     return TeacherSide(registry, TeacherScheduler(registry, load_model_teacher, store), store, HeadCache())
 
 
@@ -63,9 +65,9 @@ def jobs_of(step):
     return [SimpleNamespace(uid=f"{step}/{number}", step=step) for number in range(len(OWNERS))]
 
 
-def distill(ranks, folder, root, balance="weights"):
+def distill(ranks, folder, root, balance="weights", budget=None):
     parts = StageParts(small_model(0, CONFIG), ranks, folder)
-    teachers = side(root, folder / "hidden", ranks)
+    teachers = side(root, folder / "hidden", ranks, budget)
     result = train_distill(
         parts.engine,
         RankSampler() if ranks.is_first else None,
@@ -79,12 +81,16 @@ def distill(ranks, folder, root, balance="weights"):
     )
     assert len(teachers.store) == 0
     left = parts.left()
+    if ranks.is_first and budget is not None:
+        assert [row["parts"] for row in left["rows"]] == [2, 2]
     shared = (
         "step",
         "train_tokens",
         "grad_norm",
         "lr",
         "kl",
+        "kl_p99",
+        "kl_max",
         "top1_agreement",
         "student_entropy",
         "mtp_loss",
@@ -96,11 +102,14 @@ def distill(ranks, folder, root, balance="weights"):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("size", "balance"), [(2, "weights"), (2, "update"), (4, "update")])
-def test_distillation_is_that_of_one_process(size, balance, teachers, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "balance", "budget"),
+    [(2, "weights", None), (2, "update", None), (4, "update", None), (2, "weights", PART_BYTES)],
+)
+def test_distillation_is_that_of_one_process(size, balance, budget, teachers, tmp_path):
     one = distill(ALONE, tmp_path / "one", teachers, balance)
     more = tmp_path / "more"
-    several = assert_ranks_agree(on_ranks(size, distill, more, teachers, balance, folder=tmp_path))
+    several = assert_ranks_agree(on_ranks(size, distill, more, teachers, balance, budget, folder=tmp_path))
     assert len(one["gradients"]) == 4 and {"update_share", "loss_share"} <= one["rows"][0].keys()
     assert_same(several, one)
     assert not list((more / "hidden").iterdir())

@@ -126,6 +126,8 @@ def test_the_reported_kl_is_that_of_the_two_models_own_logits(registry, tmp_path
             kl += own.tolist()
         assert report["kl"][name] == pytest.approx(sum(kl) / len(kl), rel=1e-3)  # fp32 against fp64
         assert report["kl"][name] > 1e-3
+        assert report["kl_p99"][name] == pytest.approx(float(torch.tensor(kl).quantile(0.99)), rel=1e-3)
+        assert report["kl_max"][name] == pytest.approx(max(kl), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "sampled_token"])

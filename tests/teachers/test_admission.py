@@ -9,7 +9,15 @@ import torch
 from safetensors.torch import save_file
 
 from consilience.conf.errors import AdmissionError, CheckpointError
-from consilience.teachers.admission import admit, check_self_kl, read_speech, read_templates, self_kl
+from consilience.teachers.admission import (
+    SELF_KL_BOUND,
+    admit,
+    check_loaded,
+    check_self_kl,
+    read_speech,
+    read_templates,
+    self_kl,
+)
 from consilience.teachers.fake_teacher import FakeTeacher
 
 SPECIAL = [{"id": 0, "content": "<bos>", "special": True}, {"id": 1, "content": "<eos>", "special": True}]
@@ -175,3 +183,33 @@ def test_a_model_has_no_kl_to_itself_and_another_model_has():
         check_self_kl(other)
     with pytest.raises(AdmissionError, match="nan"):
         check_self_kl(float("nan"))
+
+
+def test_a_loaded_teacher_has_no_kl_to_itself():
+    assert check_loaded(FakeTeacher("math")) <= SELF_KL_BOUND
+    assert check_loaded(FakeTeacher("math", dtype=torch.bfloat16)) <= SELF_KL_BOUND
+
+
+class Damaged(FakeTeacher):
+    """Its head, or its states, changed."""
+
+    def __init__(self, change_head=lambda h: h, change_state=lambda h: h):
+        super().__init__("math")
+        self._head, self.change_state = change_head(self._head), change_state
+
+    def score(self, token_ids, positions):
+        return [self.change_state(state) for state in super().score(token_ids, positions)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"change_head": lambda h: h * float("nan")}, "teacher 'math': its KL to itself is nan nats"),
+        ({"change_head": lambda h: h * 1e30, "change_state": lambda h: h * 1e30}, "to itself is nan nats"),
+        ({"change_state": lambda h: h.where(h < 1, float("inf"))}, "to itself is nan nats"),
+        ({"change_state": lambda h: h[:, :5]}, "states of width 5 and a head of 8"),
+    ],
+)
+def test_a_loaded_teacher_that_is_damaged_is_refused_with_the_number(change, message):
+    with pytest.raises(AdmissionError, match=message):
+        check_loaded(Damaged(**change))

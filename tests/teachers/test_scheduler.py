@@ -78,6 +78,24 @@ def test_two_names_of_one_checkpoint_are_loaded_once(registry, store):
         assert torch.equal(store.take(found.keys[r.uid]), expected)
 
 
+def test_each_distinct_teacher_is_checked_once_before_any_state_of_it_is_stored(registry, tmp_path):
+    seen = []
+
+    def check(teacher):
+        seen.append((teacher.name, len(store)))
+        if teacher.name == "agent":
+            raise AdmissionError("its KL to itself is 0.3")
+
+    store = HiddenStore(tmp_path / "checked")
+    scheduler = TeacherScheduler(registry, lambda r: build(r.name), store, digests=digests, check=check)
+    scheduler.score([request("a", "math", 4), request("b", "code", 3)])
+    scheduler.score([request("c", "math", 5), request("d", "code", 4)])
+    assert seen == [("math", 0), ("code", 1)]
+    with pytest.raises(AdmissionError, match="KL to itself"):
+        scheduler.score([request("e", "agent", 5)])
+    assert len(store) == 4
+
+
 def test_the_next_teachers_files_are_read_while_one_scores(registry, store, tmp_path, monkeypatch):
     events = []
 

@@ -41,3 +41,20 @@ def test_a_zero_matrix_stays_zero_and_a_tiny_one_does_not():
     assert not newton_schulz(torch.zeros(1, 3, 5)).any()
     g = draw(1, 3, 5)
     torch.testing.assert_close(newton_schulz(g * 1e-12), newton_schulz(g), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("power", [-110, -100, -64, 64, 100])
+def test_matrices_whose_squares_leave_fp32_are_orthogonalised_as_others_are(power, dtype):
+    g = draw(2, 6, 10, dtype=dtype)
+    scaled = g * 2.0**power
+    found = newton_schulz(scaled)
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found, newton_schulz(g), rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_subnormal_and_zero_matrices_stay_finite_among_ordinary_ones():
+    g = draw(1, 6, 10)
+    found = newton_schulz(torch.cat([g, g * 1e-40, g * 0]))
+    assert torch.isfinite(found).all()
+    assert torch.equal(found[:1], newton_schulz(g)) and not found[2].any()

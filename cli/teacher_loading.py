@@ -1,0 +1,45 @@
+"""What scores a teacher: our own forward for V4's folders, transformers' or vLLM for any other model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+from consilience.cli.engines import device_of
+from consilience.conf.schema import Config
+from consilience.teachers.causal_folder import is_other_model
+from consilience.teachers.causal_teacher import load_causal_teacher
+from consilience.teachers.model_teacher import load_model_teacher
+from consilience.teachers.registry import TeacherRecord
+from consilience.teachers.teacher import Teacher
+
+Load = Callable[[TeacherRecord], Teacher]
+
+
+def teacher_loader(cfg: Config) -> Load:
+    """Loads each teacher of the registry by what its folder holds. ConfigError on `teachers.settings`."""
+    device = device_of(cfg)
+    own = partial(load_model_teacher, device=device, quantization=cfg.engine.quantization)
+    return by_folder(
+        own, _vllm_loader(cfg) if uses_vllm(cfg) else partial(load_causal_teacher, device=device)
+    )
+
+
+def by_folder(own: Load, other: Load) -> Load:
+    """`own` for a folder of V4 in any layout, `other` for that of another model."""
+    return lambda record: (other if is_other_model(record.checkpoint) else own)(record)
+
+
+def uses_vllm(cfg: Config) -> bool:
+    return cfg.teachers.engine == "vllm"
+
+
+def _vllm_loader(cfg: Config) -> Load:
+    from consilience.teachers.vllm_teacher import VllmLoader
+
+    return VllmLoader(
+        python=cfg.rollout.vllm.python or sys.executable,
+        max_length=cfg.rollout.max_length,
+        settings=cfg.teachers.settings,
+    )
