@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from opd_timing import FILES, PARTS, Accounts, TimedEngine, TimedStore, TimedTeacher
+from opd_timing import FILES, PARTS, Accounts, TimedEngine, TimedStore, TimedTeachers
 from torch import Tensor
 
 from consilience.distill.balance import UpdateBalance
@@ -46,7 +46,6 @@ from consilience.rollout.engine import Request, SamplingParams
 from consilience.rollout.native_engine import NativeEngine
 from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord
 from consilience.teachers.heads import HeadCache, read_head
-from consilience.teachers.model_teacher import load_model_teacher
 from consilience.teachers.registry import TeacherRecord, TeacherRegistry
 from consilience.teachers.scheduler import TeacherScheduler
 from consilience.training.checkpoint import CheckpointMeta, load_checkpoint, save_checkpoint
@@ -54,7 +53,7 @@ from consilience.training.torch_engine import OptimizerSettings
 
 SIZES = {"tiny": (96, 32, 192), "small": (72, 128, 1024)}  # samples, tokens of a prompt, of all
 MOST_TEACHERS = 12
-ARM_LIMIT_S = 150
+ARM_LIMIT_S = 170
 WAITING_AIM, MEMORY_AIM = 0.10, 0.02
 
 
@@ -113,20 +112,15 @@ def teacher_side(
         [TeacherRecord(f"t{i:02d}", folder / f"t{i:02d}", (f"d{i}",)) for i in range(1, num + 1)]
     )
 
-    def load(record: TeacherRecord) -> Any:
-        with accounts.file("load"):
-            return TimedTeacher(
-                load_model_teacher(record, device=device, batch_tokens=batch_tokens), accounts
-            )
-
     def read(record: TeacherRecord) -> Tensor:
         with accounts.file("head"):
             return read_head(record.checkpoint)
 
     states = TimedStore(accounts, store)
+    loader = TimedTeachers(accounts, device, batch_tokens)
     return TeacherSide(
         registry,
-        TeacherScheduler(registry, load, states, batch_tokens=batch_tokens),
+        TeacherScheduler(registry, loader, states, batch_tokens=batch_tokens),
         states,
         HeadCache(device, read=read),
     )
@@ -199,6 +193,8 @@ def measure(preset: str, device: torch.device, folder: Path, num: int, rounds: i
             if number == 1:
                 reset_peak(device)
             steps.append(one_step(engine, records, side, settings, accounts, number))
+            took = sum(steps[-1]["seconds"].values())
+            print(f"{num} teachers, step {number}: {took:.2f} s", file=sys.stderr, flush=True)
     return {
         "steps": steps[1:],
         "peak": peak(device),

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from consilience.teachers.hidden_store import HiddenStore
+from consilience.teachers.host_teachers import HostTeachers
+from consilience.teachers.registry import TeacherRecord
 from consilience.training.stage_clock import StageClock
 from consilience.training.torch_engine import TorchEngine
 
@@ -75,6 +77,20 @@ class TimedTeacher:
 
     def head(self) -> Tensor:
         return self._teacher.head()
+
+
+class TimedTeachers(HostTeachers):
+    def __init__(self, accounts: Accounts, device: torch.device, batch_tokens: int) -> None:
+        super().__init__(device, batch_tokens=batch_tokens)
+        self._accounts = accounts
+
+    def load(self, record: TeacherRecord) -> Any:
+        with self._accounts.clock.phase("wait load"):
+            return TimedTeacher(super().load(record), self._accounts)
+
+    def _read(self, folder: Path) -> Any:
+        with self._accounts.file("load"):
+            return super()._read(folder)
 
 
 class TimedModel:

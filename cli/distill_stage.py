@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from consilience.tasks.domain import Domain
 from consilience.teachers.admission import admit
 from consilience.teachers.heads import HeadCache
 from consilience.teachers.hidden_store import HiddenStore
+from consilience.teachers.host_teachers import HostTeachers
 from consilience.teachers.model_teacher import load_model_teacher
 from consilience.teachers.registry import TeacherRecord, TeacherRegistry
 from consilience.teachers.scheduler import TeacherScheduler
@@ -71,8 +71,8 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         is_reader=not ranks.is_first,
     )
     heads = HeadCache(device_of(cfg))
-    load = partial(load_model_teacher, quantization=cfg.engine.quantization)
-    scheduler = TeacherScheduler(registry, load, hidden, may_load=settings.replay is None)
+    loader = HostTeachers(device_of(cfg), quantization=cfg.engine.quantization)
+    scheduler = TeacherScheduler(registry, loader, hidden, may_load=settings.replay is None)
     side = TeacherSide(registry, scheduler, hidden, heads)
     schedule = DistillSettings(
         steps=settings.steps,
