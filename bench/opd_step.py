@@ -42,7 +42,7 @@ from consilience.distill.train import DistillSettings, TeacherSide, train_phase
 from consilience.model.config import PRESETS
 from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer
-from consilience.rollout.engine import Request, SamplingParams
+from consilience.rollout.engine import Completed, Request, SamplingParams
 from consilience.rollout.native_engine import NativeEngine
 from consilience.rollout.records import FinishReason, Outcome, OutcomeKind, RolloutRecord
 from consilience.teachers.heads import HeadCache, read_head
@@ -71,37 +71,42 @@ def make_checkpoints(preset: str, folder: Path, num: int) -> None:
         list(threads.map(make, range(num + 1)))
 
 
-def sample(model: Transformer, preset: str) -> tuple[list[RolloutRecord], float]:
-    """What the student draws on random prompts, all of one length; tokens a second."""
-    num, prompt, length = SIZES[preset]
-    engine = NativeEngine(model, max_rows=num, max_length=length)
+def random_prompts(preset: str) -> list[tuple[int, ...]]:
+    num, prompt, _ = SIZES[preset]
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(model.config.vocab_size, (num, prompt), generator=generator).tolist()
-    params = SamplingParams(max_tokens=length - prompt)
-    engine.submit([Request(f"s{i}", tuple(ids), replace(params, seed=i)) for i, ids in enumerate(prompts)])
-    began, done = time.perf_counter(), []
+    ids = torch.randint(PRESETS[preset].vocab_size, (num, prompt), generator=generator)
+    return [tuple(row) for row in ids.tolist()]
+
+
+@torch.no_grad()
+def sample(engine: NativeEngine, prompts: Sequence[tuple[int, ...]], step: int = 0) -> list[RolloutRecord]:
+    """What the engine's model draws on the prompts, each as long as the engine's streams may be."""
+    num = len(prompts)
+    params = [
+        SamplingParams(max_tokens=engine.max_length - len(ids), seed=num * step + i)
+        for i, ids in enumerate(prompts)
+    ]
+    engine.submit([Request(f"s{step}/{i}", ids, params[i]) for i, ids in enumerate(prompts)])
+    done: dict[str, Completed] = {}
     while len(done) < num:
-        done += engine.step()
-    rate = num * params.max_tokens / (time.perf_counter() - began)
-    records = []
-    for i, found in enumerate(sorted(done, key=lambda c: int(c.uid[1:]))):
-        records.append(
-            RolloutRecord(
-                uid=found.uid,
-                group=found.uid,
-                domain="any",
-                effort="chat",
-                teacher=None,
-                prompt_ids=tuple(prompts[i]),
-                token_ids=found.token_ids,
-                logprobs=found.logprobs,
-                loss_mask=(1,) * len(found.token_ids),
-                weight_version=found.weight_version,
-                finish=FinishReason.LENGTH,
-                outcome=Outcome(OutcomeKind.GRADED),
-            )
+        done |= {found.uid: found for found in engine.step()}
+    return [
+        RolloutRecord(
+            uid=f"s{step}/{i}",
+            group=f"s{step}/{i}",
+            domain="d1",
+            effort="chat",
+            teacher="t01",
+            prompt_ids=ids,
+            token_ids=done[f"s{step}/{i}"].token_ids,
+            logprobs=done[f"s{step}/{i}"].logprobs,
+            loss_mask=(1,) * params[i].max_tokens,
+            weight_version=done[f"s{step}/{i}"].weight_version,
+            finish=FinishReason.LENGTH,
+            outcome=Outcome(OutcomeKind.GRADED),
         )
-    return records, rate
+        for i, ids in enumerate(prompts)
+    ]
 
 
 def teacher_side(
@@ -171,8 +176,11 @@ def peak(device: torch.device) -> int:
 def measure(preset: str, device: torch.device, folder: Path, num: int, rounds: int) -> dict[str, Any]:
     """One row of the table."""
     model = load_checkpoint(folder / "t00")[0].to(device)
-    with torch.no_grad():
-        records, rate = sample(model, preset)
+    engine = NativeEngine(model, max_rows=SIZES[preset][0], max_length=SIZES[preset][2])
+    began = time.perf_counter()
+    records = sample(engine, random_prompts(preset))
+    rate = sum(len(r.token_ids) for r in records) / (time.perf_counter() - began)
+    del engine
     model.train().requires_grad_(True)
     reset_peak(device)
     records = [
