@@ -6,8 +6,8 @@
 Both run a V4 model of the preset, TRL transformers' `deepseek_v4` with our student's and teacher's weights:
 same prompts, same lengths, same tokens in a step and in a micro-batch, exact reverse KL over the vocabulary,
 AdamW, one update a step. Not equal: our step loads its teacher from disk, keeps states there and does the
-whole stage's bookkeeping; TRL's teacher stays in memory. TRL's default recomputes activations, ours does not; it is
-run both ways. Two kinds of step:
+whole stage's bookkeeping; TRL's teacher stays in memory. TRL's default is to recompute activations, ours is
+not to; TRL is run both ways. Two kinds of step:
 
 given    the same sampled texts are trained on in every step: scoring, forward, backward, update
 sampled  each step samples its own texts first: ours by the native engine, TRL by transformers' generate
@@ -96,7 +96,7 @@ def trl(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from opd_step import SIZES, peak, random_prompts, reset_peak
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from transformers import DeepseekV4ForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     from transformers_oracle import hf_twin, take_lowest_of_equals
     from trl import DistillationConfig, DistillationTrainer
 
@@ -129,7 +129,11 @@ def trl(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     def twin(name: str) -> Any:
         model = load_checkpoint(folder / name)[0]
-        made = hf_twin(model).to(device, model.head.weight.dtype)
+        hf_twin(model).save_pretrained(folder / f"hf-{name}")
+        # By from_pretrained, which keeps in fp32 what transformers wants there.
+        made = DeepseekV4ForCausalLM.from_pretrained(
+            folder / f"hf-{name}", dtype=model.head.weight.dtype, attn_implementation="eager"
+        ).to(device)
         if given.check:
             take_lowest_of_equals(made)
         return made
