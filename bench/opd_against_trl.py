@@ -29,7 +29,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -43,19 +43,18 @@ ARMS = ("ours", "trl", "trl, recomputing")
 
 def ours(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The stage's own scoring and training; `loss` of the first step is the mean KL of a token."""
-    from opd_step import SIZES, peak, random_prompts, reset_peak, sample, teacher_side
+    from opd_step import SIZES, peak, random_prompts, read_student, reset_peak, sample, teacher_side
     from opd_timing import Accounts, TimedEngine
 
     from consilience.distill.balance import UpdateBalance
     from consilience.distill.samples import score_request
     from consilience.distill.train import DistillSettings, train_phase
     from consilience.rollout.native_engine import NativeEngine
-    from consilience.training.checkpoint import load_checkpoint
     from consilience.training.torch_engine import OptimizerSettings
 
     device = torch.device(given.device)
     num, _, length = SIZES[given.preset]
-    model = load_checkpoint(folder / "t00")[0].to(device)
+    model = read_student(folder, device)
     sampler = NativeEngine(model, max_rows=num, max_length=length)
     prompts = random_prompts(given.preset)
     fixed = [
@@ -100,6 +99,7 @@ def trl(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from transformers_oracle import hf_twin, take_lowest_of_equals
     from trl import DistillationConfig, DistillationTrainer
 
+    from consilience.model.transformer import Transformer
     from consilience.training.checkpoint import load_checkpoint
 
     device = torch.device(given.device)
@@ -128,7 +128,7 @@ def trl(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
             self.times.append(now(device) - self.began)
 
     def twin(name: str) -> Any:
-        model = load_checkpoint(folder / name)[0]
+        model = cast(Transformer, load_checkpoint(folder / name)[0])
         hf_twin(model).save_pretrained(folder / f"hf-{name}")
         # By from_pretrained, which keeps in fp32 what transformers wants there.
         made = DeepseekV4ForCausalLM.from_pretrained(
@@ -197,13 +197,12 @@ def completions(folder: Path) -> list[list[int]]:
 
 def prepare(given: argparse.Namespace, folder: Path) -> None:
     """Both models, and what the student says on the prompts."""
-    from opd_step import SIZES, make_checkpoints, random_prompts, sample
+    from opd_step import SIZES, make_checkpoints, random_prompts, read_student, sample
 
     from consilience.rollout.native_engine import NativeEngine
-    from consilience.training.checkpoint import load_checkpoint
 
     make_checkpoints(given.preset, folder, 1)
-    model = load_checkpoint(folder / "t00")[0].to(given.device)
+    model = read_student(folder, given.device)
     num, _, length = SIZES[given.preset]
     records = sample(NativeEngine(model, max_rows=num, max_length=length), random_prompts(given.preset))
     (folder / "completions.json").write_text(json.dumps([list(r.token_ids) for r in records]))

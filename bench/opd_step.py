@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from opd_timing import FILES, PARTS, Accounts, TimedEngine, TimedStore, TimedTeachers
@@ -69,6 +69,10 @@ def make_checkpoints(preset: str, folder: Path, num: int) -> None:
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         list(threads.map(make, range(num + 1)))
+
+
+def read_student(folder: Path, device: torch.device | str) -> Transformer:
+    return cast(Transformer, load_checkpoint(folder / "t00")[0].to(device))
 
 
 def random_prompts(preset: str) -> list[tuple[int, ...]]:
@@ -175,7 +179,7 @@ def peak(device: torch.device) -> int:
 
 def measure(preset: str, device: torch.device, folder: Path, num: int, rounds: int) -> dict[str, Any]:
     """One row of the table."""
-    model = load_checkpoint(folder / "t00")[0].to(device)
+    model = read_student(folder, device)
     engine = NativeEngine(model, max_rows=SIZES[preset][0], max_length=SIZES[preset][2])
     began = time.perf_counter()
     records = sample(engine, random_prompts(preset))

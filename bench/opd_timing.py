@@ -27,7 +27,7 @@ class Accounts:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._lock = device, threading.Lock()
-        self.files = dict.fromkeys(FILES, 0.0)
+        self.files: dict[str, float] = dict.fromkeys(FILES, 0.0)
         self.clock = StageClock(now=self._now)
 
     def _now(self) -> float:
@@ -124,6 +124,6 @@ class TimedEngine(TorchEngine):
         with self.clock.phase("student"):
             return super().forward_backward(timed, batch, denominators)
 
-    def step(self, *given: Any) -> dict[str, float]:
+    def step(self, lr_scale: float = 1.0, expert_load: Any = None) -> dict[str, float]:
         with self.clock.phase("update"):
-            return super().step(*given)
+            return super().step(lr_scale, expert_load)

@@ -87,8 +87,11 @@ class PlainLoader:
     """A function that builds a teacher; of what is announced the files are read, for the page cache."""
 
     def __init__(self, build: Callable[[TeacherRecord], Teacher]) -> None:
-        self.load = build
+        self._build = build
         self._warm: WarmFiles | None = None
+
+    def load(self, record: TeacherRecord) -> Teacher:
+        return self._build(record)
 
     def announce(self, record: TeacherRecord) -> None:
         self.stop()
