@@ -21,6 +21,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 480
+EITHER = ("opd_step",)
+"""Benches for both kinds of machine, which take the GPU where there is one."""
 
 
 def run(file: Path, parts: Path) -> bool:
@@ -69,6 +71,7 @@ def main() -> None:
     parts.mkdir(parents=True, exist_ok=True)
     files = sorted((ROOT / "bench").glob("*_gpu.py"))
     files = [f for f in files if f.name != Path(__file__).name]
+    files += [ROOT / "bench" / f"{name}.py" for name in EITHER]
     if given.only:
         files = [f for f in files if f.stem.removesuffix("_gpu") in given.only]
     failed = [f.stem for f in files if not (parts / f"{f.stem}.md").exists() and not run(f, parts)]

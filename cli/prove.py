@@ -40,7 +40,7 @@ from consilience.rollout.proof import prove as prove_sampler
 from consilience.rollout.publication_log import PublicationLog
 from consilience.rollout.publishing import announce
 from consilience.rollout.ray_workers import RolloutPool
-from consilience.rollout.vllm_proof import STALE_SHARE
+from consilience.rollout.vllm_proof import FOLLOWED
 from consilience.training.checkpoint import load_checkpoint
 from consilience.training.forward import hidden_at_loss
 from consilience.training.packing import pack
@@ -92,7 +92,7 @@ def _prove_updates(cfg: Config, pool: RolloutPool, weights: Mapping[str, Tensor]
         max(row["mean"] for row in rows),
         min(row["moved"] for row in rows if row["moved"] is not None),
     )
-    if not off < STALE_SHARE * moved:
+    if not off < FOLLOWED * moved:
         raise WeightsRefused(
             f"changed weights moved the probes by {moved:.3g} nats, and vLLM is {off:.3g} off on average: "
             "an update that does not arrive would not be seen"

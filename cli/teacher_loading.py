@@ -10,25 +10,40 @@ from consilience.cli.engines import device_of
 from consilience.conf.schema import Config
 from consilience.teachers.causal_folder import is_other_model
 from consilience.teachers.causal_teacher import load_causal_teacher
-from consilience.teachers.model_teacher import load_model_teacher
+from consilience.teachers.host_teachers import HostTeachers
 from consilience.teachers.registry import TeacherRecord
+from consilience.teachers.scheduler import PlainLoader, TeacherLoader
 from consilience.teachers.teacher import Teacher
 
 Load = Callable[[TeacherRecord], Teacher]
 
 
-def teacher_loader(cfg: Config) -> Load:
+def teacher_loader(cfg: Config) -> TeacherLoader:
     """Loads each teacher of the registry by what its folder holds. ConfigError on `teachers.settings`."""
     device = device_of(cfg)
-    own = partial(load_model_teacher, device=device, quantization=cfg.engine.quantization)
-    return by_folder(
-        own, _vllm_loader(cfg) if uses_vllm(cfg) else partial(load_causal_teacher, device=device)
-    )
+    own = HostTeachers(device, quantization=cfg.engine.quantization)
+    other = _vllm_loader(cfg) if uses_vllm(cfg) else partial(load_causal_teacher, device=device)
+    return ByFolder(own, PlainLoader(other))
 
 
-def by_folder(own: Load, other: Load) -> Load:
-    """`own` for a folder of V4 in any layout, `other` for that of another model."""
-    return lambda record: (other if is_other_model(record.checkpoint) else own)(record)
+class ByFolder:
+    """`TeacherLoader`: `own` for a folder of V4 in any layout, `other` for that of another model."""
+
+    def __init__(self, own: TeacherLoader, other: TeacherLoader) -> None:
+        self._own, self._other = own, other
+
+    def load(self, record: TeacherRecord) -> Teacher:
+        return self._of(record).load(record)
+
+    def announce(self, record: TeacherRecord) -> None:
+        self._of(record).announce(record)
+
+    def stop(self) -> None:
+        self._own.stop()
+        self._other.stop()
+
+    def _of(self, record: TeacherRecord) -> TeacherLoader:
+        return self._other if is_other_model(record.checkpoint) else self._own
 
 
 def uses_vllm(cfg: Config) -> bool:

@@ -43,6 +43,7 @@ from consilience.teachers.heads import HeadCache, HeadLoads
 from consilience.teachers.hidden_store import HiddenStore
 from consilience.teachers.registry import TeacherRegistry
 from consilience.teachers.scheduler import ScoreReport, TeacherScheduler
+from consilience.teachers.store_threads import StatesAhead
 from consilience.training.engine import TrainEngine
 from consilience.training.forward import hidden_at_loss, mtp_loss, sample_order
 from consilience.training.metrics import MetricsSink, RolloutRow
@@ -280,9 +281,10 @@ def _mini_batch(
     )
     segments = segments_by_teacher(range(len(records)), owners, heads)
     teachers.heads.begin([(teachers.registry.get(s.teacher), heads[s.teacher]) for s in segments])
+    states = StatesAhead(teachers.store, [[scored.keys[records[i].uid] for i in s.samples] for s in segments])
     for segment in segments:
         chosen = [(records[i], weights[i]) for i in segment.samples]
-        tally.add(segment.teacher, _segment(engine, chosen, scored, teachers, settings, tally, trace))
+        tally.add(segment.teacher, _segment(engine, chosen, states.take(), teachers, settings, tally, trace))
     tally.share(engine.ranks)
     pulls: dict[str, float] = dict.fromkeys(owners, 0.0)
     for record, owner in zip(records, owners):
@@ -297,17 +299,19 @@ def _mini_batch(
 def _segment(
     engine: TrainEngine,
     samples: Sequence[tuple[RolloutRecord, float]],
-    scored: ScoreReport,
+    states: Sequence[Tensor],
     teachers: TeacherSide,
     settings: DistillSettings,
     tally: Tally,
     trace: Trace,
 ) -> dict[str, float]:
-    """Gradients of one teacher's samples in a mini-batch, each with the weight of its loss tokens."""
+    """Gradients of one teacher's samples in a mini-batch, each with the weight of its loss tokens.
+
+    states  of each sample, [n, D]
+    """
     records = [record for record, _ in samples]
     teacher = teachers.registry.get(records[0].teacher or "")
     head = teachers.heads.take(teacher, teachers.scheduler.digests(teacher.name).head)
-    states = [teachers.store.take(scored.keys[r.uid]) for r in records]
     weights, factors = [weight for _, weight in samples], [token_factors(r, settings.guard) for r in records]
     packed = pack_records(records, settings.row_tokens, weights, factors, tally.reward.arrays(records))
 
@@ -354,7 +358,8 @@ def _segment(
 
 def _parts(values: Tensor, sizes: Sequence[int], reduce: Callable[[Tensor], Tensor]) -> list[float]:
     """values [n] cut into samples, each made one number."""
-    return [float(reduce(part)) for part in values.detach().split(list(sizes))]
+    parts = [reduce(part) for part in values.detach().split(list(sizes))]
+    return torch.stack(parts).tolist() if parts else []
 
 
 def _shares(records: Sequence[RolloutRecord], tally: Tally) -> dict[str, dict[str, float]]:

@@ -99,7 +99,7 @@ def read_index(path: Path) -> dict[str, str]:
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); restore or remake the checkpoint") from error
-    outside = [file for file in weight_map.values() if Path(file).name != file]
+    outside = [file for file in sorted(set(weight_map.values())) if Path(file).name != file]
     if outside:
         raise CheckpointError(
             f"{path}: shard {outside[0]} lies outside the checkpoint folder; it is not used"

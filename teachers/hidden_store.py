@@ -124,6 +124,10 @@ class HiddenStore:
         """Bytes of hidden states in its own folder, headers not counted."""
         return sum(place.num_bytes for place in self._places.values() if place.path.parent == self.folder)
 
+    def num_bytes(self, keys: Iterable[str]) -> int:
+        """Bytes of the states of these keys, of those that are stored."""
+        return sum(self._places[key].num_bytes for key in keys if key in self._places)
+
     @property
     def origins(self) -> dict[str, int]:
         """Whose states it holds, as `put` was told -> number of entries."""

@@ -21,16 +21,24 @@ QUANTUM = 64
 class ModelTeacher:
     """`Teacher` over a `Transformer`: forward only, frozen, states in the model's activation dtype.
 
-    `digest` is that of all weights (of the checkpoint it was read from). `row_tokens` is the width samples
-    are packed to (a longer sample widens its batch), `batch_tokens` the positions of one forward.
+    `digest` is that of all weights (of the checkpoint it was read from), `head` the head's, computed if None.
+    `row_tokens` is the width samples are packed to (a longer sample widens its batch), `batch_tokens` the
+    positions of one forward.
     """
 
     def __init__(
-        self, name: str, model: Transformer, digest: str, *, row_tokens: int = 512, batch_tokens: int = 8192
+        self,
+        name: str,
+        model: Transformer,
+        digest: str,
+        *,
+        head: str | None = None,
+        row_tokens: int = 512,
+        batch_tokens: int = 8192,
     ) -> None:
         self.name = name
         self.digest = digest
-        self.head_digest = head_digest(model.head.weight)
+        self.head_digest = head or head_digest(model.head.weight)
         self._model = model.eval().requires_grad_(False)
         self._row_tokens, self._batch_tokens = row_tokens, batch_tokens
 
@@ -82,7 +90,7 @@ def load_model_teacher(
     batch_tokens: int = 8192,
     quantization: str = "off",
 ) -> ModelTeacher:
-    """A teacher from its checkpoint: the loader a run hands to the scheduler.
+    """One teacher from its checkpoint, read now; a run loads them through `host_teachers.py`.
 
     quantization  "fp4" where the teacher was trained so (`Transformer.quantize`)
     """

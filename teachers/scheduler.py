@@ -1,8 +1,8 @@
 """Every sample scored by its own teacher, with at most one teacher in memory.
 
     for teacher in (largest queue first):
-        load → score all its samples in batches, each written to the store → release
-        meanwhile the next teacher's files are read
+        load → score all its samples in batches, each written to the store beside the next → release
+        meanwhile the next teacher is read
 
 Two names of one checkpoint are one teacher. Samples whose hidden states are already stored (an earlier run
 was killed, or two samples are the same) are not scored again, and a teacher with nothing left to score is
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from consilience.teachers.heads import TeacherDigests, read_digests
 from consilience.teachers.hidden_store import HiddenStore, hidden_key
 from consilience.teachers.read_ahead import WarmFiles
 from consilience.teachers.registry import TeacherRecord, TeacherRegistry
+from consilience.teachers.store_threads import WriteBehind
 from consilience.teachers.teacher import Teacher
 
 
@@ -67,20 +69,55 @@ class ScoreReport:
     later: tuple[str, ...] = ()
 
 
+class TeacherLoader(Protocol):
+    """Puts teachers on the device, one after the other."""
+
+    def load(self, record: TeacherRecord) -> Teacher:
+        """The teacher, to which the loader keeps no reference."""
+        ...
+
+    def announce(self, record: TeacherRecord) -> None:
+        """This one is loaded next: what of that can be done while another scores may begin. Never raises."""
+        ...
+
+    def stop(self) -> None:
+        """What was announced is not wanted, or not yet."""
+        ...
+
+
+class PlainLoader:
+    """A function that builds a teacher; of what is announced the files are read, for the page cache."""
+
+    def __init__(self, build: Callable[[TeacherRecord], Teacher]) -> None:
+        self._build = build
+        self._warm: WarmFiles | None = None
+
+    def load(self, record: TeacherRecord) -> Teacher:
+        return self._build(record)
+
+    def announce(self, record: TeacherRecord) -> None:
+        self.stop()
+        self._warm = WarmFiles(record.checkpoint)
+
+    def stop(self) -> None:
+        if self._warm is not None:
+            self._warm.stop()
+
+
 class TeacherScheduler:
     """Scores requests teacher by teacher.
 
-    `loader` builds a teacher from its record and keeps no reference to it. `batch_tokens` bounds the tokens
-    of one scored and stored batch (a longer single sample is a batch of its own). `digests` reads a
-    teacher's digests, and the type and width of its states, without loading it. `may_load=False` is for
-    samples whose states must all be stored already. `check` sees every distinct teacher when it is first
-    loaded, and raises where it may not teach.
+    `loader`, or a function that builds a teacher from its record, keeps no reference to one. `batch_tokens`
+    bounds the tokens of one scored and stored batch (a longer single sample is a batch of its own).
+    `digests` reads a teacher's digests, and the type and width of its states, without loading it.
+    `may_load=False` is for samples whose states must all be stored already. `check` sees every distinct
+    teacher when it is first loaded, and raises where it may not teach.
     """
 
     def __init__(
         self,
         registry: TeacherRegistry,
-        loader: Callable[[TeacherRecord], Teacher],
+        loader: TeacherLoader | Callable[[TeacherRecord], Teacher],
         store: HiddenStore,
         *,
         batch_tokens: int = 8192,
@@ -88,7 +125,9 @@ class TeacherScheduler:
         may_load: bool = True,
         check: Callable[[Teacher], object] | None = None,
     ) -> None:
-        self._registry, self._loader, self._store = registry, loader, store
+        self._registry, self._store = registry, store
+        self._loader: TeacherLoader = PlainLoader(loader) if callable(loader) else loader
+        self._writer = WriteBehind(store)
         self._may_load, self._check = may_load, check
         self._checked: set[TeacherDigests] = set()
         self._batch_tokens, self._read_digests = batch_tokens, digests
@@ -161,18 +200,14 @@ class TeacherScheduler:
         return self._digests[name]
 
     def _score_all(self, queues: Sequence[tuple[TeacherRecord, dict[str, ScoreRequest]]]) -> dict[str, str]:
-        """Each teacher's queue; the files of the next are read while one scores. Key -> what is wrong."""
-        warm: WarmFiles | None = None
+        """Each teacher's queue; the next teacher is read while one scores. Key -> what is wrong."""
         faults: dict[str, str] = {}
         try:
             for (record, queue), following in zip_longest(queues, queues[1:]):
-                if warm is not None:
-                    warm.finish()
-                warm = None if following is None else WarmFiles(following[0].checkpoint)
-                faults |= self._score_queue(record, queue)
+                faults |= self._score_queue(record, queue, None if following is None else following[0])
         finally:
-            if warm is not None:
-                warm.stop()
+            self._loader.stop()
+            self._writer.finish()
         return faults
 
     def keys(self, requests: Sequence[ScoreRequest]) -> dict[str, str]:
@@ -189,11 +224,13 @@ class TeacherScheduler:
             )
         return keys
 
-    def _score_queue(self, record: TeacherRecord, queue: dict[str, ScoreRequest]) -> dict[str, str]:
+    def _score_queue(
+        self, record: TeacherRecord, queue: dict[str, ScoreRequest], following: TeacherRecord | None
+    ) -> dict[str, str]:
         """Score what of the queue is not stored; key -> what is wrong, of states that cannot be right."""
         self._check_released(record.name)
         with naming(record):
-            teacher = self._loader(record)
+            teacher = self._loader.load(record)
         self._resident = weakref.ref(teacher)
         stated = self._digests[record.name]
         found = replace(stated, weights=teacher.digest, head=teacher.head_digest)
@@ -205,6 +242,8 @@ class TeacherScheduler:
         if self._check is not None and stated not in self._checked:
             self._check(teacher)
             self._checked.add(stated)
+        if following is not None:
+            self._loader.announce(following)
         faults: dict[str, str] = {}
         for keys in _batches(queue, self._batch_tokens):
             keys = [key for key in keys if key not in self._store]
@@ -218,8 +257,8 @@ class TeacherScheduler:
                 )
             wrong = {k: self._fault(record.name, queue[k], state) for k, state in zip(keys, states)}
             faults |= {key: fault for key, fault in wrong.items() if fault}
-            good = {key: state for key, state in zip(keys, states) if not wrong[key]}
-            self._store.put(good, _origin(record.name, stated))
+            good = {key: state.detach().cpu() for key, state in zip(keys, states) if not wrong[key]}
+            self._writer.put(good, _origin(record.name, stated))
         if len(faults) == len(queue):
             raise EngineError(f"{next(iter(faults.values()))}; so are all its samples: check its checkpoint")
         del teacher

@@ -5,7 +5,7 @@ import torch
 from causal_models import build, write
 from small_teachers import registry_of
 
-from consilience.cli.teacher_loading import by_folder, teacher_loader
+from consilience.cli.teacher_loading import ByFolder, teacher_loader
 from consilience.conf.errors import ConfigError, EngineError
 from consilience.conf.load import compose
 from consilience.teachers.causal_teacher import CausalTeacher
@@ -18,10 +18,32 @@ torch.set_num_threads(1)
 def test_each_folder_is_scored_by_the_forward_of_its_model(tmp_path):
     (own,) = registry_of(tmp_path, {"math": 1})
     other = TeacherRecord("code", write(tmp_path / "llama", build("Llama")), ("code",))
-    load = teacher_loader(compose(["engine.device=cpu"]))
+    load = teacher_loader(compose(["engine.device=cpu"])).load
     assert isinstance(load(own), ModelTeacher) and isinstance(load(other), CausalTeacher)
-    chosen = by_folder(lambda record: f"own {record.name}", lambda record: f"other {record.name}")
-    assert [chosen(own), chosen(other)] == ["own math", "other code"]
+    told = []
+    mine, theirs = Told("own", told), Told("other", told)
+    chosen = ByFolder(mine, theirs)
+    chosen.announce(own)
+    chosen.announce(other)
+    assert [chosen.load(own), chosen.load(other)] == ["own math", "other code"]
+    chosen.stop()
+    assert told == ["own math", "other code", "own stops", "other stops"]
+
+
+class Told:
+    """A `TeacherLoader` that notes what is announced to it."""
+
+    def __init__(self, name, told):
+        self.name, self.told = name, told
+
+    def load(self, record):
+        return f"{self.name} {record.name}"
+
+    def announce(self, record):
+        self.told.append(self.load(record))
+
+    def stop(self):
+        self.told.append(f"{self.name} stops")
 
 
 def test_vllm_scores_other_models_where_it_is_asked_for_and_v4_stays_with_our_own_forward(tmp_path):
@@ -31,7 +53,7 @@ def test_vllm_scores_other_models_where_it_is_asked_for_and_v4_stays_with_our_ow
     cfg = compose(
         ["teachers.engine=vllm", f"rollout.vllm.python={nothing}", "teachers.settings.block_size=16"]
     )
-    load = teacher_loader(cfg)
+    load = teacher_loader(cfg).load
     (own,) = registry_of(tmp_path, {"math": 1})
     assert isinstance(load(own), ModelTeacher)
     other = TeacherRecord("code", write(tmp_path / "llama", build("Llama")), ("code",))

@@ -25,7 +25,7 @@ from consilience.model.checkpoint import to_official  # noqa: E402
 from consilience.model.digest import weights_digest  # noqa: E402
 from consilience.teachers.heads import HeadCache  # noqa: E402
 from consilience.teachers.hidden_store import HiddenStore  # noqa: E402
-from consilience.teachers.model_teacher import load_model_teacher  # noqa: E402
+from consilience.teachers.host_teachers import HostTeachers  # noqa: E402
 from consilience.teachers.scheduler import TeacherScheduler  # noqa: E402
 from consilience.training.metrics import MemorySink  # noqa: E402
 from consilience.training.torch_engine import OptimizerSettings, TorchEngine  # noqa: E402
@@ -99,7 +99,7 @@ def attempt(folder, registry, last, mode):
     torch.set_num_threads(1)
     clock = Clock(last)
     store = Store(folder / "states", clock, folder / "scored.txt", mode)
-    scheduler = TeacherScheduler(registry, load_model_teacher, store, batch_tokens=40)
+    scheduler = TeacherScheduler(registry, HostTeachers(), store, batch_tokens=40)
     engine = Engine(model(), OptimizerSettings(lr=0.01))
     engine.clock = clock
     _, log, result = run(

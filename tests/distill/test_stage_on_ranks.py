@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 CONFIG = replace(small_trainer.AHEAD, initializer_range=0.2)  # teachers of two seeds really disagree
 SEEDS = {"code": 1, "math": 2}
 PART_BYTES = 5 << 10
-"""A phase has 75 loss tokens, 14 of them of two teachers: 5696 bytes of states, 4160 at most in a mini-batch."""
+"""A phase has 75 loss tokens, 14 of them of two teachers: 5696 bytes of states, at most 4160 a mini-batch."""
 OWNERS = ("math", "code", "math", "code+math", "code", "math")
 
 

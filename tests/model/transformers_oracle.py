@@ -177,7 +177,7 @@ def take_lowest_of_equals(twin) -> None:
 
         def choose(module, args, output, last=last) -> Tensor:
             position = args[2]
-            entry = torch.arange(last.scores.shape[-1])
+            entry = torch.arange(last.scores.shape[-1], device=last.scores.device)
             hidden = entry >= ((position + 1) // module.compress_rate)[..., None]
             ranked = last.scores.masked_fill(hidden, float("-inf")).sort(dim=-1, descending=True, stable=True)
             picks = ranked.indices[..., : module.index_topk]

@@ -115,7 +115,7 @@ def test_the_next_teachers_files_are_read_while_one_scores(registry, store, tmp_
         return build(record.name)
 
     TeacherScheduler(apart, loader, store, digests=digests).score(REQUESTS)
-    assert events == ["warm math", "load code", "warm agent", "load math", "load agent"]
+    assert events == ["load code", "warm math", "load math", "warm agent", "load agent"]
 
 
 def test_never_two_teachers_in_memory(registry, store):
