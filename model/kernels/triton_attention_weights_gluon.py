@@ -11,7 +11,9 @@ query's.
     two tiles           wait for them | issue both products | wait for the first | copy the tile four further
                         | its P and dS | the same of the second
 
-B rows, T queries, H heads, S window keys, M entries, K picks of a query, W window.
+Picked entries take triton_attention_backward_gluon.py instead.
+
+B rows, T queries, H heads, S window keys, M entries, W window.
 Shared memory: staging 64 KiB, keys 4 × 32. Registers of 256 threads: Q and dO take 128, two products 32.
 """
 
@@ -31,7 +33,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from consilience.model.kernels.attention_problem import Problem
 from consilience.model.kernels.triton_attention_gluon import (
     COPIED,
-    GATHER,
     HEADS,
     LENGTHS,
     LOG2_E,
@@ -90,7 +91,7 @@ def _multiply(stacked, buffer):
 
 @gluon.jit
 def _store(
-    product, index, bottom, delta, picks, near, far, low, count, window_start, near_tiles, num_far, size,
+    product, index, bottom, delta, near, far, low, count, window_start, near_tiles, num_far, size,
     factor, scale, padded, MODE: gl.constexpr,
 ):  # fmt: skip
     """P and scale · dS of tile `index` from its product [128, TILE]."""
@@ -104,11 +105,7 @@ def _store(
     seen = (slot < size) & (window_start + slot >= low)
     if MODE != NONE:
         slot = gl.where(is_far, slot - near_tiles * TILE, slot)
-        seen_far = slot < count
-        if MODE == GATHER:
-            pick = gl.load(picks + 2 * slot, mask=seen_far & is_far, other=-1)
-            seen_far = pick >= 0
-        seen = (is_far & seen_far) | ((index < near_tiles) & seen)
+        seen = (is_far & (slot < count)) | ((index < near_tiles) & seen)
     p = gl.where(seen[None, :], gl.exp2(logits * factor - bottom[:, None]), 0.0)
     d_s = p * (d_p - delta[:, None]) * scale
     dtype: gl.constexpr = near.dtype.element_ty
@@ -127,8 +124,7 @@ def _store(
 
 @gluon.jit
 def _rows_ahead(
-    index, tiles, near_tiles, row, window_start, next_start, begin, count, picks, num_window, num_entries,
-    MODE: gl.constexpr,
+    index, tiles, near_tiles, row, window_start, next_start, begin, num_window, num_entries, MODE: gl.constexpr,
 ):  # fmt: skip
     """Of tile `index`, of the next query where it lies behind this one's last: rows of its keys, whether they
     are entries, whether it is the next query's."""
@@ -137,12 +133,8 @@ def _rows_ahead(
     rows = gl.minimum(gl.maximum(start + row, 0), num_window - 1)
     is_far = (index >= near_tiles) & (index < tiles)
     if MODE != NONE:
-        far = (index - near_tiles) * TILE + row
-        if MODE == GATHER:
-            far = gl.maximum(gl.load(picks + 2 * far, mask=(far < count) & is_far, other=0), 0)
-        else:
-            far = gl.minimum(begin + far, num_entries - 1)
-        rows = gl.where(is_far, far, rows)
+        far = begin + (index - near_tiles) * TILE + row
+        rows = gl.where(is_far, gl.minimum(far, num_entries - 1), rows)
     return rows, is_far, is_next
 
 
@@ -209,25 +201,23 @@ def _weigh(
         tiles = gl.cdiv(tiles, 2) * 2
         window_start = token + (offset + 1 - size)
         next_start = next_token + (offset + 1 - size)
-        own_picks = picks + (at // num_shares).to(gl.int64) * (2 * num_picks)
         place = (batch * (end - start) + token - start).to(gl.int64)
         own_near = near + place * size * (2 * padded) + block % num_shares * HEADS
         own_far = far + place * num_far * (2 * padded) + block % num_shares * HEADS
-        if MODE != GATHER:
-            # Without a list, the weights of an entry lie at its column.
-            own_far += begin.to(gl.int64) * (2 * padded)
+        # The weights of an entry lie at its column.
+        own_far += begin.to(gl.int64) * (2 * padded)
         for index in range(0, tiles, 2):
             async_copy.wait_group(RING - 2)
             fence_async_shared()
             even = _multiply(stacked, ring.index(turn))
             odd = _multiply(stacked, ring.index(turn + 1))
             rows, is_far, is_next = _rows_ahead(
-                index + RING, tiles, near_tiles, row, window_start, next_start, begin, count, own_picks,
-                num_window, num_entries, MODE,
+                index + RING, tiles, near_tiles, row, window_start, next_start, begin, num_window,
+                num_entries, MODE,
             )  # fmt: skip
             more, is_far_more, is_next_more = _rows_ahead(
-                index + 1 + RING, tiles, near_tiles, row, window_start, next_start, begin, count, own_picks,
-                num_window, num_entries, MODE,
+                index + 1 + RING, tiles, near_tiles, row, window_start, next_start, begin, num_window,
+                num_entries, MODE,
             )  # fmt: skip
             product = warpgroup_mma_wait(1, deps=(even,))
             gl.thread_barrier()
@@ -236,7 +226,7 @@ def _weigh(
                 num_window, num_entries,
             )  # fmt: skip
             _store(
-                product, index, bottom, delta, own_picks, own_near, own_far, low, count, window_start,
+                product, index, bottom, delta, own_near, own_far, low, count, window_start,
                 near_tiles, num_far, size, factor, scale, padded, MODE,
             )  # fmt: skip
             product = warpgroup_mma_wait(0, deps=(odd,))
@@ -246,7 +236,7 @@ def _weigh(
                 gl.where(is_next_more, next_batch, batch), num_window, num_entries,
             )  # fmt: skip
             _store(
-                product, index + 1, bottom, delta, own_picks, own_near, own_far, low, count, window_start,
+                product, index + 1, bottom, delta, own_near, own_far, low, count, window_start,
                 near_tiles, num_far, size, factor, scale, padded, MODE,
             )  # fmt: skip
             turn = RING - 2 - turn

@@ -3,12 +3,15 @@
 What is asynchronous on the chip is done as late as the kernel's waits allow, and its target holds NaN until
 then; operands of a product are compared when it is issued and when it is waited for. So a missing wait, a
 buffer that is written too early, a wrong phase or an address out of bounds fails. Layouts mean nothing here,
-and warps do not race: that is the compiler's part.
+and warps do not race: that is the compiler's part. Partitions of a specialised kernel take turns: each runs
+as far as its barriers let it.
 """
 
 from __future__ import annotations
 
+import threading
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,11 +74,19 @@ class Shared:
     """Shared memory, or a part of it; as a barrier it counts phases and the bytes of copies on their way."""
 
     def __init__(self, data: Tensor) -> None:
-        self.data, self.shape = data, data.shape
+        self.data, self.shape, self.dtype = data, data.shape, data.dtype
         self.parity, self.coming, self.num_expected = 0, [], 0
+        self.num_arrivals, self.num_arrived = 0, 0
+        self.parts: dict[int, Shared] = {}
 
     def index(self, place: Any) -> Shared:
-        return Shared(self.data[int(place)])
+        return self.parts.setdefault(int(place), Shared(self.data[int(place)]))
+
+    def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
+        """[rows, columns] as the blocks of columns of which it is made: [blocks, rows, columns of one]."""
+        blocks = self.data.unflatten(1, (shape[0], shape[2])).movedim(1, 0)
+        assert list(blocks.shape) == shape
+        return Shared(blocks)
 
     def slice(self, start: int, length: int, axis: int) -> Shared:
         return Shared(self.data.narrow(axis, start, length))
@@ -108,15 +119,73 @@ class Product:
         assert torch.equal(self.value, self.expected), "an operand changed under a product"
 
 
+class Turns:
+    """Functions in threads of their own of which one runs at a time: until it ends or has to wait."""
+
+    def __init__(self, functions: list[Callable[[], object]]) -> None:
+        self.changed, self.turn = threading.Condition(), 0
+        self.waiting: list[Callable[[], bool] | None] = [None] * len(functions)
+        self.is_done, self.faults = [False] * len(functions), []
+        self.threads = [
+            threading.Thread(target=self._run, args=(index, function), daemon=True)
+            for index, function in enumerate(functions)
+        ]
+        self.places = {thread: index for index, thread in enumerate(self.threads)}
+
+    def run(self) -> None:
+        for thread in self.threads:
+            thread.start()
+        for thread in self.threads:
+            thread.join()  # no limit: waits are checked
+        if self.faults:
+            raise self.faults[0]
+
+    def _run(self, index: int, function: Callable[[], object]) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.turn == index)  # no limit: its turn comes
+            try:
+                if not self.faults:
+                    function()
+            except BaseException as fault:
+                self.faults.append(fault)
+            self.is_done[index] = True
+            self._pass_on(index)
+
+    def wait_until(self, is_true: Callable[[], bool]) -> None:
+        """Others run until it is; an error where none can."""
+        index = self.places[threading.current_thread()]
+        self.waiting[index] = is_true
+        self._pass_on(index)
+        self.changed.wait_for(lambda: self.turn == index)  # no limit: its turn comes
+        self.waiting[index] = None
+        assert is_true() and not self.faults, "a wait for ever"
+
+    def _pass_on(self, index: int) -> None:
+        others = [(index + 1 + i) % len(self.threads) for i in range(len(self.threads))]
+        alive = [i for i in others if not self.is_done[i]]
+        able = [i for i in alive if (wait := self.waiting[i]) is None or wait()]
+        self.turn = (able or alive or [-1])[0]
+        self.changed.notify_all()
+
+
 class Chip:
     """One program's asynchronous work, and what its kernel calls `gl`, `async_copy`, `tma` and `mbarrier`."""
 
     def __init__(self, program: int, num_programs: int) -> None:
         self.program, self.num_programs = program, num_programs
-        self.open: list[tuple[Shared, Pointer]] = []
-        self.groups: list[list[tuple[Shared, Pointer]]] = []
-        self.products: list[Product] = []
-        self.leaving: list[tuple[Tensor, Shared, Tensor]] = []
+        self.turns: Turns | None = None
+        # Of each partition: copies not yet committed, groups of copies, products, stores.
+        self.work: dict[threading.Thread, tuple[list, list, list, list]] = {}
+
+    def own(self) -> tuple[list, list, list, list]:
+        return self.work.setdefault(threading.current_thread(), ([], [], [], []))
+
+    def specialize(
+        self, functions: list[tuple[Callable, tuple]], warps: list[int], registers: list[int]
+    ) -> None:
+        assert len(functions) == len(warps) + 1 == len(registers) + 1
+        self.turns = Turns([lambda f=f, given=given: f(*given) for f, given in functions])
+        self.turns.run()
 
     def modules(self) -> dict[str, Any]:
         space = types.SimpleNamespace
@@ -131,9 +200,10 @@ class Chip:
                 store_wait=self.wait_stores,
             ),
             "mbarrier": space(
-                init=lambda barrier, count: None,
+                init=self.init,
                 MBarrierLayout=lambda: None,
                 expect=self.expect,
+                arrive=self.arrive,
                 wait=self.wait,
             ),
             "fence_async_shared": lambda: None,
@@ -179,8 +249,9 @@ class Chip:
             atomic_add=atomic_add, atomic_max=atomic_max, sum=lambda x, axis: x.sum(axis),
             exp2=torch.exp2, log2=torch.log2, cdiv=lambda x, y: (x + y - 1) // y,
             join=lambda x, y: torch.stack((x, y), -1), split=lambda x: x.unbind(-1),
-            convert_layout=lambda x, layout: x, SliceLayout=lambda axis, parent: None,
-            static_range=range, thread_barrier=lambda: None,
+            convert_layout=lambda x, layout, assert_trivial=False: x, SliceLayout=lambda axis, parent: None,
+            static_range=range, thread_barrier=lambda: None, warp_specialize=self.specialize,
+            fma=lambda x, y, z: x * y + z, zeros_like=lambda x: number(torch.zeros_like(x)),
             program_id=lambda axis: number(self.program), num_programs=lambda axis: number(self.num_programs),
         )  # fmt: skip
 
@@ -188,18 +259,30 @@ class Chip:
 
     def copy(self, target: Shared, source: Pointer) -> None:
         target.data.fill_(float("nan"))
-        self.open.append((target, source))
+        self.own()[0].append((target, source))
 
     def commit(self) -> None:
-        self.groups.append(self.open)
-        self.open = []
+        copies, groups, *_ = self.own()
+        groups.append(list(copies))
+        copies.clear()
 
     def wait_group(self, num_left: int) -> None:
-        while len(self.groups) > num_left:
-            for target, source in self.groups.pop(0):
+        groups = self.own()[1]
+        while len(groups) > num_left:
+            for target, source in groups.pop(0):
                 target.data.copy_(source.memory.flatten()[source.places(None)[0]])
 
     # ---- copies of blocks ------------------------------------------------------------------------
+
+    def init(self, barrier: Shared, count: int) -> None:
+        barrier.num_arrivals = count
+
+    def arrive(self, barrier: Shared, count: int = 1, pred: Any = True) -> None:
+        if pred:
+            barrier.num_arrived += count
+            assert barrier.num_arrived <= barrier.num_arrivals and not barrier.coming
+            if barrier.num_arrived == barrier.num_arrivals:
+                barrier.parity, barrier.num_arrived = 1 - barrier.parity, 0
 
     def expect(self, barrier: Shared, num_bytes: int) -> None:
         barrier.num_expected += num_bytes
@@ -211,18 +294,23 @@ class Chip:
     def wait(self, barrier: Shared, phase: Any) -> None:
         if barrier.parity != int(phase):
             return
-        assert barrier.coming, "a wait for ever"
+        if not barrier.coming:
+            assert self.turns, "a wait for ever"
+            self.turns.wait_until(lambda: barrier.parity != int(phase) or bool(barrier.coming))
+        if barrier.parity != int(phase):
+            return
         assert sum(x.numel() * x.element_size() for _, x in barrier.coming) == barrier.num_expected
         for target, found in barrier.coming:
             target.data.copy_(found)
         barrier.coming, barrier.num_expected, barrier.parity = [], 0, 1 - barrier.parity
 
     def send(self, target: Descriptor, corner: list[Any], source: Shared) -> None:
-        self.leaving.append((target.at(corner), source, source.data.clone()))
+        self.own()[3].append((target.at(corner), source, source.data.clone()))
 
     def wait_stores(self, num_left: int) -> None:
-        while len(self.leaving) > num_left:
-            target, source, expected = self.leaving.pop(0)
+        leaving = self.own()[3]
+        while len(leaving) > num_left:
+            target, source, expected = leaving.pop(0)
             assert torch.equal(source.data, expected), "a buffer changed while it was stored"
             target.copy_(source.data)
 
@@ -230,18 +318,20 @@ class Chip:
 
     def multiply(self, a, b, acc, use_acc=True, is_async=False) -> Product:
         assert is_async
-        self.products.append(Product(a, b, acc, use_acc))
-        return self.products[-1]
+        products = self.own()[2]
+        products.append(Product(a, b, acc, use_acc))
+        return products[-1]
 
     def wait_products(self, num_left: int, deps: tuple[Product, ...]) -> Any:
-        while len(self.products) > num_left:
-            self.products.pop(0).finish()
+        products = self.own()[2]
+        while len(products) > num_left:
+            products.pop(0).finish()
         assert all(product.value is not None for product in deps), "a product that is not waited for"
         values = [product.value for product in deps]
         return values[0] if len(values) == 1 else values
 
     def check_idle(self) -> None:
-        assert not (self.open or self.groups or self.products or self.leaving), "work left behind"
+        assert not any(any(own) for own in self.work.values()), "work left behind"
 
 
 def run(kernel: Any, num_programs: int, *given: Any, **constants: Any) -> None:
