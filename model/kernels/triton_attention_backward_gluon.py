@@ -1,18 +1,18 @@
 """Attention's backward in one launch (Gluon, Hopper); the same function as triton_attention_backward.py's.
 
-A program stays on its SM and takes query after query of 64 heads × 512 channels. A tile of 64 keys gives
-logits, dP, dQ's part and the tile's own gradients; these are added where they belong in L2, so nothing of
-[queries, keys] and no row of a pick passes through memory. Additions in any order give the same bits because
-they are additions of integers: a gradient times a power of two, rounded; two of 31 bits ride in one of 64.
+A program stays on its SM and takes query after query of 64 heads × 512 channels, in two partitions: eight
+warps make a tile's P and dS and sum dQ; four more (triton_key_sums_gluon.py) multiply the tile's own
+gradients from these and add them where they belong in L2, so nothing of [queries, keys] and no row of a pick
+passes through memory. P and dS lie in two buffers: additions of a tile run beside the products of the next.
 
-    tile      S = Q Kᵀ, dP = dO Kᵀ | P, dS to shared memory | dQ += dS K | the next tile is copied
-              over K | four times: 128 channels of Pᵀ dO + dSᵀ Q, added
-    scale     from the largest parts of one query in 32; the run finds the largest of all, and where a sum
-              could have been too large, makes the sums again with a scale from that
+    eight warps   S = Q Kᵀ, dP = dO Kᵀ | P, dS to shared memory | dQ += dS K | the next tile is copied over K
+    four warps    eight times: 64 channels of Pᵀ dO + dSᵀ Q, added; then Q and dO may be overwritten
+    scale         from the largest parts of one query in 32; the run finds the largest of all, and where a sum
+                  could have been too large, makes the sums again with a scale from that
 
 B rows, T queries, H heads, S window keys, M entries, K picks of a query, W window.
-Shared memory: Q, dO and keys 64 KiB each, P and dS 8 each. Registers of 256 threads: dQ takes 128, S and dP
-32.
+Shared memory: Q, dO and keys 64 KiB each, P and dS 2 × 8 each. Registers: dQ takes 128 of a thread of the
+eight warps, S and dP 32; the four have 88.
 """
 
 from __future__ import annotations
@@ -53,102 +53,23 @@ from consilience.model.kernels.triton_attention_gluon import (
     tensors_of,
 )
 from consilience.model.kernels.triton_integer_sums import choose, clear, unpack
+from consilience.model.kernels.triton_key_sums_gluon import ADDER_WARPS, CHUNK, WINDOW, add_tiles, block_of
 
-CHUNK = gl.constexpr(128)  # channels of a tile's gradients at a time
-PART = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16]))
 SQUARE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
-# Pairs of channels as they are added: eight lanes cover 64 bytes of a row.
-ADDED = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[8, 0], [1, 0], [0, 8], [0, 16]],
-        lane_bases=[[0, 1], [0, 2], [0, 4], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0], [0, 32]],
-        block_bases=[],
-        shape=[64, 64],
-    )
-)
+ADDER_REGISTERS = gl.constexpr(88)  # of a thread
 ROOM = 64.0, 16.0  # how much larger parts of keys, and of entries, may be than the largest measured
 RANGE = 32768  # blocks whose sums are made at once
-WINDOW = gl.constexpr(32)  # blocks of which one is measured
 
 
 @gluon.jit
-def _largest(part):
-    """[TILE, 8]: largest |part| over the columns that a thread holds, which needs no other thread."""
-    groups = gl.abs(part).reshape([TILE, 2, 8, 4, 2])
-    return gl.max(gl.max(groups, 4), 2).reshape([TILE, 8])
-
-
-@gluon.jit
-def _multiply(p_buffer, s_buffer, g_buffer, q_buffer, CHUNK_INDEX: gl.constexpr):
-    """Pᵀ dO + dSᵀ Q of a chunk of channels, begun."""
-    begin: gl.constexpr = CHUNK_INDEX * CHUNK
-    part = warpgroup_mma(
-        p_buffer.permute([1, 0]), g_buffer.slice(begin, CHUNK, 1),
-        gl.zeros([TILE, CHUNK], gl.float32, PART), use_acc=False, is_async=True,
-    )  # fmt: skip
-    return warpgroup_mma(s_buffer.permute([1, 0]), q_buffer.slice(begin, CHUNK, 1), part, is_async=True)
-
-
-@gluon.jit
-def _add(part, target, rows, is_there, scale, chunk):
-    """Add part [TILE, CHUNK] · scale, as integers, to channels of rows of the target."""
-    pairs = part.reshape([TILE, CHUNK // 2, 2])
-    low, high = gl.split(pairs)
-    low, high = low * scale, high * scale
-    low = gl.where(low < 0, low - 0.5, low + 0.5).to(gl.int32)
-    high = gl.where(high < 0, high - 0.5, high + 0.5).to(gl.int32)
-    both = (high.to(gl.int64) << 32) + low.to(gl.int64)
-    both = gl.convert_layout(both, ADDED)
-    column = gl.arange(0, CHUNK // 2, layout=gl.SliceLayout(0, ADDED)) + chunk * (CHUNK // 2)
-    gl.atomic_add(
-        target + ((rows * (WIDTH // 2))[:, None] + column[None, :]), both,
-        mask=is_there[:, None], sem="relaxed",
-    )  # fmt: skip
-
-
-@gluon.jit
-def _block(
-    index, oldest, first, stop, num_queries, num_shares, offset, first_block, end_block,
-    MODE: gl.constexpr, MEASURES: gl.constexpr,
-):  # fmt: skip
-    """The block that is a program's `index`-th: the last first, as they see more.
-
-    Measuring, one of every WINDOW: in turns the one that sees the fewest keys, and the one that sees the
-    fewest entries, since the fewer there are the larger are their weights.
-    """
-    block = end_block - 1 - index
-    if MEASURES:
-        group = first_block + index * WINDOW + gl.arange(0, WINDOW, layout=gl.SliceLayout(0, COPIED))
-        is_there = group < end_block
-        at = gl.where(is_there, group, first_block) // num_shares
-        seen = at % num_queries + offset + 1 - gl.load(oldest + at)
-        if MODE != NONE:
-            far = gl.load(stop + at) - gl.load(first + at)
-            seen = gl.where((index % 2 == 1) & (far > 0), far, seen + num_queries)
-        seen = gl.where(is_there, seen, 2147483647)
-        block = gl.min(gl.where(seen == gl.min(seen, 0), group, end_block - 1), 0)
-    return block
-
-
-@gluon.jit(do_not_specialize=[*LENGTHS, "size", "first_block", "end_block", "num_indices"])
-def _backward(
-    query, window, entries, picks, oldest, first, stop, sink, grad, out, lse, d_query, d_sink,
-    near_sums, far_sums, scales, largest, is_needed, scale,
+def _make_weights(
+    q_buffer, g_buffer, keys, p_buffers, s_buffers, is_loaded, is_full, is_empty, is_released,
+    query, window, entries, picks, oldest, first, stop, sink, grad, out, lse, d_query, d_sink, scale,
     num_queries, num_window, num_entries, num_picks, num_heads, offset, size,
     first_block, end_block, num_indices,
     MODE: gl.constexpr, MEASURES: gl.constexpr,
 ):  # fmt: skip
-    if gl.load(is_needed) == 0:
-        return
-    q_buffer = gl.allocate_shared_memory(query.dtype, [HEADS, WIDTH], query.layout)
-    g_buffer = gl.allocate_shared_memory(query.dtype, [HEADS, WIDTH], query.layout)
-    keys = gl.allocate_shared_memory(query.dtype, [TILE, WIDTH], query.layout)
-    p_buffer = gl.allocate_shared_memory(query.dtype, [HEADS, TILE], SQUARE)
-    s_buffer = gl.allocate_shared_memory(query.dtype, [HEADS, TILE], SQUARE)
-    is_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(is_full, 2)
-    fence_async_shared()
+    """P and dS of all tiles of a program's queries, for the adder; writes dQ and the sink's parts."""
     row = gl.arange(0, TILE, layout=gl.SliceLayout(1, COPIED))
     r = gl.arange(0, HEADS, layout=gl.SliceLayout(1, COPIED))
     c = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, COPIED))
@@ -156,38 +77,25 @@ def _backward(
     head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, LOGITS))
     head_of_sum = gl.arange(0, HEADS, layout=gl.SliceLayout(1, SUMS))
     channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, SUMS))
-    added = gl.arange(0, TILE, layout=gl.SliceLayout(1, ADDED))
     num_shares = num_heads // HEADS
     near_tiles = gl.cdiv(size, TILE)
     factor = scale * LOG2_E
-    near_scale, far_scale = gl.load(scales), gl.load(scales + 1)
-    near_top = _largest(gl.zeros([TILE, CHUNK], gl.float32, PART))
-    far_top = near_top
-
-    block = _block(
-        gl.program_id(0),
-        oldest,
-        first,
-        stop,
-        num_queries,
-        num_shares,
-        offset,
-        first_block,
-        end_block,
-        MODE,
-        MEASURES,
-    )
+    block = block_of(
+        gl.program_id(0), oldest, first, stop, num_queries, num_shares, offset, first_block, end_block,
+        MODE, MEASURES, COPIED,
+    )  # fmt: skip
     token, batch = block // num_shares % num_queries, block // num_shares // num_queries
     low, begin, count = _seen(block, oldest, first, stop, num_queries, num_picks, num_shares, MODE)
-    _copy_query(q_buffer, query, block, is_full)
-    _copy_query(g_buffer, grad, block, is_full)
+    _copy_query(q_buffer, query, block, is_loaded)
+    _copy_query(g_buffer, grad, block, is_loaded)
     rows = gl.minimum(gl.maximum(token + (offset + 1 - size) + row, 0), num_window - 1)
     _copy_keys(keys, window, entries, rows, False, batch, num_window, num_entries)
-    phase = 0
+    phase, done = 0, 0
     for turn in range(gl.program_id(0), num_indices, gl.num_programs(0)):
-        following = _block(
+        following = block_of(
             gl.minimum(turn + gl.num_programs(0), num_indices - 1),
-            oldest, first, stop, num_queries, num_shares, offset, first_block, end_block, MODE, MEASURES,
+            oldest, first, stop, num_queries, num_shares, offset, first_block, end_block,
+            MODE, MEASURES, COPIED,
         )  # fmt: skip
         next_token = following // num_shares % num_queries
         next_batch = following // num_shares // num_queries
@@ -204,8 +112,7 @@ def _backward(
         output = gl.load(out + own * WIDTH + (r[:, None] * WIDTH + c[None, :]))
         bottom = gl.load(lse + own + head)
         sinks = gl.load(sink + block % num_shares * HEADS + head).to(gl.float32) * LOG2_E
-        mbarrier.wait(is_full, phase)
-        phase = 1 - phase
+        mbarrier.wait(is_loaded, phase)
         delta = gl.sum(output.to(gl.float32) * g_buffer.load(COPIED).to(gl.float32), 1)
         delta = gl.convert_layout(delta, gl.SliceLayout(1, LOGITS))
         if not MEASURES:
@@ -224,7 +131,6 @@ def _backward(
                 use_acc=False, is_async=True,
             )  # fmt: skip
             is_far = index >= near_tiles
-            # What is seen, and where its gradients go.
             place = gl.where(is_far, (index - near_tiles) * TILE, index * TILE) + column
             seen = (window_start + place >= low) & (place < size)
             if MODE != NONE:
@@ -232,7 +138,6 @@ def _backward(
                 if MODE == GATHER:
                     seen_far = gl.load(own_picks + 2 * place, mask=seen_far & is_far, other=-1) >= 0
                 seen = (seen & (index < near_tiles)) | (seen_far & is_far)
-            # Rows of the tile after this one.
             ahead = index + 1
             is_next = ahead >= tiles
             start = gl.where(is_next, next_start - tiles * TILE, window_start) + ahead * TILE
@@ -245,63 +150,85 @@ def _backward(
                 else:
                     far = gl.minimum(begin + far, num_entries - 1)
                 rows = gl.where(far_ahead, far, rows)
+            slot = done % 2
+            p_buffer, s_buffer = p_buffers.index(slot), s_buffers.index(slot)
             logits = warpgroup_mma_wait(1, deps=(logits,))
             p = gl.where(seen[None, :], gl.exp2(logits * factor - bottom[:, None]), 0.0)
+            mbarrier.wait(is_empty.index(slot), (done // 2 + 1) % 2)
             p_buffer.store(p.to(query.dtype))
             d_p = warpgroup_mma_wait(0, deps=(d_p,))
             d_s = p * (d_p - delta[:, None]) * scale
             s_buffer.store(d_s.to(query.dtype))
             fence_async_shared()
             gl.thread_barrier()
-            goal = gl.where(is_far, (index - near_tiles) * TILE, index * TILE) + added
-            goes = (window_start + goal >= low) & (goal < size)
-            target_row = gl.maximum(window_start + goal, 0)
-            if MODE != NONE:
-                goes_far = goal < count
-                far_row = begin + goal
-                if MODE == GATHER:
-                    far_row = gl.load(own_picks + 2 * goal, mask=goes_far & is_far, other=-1)
-                    goes_far = far_row >= 0
-                goes = (goes & (index < near_tiles)) | (goes_far & is_far)
-                target_row = gl.where(is_far, far_row, target_row)
+            mbarrier.arrive(is_full.index(slot), count=1)
             acc = warpgroup_mma(s_buffer, keys, acc, is_async=True)
-            part = _multiply(p_buffer, s_buffer, g_buffer, q_buffer, 0)
-            acc, part = warpgroup_mma_wait(0, deps=(acc, part))
+            acc = warpgroup_mma_wait(0, deps=(acc,))
             gl.thread_barrier()
             _copy_keys(
                 keys, window, entries, rows, far_ahead, gl.where(is_next, next_batch, batch),
                 num_window, num_entries,
             )  # fmt: skip
-            sums = near_sums + batch.to(gl.int64) * num_window * (WIDTH // 2)
-            factor_of = near_scale
-            if MODE != NONE:
-                far_sums_of = far_sums + batch.to(gl.int64) * num_entries * (WIDTH // 2)
-                sums = gl.where(is_far, far_sums_of, sums)
-                factor_of = gl.where(is_far, far_scale, near_scale)
-            top = _largest(part)
-            for chunk in gl.static_range(1, WIDTH // CHUNK):
-                if not MEASURES:
-                    _add(part, sums, target_row, goes, factor_of, chunk - 1)
-                part = _multiply(p_buffer, s_buffer, g_buffer, q_buffer, chunk)
-                part = warpgroup_mma_wait(0, deps=(part,))
-                top = gl.maximum(top, _largest(part))
-            if not MEASURES:
-                _add(part, sums, target_row, goes, factor_of, WIDTH // CHUNK - 1)
-            far_top = gl.where(is_far, gl.maximum(far_top, top), far_top)
-            near_top = gl.where(is_far, near_top, gl.maximum(near_top, top))
-        gl.thread_barrier()
-        _copy_query(q_buffer, query, following, is_full)
-        _copy_query(g_buffer, grad, following, is_full)
+            done += 1
         if not MEASURES:
             gl.store(
                 d_query + own * WIDTH + (head_of_sum[:, None] * WIDTH + channel[None, :]), acc.to(query.dtype)
             )
+        mbarrier.wait(is_released, phase)
+        phase = 1 - phase
+        _copy_query(q_buffer, query, following, is_loaded)
+        _copy_query(g_buffer, grad, following, is_loaded)
         block, token, batch = following, next_token, next_batch
         low, begin, count = next_low, next_begin, next_count
-    mbarrier.wait(is_full, phase)
+    mbarrier.wait(is_loaded, phase)
     async_copy.wait_group(0)
-    gl.atomic_max(largest, gl.max(gl.max(near_top, 1), 0).to(gl.int32, bitcast=True), sem="relaxed")
-    gl.atomic_max(largest + 1, gl.max(gl.max(far_top, 1), 0).to(gl.int32, bitcast=True), sem="relaxed")
+
+
+@gluon.jit(do_not_specialize=[*LENGTHS, "size", "first_block", "end_block", "num_indices"])
+def _backward(
+    query, window, entries, picks, oldest, first, stop, sink, grad, out, lse, d_query, d_sink,
+    near_sums, far_sums, scales, largest, is_needed, scale,
+    num_queries, num_window, num_entries, num_picks, num_heads, offset, size,
+    first_block, end_block, num_indices,
+    MODE: gl.constexpr, MEASURES: gl.constexpr,
+):  # fmt: skip
+    num_indices = gl.where(gl.load(is_needed) == 0, 0, num_indices)
+    q_buffer = gl.allocate_shared_memory(query.dtype, [HEADS, WIDTH], query.layout)
+    g_buffer = gl.allocate_shared_memory(query.dtype, [HEADS, WIDTH], query.layout)
+    keys = gl.allocate_shared_memory(query.dtype, [TILE, WIDTH], query.layout)
+    p_buffers = gl.allocate_shared_memory(query.dtype, [2, HEADS, TILE], SQUARE)
+    s_buffers = gl.allocate_shared_memory(query.dtype, [2, HEADS, TILE], SQUARE)
+    is_loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    is_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    is_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    is_released = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(is_loaded, 2)
+    mbarrier.init(is_released, 1)
+    for slot in gl.static_range(2):
+        mbarrier.init(is_full.index(slot), 1)
+        mbarrier.init(is_empty.index(slot), 1)
+    fence_async_shared()
+    gl.thread_barrier()
+    gl.warp_specialize(
+        [
+            (_make_weights, (
+                q_buffer, g_buffer, keys, p_buffers, s_buffers, is_loaded, is_full, is_empty, is_released,
+                query, window, entries, picks, oldest, first, stop, sink, grad, out, lse, d_query, d_sink,
+                scale,
+                num_queries, num_window, num_entries, num_picks, num_heads, offset, size,
+                first_block, end_block, num_indices, MODE, MEASURES,
+            )),
+            (add_tiles, (
+                q_buffer._reinterpret(query.dtype, [WIDTH // CHUNK, HEADS, CHUNK], SQUARE),
+                g_buffer._reinterpret(query.dtype, [WIDTH // CHUNK, HEADS, CHUNK], SQUARE),
+                p_buffers, s_buffers, is_loaded, is_full, is_empty, is_released,
+                picks, oldest, first, stop, near_sums, far_sums, scales, largest,
+                num_queries, num_window, num_entries, num_picks, num_heads, offset, size,
+                first_block, end_block, num_indices, MODE, MEASURES,
+            )),
+        ],
+        [ADDER_WARPS], [ADDER_REGISTERS],
+    )  # fmt: skip
 
 
 def _add_range(problem: Problem, given: tuple[Any, ...], found: list[Tensor], begin: int, end: int) -> None:

@@ -223,9 +223,9 @@ def chip_of(x: Tensor) -> Any:
     return torch.cuda.get_device_properties(x.device)
 
 
-def flat(x: Tensor) -> TensorDescriptor:
-    """Rows of channels for copies of blocks of 64 heads."""
-    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [HEADS.value, WIDTH.value], SHARED)
+def flat(x: Tensor, width: int = WIDTH.value) -> TensorDescriptor:
+    """Rows of channels for copies of blocks of 64 heads × `width`."""
+    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [HEADS.value, width], SHARED)
 
 
 def tensors_of(problem: Problem) -> tuple[Any, ...]:

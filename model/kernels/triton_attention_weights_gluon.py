@@ -124,7 +124,8 @@ def _store(
 
 @gluon.jit
 def _rows_ahead(
-    index, tiles, near_tiles, row, window_start, next_start, begin, num_window, num_entries, MODE: gl.constexpr,
+    index, tiles, near_tiles, row, window_start, next_start, begin, num_window, num_entries,
+    MODE: gl.constexpr,
 ):  # fmt: skip
     """Of tile `index`, of the next query where it lies behind this one's last: rows of its keys, whether they
     are entries, whether it is the next query's."""

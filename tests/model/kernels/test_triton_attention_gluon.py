@@ -43,9 +43,7 @@ def modules(monkeypatch):
         chip = types.SimpleNamespace(major=9, multi_processor_count=3)
         for module in (forward, weights, backward):
             monkeypatch.setattr(module, "chip_of", lambda x: chip)
-            monkeypatch.setattr(
-                module, "flat", lambda x, width=512: Descriptor(x.view(-1, 512), [64, width])
-            )
+            monkeypatch.setattr(module, "flat", lambda x, width=512: Descriptor(x.view(-1, 512), [64, width]))
     return forward, weights, backward
 
 
@@ -162,7 +160,9 @@ def test_weights_of_a_range_of_queries_equal_dense_attention(kind, heads, size, 
             count = 0 if kind == "window" else int(problem.stop[row, query] - problem.first[row, query])
             for slot in range(count):
                 column = problem.first[row, query] + slot
-                wanted_far[row, query - begin, column] = both[row, query - begin, problem.window.shape[1] + column]
+                wanted_far[row, query - begin, column] = both[
+                    row, query - begin, problem.window.shape[1] + column
+                ]
     assert error(near[..., 0, :], wanted_near[..., 0, :]) < ROUNDING
     assert error(near[..., 1, :], wanted_near[..., 1, :]) < ROUNDING
     assert torch.equal(far == 7.0, wanted_far == 7.0)
