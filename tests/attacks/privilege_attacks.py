@@ -125,4 +125,28 @@ ATTACKS: list[Attack] = [
         attempt('mq_open', lambda: call(240, 180, ctypes.c_char_p(b'x'), 0o102, 0o600, 0))
         """,
     ),
+    probes(
+        "K08d",
+        "the runner's limits, turn on the processor, pages and descriptors",
+        """
+        import resource
+        for pid in (1, os.getppid()):
+            for name in ("oom_score_adj", "timerslack_ns", "comm", "coredump_filter", "clear_refs", "uid_map"):
+                attempt(f"write {pid} {name}", lambda: written(f"/proc/{pid}/{name}", b"0"))
+            for name in ("auxv", "pagemap", "stack", "syscall", "io"):
+                attempt(f"read {pid} {name}", lambda: held(f"/proc/{pid}/{name}", 8))
+            for name in ("fd", "map_files", "root"):
+                attempt(f"list {pid} {name}", lambda: os.listdir(f"/proc/{pid}/{name}"))
+            attempt("prlimit", lambda: (resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 3)), "set"))
+            attempt("priority", lambda: (os.setpriority(os.PRIO_PROCESS, pid, 19), "set"))
+            attempt("affinity", lambda: (os.sched_setaffinity(pid, {0}), "set"))
+            attempt("scheduler", lambda: (os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0)), "set"))
+            attempt("ioprio_set", lambda: call(251, 30, 1, pid, 3 << 13) == 0)
+            attempt("migrate_pages", lambda: call(256, 238, pid, 8, 0, 0) == 0)
+            attempt("kcmp", lambda: call(312, 272, pid, os.getpid(), 1, 0, 0) is not None)
+            fd = call(434, 434, pid, 0)
+            for number in range(8 if fd is not None else 0):
+                attempt("pidfd_getfd", lambda: call(438, 438, fd, number, 0) is not None)
+        """,
+    ),
 ]
