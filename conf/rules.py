@@ -32,6 +32,7 @@ def check_rules(cfg: Config) -> Config:
     _check_engine(cfg)
     _check_sampler(cfg)
     _check_ranks(cfg)
+    _check_placement(cfg)
     _check_vllm(cfg)
     _check_files(cfg)
     _check_plan(cfg)
@@ -284,6 +285,27 @@ def _check_ranks(cfg: Config) -> None:
         )
     if engine.offload and engine.kind != "deepspeed":
         raise ConfigError("engine.offload is of engine.kind=deepspeed; set one of them")
+
+
+def _check_placement(cfg: Config) -> None:
+    cluster = cfg.cluster
+    if 1 < cluster.worker_gpus != int(cluster.worker_gpus):
+        raise ConfigError(
+            f"cluster.worker_gpus is {cluster.worker_gpus:g}; above 1 it must be a whole number of GPUs"
+        )
+    if cluster.placement == "free":
+        for name in ("spread", "sandbox_cores", "port"):
+            if getattr(cluster, name):
+                raise ConfigError(
+                    f"cluster.{name} is of placed roles, and cluster.placement is free; set it to apart or "
+                    "colocated"
+                )
+        return
+    if cfg.run.parallel > 1:
+        raise ConfigError(
+            f"cluster.placement={cluster.placement} reserves places for one stage at a time, and run.parallel "
+            f"is {cfg.run.parallel}; set run.parallel=1, or cluster.placement=free"
+        )
 
 
 def _check_vllm(cfg: Config) -> None:

@@ -206,7 +206,7 @@ ALONE = Ranks()
 
 
 def open_ranks(
-    address: str,
+    address: str | dist.Store,
     rank: int,
     size: int,
     *,
@@ -214,13 +214,15 @@ def open_ranks(
     timeout_s: float = 600.0,
     patience_s: float | None = None,
     on_call: Callable[[str], None] = _unheard,
+    gpu: int | None = None,
 ) -> Ranks:
     """Join the group that meets at `address`, as the process's default group.
 
-    address    file:///path that all ranks see, or tcp://host:port of rank 0
+    address    file:///path that all ranks see, tcp://host:port of rank 0, or a connection to a store of theirs
     timeout_s  the longest any rank waits for the others, then and in every call
     patience_s the same where it waits for work that the first does alone (`Ranks.first`); None: timeout_s
     on_call    see `Ranks`
+    gpu        number of this rank's GPU on its machine; None: the ranks of one machine take theirs in turn
     EngineError if the ranks do not come together, or there is no GPU for a rank of NCCL.
     """
     if not 0 <= rank < size:
@@ -231,20 +233,25 @@ def open_ranks(
     if BACKENDS[backend] == "cuda":
         if not torch.cuda.is_available():
             raise EngineError("NCCL needs a GPU for each rank, this process sees none; use gloo on CPUs")
-        device = torch.device("cuda", rank % torch.cuda.device_count())
+        device = torch.device("cuda", rank % torch.cuda.device_count() if gpu is None else gpu)
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout_s)
+    how: dict[str, Any] = {"init_method": address} if isinstance(address, str) else {"store": address}
     try:
-        dist.init_process_group(backend, init_method=address, rank=rank, world_size=size, timeout=limit)
+        dist.init_process_group(backend, **how, rank=rank, world_size=size, timeout=limit)
         whole = dist.group.WORLD
         talk = whole if backend == "gloo" else dist.new_group(backend="gloo", timeout=limit)
         patience = timedelta(seconds=patience_s or timeout_s)
         patient = talk if patience == limit else dist.new_group(backend="gloo", timeout=patience)
     except (RuntimeError, ValueError, dist.DistError) as error:
         raise EngineError(
-            f"rank {rank} of {size} found no others at {address} within {timeout_s:g} s: {error}"
+            f"rank {rank} of {size} found no others at {_named(address)} within {timeout_s:g} s: {error}"
         ) from None
     return Ranks(rank, size, whole, talk, device, patient, on_call)  # type: ignore[arg-type]
+
+
+def _named(address: str | dist.Store) -> str:
+    return address if isinstance(address, str) else "the store of rank 0"
 
 
 def _sent(value: T | None, group: dist.ProcessGroup) -> T:
