@@ -59,8 +59,8 @@ class StoreMeeting:
             return TCPStore(self.host, self.port, is_master=False, timeout=limit)
         except (RuntimeError, dist.DistError) as error:
             raise EngineError(
-                f"this rank cannot reach rank 0 at {self} within {CONNECT_S:g} s: {str(error).splitlines()[0]}; is "
-                "the port open between the machines? cluster.port chooses it"
+                f"this rank cannot reach rank 0 at {self} within {CONNECT_S:g} s: "
+                f"{str(error).splitlines()[0]}; is the port open between the machines? cluster.port chooses it"
             ) from None
 
 

@@ -7,8 +7,8 @@
 
 The first thing that goes wrong on any rank is what the stage raises. What the others raise afterwards, of
 connections that broke, follows from it. Ranks beside the first own nothing outside of their memory, so they
-are killed, not asked. They are processes of this machine (`local_ranks.py`), or, where the roles are placed on
-a cluster, actors in the trainer's bundles (`ray_ranks.py`); all else is the same.
+are killed, not asked. They are processes of this machine (`local_ranks.py`), or, where the roles are placed
+on a cluster, actors in the trainer's bundles (`ray_ranks.py`); all else is the same.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from consilience.model.dense import DenseConfig, is_dense
 from consilience.rollout import deadlines
 from consilience.rollout.deadlines import STALLS, StallLog
 from consilience.rollout.ray_cluster import RayCluster, start_ray, stop_ray
-from consilience.rollout.ray_placement import Needs, Placement, reserve
+from consilience.rollout.ray_placement import Needs, Placement, require_shared, reserve
 from consilience.rollout.ray_streams import ray_streams
 from consilience.rollout.ray_workers import RolloutPool
 from consilience.rollout.tokenizer import Tokenizer
@@ -162,6 +162,7 @@ def rollout_pool(
         _open["pool"] = RolloutPool(
             num_workers, factory, kwargs, **limits, seats=seats, stalls=StallLog(stalls)
         )
+        require_shared(stalls.parent, _open["pool"].nodes)
         _open["wanted"] = wanted
     return _open["pool"]
 
@@ -210,16 +211,15 @@ def placement_of(cfg: Config, *, samples: bool) -> Placement | None:
     if cfg.cluster.placement == "free":
         return None
     needs, (known, place) = _needs(cfg), _open.get("placement", (None, None))
-    same = known is not None and dataclasses.replace(known, workers=0) == dataclasses.replace(needs, workers=0)
+    trainer = dataclasses.replace(needs, workers=0)
+    same = known is not None and dataclasses.replace(known, workers=0) == trainer
     if same and (known == needs or not samples):
         return place
     _release()
     _cluster(cfg, _cores(cfg))
-    needs = needs if samples else dataclasses.replace(needs, workers=0)
+    needs = needs if samples else trainer
     is_colocated, given = cfg.cluster.placement == "colocated", cfg.cluster
-    place = reserve(
-        needs, is_colocated=is_colocated, spread=given.spread, limit_s=given.placement_limit_s
-    )
+    place = reserve(needs, is_colocated=is_colocated, spread=given.spread, limit_s=given.placement_limit_s)
     _open["placement"] = needs, place
     if needs.rank_gpus:
         kinds = place.gpu_kinds()

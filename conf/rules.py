@@ -303,8 +303,8 @@ def _check_placement(cfg: Config) -> None:
         return
     if cfg.run.parallel > 1:
         raise ConfigError(
-            f"cluster.placement={cluster.placement} reserves places for one stage at a time, and run.parallel "
-            f"is {cfg.run.parallel}; set run.parallel=1, or cluster.placement=free"
+            f"cluster.placement={cluster.placement} reserves places for one stage at a time, and "
+            f"run.parallel is {cfg.run.parallel}; set run.parallel=1, or cluster.placement=free"
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from consilience.conf.errors import EngineError
 
@@ -206,7 +207,7 @@ ALONE = Ranks()
 
 
 def open_ranks(
-    address: str | dist.Store,
+    address: str | Store,
     rank: int,
     size: int,
     *,
@@ -218,7 +219,7 @@ def open_ranks(
 ) -> Ranks:
     """Join the group that meets at `address`, as the process's default group.
 
-    address    file:///path that all ranks see, tcp://host:port of rank 0, or a connection to a store of theirs
+    address    file:///path that all ranks see, tcp://host:port of rank 0, or a connection to their store
     timeout_s  the longest any rank waits for the others, then and in every call
     patience_s the same where it waits for work that the first does alone (`Ranks.first`); None: timeout_s
     on_call    see `Ranks`
@@ -250,7 +251,7 @@ def open_ranks(
     return Ranks(rank, size, whole, talk, device, patient, on_call)  # type: ignore[arg-type]
 
 
-def _named(address: str | dist.Store) -> str:
+def _named(address: str | Store) -> str:
     return address if isinstance(address, str) else "the store of rank 0"
 
 

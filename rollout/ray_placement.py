@@ -3,24 +3,27 @@
     apart        trainer  [rank 0] [rank 1] …        rollout  [worker + its boxes] [worker + its boxes] …
     colocated    [rank 0 + workers 0, R, … + their boxes] [rank 1 + workers 1, R + 1, … + their boxes] …
 
-Rank 0 is the driver: its bundle is on the driver's node, and what is in it is kept free for it. Teachers score
-in the trainer's bundles, one at a time. A node's sandbox host is an actor of its own that outlives drivers, so
-it is in no bundle; the cores of its boxes are, beside the worker that uses them. When a node is lost, Ray moves
-its bundles to nodes that have room.
+Rank 0 is the driver: its bundle is on the driver's node, and what is in it is kept free for it. Teachers
+score in the trainer's bundles, one at a time. A node's sandbox host is an actor of its own that outlives
+drivers, so it is in no bundle; the cores of its boxes are, beside the worker that uses them. When a node is
+lost, Ray moves its bundles to nodes that have room.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from consilience.conf.errors import ConfigError, EngineError
 
@@ -100,8 +103,8 @@ class Placement:
 def reserve(needs: Needs, *, is_colocated: bool, spread: bool, limit_s: float) -> Placement:
     """Reserve the bundles of all roles, workers on as few nodes as hold them or `spread` over many.
 
-    EngineError, and nothing stays reserved, where the cluster does not have them within `limit_s` (in which an
-    autoscaler may start nodes). ConfigError where colocated workers leave the trainer nothing of a GPU.
+    EngineError, and nothing stays reserved, where the cluster does not have them within `limit_s` (in which
+    an autoscaler may start nodes). ConfigError where colocated workers leave the trainer nothing of a GPU.
     """
     place = Placement([], [])
     strategy = "SPREAD" if spread else "PACK"
@@ -123,6 +126,36 @@ def reserve(needs: Needs, *, is_colocated: bool, spread: bool, limit_s: float) -
     return place
 
 
+def require_shared(
+    folder: Path, nodes: Iterable[str], sees: Callable[[str], bool] = lambda path: Path(path).exists()
+) -> None:
+    """ConfigError unless each of these nodes sees what this process writes into `folder`, which is made.
+
+    sees  looks for a path, on the node
+    """
+    others = set(nodes) - {ray.get_runtime_context().get_node_id()}
+    if not others:
+        return
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    token = folder / f".seen-{secrets.token_hex(8)}"
+    token.touch()
+    look = ray.remote(num_cpus=0)(sees)
+    try:
+        for node in sorted(others):
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            answer = look.options(scheduling_strategy=there).remote(str(token))
+            if not ray.get(answer, timeout=_ASK_LIMIT_S):
+                raise ConfigError(
+                    f"node {node[:8]} of the cluster does not see the run folder {folder}: ranks and workers "
+                    "there read and write it; set run.folder to a filesystem that all machines share"
+                )
+    except (RayError, GetTimeoutError) as error:
+        raise EngineError(f"a node of the cluster gave no answer: {str(error).splitlines()[0]}") from None
+    finally:
+        token.unlink()
+
+
 def _colocated(place: Placement, needs: Needs, strategy: str) -> None:
     """One bundle a rank, with every R-th worker in it; a GPU is the rank's but for the workers' parts."""
     bundles, counts = [], [len(range(rank, needs.workers, needs.ranks)) for rank in range(needs.ranks)]
@@ -132,8 +165,8 @@ def _colocated(place: Placement, needs: Needs, strategy: str) -> None:
     left = needs.rank_gpus - max(counts) * needs.worker_gpus
     if needs.worker_gpus and left < _SHARE:
         raise ConfigError(
-            f"cluster.worker_gpus is {needs.worker_gpus:g}, and up to {max(counts)} workers share the GPU of a "
-            "rank, which needs a part of it too; lower cluster.worker_gpus or rollout.num_workers"
+            f"cluster.worker_gpus is {needs.worker_gpus:g}, and up to {max(counts)} workers share the GPU of "
+            "a rank, which needs a part of it too; lower cluster.worker_gpus or rollout.num_workers"
         )
     group = _group(place, bundles, strategy, driver_first=True)
     rank_gpus = max(0.0, math.floor(left / _SHARE) * _SHARE)
@@ -174,8 +207,8 @@ def _too_large(needs: Needs, is_colocated: bool, limit_s: float) -> str:
     return (
         f"the cluster cannot hold {needs.ranks} ranks of {needs.rank_cores} cores and {needs.rank_gpus} GPUs "
         f"{how} {needs.workers} workers of {needs.worker_cores} cores and {needs.worker_gpus:g} GPUs (with "
-        f"rank 0 on this machine): it has {len(there)} nodes ({machines}), of which {free.get('CPU', 0):g} cores "
-        f"and {free.get('GPU', 0):g} GPUs were free after {limit_s:g} s; lower engine.ranks, "
+        f"rank 0 on this machine): it has {len(there)} nodes ({machines}), of which {free.get('CPU', 0):g} "
+        f"cores and {free.get('GPU', 0):g} GPUs were free after {limit_s:g} s; lower engine.ranks, "
         "rollout.num_workers, rollout.threads_per_worker or the sizes in group cluster, or add nodes"
     )
 
