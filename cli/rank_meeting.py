@@ -60,7 +60,7 @@ class StoreMeeting:
         except (RuntimeError, dist.DistError) as error:
             raise EngineError(
                 f"this rank cannot reach rank 0 at {self} within {CONNECT_S:g} s: "
-                f"{str(error).splitlines()[0]}; is the port open between the machines? cluster.port chooses it"
+                f"{str(error).splitlines()[0]}; is the port open between them? cluster.port chooses it"
             ) from None
 
 

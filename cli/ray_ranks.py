@@ -24,6 +24,7 @@ from consilience.cli.rank_follower import Ending, Run, take_part
 from consilience.cli.rank_meeting import StoreMeeting, open_store
 from consilience.cli.ray_session import placement_of
 from consilience.cli.stage import StageContext
+from consilience.cli.stages import SAMPLING
 from consilience.conf.errors import EngineError
 from consilience.rollout.deadlines import STALLS, StallLog
 from consilience.rollout.ray_cluster import worker_environment
@@ -110,7 +111,7 @@ def placed_ranks(
     see the run folder; EngineError where an actor does not start, or `cluster.port` is in use.
     """
     cfg = context.cfg
-    place = placement_of(cfg, samples=False)
+    place = placement_of(cfg, samples=context.name.partition("/")[0] in SAMPLING)
     assert place is not None  # cluster.placement is not free
     has_gpus = bool(place.trainer[0].gpus)
     kinds = place.gpu_kinds() if has_gpus else None

@@ -205,8 +205,9 @@ def _vllm_arguments(cfg: Config) -> dict[str, Any]:
 def placement_of(cfg: Config, *, samples: bool) -> Placement | None:
     """The places of the run's roles on the cluster, None where `cluster.placement` is free.
 
-    Reserved at the first call and kept for all stages of this process; `samples` says whether rollout workers
-    are among them. ConfigError or EngineError where the cluster cannot hold them, or its GPUs differ.
+    Reserved at the first call and kept for all stages of this process that need the same; `samples` says
+    whether rollout workers are among them. ConfigError or EngineError where the cluster cannot hold them, or
+    its GPUs differ.
     """
     if cfg.cluster.placement == "free":
         return None
@@ -215,6 +216,7 @@ def placement_of(cfg: Config, *, samples: bool) -> Placement | None:
     same = known is not None and dataclasses.replace(known, workers=0) == trainer
     if same and (known == needs or not samples):
         return place
+    close_pool()
     _release()
     _cluster(cfg, _cores(cfg))
     needs = needs if samples else trainer

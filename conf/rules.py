@@ -33,6 +33,7 @@ def check_rules(cfg: Config) -> Config:
     _check_sampler(cfg)
     _check_ranks(cfg)
     _check_placement(cfg)
+    _check_turns(cfg)
     _check_vllm(cfg)
     _check_files(cfg)
     _check_plan(cfg)
@@ -305,6 +306,27 @@ def _check_placement(cfg: Config) -> None:
         raise ConfigError(
             f"cluster.placement={cluster.placement} reserves places for one stage at a time, and "
             f"run.parallel is {cfg.run.parallel}; set run.parallel=1, or cluster.placement=free"
+        )
+
+
+def _check_turns(cfg: Config) -> None:
+    if cfg.cluster.placement != "colocated":
+        return
+    if {cfg.grpo.mode, cfg.distill.mode} != {"sync"}:
+        raise ConfigError(
+            "cluster.placement=colocated lets trainer and workers take turns with memory, so nothing is "
+            "sampled ahead; set grpo.mode and distill.mode to sync, or cluster.placement=apart"
+        )
+    if cfg.engine.kind == "deepspeed":
+        raise ConfigError(
+            "cluster.placement=colocated moves the trainer to the host while workers sample, which is not "
+            "there for engine.kind=deepspeed; set engine.kind=torch, or cluster.placement=apart"
+        )
+    if cfg.rollout.engine == "vllm" and cfg.rollout.vllm.sleep is None:
+        raise ConfigError(
+            "cluster.placement=colocated needs workers that give memory back, and rollout.vllm.sleep is null; "
+            "set rollout.vllm.sleep=2 and rollout.vllm.settings.enable_sleep_mode=true, or "
+            "cluster.placement=apart"
         )
 
 
