@@ -35,7 +35,7 @@ from consilience.cli.rank_meeting import FolderMeeting
 from consilience.cli.stage import StageContext
 from consilience.conf.errors import EngineError
 from consilience.model.ranks import BROKE
-from consilience.rollout.deadlines import ENDED, STALLS, Stall, StallLog, dump_stacks, open_stacks
+from consilience.rollout.deadlines import ENDED, REPLACED, STALLS, Stall, StallLog, dump_stacks, open_stacks
 
 LOOK_S = 0.25
 LEAVE_S = 3.0  # what a rank may take to notice that the others are gone
@@ -54,8 +54,15 @@ def on_ranks(run: Run, context: StageContext) -> Mapping[str, Any]:
     if context.cfg.cluster.placement != "free":
         from consilience.cli.ray_ranks import placed_ranks  # imports ray
 
-        with placed_ranks(run, context) as (context, start, meeting, backend, gpu):
-            return _on_group(run, context, RankGroup(context, start, meeting, backend), gpu)
+        for num_left in reversed(range(context.cfg.cluster.rank_restarts + 1)):
+            try:
+                with placed_ranks(run, context) as (here, start, meeting, backend, gpu):
+                    return _on_group(run, here, RankGroup(here, start, meeting, backend), gpu)
+            except RankDied as death:
+                if not num_left:
+                    raise
+                who = str(death).partition(" died")[0]
+                StallLog(context.run.path / STALLS).add(Stall("death", 0.0, 0.0, who, action=REPLACED))
     backend = backend_of(context.cfg)
     with tempfile.TemporaryDirectory(prefix="consilience-ranks-") as folder:
         meeting = FolderMeeting(Path(folder), context.cfg.engine.ranks)
@@ -88,6 +95,10 @@ def _lead(run: Run, context: StageContext, group: RankGroup, gpu: int | None) ->
         raise
     ranks.close()
     return result
+
+
+class RankDied(EngineError):
+    """A rank is gone without a word: its process, or its machine."""
 
 
 class Follower(Protocol):
@@ -264,7 +275,7 @@ class RankGroup:
         if causes:
             self.trouble = self._named(causes[0][2], causes[0][1])
         elif gone:
-            self.trouble = EngineError(
+            self.trouble = RankDied(
                 f"rank {gone[0].rank} of {self.size} ({gone[0].place}) died without a word "
                 f"({gone[0].death()}); if memory ran out, lower engine.micro_batch_rows; "
                 f"{_ADVICE}"

@@ -214,7 +214,7 @@ def placement_of(cfg: Config, *, samples: bool) -> Placement | None:
     needs, (known, place) = _needs(cfg), _open.get("placement", (None, None))
     trainer = dataclasses.replace(needs, workers=0)
     same = known is not None and dataclasses.replace(known, workers=0) == trainer
-    if same and (known == needs or not samples):
+    if same and (known == needs or not samples) and place.wait(cfg.cluster.placement_limit_s):
         return place
     close_pool()
     _release()
@@ -293,8 +293,9 @@ def _cores(cfg: Config) -> int:
 def _cluster(cfg: Config, cores: int) -> None:
     if "cluster" in _open:
         return
-    if cfg.cluster.address is not None:
-        os.environ["RAY_ADDRESS"] = cfg.cluster.address
+    given = cfg.cluster.address
+    if given is not None and (given != "auto" or not os.environ.get("RAY_ADDRESS")):
+        os.environ["RAY_ADDRESS"] = given
     # Workers decode while the trainer waits, so they may take every core.
     _open["cluster"] = start_ray(
         max(cfg.cluster.num_cpus or 0, cores),

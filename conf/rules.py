@@ -12,6 +12,7 @@ from pathlib import Path
 
 from consilience.conf.errors import ConfigError
 from consilience.conf.fields import nearest, read_record
+from consilience.conf.placement_rules import check_placement
 from consilience.conf.schema import KINDS, Config, DomainConfig, GrpoConfig, SftConfig
 from consilience.conf.token_count import token_count
 
@@ -32,8 +33,7 @@ def check_rules(cfg: Config) -> Config:
     _check_engine(cfg)
     _check_sampler(cfg)
     _check_ranks(cfg)
-    _check_placement(cfg)
-    _check_turns(cfg)
+    check_placement(cfg)
     _check_vllm(cfg)
     _check_files(cfg)
     _check_plan(cfg)
@@ -286,48 +286,6 @@ def _check_ranks(cfg: Config) -> None:
         )
     if engine.offload and engine.kind != "deepspeed":
         raise ConfigError("engine.offload is of engine.kind=deepspeed; set one of them")
-
-
-def _check_placement(cfg: Config) -> None:
-    cluster = cfg.cluster
-    if 1 < cluster.worker_gpus != int(cluster.worker_gpus):
-        raise ConfigError(
-            f"cluster.worker_gpus is {cluster.worker_gpus:g}; above 1 it must be a whole number of GPUs"
-        )
-    if cluster.placement == "free":
-        for name in ("spread", "sandbox_cores", "port"):
-            if getattr(cluster, name):
-                raise ConfigError(
-                    f"cluster.{name} is of placed roles, and cluster.placement is free; set it to apart or "
-                    "colocated"
-                )
-        return
-    if cfg.run.parallel > 1:
-        raise ConfigError(
-            f"cluster.placement={cluster.placement} reserves places for one stage at a time, and "
-            f"run.parallel is {cfg.run.parallel}; set run.parallel=1, or cluster.placement=free"
-        )
-
-
-def _check_turns(cfg: Config) -> None:
-    if cfg.cluster.placement != "colocated":
-        return
-    if {cfg.grpo.mode, cfg.distill.mode} != {"sync"}:
-        raise ConfigError(
-            "cluster.placement=colocated lets trainer and workers take turns with memory, so nothing is "
-            "sampled ahead; set grpo.mode and distill.mode to sync, or cluster.placement=apart"
-        )
-    if cfg.engine.kind == "deepspeed":
-        raise ConfigError(
-            "cluster.placement=colocated moves the trainer to the host while workers sample, which is not "
-            "there for engine.kind=deepspeed; set engine.kind=torch, or cluster.placement=apart"
-        )
-    if cfg.rollout.engine == "vllm" and cfg.rollout.vllm.sleep is None:
-        raise ConfigError(
-            "cluster.placement=colocated needs workers that give memory back, and rollout.vllm.sleep is null; "
-            "set rollout.vllm.sleep=2 and rollout.vllm.settings.enable_sleep_mode=true, or "
-            "cluster.placement=apart"
-        )
 
 
 def _check_vllm(cfg: Config) -> None:

@@ -207,6 +207,14 @@ class ClusterConfig:
     placement_limit_s: float = setting(
         120.0, "until all that is asked for must be reserved", unit="s", above=0, speed_only=True
     )
+    rank_restarts: int = setting(
+        2,
+        "placed: times that a stage goes on from its last checkpoint where a rank, or its machine, is gone",
+        unit="times",
+        low=0,
+        high=1000,
+        speed_only=True,
+    )
     port: int | None = setting(
         None, "where placed ranks meet on this machine; null: a free one", low=1, high=65_535, speed_only=True
     )

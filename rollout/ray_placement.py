@@ -77,6 +77,11 @@ class Placement:
         tables: dict[Any, Any] = {group.id: placement_group_table(group) for group in self.groups}
         return [tables[seat.group.id]["bundles_to_node_id"][seat.bundle] for seat in seats]
 
+    def wait(self, limit_s: float) -> bool:
+        """Whether all bundles are there within the limit; those of a lost node may be on their way."""
+        until = time.monotonic() + limit_s
+        return all(g.wait(max(1, math.ceil(until - time.monotonic()))) for g in self.groups)  # whole seconds
+
     def gpu_kinds(self) -> list[str]:
         """Kind of GPU at each of the trainer's seats, "" where Ray does not know."""
         rows: Any = ray.nodes()
@@ -116,10 +121,8 @@ def reserve(needs: Needs, *, is_colocated: bool, spread: bool, limit_s: float) -
             worker = {"CPU": float(needs.worker_cores), "GPU": needs.worker_gpus}
             place.trainer = _seats(place, [rank] * needs.ranks, "PACK", driver_first=True)
             place.workers = _seats(place, [worker] * needs.workers, strategy)
-        until = time.monotonic() + limit_s
-        for group in place.groups:  # Ray counts whole seconds
-            if not group.wait(max(1, math.ceil(until - time.monotonic()))):
-                raise EngineError(_too_large(needs, is_colocated, limit_s))
+        if not place.wait(limit_s):
+            raise EngineError(_too_large(needs, is_colocated, limit_s))
     except BaseException:
         place.release()
         raise
