@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from consilience.model.ranks import BROKE, HAS, WAITS, WAITS_FOR_FIRST
+from consilience.model.ranks import BROKE, HAS, WAITS, WAITS_FOR_FIRST, WORKS
 
 _ROW = struct.Struct("ddd")
-_STATES = (HAS, WAITS, WAITS_FOR_FIRST, BROKE)
+_STATES = (HAS, WAITS, WAITS_FOR_FIRST, BROKE, WORKS)
+_BEGINS = (WAITS, WAITS_FOR_FIRST, WORKS)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Board:
 
         def note(state: str) -> None:
             nonlocal calls
-            calls += state in (WAITS, WAITS_FOR_FIRST)
+            calls += state in _BEGINS
             self._rows.write(rank, _ROW.pack(calls, _STATES.index(state), time.monotonic()))
 
         return note
@@ -102,7 +103,7 @@ class Board:
         """
         rows = [self.row(rank) for rank in range(self.size)]
         call = max(row.calls for row in rows)
-        waiting = [row.state for row in rows if row.calls == call and row.state in (WAITS, WAITS_FOR_FIRST)]
+        waiting = [row.state for row in rows if row.calls == call and row.state in _BEGINS]
         if not waiting:
             return None
         behind = [rank for rank, row in enumerate(rows) if row.calls < call]

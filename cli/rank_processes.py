@@ -39,6 +39,7 @@ from consilience.rollout.deadlines import ENDED, REPLACED, STALLS, Stall, StallL
 
 LOOK_S = 0.25
 LEAVE_S = 3.0  # what a rank may take to notice that the others are gone
+_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")  # code in which a thread waits for other ranks
 _A_RANK = re.compile(r"\brank \d")
 _ADVICE = "the same command goes on where the stage stopped"
 
@@ -284,15 +285,32 @@ class RankGroup:
             self.trouble = self._named(min(told)[2][3], min(told)[1])
 
     def _blame(self, late: list[int], waited_s: float) -> None:
-        """The trouble is that these ranks are late (all, if none); the stacks of all ranks are written."""
+        """The trouble is that these ranks are late; the stacks of all ranks are written.
+
+        Without any, all are in the same call or the same piece of work: then the stacks say who does not wait.
+        """
+        if late:  # before a stopped one wakes up to write its stacks, and goes on
+            self.trouble = self._late(late, waited_s)
+        stacks = self._dump()
+        if not late:
+            late = not_waiting(stacks)
+            self.trouble = self.trouble or self._late(late, waited_s)
         pids = {0: os.getpid()} | {f.rank: f.pid for f in self.followers}
+        for rank in late or range(self.size):
+            stall = Stall("rank", waited_s, self.limit_s, self._who(rank), action=ENDED)
+            self._stalls.add(replace(stall, pid=pids[rank], stacks=str(stacks.get(rank) or "")))
+
+    def _late(self, late: list[int], waited_s: float) -> EngineError:
         places = {0: f"process {os.getpid()}"} | {f.rank: f.place for f in self.followers}
         who = ", ".join(f"rank {rank} of {self.size} ({places[rank]})" for rank in late)
         who = who or f"the link between the {self.size} ranks"
-        self.trouble = EngineError(
+        return EngineError(
             f"{who} kept the others waiting for {waited_s:.0f} s, allowed are {self.limit_s:g} s "
             f"(engine.rank_limit_s); where each rank was: {self._stalls.stacks}; {_ADVICE}"
         )
+
+    def _dump(self) -> dict[int, Path | None]:
+        """The stacks of all ranks, written now, by rank."""
         stacks = {f.rank: f.stacks for f in self.followers}
         with contextlib.suppress(OSError):
             assert self._stalls.stacks is not None
@@ -302,9 +320,7 @@ class RankGroup:
         for follower in self.followers:
             follower.dump()
         time.sleep(4 * LOOK_S)
-        for rank in late or range(self.size):
-            stall = Stall("rank", waited_s, self.limit_s, self._who(rank), action=ENDED)
-            self._stalls.add(replace(stall, pid=pids[rank], stacks=str(stacks.get(rank) or "")))
+        return stacks
 
     def _who(self, rank: int) -> str:
         return f"rank {rank} of {self.size}, stage {self.context.name}"
@@ -312,3 +328,15 @@ class RankGroup:
     def _kill(self) -> None:
         for follower in self.followers:
             follower.kill()
+
+
+def not_waiting(stacks: Mapping[int, Path | None]) -> list[int]:
+    """Ranks that are in no collective by their stacks, while others are; none where they do not tell."""
+    waiting = set()
+    for rank, path in stacks.items():
+        with contextlib.suppress(OSError):
+            threads = path.read_text().split("hread 0x") if path else []
+            newest = [next((line for line in each.splitlines() if "File" in line), "") for each in threads]
+            if any(word in line for line in newest for word in _COLLECTIVES):
+                waiting.add(rank)
+    return sorted(set(stacks) - waiting) if waiting else []

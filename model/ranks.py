@@ -25,6 +25,7 @@ from consilience.conf.errors import EngineError
 BUCKET_BYTES = 64 << 20
 BACKENDS = {"gloo": "cpu", "nccl": "cuda"}
 WAITS, WAITS_FOR_FIRST, HAS, BROKE = "waits", "waits for the first", "has", "broke"
+WORKS = "works in step with the others"
 T = TypeVar("T")
 
 
@@ -40,7 +41,8 @@ class Ranks:
     talk    carries Python values, by gloo; the same group where tensors go by gloo too
     device  where tensors of the group must lie
     patient talk for what the first rank may take long for; None: as `talk`
-    on_call told WAITS or WAITS_FOR_FIRST when a call begins, HAS when it returns, BROKE when it raises
+    on_call told WAITS or WAITS_FOR_FIRST when a call begins, HAS when it returns, BROKE when it raises; WORKS
+            and HAS around `in_step`
     """
 
     rank: int = 0
@@ -90,13 +92,15 @@ class Ranks:
         if self.group is None:
             return tensor[None]
         found = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather([*found.unbind(0)], tensor.contiguous(), group=self.group)
+        with self._call(WAITS):
+            dist.all_gather([*found.unbind(0)], tensor.contiguous(), group=self.group)
         return found
 
     def spread_(self, tensor: Tensor, source: int) -> None:
         """The contiguous tensor becomes that of the rank `source`, in place."""
         if self.group is not None:
-            dist.broadcast(tensor, group=self.group, group_src=source)
+            with self._call(WAITS):
+                dist.broadcast(tensor, group=self.group, group_src=source)
 
     def start_exchange(
         self, found: Tensor, given: Tensor, found_rows: Sequence[int], given_rows: Sequence[int]
@@ -186,6 +190,15 @@ class Ranks:
                 dist.monitored_barrier(self.talk, wait_all_ranks=True)
         except RuntimeError as error:
             raise EngineError(f"rank {self.rank} of {self.size} waited in vain: {error}") from None
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """A piece of work in which an engine's own collectives wait for the other ranks, who do the same."""
+        self.on_call(WORKS)
+        try:
+            yield
+        finally:
+            self.on_call(HAS)
 
     def close(self) -> None:
         """Leave the group; the process may open another."""

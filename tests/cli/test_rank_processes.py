@@ -149,7 +149,23 @@ def second_is_stopped(context):
     context.ranks.sum_([torch.ones(1)])
 
 
-@pytest.mark.parametrize("run", [second_hangs, second_is_stopped])
+def second_hangs_in_step(context):
+    """Collectives of an engine, of which the board knows nothing; the first waits in one for the second."""
+    with context.ranks.in_step():
+        if context.ranks.rank == 1:
+            time.sleep(60)
+        torch.distributed.all_reduce(torch.ones(1))
+
+
+def second_hangs_in_a_sharded_update(context):
+    if context.ranks.rank == 1:
+        time.sleep(60)
+    context.ranks.stack(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    "run", [second_hangs, second_is_stopped, second_hangs_in_step, second_hangs_in_a_sharded_update]
+)
 def test_a_rank_that_hangs_is_named_with_the_stacks_of_all(start, run, tmp_path):
     began = time.monotonic()
     with pytest.raises(EngineError, match=r"^rank 1 of 2 \(process \d+\) kept the others waiting"):

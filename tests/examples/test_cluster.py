@@ -1,4 +1,4 @@
-"""The examples for `ray up` and Slurm: Ray takes the one, a shell the other, and the commands in both exist."""
+"""The examples for `ray up` and Slurm: Ray takes one, a shell the other, and their commands exist."""
 
 import os
 import re
