@@ -41,6 +41,7 @@ class StoreMeeting:
     host: str
     port: int
     size: int
+    connect_s: float = CONNECT_S
 
     def address(self) -> Any:
         """What `open_ranks` takes: a connection of its own. EngineError if nobody listens there."""
@@ -54,12 +55,12 @@ class StoreMeeting:
         return f"tcp://{self.host}:{self.port}"
 
     def _connect(self) -> Any:
-        limit = timedelta(seconds=CONNECT_S)
+        limit = timedelta(seconds=self.connect_s)
         try:
             return TCPStore(self.host, self.port, is_master=False, timeout=limit)
         except (RuntimeError, dist.DistError) as error:
             raise EngineError(
-                f"this rank cannot reach rank 0 at {self} within {CONNECT_S:g} s: "
+                f"this rank cannot reach rank 0 at {self} within {self.connect_s:g} s: "
                 f"{str(error).splitlines()[0]}; is the port open between them? cluster.port chooses it"
             ) from None
 

@@ -287,7 +287,7 @@ class RankGroup:
     def _blame(self, late: list[int], waited_s: float) -> None:
         """The trouble is that these ranks are late; the stacks of all ranks are written.
 
-        Without any, all are in the same call or the same piece of work: then the stacks say who does not wait.
+        Without any, all are in the same call or piece of work: then the stacks say who does not wait.
         """
         if late:  # before a stopped one wakes up to write its stacks, and goes on
             self.trouble = self._late(late, waited_s)

@@ -118,7 +118,12 @@ class Ranks:
             found, given, list(found_rows), list(given_rows), group=self.group, async_op=True
         )
         assert work is not None
-        return work.wait
+
+        def wait() -> None:
+            with self._call(WAITS):
+                work.wait()
+
+        return wait
 
     def split(self, size: int, *, timeout_s: float = 600.0) -> tuple[Ranks, Ranks]:
         """(this rank among its `size` neighbours, this rank among those of its place in the other groups).

@@ -165,7 +165,8 @@ from ray.util.placement_group import placement_group_table
 ray.init(log_to_driver=False)
 groups = [row["state"] for row in placement_group_table().values()]
 print("groups left:", [each for each in groups if each != "REMOVED"])
-print("actors left:", [each.class_name for each in state.list_actors() if each.state != "DEAD"])
+actors = [each.class_name for each in state.list_actors() if each.state != "DEAD"]
+print("actors left:", [each for each in actors if each != "JobSupervisor"])  # this job's own
 print("nodes left:", sum(row["Alive"] for row in ray.nodes()))
 """
 
