@@ -49,7 +49,7 @@ def context(root, limit_s=60.0, **cluster):
     plain = {
         "task": {"domains": {"fake": {"kind": "code"}}},
         "engine": {"ranks": 2, "rank_limit_s": limit_s, "device": "cpu", "threads": 1},
-        "cluster": {"address": os.environ["RAY_ADDRESS"], "placement": "apart", **cluster},
+        "cluster": {"address": "auto", "placement": "apart", **cluster},
     }
     run = RunFolder(root)
     return StageContext(
