@@ -24,7 +24,9 @@ from consilience.cli.training_stage import (
     result_of,
     rollout_store,
     shared,
+    sleep_level,
     start_from,
+    while_sampling,
 )
 from consilience.conf.schema import Config
 from consilience.conf.schema_training import GuardConfig
@@ -35,6 +37,7 @@ from consilience.distill.reward_term import RewardSettings
 from consilience.distill.train import DistillSettings, TeacherSide, train_distill
 from consilience.model.checkpoint import to_official
 from consilience.rollout.jobs import RolloutJob
+from consilience.rollout.sleeping import SleepingSampler
 from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.tasks.domain import Domain
@@ -102,7 +105,8 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
             if settings.replay:
                 replay_phases(Path(settings.replay), store, settings.steps)
             proven = prove_start(context, pool, parts["engine"].model, parts["start"], store.publications)
-        with nullcontext((pool, {})) if settings.mode == "sync" else ahead(pool, settings) as (sampler, how):
+        turns = pool if (level := sleep_level(cfg)) is None else SleepingSampler(pool, level)
+        with nullcontext((turns, {})) if settings.mode == "sync" else ahead(pool, settings) as (sampler, how):
             result = train_distill(
                 parts["engine"],
                 sampler,
@@ -112,6 +116,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
                 store=store,
                 decode=tokenizer.decode,
                 earlier=parts["cursor"].get("rows", ()),
+                while_sampling=while_sampling(cfg, parts["engine"]),
                 **shared(parts),
                 **how,
             )

@@ -21,7 +21,9 @@ from consilience.cli.training_stage import (
     result_of,
     rollout_store,
     shared,
+    sleep_level,
     start_from,
+    while_sampling,
 )
 from consilience.conf.schema_training import GrpoConfig
 from consilience.grpo.async_train import train_grpo_ahead
@@ -29,10 +31,11 @@ from consilience.grpo.corrections import Corrections
 from consilience.grpo.train import GrpoSettings, GrpoStage, train_grpo
 from consilience.model.quantization import Quantization
 from consilience.rollout.records import RolloutRecord
+from consilience.rollout.sleeping import SleepingSampler
 from consilience.rollout.tokenizer import Tokenizer
-from consilience.rollout.vllm_sleep import SleepingSampler
 from consilience.training.checkpoint import load_checkpoint
 from consilience.training.metrics import read_metrics
+from consilience.training.offload import OffloadedModels
 
 CURVES = {
     "GRPO: correct on training prompts": "correct",
@@ -58,7 +61,6 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
     reference.requires_grad_(False).to(device_of(cfg))
     reference.quantize(Quantization.from_name(cfg.engine.quantization))  # type: ignore[operator]
     tokenizer = Tokenizer.load(start.tokenizer)
-    sleep = cfg.rollout.vllm.sleep if cfg.rollout.engine == "vllm" else None
     pool: Any = None
     if ranks.is_first:
         pool = rollout_pool(cfg, start.model.config, start.tokenizer, domains, start.family, num_workers)
@@ -102,8 +104,11 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
             proven = prove_start(context, pool, parts["engine"].model, parts["start"], store.publications)
         places = shared(parts)
         first = places.pop("start")
-        stage = GrpoStage(parts["engine"], reference, schedule, store, tokenizer.decode, **places)
-        result = _train(stage, pool, jobs_of, settings, first, sleep)
+        aside = while_sampling(cfg, parts["engine"], OffloadedModels([reference]))
+        stage = GrpoStage(
+            parts["engine"], reference, schedule, store, tokenizer.decode, while_sampling=aside, **places
+        )
+        result = _train(stage, pool, jobs_of, settings, first, sleep_level(cfg))
         folder = parts["checkpoints"].save(settings.steps, {"clock": parts["clock"].state()})
     if not ranks.is_first:
         return {}

@@ -77,7 +77,9 @@ def execute(cfg: Config, stages: list[Stage]) -> Graph:
     from consilience.cli.engines import backend_of
     from consilience.training.manifest import environment_manifest  # both import torch
 
-    if cfg.engine.ranks > 1:
+    if cfg.cluster.placement != "free":
+        _place_roles(cfg, samples=any(stage.needs_workers for stage in stages))
+    elif cfg.engine.ranks > 1:
         backend_of(cfg)  # refuses what the machine cannot do, before anything is started
     manifest = environment_manifest(command=command(), seed=cfg.run.seed)
     # A changed setting is not refused: the graph redoes just the stages that depend on it.
@@ -88,6 +90,12 @@ def execute(cfg: Config, stages: list[Stage]) -> Graph:
         graph = Graph(run, stages, progress)
         graph.run(redo_from=cfg.run.from_, slots=cfg.run.parallel, open_workers=_share_cluster)
     return graph
+
+
+def _place_roles(cfg: Config, samples: bool) -> None:
+    from consilience.cli.ray_session import placement_of  # imports torch and ray
+
+    placement_of(cfg, samples=samples)  # refuses what the cluster cannot hold, before any model is built
 
 
 def _share_cluster(cfgs: Sequence[Config], slots: int) -> SharedWorkers:

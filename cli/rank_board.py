@@ -1,7 +1,8 @@
-"""What each rank of this machine is doing, where the one that watches can see it: who waits, and for whom.
+"""What each rank is doing, where the one that watches can see it: who waits, and for whom.
 
-A file in shared memory, a row a rank: calls begun, what it does now, since when (CLOCK_MONOTONIC, one clock
-for all processes). Calls follow each other in the same order on all ranks, so who has begun fewer is late.
+A row a rank: calls begun, what it does now, since when (CLOCK_MONOTONIC of the rank's machine). Calls follow
+each other in the same order on all ranks, so who has begun fewer is late. The rows lie in shared memory where
+all ranks are on this machine, else in the store at which they meet.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-from consilience.model.ranks import BROKE, HAS, WAITS, WAITS_FOR_FIRST
+from consilience.model.ranks import BROKE, HAS, WAITS, WAITS_FOR_FIRST, WORKS
 
 _ROW = struct.Struct("ddd")
-_STATES = (HAS, WAITS, WAITS_FOR_FIRST, BROKE)
+_STATES = (HAS, WAITS, WAITS_FOR_FIRST, BROKE, WORKS)
+_BEGINS = (WAITS, WAITS_FOR_FIRST, WORKS)
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,58 @@ class Row:
     since: float
 
 
-class Board:
-    """`size` rows in the file at `path`, which whoever comes first makes."""
+class Rows(Protocol):
+    """Where the bytes of the rows are."""
+
+    def read(self, rank: int) -> bytes: ...
+
+    def write(self, rank: int, row: bytes) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class PageRows:
+    """Rows in the file at `path`, which whoever comes first makes."""
 
     def __init__(self, path: Path, size: int) -> None:
-        self.size = size
         with path.open("a+b") as file:
             file.truncate(size * _ROW.size)
             self._map = mmap.mmap(file.fileno(), size * _ROW.size)
 
+    def read(self, rank: int) -> bytes:
+        return self._map[rank * _ROW.size : (rank + 1) * _ROW.size]
+
+    def write(self, rank: int, row: bytes) -> None:
+        self._map[rank * _ROW.size : (rank + 1) * _ROW.size] = row
+
+    def close(self) -> None:
+        self._map.close()
+
+
+class StoreRows:
+    """Rows in a `TCPStore`: a connection of this process's own, in which nobody else waits."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def read(self, rank: int) -> bytes:
+        return self._store.get(f"row/{rank}") if self._store.check([f"row/{rank}"]) else bytes(_ROW.size)
+
+    def write(self, rank: int, row: bytes) -> None:
+        self._store.set(f"row/{rank}", row)
+
+    def close(self) -> None:
+        """It goes with the store."""
+
+
+class Board:
+    """`size` rows."""
+
+    def __init__(self, rows: Rows, size: int) -> None:
+        self.size, self._rows = size, rows
+
     def row(self, rank: int) -> Row:
-        calls, state, since = _ROW.unpack_from(self._map, rank * _ROW.size)
+        calls, state, since = _ROW.unpack(self._rows.read(rank))
         return Row(int(calls), _STATES[int(state)], since)
 
     def writer(self, rank: int) -> Callable[[str], None]:
@@ -47,8 +91,8 @@ class Board:
 
         def note(state: str) -> None:
             nonlocal calls
-            calls += state in (WAITS, WAITS_FOR_FIRST)
-            _ROW.pack_into(self._map, rank * _ROW.size, calls, _STATES.index(state), time.monotonic())
+            calls += state in _BEGINS
+            self._rows.write(rank, _ROW.pack(calls, _STATES.index(state), time.monotonic()))
 
         return note
 
@@ -59,7 +103,7 @@ class Board:
         """
         rows = [self.row(rank) for rank in range(self.size)]
         call = max(row.calls for row in rows)
-        waiting = [row.state for row in rows if row.calls == call and row.state in (WAITS, WAITS_FOR_FIRST)]
+        waiting = [row.state for row in rows if row.calls == call and row.state in _BEGINS]
         if not waiting:
             return None
         behind = [rank for rank, row in enumerate(rows) if row.calls < call]
@@ -68,4 +112,4 @@ class Board:
         return call, behind
 
     def close(self) -> None:
-        self._map.close()
+        self._rows.close()

@@ -7,38 +7,48 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from consilience.cli.rank_board import Board
+from consilience.cli.rank_meeting import FolderMeeting, StoreMeeting
 from consilience.cli.stage import StageContext
 from consilience.cli.stage_process import die_with_parent, portable, signal_dumps, stacks_file
 from consilience.conf.errors import ConsilienceError, EngineError, RunError
-from consilience.model.ranks import BROKE, Ranks, open_ranks
+from consilience.model.ranks import BROKE, HAS, Ranks, open_ranks
 from consilience.rollout.deadlines import STALLS, StallLog
 
 Run = Callable[[StageContext], Mapping[str, Any]]
+Meeting = FolderMeeting | StoreMeeting
+Ending = tuple[Any, ...]
+"""("done",), or ("error", when, whether it follows from another's end, the error, its message)."""
 SPARE_S = 60.0  # torch's own limits come later than those of the watching thread, which knows whom to name
 _OF_CONNECTIONS = ("gloo", "Gloo", "NCCL", "Connection", "Socket", "socket", "Broken pipe")
 
 
-def join(context: StageContext, folder: Path, rank: int, backend: str, board: Board) -> Ranks:
-    """This process as `rank` of the stage's, with a first word to all: NCCL connects at that, or never."""
+def join(
+    context: StageContext, meeting: Meeting, rank: int, backend: str, board: Board, gpu: int | None = None
+) -> Ranks:
+    """This process as `rank` of the stage's, with a first word to all: NCCL connects at that, or never.
+
+    gpu  see `open_ranks`
+    EngineError where the ranks do not find each other, or cannot talk, within the limit.
+    """
     engine = context.cfg.engine
-    address, on_call = f"file://{folder}/meeting", board.writer(rank)
+    on_call = board.writer(rank)
     ranks = open_ranks(
-        address,
+        meeting.address(),
         rank,
         engine.ranks,
         backend=backend,
         timeout_s=engine.rank_limit_s + SPARE_S,
         patience_s=context.cfg.run.phase_limit_s + SPARE_S,
         on_call=on_call,
+        gpu=gpu,
     )
     try:
         ranks.sum_([word := torch.ones(1, device=ranks.device)])
@@ -74,16 +84,35 @@ def is_of_connection(error: BaseException, state: str) -> bool:
     return is_torch and any(word in text for word in _OF_CONNECTIONS)
 
 
+def take_part(run: Run, context: StageContext, meeting: Meeting, rank: int, backend: str) -> Ending:
+    """Rank `rank`, to its end, whatever kind of process it is; how that went."""
+    board = None
+    try:
+        board = meeting.board()
+        ranks = join(context, meeting, rank, backend, board)
+        run(replace(context, ranks=ranks))
+        ranks.close()
+    except Exception as error:
+        state = HAS
+        with contextlib.suppress(Exception):  # a store that is gone with the first rank
+            state = board.row(rank).state if board else HAS
+        follows = is_of_connection(error, state)
+        return "error", time.monotonic(), follows, portable(error, context.name), str(error)
+    except BaseException as error:
+        return "error", time.monotonic(), False, RunError(f"ended by {type(error).__name__}"), ""
+    return ("done",)
+
+
 def follow(
     run: Run,
     context: StageContext,
-    folder: Path,
+    meeting: Meeting,
     rank: int,
     backend: str,
     environment: Mapping[str, str],
     pipe: Any,
 ) -> None:
-    """Rank `rank`, to its end. Ctrl-C and SIGTERM are the first rank's to hear."""
+    """Rank `rank` as a process of this machine. Ctrl-C and SIGTERM are the first rank's to hear."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
@@ -92,22 +121,4 @@ def follow(
     threading.Thread(target=die_with_parent, name="die-with-parent", daemon=True).start()
     name = f"{context.name}-rank-{rank}"
     with signal_dumps(stacks_file(StallLog(context.run.path / STALLS), name, os.getpid())):
-        board = Board(folder / "board", context.cfg.engine.ranks)
-        with _told(pipe, context.name, lambda error: is_of_connection(error, board.row(rank).state)):
-            ranks = join(context, folder, rank, backend, board)
-            run(replace(context, ranks=ranks))
-            ranks.close()
-
-
-@contextlib.contextmanager
-def _told(pipe: Any, stage: str, follows: Callable[[Exception], bool]) -> Iterator[None]:
-    """Tell the first rank how the block ended: ("done",) or ("error", when, whether it follows, the
-    error, its message)."""
-    ending: tuple[Any, ...] = ("done",)
-    try:
-        yield
-    except Exception as error:
-        ending = ("error", time.monotonic(), follows(error), portable(error, stage), str(error))
-    except BaseException as error:
-        ending = ("error", time.monotonic(), False, RunError(f"ended by {type(error).__name__}"), "")
-    pipe.send(ending)
+        pipe.send(take_part(run, context, meeting, rank, backend))

@@ -1,4 +1,4 @@
-"""A training stage on several ranks of this machine: started together, watched, ended together.
+"""A training stage on several ranks: started together, watched, ended together.
 
     this process, rank 0 ── the stage function ──────────► result
         │ starts      ▲ a thread looks: who has died, erred, or keeps others waiting
@@ -7,7 +7,8 @@
 
 The first thing that goes wrong on any rank is what the stage raises. What the others raise afterwards, of
 connections that broke, follows from it. Ranks beside the first own nothing outside of their memory, so they
-are killed, not asked.
+are killed, not asked. They are processes of this machine (`local_ranks.py`), or, where the roles are placed
+on a cluster, actors in the trainer's bundles (`ray_ranks.py`); all else is the same.
 """
 
 from __future__ import annotations
@@ -19,25 +20,26 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
 from consilience.cli.engines import backend_of
-from consilience.cli.rank_board import Board
-from consilience.cli.rank_follower import Run, abort, follow, is_of_connection, join
+from consilience.cli.local_ranks import LocalRank
+from consilience.cli.rank_follower import Ending, Meeting, Run, abort, is_of_connection, join
+from consilience.cli.rank_meeting import FolderMeeting
 from consilience.cli.stage import StageContext
-from consilience.cli.stage_process import PROCESSES, death, stacks_file, warm_up
 from consilience.conf.errors import EngineError
 from consilience.model.ranks import BROKE
-from consilience.rollout.deadlines import ENDED, STALLS, Stall, StallLog, dump_stacks, open_stacks
-from consilience.training.progress import SilentProgress
+from consilience.rollout.deadlines import ENDED, REPLACED, STALLS, Stall, StallLog, dump_stacks, open_stacks
 
 LOOK_S = 0.25
 LEAVE_S = 3.0  # what a rank may take to notice that the others are gone
+_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")  # code in which a thread waits for other ranks
 _A_RANK = re.compile(r"\brank \d")
 _ADVICE = "the same command goes on where the stage stopped"
 
@@ -50,25 +52,43 @@ def on_ranks(run: Run, context: StageContext) -> Mapping[str, Any]:
     is raised here, with the rank's name before it unless all say the same; EngineError names a rank that
     died, or kept the others waiting for more than `engine.rank_limit_s`.
     """
+    if context.cfg.cluster.placement != "free":
+        from consilience.cli.ray_ranks import placed_ranks  # imports ray
+
+        for num_left in reversed(range(context.cfg.cluster.rank_restarts + 1)):
+            try:
+                with placed_ranks(run, context) as (here, start, meeting, backend, gpu):
+                    return _on_group(run, here, RankGroup(here, start, meeting, backend), gpu)
+            except RankDied as death:
+                if not num_left:
+                    raise
+                who = str(death).partition(" died")[0]
+                StallLog(context.run.path / STALLS).add(Stall("death", 0.0, 0.0, who, action=REPLACED))
     backend = backend_of(context.cfg)
     with tempfile.TemporaryDirectory(prefix="consilience-ranks-") as folder:
-        group = RankGroup(run, context, Path(folder), backend)
-        try:
-            result = _lead(run, context, group)
-            group.finish()
-            return result
-        except BaseException as error:
-            found = group.verdict(error)
-            if found is error:
-                raise
-            raise found from error
-        finally:
-            group.close()
+        meeting = FolderMeeting(Path(folder), context.cfg.engine.ranks)
+        start = partial(LocalRank, run, context, meeting, backend)
+        return _on_group(run, context, RankGroup(context, start, meeting, backend), None)
 
 
-def _lead(run: Run, context: StageContext, group: RankGroup) -> Mapping[str, Any]:
+def _on_group(run: Run, context: StageContext, group: RankGroup, gpu: int | None) -> Mapping[str, Any]:
+    """What the first rank, in this process, returns when the others have ended too."""
+    try:
+        result = _lead(run, context, group, gpu)
+        group.finish()
+        return result
+    except BaseException as error:
+        found = group.verdict(error)
+        if found is error:
+            raise
+        raise found from error
+    finally:
+        group.close()
+
+
+def _lead(run: Run, context: StageContext, group: RankGroup, gpu: int | None) -> Mapping[str, Any]:
     """Rank 0, in this process."""
-    ranks = join(context, group.folder, 0, group.backend, group.board)
+    ranks = join(context, group.meeting, 0, group.backend, group.board, gpu)
     try:
         result = run(replace(context, ranks=ranks))
     except BaseException:
@@ -78,82 +98,87 @@ def _lead(run: Run, context: StageContext, group: RankGroup) -> Mapping[str, Any
     return result
 
 
-@dataclass
-class _Follower:
-    """A rank beside the first; `ending` is what it said last (`rank_follower.follow`)."""
+class RankDied(EngineError):
+    """A rank is gone without a word: its process, or its machine."""
+
+
+class Follower(Protocol):
+    """A rank beside the first; `ending` is what it said last, `place` how a message names its process."""
 
     rank: int
-    process: Any
-    pipe: Any
     pid: int
+    place: str
     stacks: Path | None
-    ending: tuple[Any, ...] | None = None
-
-    def hear(self) -> None:
-        """Take in what it has said; never waits."""
-        with contextlib.suppress(EOFError, OSError):
-            if self.ending is None and self.pipe.poll():
-                self.ending = self.pipe.recv()  # no limit: a sender that stops in the middle is ended
+    ending: Ending | None
 
     @property
     def has_ended(self) -> bool:
         """Whether it has said how it ended, or is gone."""
-        return self.ending is not None or self.process.exitcode is not None
+        ...
 
     @property
     def has_died(self) -> bool:
         """Whether it is gone without a word."""
-        if self.process.exitcode is None:
-            return False
-        self.hear()
-        return self.ending is None
+        ...
+
+    def hear(self) -> None:
+        """Take in what it has said; never waits."""
+        ...
+
+    def is_over(self, limit_s: float) -> bool:
+        """Whether it is done with its part within the limit."""
+        ...
+
+    def death(self) -> str:
+        """What of one that has died."""
+        ...
+
+    def dump(self) -> None:
+        """Ask for its stacks, in its file."""
+        ...
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None:
+        """Give back what the ended process held here."""
+        ...
 
 
 @dataclass
 class RankGroup:
-    """Ranks 1 to R − 1 as processes, from construction on, and the thread that looks after all ranks."""
+    """Ranks 1 to R − 1, from construction on, and the thread that looks after all ranks.
 
-    run: Run
+    start  begins the rank of a number
+    """
+
     context: StageContext
-    folder: Path
+    start: Callable[[int], Follower]
+    meeting: Meeting
     backend: str
     trouble: Exception | None = None
-    followers: list[_Follower] = field(default_factory=list)
+    followers: list[Follower] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         cfg = self.context.cfg
         self.size, self.limit_s = cfg.engine.ranks, cfg.engine.rank_limit_s
-        self.board = Board(self.folder / "board", self.size)
+        self.board = self.meeting.board()
         self._stalls = StallLog(self.context.run.path / STALLS)
         self._lock, self._is_leaving, self._over = threading.Lock(), False, threading.Event()
-        warm_up()
         try:
             for rank in range(1, self.size):
-                self._start(rank)
+                self.followers.append(self.start(rank))
         except BaseException:
             self._kill()
             raise
         self._thread = threading.Thread(target=self._watch, name="watch ranks", daemon=True)
         self._thread.start()
 
-    def _start(self, rank: int) -> None:
-        here, there = PROCESSES.Pipe(duplex=False)
-        sent = replace(self.context, progress=SilentProgress(), ranks=None)
-        given = (self.run, sent, self.folder, rank, self.backend, dict(os.environ), there)
-        process = PROCESSES.Process(target=follow, args=given, name=f"rank {rank}", daemon=True)
-        process.start()
-        there.close()
-        assert process.pid is not None
-        stacks = stacks_file(self._stalls, f"{self.context.name}-rank-{rank}", process.pid)
-        self.followers.append(_Follower(rank, process, here, process.pid, stacks))
-
     # ---- in the first rank's own thread ------------------------------------------------------------
 
     def finish(self) -> None:
         """Return when the other ranks have ended too; raises what went wrong on them."""
         for follower in self.followers:
-            follower.process.join(self.limit_s)
-            if self.trouble is None and follower.process.exitcode is None:
+            if not follower.is_over(self.limit_s) and self.trouble is None:
                 self._blame([follower.rank], self.limit_s)
         self._look()
         if self.trouble is not None:
@@ -172,8 +197,7 @@ class RankGroup:
         self._thread.join(timeout=10 * LOOK_S + LEAVE_S)
         self._kill()
         for follower in self.followers:
-            follower.process.join(LEAVE_S)
-            follower.pipe.close()
+            follower.close()
         self.board.close()
 
     def _verdict(self, error: BaseException, raised: float) -> BaseException:
@@ -252,23 +276,41 @@ class RankGroup:
         if causes:
             self.trouble = self._named(causes[0][2], causes[0][1])
         elif gone:
-            self.trouble = EngineError(
-                f"rank {gone[0].rank} of {self.size} (process {gone[0].pid}) died without a word "
-                f"({death(gone[0].process.exitcode)}); if memory ran out, lower engine.micro_batch_rows; "
+            self.trouble = RankDied(
+                f"rank {gone[0].rank} of {self.size} ({gone[0].place}) died without a word "
+                f"({gone[0].death()}); if memory ran out, lower engine.micro_batch_rows; "
                 f"{_ADVICE}"
             )
         elif told and time.monotonic() - min(told)[0] > LEAVE_S:  # only connections that broke
             self.trouble = self._named(min(told)[2][3], min(told)[1])
 
     def _blame(self, late: list[int], waited_s: float) -> None:
-        """The trouble is that these ranks are late (all, if none); the stacks of all ranks are written."""
+        """The trouble is that these ranks are late; the stacks of all ranks are written.
+
+        Without any, all are in the same call or piece of work: then the stacks say who does not wait.
+        """
+        if late:  # before a stopped one wakes up to write its stacks, and goes on
+            self.trouble = self._late(late, waited_s)
+        stacks = self._dump()
+        if not late:
+            late = not_waiting(stacks)
+            self.trouble = self.trouble or self._late(late, waited_s)
         pids = {0: os.getpid()} | {f.rank: f.pid for f in self.followers}
-        who = ", ".join(f"rank {rank} of {self.size} (process {pids[rank]})" for rank in late)
+        for rank in late or range(self.size):
+            stall = Stall("rank", waited_s, self.limit_s, self._who(rank), action=ENDED)
+            self._stalls.add(replace(stall, pid=pids[rank], stacks=str(stacks.get(rank) or "")))
+
+    def _late(self, late: list[int], waited_s: float) -> EngineError:
+        places = {0: f"process {os.getpid()}"} | {f.rank: f.place for f in self.followers}
+        who = ", ".join(f"rank {rank} of {self.size} ({places[rank]})" for rank in late)
         who = who or f"the link between the {self.size} ranks"
-        self.trouble = EngineError(
+        return EngineError(
             f"{who} kept the others waiting for {waited_s:.0f} s, allowed are {self.limit_s:g} s "
             f"(engine.rank_limit_s); where each rank was: {self._stalls.stacks}; {_ADVICE}"
         )
+
+    def _dump(self) -> dict[int, Path | None]:
+        """The stacks of all ranks, written now, by rank."""
         stacks = {f.rank: f.stacks for f in self.followers}
         with contextlib.suppress(OSError):
             assert self._stalls.stacks is not None
@@ -276,20 +318,25 @@ class RankGroup:
             with open_stacks(self._stalls.stacks, name) as file:
                 stacks[0] = Path(dump_stacks(file))
         for follower in self.followers:
-            with contextlib.suppress(ProcessLookupError):
-                if follower.stacks is not None and follower.stacks.exists():  # its handler is there
-                    os.kill(follower.pid, signal.SIGUSR1)
-                    os.kill(follower.pid, signal.SIGCONT)
+            follower.dump()
         time.sleep(4 * LOOK_S)
-        for rank in late or range(self.size):
-            stall = Stall("rank", waited_s, self.limit_s, self._who(rank), action=ENDED)
-            self._stalls.add(replace(stall, pid=pids[rank], stacks=str(stacks.get(rank) or "")))
+        return stacks
 
     def _who(self, rank: int) -> str:
         return f"rank {rank} of {self.size}, stage {self.context.name}"
 
     def _kill(self) -> None:
         for follower in self.followers:
-            with contextlib.suppress(ProcessLookupError):
-                if follower.process.exitcode is None:
-                    os.kill(follower.pid, signal.SIGKILL)
+            follower.kill()
+
+
+def not_waiting(stacks: Mapping[int, Path | None]) -> list[int]:
+    """Ranks that are in no collective by their stacks, while others are; none where they do not tell."""
+    waiting = set()
+    for rank, path in stacks.items():
+        with contextlib.suppress(OSError):
+            threads = path.read_text().split("hread 0x") if path else []
+            newest = [next((line for line in each.splitlines() if "File" in line), "") for each in threads]
+            if any(word in line for line in newest for word in _COLLECTIVES):
+                waiting.add(rank)
+    return sorted(set(stacks) - waiting) if waiting else []

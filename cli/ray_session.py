@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
+from consilience.cli.engines import backend_of, device_of
 from consilience.cli.side_by_side import SharedWorkers
 from consilience.conf.errors import ConfigError
 from consilience.conf.rules import sampler_quantization
@@ -26,6 +28,7 @@ from consilience.model.dense import DenseConfig, is_dense
 from consilience.rollout import deadlines
 from consilience.rollout.deadlines import STALLS, StallLog
 from consilience.rollout.ray_cluster import RayCluster, start_ray, stop_ray
+from consilience.rollout.ray_placement import Needs, Placement, require_shared, reserve
 from consilience.rollout.ray_streams import ray_streams
 from consilience.rollout.ray_workers import RolloutPool
 from consilience.rollout.tokenizer import Tokenizer
@@ -131,6 +134,7 @@ def rollout_pool(
         "reward_processes": cfg.rewards.num_processes,
         "needs_boxes": any(d.max_turns > 1 for d in domains.values()),
         "limits": worker_limits(cfg),
+        "device": "cuda" if cfg.cluster.worker_gpus else "cpu",
     }
     # Every checkpoint folder has its own copy of the tokenizer; workers are kept while it is the same one.
     same = kwargs | {"tokenizer_path": Tokenizer.load(tokenizer).digest}
@@ -144,14 +148,20 @@ def rollout_pool(
         "transport": rollout.transport,
         "is_continuous": {cfg.grpo.mode, cfg.distill.mode} != {"sync"},
         "python": rollout.vllm.python if rollout.engine == "vllm" else None,
+        "num_gpus": cfg.cluster.worker_gpus,
     }
     stalls = stalls_path(cfg)
     wanted = (num_workers, limits, stalls, same)
     if _open.get("wanted") != wanted:
         close_pool()
         _cluster(cfg, _cores(cfg))
+        place = placement_of(cfg, samples=True)
+        seats = place.workers if place else ()
         factory = "consilience.cli.worker_factory:build_worker"
-        _open["pool"] = RolloutPool(num_workers, factory, kwargs, **limits, stalls=StallLog(stalls))
+        _open["pool"] = RolloutPool(
+            num_workers, factory, kwargs, **limits, seats=seats, stalls=StallLog(stalls)
+        )
+        require_shared(stalls.parent, _open["pool"].nodes)
         _open["wanted"] = wanted
     return _open["pool"]
 
@@ -191,6 +201,54 @@ def _vllm_arguments(cfg: Config) -> dict[str, Any]:
     }
 
 
+def placement_of(cfg: Config, *, samples: bool) -> Placement | None:
+    """The places of the run's roles on the cluster, None where `cluster.placement` is free.
+
+    Reserved at the first call and kept for all stages of this process that need the same; `samples` says
+    whether rollout workers are among them. ConfigError or EngineError where the cluster cannot hold them, or
+    its GPUs differ.
+    """
+    if cfg.cluster.placement == "free":
+        return None
+    needs, (known, place) = _needs(cfg), _open.get("placement", (None, None))
+    trainer = dataclasses.replace(needs, workers=0)
+    same = known is not None and dataclasses.replace(known, workers=0) == trainer
+    if same and (known == needs or not samples) and place.wait(cfg.cluster.placement_limit_s):
+        return place
+    close_pool()
+    _release()
+    _cluster(cfg, _cores(cfg))
+    needs = needs if samples else trainer
+    is_colocated, given = cfg.cluster.placement == "colocated", cfg.cluster
+    place = reserve(needs, is_colocated=is_colocated, spread=given.spread, limit_s=given.placement_limit_s)
+    _open["placement"] = needs, place
+    if needs.rank_gpus:
+        kinds = place.gpu_kinds()
+        backend_of(cfg, len(kinds), kinds)
+        if (gpu := place.driver_gpu()) is not None:
+            torch.cuda.set_device(gpu)
+    return place
+
+
+def _needs(cfg: Config) -> Needs:
+    cluster, rollout = cfg.cluster, cfg.rollout
+    return Needs(
+        ranks=cfg.engine.ranks,
+        rank_cores=cluster.trainer_cores,
+        rank_gpus=int(device_of(cfg).type == "cuda"),
+        workers=rollout.num_workers,
+        worker_cores=rollout.threads_per_worker + cluster.sandbox_cores,
+        worker_gpus=cluster.worker_gpus,
+    )
+
+
+def _release() -> None:
+    """Give the reserved places back."""
+    place: Placement | None = _open.pop("placement", (None, None))[1]
+    if place is not None:
+        place.release()
+
+
 def close_pool() -> None:
     """End the workers and their boxes; the cluster stays."""
     pool: RolloutPool | None = _open.pop("pool", None)
@@ -202,6 +260,7 @@ def close_pool() -> None:
 def close_session() -> None:
     """End workers and the cluster this process started. Safe to call twice."""
     close_pool()
+    _release()
     cluster: RayCluster | None = _open.pop("cluster", None)
     if cluster is not None:
         stop_ray(cluster)
@@ -223,15 +282,19 @@ def share_cluster(cfgs: Sequence[Config], slots: int) -> SharedWorkers:
 
 
 def _cores(cfg: Config) -> int:
-    """What one stage's workers take of the cluster."""
-    return cfg.rollout.num_workers * cfg.rollout.threads_per_worker
+    """What one stage takes of the cluster."""
+    if cfg.cluster.placement == "free":
+        return cfg.rollout.num_workers * cfg.rollout.threads_per_worker
+    needs = _needs(cfg)
+    return needs.ranks * needs.rank_cores + needs.workers * needs.worker_cores
 
 
 def _cluster(cfg: Config, cores: int) -> None:
     if "cluster" in _open:
         return
-    if cfg.cluster.address is not None:
-        os.environ["RAY_ADDRESS"] = cfg.cluster.address
+    given = cfg.cluster.address
+    if given is not None and (given != "auto" or not os.environ.get("RAY_ADDRESS")):
+        os.environ["RAY_ADDRESS"] = given
     # Workers decode while the trainer waits, so they may take every core.
     _open["cluster"] = start_ray(
         max(cfg.cluster.num_cpus or 0, cores),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from consilience.rollout.tokenizer import Tokenizer
 from consilience.tasks.domain import Domain
 from consilience.training.checkpoint import CheckpointMeta, load_checkpoint, read_meta
 from consilience.training.metrics import FanOut, MetricsLog, MetricsSink, read_metrics, surviving
+from consilience.training.offload import Offloads, offloaded
 from consilience.training.stage_checkpoints import StageCheckpoints
 from consilience.training.stage_clock import StageClock
 from consilience.training.torch_engine import OptimizerSettings
@@ -174,6 +176,17 @@ def _open_logs(context: StageContext, lr: float, first: int) -> tuple[MetricsSin
 
 def _unwatched(phase: str) -> None:
     """The first rank alone is watched; who keeps it waiting is known to `rank_processes`."""
+
+
+def sleep_level(cfg: Config) -> int | None:
+    """How deep workers sleep while the trainer learns; None: they stay awake."""
+    level = cfg.rollout.vllm.sleep if cfg.rollout.engine == "vllm" else None
+    return 1 if level is None and cfg.cluster.placement == "colocated" else level
+
+
+def while_sampling(cfg: Config, *trainer: Offloads) -> Callable[[], AbstractContextManager[None]]:
+    """What surrounds sampling on every rank: colocated, the trainer's memory is the workers'."""
+    return partial(offloaded, trainer) if cfg.cluster.placement == "colocated" else nullcontext
 
 
 def shared(parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from consilience.conf.errors import EngineError
 from consilience.rollout.deadlines import Limits
 from consilience.rollout.engine import RolloutEngine
 from consilience.rollout.worker import RolloutWorker
@@ -38,6 +39,7 @@ def build_worker(
     vllm: Mapping[str, Any] | None = None,
     gradings_per_box: int = 1,
     log_folder: str | None = None,
+    device: str = "cpu",
 ) -> RolloutWorker:
     """A RolloutWorker over an engine with random weights; real ones arrive by `publish`.
 
@@ -51,6 +53,7 @@ def build_worker(
     engine     "native", or "vllm" with the arguments `vllm` of `vllm_launch.launch`
     rewards    (reward path, needs sandbox) pairs to load before the first episode
     limits     how long an episode's threads may take
+    device     where the native engine's weights are: "cpu", or "cuda" for the GPU that this process has
     gradings_per_box, log_folder  of the judge's box, and of the agents' boxes (`sandbox.*`)
     Raises what a part that can never work raises: RewardError, SandboxUnavailable.
     """
@@ -68,7 +71,7 @@ def build_worker(
         sampler = launch(model, **sizes, **(vllm or {}))
     else:
         caching = prefixes and PrefixCaching(**{**prefixes, "folder": Path(prefixes["folder"])})
-        more = {"records_routing": records_routing, "prefixes": caching}
+        more = {"records_routing": records_routing, "prefixes": caching, "device": device}
         sampler = _native(model, quantization, speculative=speculative, exact=exact, **sizes, **more)
     grader = RewardGrader(
         timeout_s=reward_timeout_s,
@@ -115,13 +118,20 @@ def _boxes(sandbox: SandboxSpec, warm: int, wait_s: float, log_folder: str | Non
     return BlockingPool(sandbox, max(warm, 1), 1, lease_limit_s=wait_s, log_folder=logs)
 
 
-def _native(model: Mapping[str, Any], quantization: str, **settings: Any) -> RolloutEngine:
+def _native(model: Mapping[str, Any], quantization: str, device: str, **settings: Any) -> RolloutEngine:
+    import torch
+
     from consilience.model.config import ModelConfig
     from consilience.model.initialize import initialize
     from consilience.model.quantization import Quantization
     from consilience.model.transformer import Transformer
     from consilience.rollout.native_engine import NativeEngine
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EngineError(
+            "cluster.worker_gpus gives this rollout worker a GPU, but its torch finds none; install a torch "
+            "with CUDA there, or set cluster.worker_gpus=0"
+        )
     policy = initialize(Transformer(ModelConfig.from_json_dict(model)), seed=0)
-    policy.quantize(Quantization.from_name(quantization))
+    policy.to(device).quantize(Quantization.from_name(quantization))
     return NativeEngine(policy, **settings)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from consilience.conf.errors import ConfigError
 from consilience.conf.fields import nearest, read_record
+from consilience.conf.placement_rules import check_placement
 from consilience.conf.schema import KINDS, Config, DomainConfig, GrpoConfig, SftConfig
 from consilience.conf.token_count import token_count
 
@@ -32,6 +33,7 @@ def check_rules(cfg: Config) -> Config:
     _check_engine(cfg)
     _check_sampler(cfg)
     _check_ranks(cfg)
+    check_placement(cfg)
     _check_vllm(cfg)
     _check_files(cfg)
     _check_plan(cfg)

@@ -184,6 +184,37 @@ class ClusterConfig:
     object_store_bytes: int = setting(
         200 << 20, "shared memory of the object store", unit="bytes", low=80 << 20
     )
+    placement: str = setting(
+        "free",
+        "free: workers where there are cores, ranks on this machine; apart, colocated: cores and GPUs of all "
+        "roles reserved before anything starts, ranks on any machine, workers beside them or on their GPUs",
+        choices=("free", "apart", "colocated"),
+        speed_only=True,
+    )
+    spread: bool = setting(
+        False, "placed workers over many machines, instead of as few as hold them", speed_only=True
+    )
+    trainer_cores: int = setting(1, "placed: cores of a rank", unit="cores", low=1, speed_only=True)
+    sandbox_cores: int = setting(
+        0, "placed: cores kept for a worker's boxes", unit="cores", low=0, speed_only=True
+    )
+    worker_gpus: float = setting(
+        0.0, "of one rollout worker; below 1 where roles share a GPU", unit="GPUs", low=0, speed_only=True
+    )
+    placement_limit_s: float = setting(
+        120.0, "until all that is asked for must be reserved", unit="s", above=0, speed_only=True
+    )
+    rank_restarts: int = setting(
+        2,
+        "placed: times that a stage goes on from its last checkpoint where a rank, or its machine, is gone",
+        unit="times",
+        low=0,
+        high=1000,
+        speed_only=True,
+    )
+    port: int | None = setting(
+        None, "where placed ranks meet on this machine; null: a free one", low=1, high=65_535, speed_only=True
+    )
     dashboard: bool = setting(False, "serve Ray's web page")
     dashboard_port: int = setting(8265, "its port on 127.0.0.1", low=1, high=65_535)
 

@@ -8,6 +8,7 @@ by teacher; the trainer rebuilds logits through that teacher's head and minimise
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +108,7 @@ def train_distill(
     earlier: Sequence[dict[str, Any]] = (),
     max_age: int | None = None,
     is_whole: bool = False,
+    while_sampling: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, Any]:
     """Run the phases from `start`; `earlier` are the per-phase rows a resumed run already has.
 
@@ -117,6 +119,7 @@ def train_distill(
     others look at neither `sampler` nor `jobs_of`, and read the states from the hidden store.
 
     max_age   sample ahead through `RolloutStreams`, tokens of at most this age; None: one after the other
+    while_sampling  surrounds, on every rank, what the first does alone to get a phase's records
     is_whole  publish only when nothing is being sampled (one step off, with a max_age of 1)
     """
     rows = list(earlier)
@@ -131,7 +134,7 @@ def train_distill(
     version = publish(sampler, engine.model, start, store, ranks)
     phases.admit(version)
     for step in range(start, settings.steps):
-        with clock.phase("rollout"):
+        with clock.phase("rollout"), while_sampling():
             records = ranks.first(phases.take, step)
         clock.add_tokens("sampled", sum(r.num_sampled for r in records))
         uids, age = [r.uid for r in records], staleness(records, step)

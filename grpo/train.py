@@ -8,6 +8,7 @@ samples ahead of that.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,7 @@ class GrpoStage:
 
     curves        name -> value of each step of this attempt
     mismatch_max  largest |log ratio| of weights that were sampler's and trainer's both; None: there were none
+    while_sampling  surrounds, on every rank, what the first does alone to get a step's records
     """
 
     engine: TrainEngine
@@ -81,6 +83,7 @@ class GrpoStage:
     progress: Progress
     curves: dict[str, list[float]] = field(default_factory=dict)
     mismatch_max: float | None = None
+    while_sampling: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def learn(self, step: int, records: Sequence[RolloutRecord]) -> dict[str, Any]:
         """All optimiser steps of one step, then its ledger entry; what there is to report of it."""
@@ -136,7 +139,7 @@ def train_grpo(
         store.ledger.resumed(start)
     version = publish(sampler, engine.model, start, store, engine.ranks)
     for step in range(start, stage.settings.steps):
-        with clock.phase("rollout"):
+        with clock.phase("rollout"), stage.while_sampling():
             records = engine.ranks.first(sample_phase, store, step, sampler, jobs_of)
         report = stage.learn(step, records)
         with clock.phase("publish"):

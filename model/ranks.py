@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from consilience.conf.errors import EngineError
 
 BUCKET_BYTES = 64 << 20
 BACKENDS = {"gloo": "cpu", "nccl": "cuda"}
 WAITS, WAITS_FOR_FIRST, HAS, BROKE = "waits", "waits for the first", "has", "broke"
+WORKS = "works in step with the others"
 T = TypeVar("T")
 
 
@@ -39,7 +41,8 @@ class Ranks:
     talk    carries Python values, by gloo; the same group where tensors go by gloo too
     device  where tensors of the group must lie
     patient talk for what the first rank may take long for; None: as `talk`
-    on_call told WAITS or WAITS_FOR_FIRST when a call begins, HAS when it returns, BROKE when it raises
+    on_call told WAITS or WAITS_FOR_FIRST when a call begins, HAS when it returns, BROKE when it raises; WORKS
+            and HAS around `in_step`
     """
 
     rank: int = 0
@@ -89,13 +92,15 @@ class Ranks:
         if self.group is None:
             return tensor[None]
         found = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather([*found.unbind(0)], tensor.contiguous(), group=self.group)
+        with self._call(WAITS):
+            dist.all_gather([*found.unbind(0)], tensor.contiguous(), group=self.group)
         return found
 
     def spread_(self, tensor: Tensor, source: int) -> None:
         """The contiguous tensor becomes that of the rank `source`, in place."""
         if self.group is not None:
-            dist.broadcast(tensor, group=self.group, group_src=source)
+            with self._call(WAITS):
+                dist.broadcast(tensor, group=self.group, group_src=source)
 
     def start_exchange(
         self, found: Tensor, given: Tensor, found_rows: Sequence[int], given_rows: Sequence[int]
@@ -113,7 +118,12 @@ class Ranks:
             found, given, list(found_rows), list(given_rows), group=self.group, async_op=True
         )
         assert work is not None
-        return work.wait
+
+        def wait() -> None:
+            with self._call(WAITS):
+                work.wait()
+
+        return wait
 
     def split(self, size: int, *, timeout_s: float = 600.0) -> tuple[Ranks, Ranks]:
         """(this rank among its `size` neighbours, this rank among those of its place in the other groups).
@@ -186,6 +196,15 @@ class Ranks:
         except RuntimeError as error:
             raise EngineError(f"rank {self.rank} of {self.size} waited in vain: {error}") from None
 
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """A piece of work in which an engine's own collectives wait for the other ranks, who do the same."""
+        self.on_call(WORKS)
+        try:
+            yield
+        finally:
+            self.on_call(HAS)
+
     def close(self) -> None:
         """Leave the group; the process may open another."""
         if self.group is not None:
@@ -206,7 +225,7 @@ ALONE = Ranks()
 
 
 def open_ranks(
-    address: str,
+    address: str | Store,
     rank: int,
     size: int,
     *,
@@ -214,13 +233,15 @@ def open_ranks(
     timeout_s: float = 600.0,
     patience_s: float | None = None,
     on_call: Callable[[str], None] = _unheard,
+    gpu: int | None = None,
 ) -> Ranks:
     """Join the group that meets at `address`, as the process's default group.
 
-    address    file:///path that all ranks see, or tcp://host:port of rank 0
+    address    file:///path that all ranks see, tcp://host:port of rank 0, or a connection to their store
     timeout_s  the longest any rank waits for the others, then and in every call
     patience_s the same where it waits for work that the first does alone (`Ranks.first`); None: timeout_s
     on_call    see `Ranks`
+    gpu        number of this rank's GPU on its machine; None: the ranks of one machine take theirs in turn
     EngineError if the ranks do not come together, or there is no GPU for a rank of NCCL.
     """
     if not 0 <= rank < size:
@@ -231,20 +252,25 @@ def open_ranks(
     if BACKENDS[backend] == "cuda":
         if not torch.cuda.is_available():
             raise EngineError("NCCL needs a GPU for each rank, this process sees none; use gloo on CPUs")
-        device = torch.device("cuda", rank % torch.cuda.device_count())
+        device = torch.device("cuda", rank % torch.cuda.device_count() if gpu is None else gpu)
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout_s)
+    how: dict[str, Any] = {"init_method": address} if isinstance(address, str) else {"store": address}
     try:
-        dist.init_process_group(backend, init_method=address, rank=rank, world_size=size, timeout=limit)
+        dist.init_process_group(backend, **how, rank=rank, world_size=size, timeout=limit)
         whole = dist.group.WORLD
         talk = whole if backend == "gloo" else dist.new_group(backend="gloo", timeout=limit)
         patience = timedelta(seconds=patience_s or timeout_s)
         patient = talk if patience == limit else dist.new_group(backend="gloo", timeout=patience)
     except (RuntimeError, ValueError, dist.DistError) as error:
         raise EngineError(
-            f"rank {rank} of {size} found no others at {address} within {timeout_s:g} s: {error}"
+            f"rank {rank} of {size} found no others at {_named(address)} within {timeout_s:g} s: {error}"
         ) from None
     return Ranks(rank, size, whole, talk, device, patient, on_call)  # type: ignore[arg-type]
+
+
+def _named(address: str | Store) -> str:
+    return address if isinstance(address, str) else "the store of rank 0"
 
 
 def _sent(value: T | None, group: dist.ProcessGroup) -> T:

@@ -31,6 +31,16 @@ def one_prefill(candidates: list[Request], most_tokens: int) -> list[Request]:
     return chosen
 
 
+def take_next(waiting: deque[Request], num_free: int, most_tokens: int) -> list[Request]:
+    """Take the next prefill's requests out of the queue: continuations, else such as begin alike, for
+    `num_free` rows."""
+    batch = [r for r in waiting if r.parent is not None]
+    if not batch:
+        is_new = starts_with_a_token(waiting[0])
+        batch = [r for r in list(waiting)[:num_free] if starts_with_a_token(r) == is_new]
+    return take_first(waiting, batch, most_tokens)
+
+
 def take_first(waiting: deque[Request], candidates: list[Request], most_tokens: int) -> list[Request]:
     """Those of the candidates that `one_prefill` takes; they are no longer among the waiting."""
     chosen = one_prefill(candidates, most_tokens)

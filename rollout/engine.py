@@ -168,7 +168,7 @@ class EngineState:
 
 
 class RolloutEngine(Protocol):
-    """Submit, step, new_tokens, publish, state (release for held streams, clear for all of them)."""
+    """Submit, step, new_tokens, publish, state (release for held streams, clear for all); sleep, wake."""
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests. EngineError on a duplicate uid, an empty prompt or a prompt over the limit, or a
@@ -195,6 +195,17 @@ class RolloutEngine(Protocol):
     def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None:
         """Replace the weights between two steps. WeightsRefused unless they are what was announced
         (`publishing.verify`): all of them, or none is loaded."""
+        ...
+
+    def sleep(self, level: int = 1) -> None:
+        """Give memory back until `wake`: caches (0), weights to the host too (1), weights dropped (2).
+
+        EngineError while there are streams; from `submit` and `publish` while it sleeps.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Undo `sleep`, if it sleeps. After level 2 `publish` comes before the next request."""
         ...
 
     def state(self) -> EngineState: ...

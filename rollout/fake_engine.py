@@ -64,12 +64,15 @@ class FakeRolloutEngine:
         self._running: dict[str, _Stream] = {}
         self._held: dict[str, tuple[int, ...]] = {}
         self._version, self._digest = 0, ""
+        self._is_asleep = False
         self._num_steps = self._prefilled = self._sampled = 0
         self._new = NewTokens(0)
         self.published: list[tuple[str, int]] = []
         self._tensors: dict[str, TensorRecord] = {}
 
     def submit(self, requests: Sequence[Request]) -> None:
+        if self._is_asleep:
+            raise EngineError("the engine sleeps; wake it")
         for request in requests:
             if request.uid in self._known:
                 raise EngineError(f"request {request.uid} is already known; uids are unique")
@@ -86,6 +89,16 @@ class FakeRolloutEngine:
                 )
             self._known.add(request.uid)
             self._waiting.append(request)
+
+    def sleep(self, level: int = 1) -> None:
+        if self._known:
+            raise EngineError(
+                f"{len(self._known)} requests run or are held; an engine sleeps between two phases"
+            )
+        self._is_asleep = True
+
+    def wake(self) -> None:
+        self._is_asleep = False
 
     def step(self) -> list[Completed]:
         self._num_steps += 1

@@ -23,16 +23,17 @@ from consilience.model.checkpoint import load_official
 from consilience.model.exact import exact_mode
 from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
-from consilience.rollout.admission import by_prompt, starts_with_a_token, take_first
+from consilience.rollout.admission import by_prompt, starts_with_a_token, take_next
 from consilience.rollout.captured_decode import Decoder
 from consilience.rollout.engine import Completed, EngineState, Fork, NewTokens, Request
+from consilience.rollout.native_sleep import Rest
 from consilience.rollout.parked_streams import ParkedStreams, moves_into
 from consilience.rollout.prefill import Prefill
 from consilience.rollout.prefix_keys import PrefixKeys
 from consilience.rollout.prefix_reuse import PrefixCaching, PrefixReuse
 from consilience.rollout.proof import Evidence, model_evidence
 from consilience.rollout.publishing import Announced, digest_of, verify
-from consilience.rollout.request_check import check_length, check_request
+from consilience.rollout.request_check import check_branches, check_length, check_request
 from consilience.rollout.routing_capture import RoutingCapture, fed_rows
 from consilience.rollout.saved_streams import SavedStreams
 from consilience.rollout.speculative import NUM_UNIFORMS, SpeculativeState
@@ -92,6 +93,7 @@ class NativeEngine:
         self._prefill = Prefill(model, self._state, self._capture, *known, shared_slot=num_slots - 1)
         self._last = self._decoder.tokens  # [max_rows] sampled, not yet fed
         self._parked = ParkedStreams(self._state, range(max_rows, 2 * max_rows))
+        self._rest = Rest(self._decoder, self._prefill, self._state)
         self._waiting: deque[Request] = deque()
         self._uids: set[str] = set()
         self._version, self._digest = version, ""
@@ -100,14 +102,13 @@ class NativeEngine:
         self._num_sampled = 0
         self._seconds = {"prefill_s": 0.0, "decode_s": 0.0}
 
-    # ---- the protocol -------------------------------------------------------------------------
-
     def submit(self, requests: Sequence[Request]) -> None:
         """See `RolloutEngine.submit`. All or none: after an error nothing was queued.
 
         A fresh request must fit with all its `max_tokens`; a continuation samples as far as its
         stream has room, at least one token, and then ends with "length".
         """
+        self._rest.check_ready()
         uids, held = set(self._uids), dict(self._parked.held)
         for request in requests:
             parent = request.parent
@@ -143,12 +144,9 @@ class NativeEngine:
         if parent not in running and parent not in self._parked.held:
             raise EngineError(f"request {parent} neither runs nor is held; only such streams are forked")
         row, stream = running[parent] if parent in running else self._parked.held[parent]
-        if len(branches) > self._num_free:
-            raise EngineError(f"{len(branches)} branches of {parent}: {self._num_free} rows are free")
+        check_branches(parent, branches, self._num_free)
         uids = set(self._uids)
         for branch in branches:
-            if branch.parent not in (None, parent):
-                raise EngineError(f"branch {branch.uid} of {parent} continues {branch.parent}")
             self._check(replace(branch, parent=parent), uids, stream.length)
             uids.add(branch.uid)
         self._uids = uids
@@ -159,8 +157,8 @@ class NativeEngine:
     def save_streams(self, folder: Path, uids: Collection[str], limit_s: float) -> int:
         """Before a planned pause: store what runs or is held of `uids`, for `limit_s`; how many states were.
 
-        Whoever gets a request that names one (`Request.saved`) goes on without a prefill. Left out are states
-        that old weights had a part in, and those of an engine that drafts.
+        Whoever gets a request that names one (`Request.saved`) goes on without a prefill. Left out: states of
+        old weights, and those of an engine that drafts.
         """
         rows = [*enumerate(self._running), *self._parked]
         fresh = [(row, s) for row, s in rows if s.era == self._era and s.request.uid in uids]
@@ -212,17 +210,26 @@ class NativeEngine:
 
     def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None:
         """See `RolloutEngine.publish`. Running streams go on with the new weights and the old state."""
+        self._rest.check_awake()
         verify(weights, announced)
         try:
             load_official(self.model, weights)
         except CheckpointError as error:
             raise WeightsRefused(f"weights that do not fit the model, the old ones stay: {error}") from None
-        self._decoder.forget()
+        self._rest.has_new_weights()
         digest = digest_of(announced)
         self._era += digest != self._digest
         self._keys.use_weights(digest)
         self._prefill.forget()
         self._version, self._digest = version, digest
+
+    def sleep(self, level: int = 1) -> None:
+        """See `RolloutEngine.sleep`."""
+        self._rest.begin(level, self._uids)
+
+    def wake(self) -> None:
+        """See `RolloutEngine.wake`."""
+        self._rest.end()
 
     def evidence(self, prompts: Sequence[Sequence[int]], exact: bool) -> Evidence:
         """See `proof.py`. Running streams do not notice."""
@@ -254,16 +261,11 @@ class NativeEngine:
         """Prefill waiting requests into free rows; what finished with its very first token."""
         done: list[Completed] = []
         while self._waiting and (self._waiting[0].parent is not None or self._num_free > 0):
-            resumed = [r for r in self._waiting if r.parent is not None]
-            if resumed:
-                batch = take_first(self._waiting, resumed, self.prefill_tokens)
+            batch = take_next(self._waiting, self._num_free, self.prefill_tokens)
+            if batch[0].parent is not None:
                 self._prefill_resumed(batch)
             else:
-                is_new = starts_with_a_token(self._waiting[0])
-                first = list(self._waiting)[: self._num_free]
-                alike = [r for r in first if starts_with_a_token(r) == is_new]
-                batch = take_first(self._waiting, alike, self.prefill_tokens)
-                self._prefill_new(batch) if is_new else self._prefill_begun(batch)
+                self._prefill_new(batch) if starts_with_a_token(batch[0]) else self._prefill_begun(batch)
             done += self._retire()
         return done
 
@@ -332,8 +334,6 @@ class NativeEngine:
         if request.prefix is not None:
             stream.go_on_from(request.prefix)
         self._running.append(stream)
-
-    # ---- decoding -----------------------------------------------------------------------------
 
     def _decode(self) -> list[Completed]:
         if self._speculative:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import ray
 import torch
@@ -62,18 +62,10 @@ class Mailbox:
             self._end_at_once = signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def build(self, stacks: str | None) -> Place:
-        file = None
-        if stacks is not None:
-            with contextlib.suppress(OSError):
-                file = open_stacks(Path(stacks), "rollout-worker")
-        if file is None:
-            faulthandler.register(signal.SIGUSR1, all_threads=True)
-        else:
-            faulthandler.register(signal.SIGUSR1, file, all_threads=True)
+        place, file = own_place(stacks, "rollout-worker")
         self._worker = load_factory(self._factory)(**self._kwargs)
         self._worker.stacks = file
-        node, name = ray.get_runtime_context().get_node_id(), "" if file is None else file.name
-        return Place(socket.gethostname(), os.getpid(), node, _began(os.getpid()), name)
+        return place
 
     def generate(self, jobs: Sequence[RolloutJob], lease: Lease | None) -> Iterator[list[RolloutRecord]]:
         with self._sampling():
@@ -156,6 +148,20 @@ class Mailbox:
             raise SystemExit(1)
 
 
+def own_place(stacks: str | None, who: str) -> tuple[Place, IO[str] | None]:
+    """Where this process is; its SIGUSR1 fills a file of `who` in the folder `stacks`, which is open then."""
+    file = None
+    if stacks is not None:
+        with contextlib.suppress(OSError):
+            file = open_stacks(Path(stacks), who)
+    if file is None:
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+    else:
+        faulthandler.register(signal.SIGUSR1, file, all_threads=True)
+    node, name = ray.get_runtime_context().get_node_id(), "" if file is None else file.name
+    return Place(socket.gethostname(), os.getpid(), node, _began(os.getpid()), name), file
+
+
 def load_factory(path: str) -> Callable[..., RolloutWorker]:
     """The function that "import.path:function" names. ConfigError if there is none."""
     module_name, _, name = path.partition(":")
@@ -180,22 +186,41 @@ def end_process(place: Place, *, has_stacks: bool = True) -> None:
         _end_here(place, has_stacks)
         _clear(place)
         return
-    there = NodeAffinitySchedulingStrategy(place.node, soft=False)
-    task = ray.remote(num_cpus=0, max_retries=0)(_end_here).options(scheduling_strategy=there)
     with contextlib.suppress(Exception):
-        ray.get(task.remote(place, has_stacks), timeout=_REMOTE_LIMIT_S)
+        ray.get(_there(place, _end_here).remote(place, has_stacks), timeout=_REMOTE_LIMIT_S)
     _clear(place)
+
+
+def ask_for_stacks(place: Place) -> None:
+    """Have a process write its stacks, on whatever machine it is; nobody waits for it."""
+    if place.host == socket.gethostname():
+        _dump_here(place)
+    else:
+        _there(place, _dump_here).remote(place)
+
+
+def _there(place: Place, work: Callable[..., None]) -> Any:
+    """A task on the machine of a process."""
+    there = NodeAffinitySchedulingStrategy(place.node, soft=False)
+    return ray.remote(num_cpus=0, max_retries=0)(work).options(scheduling_strategy=there)  # type: ignore[attr-defined]
 
 
 def _end_here(place: Place, has_stacks: bool) -> None:
     if _began(place.pid) != place.began:
         return
+    if has_stacks:
+        _dump_here(place)
+        time.sleep(_STACKS_S)
     with contextlib.suppress(ProcessLookupError):
-        if has_stacks:
-            os.kill(place.pid, signal.SIGUSR1)
-            os.kill(place.pid, signal.SIGCONT)  # a stopped process takes its signals when it goes on
-            time.sleep(_STACKS_S)
         os.kill(place.pid, signal.SIGKILL)
+
+
+def _dump_here(place: Place) -> None:
+    if _began(place.pid) != place.began:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(place.pid, signal.SIGUSR1)
+        os.kill(place.pid, signal.SIGCONT)  # a stopped process takes its signals when it goes on
 
 
 def _began(pid: int) -> float:

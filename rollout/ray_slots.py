@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from consilience.rollout.lease import Lease, fence
 from consilience.rollout.listening import WorkerDied
 from consilience.rollout.ray_cluster import worker_runtime
 from consilience.rollout.ray_mailbox import Mailbox, Place, end_process, is_running_here, load_factory
+from consilience.rollout.ray_placement import Seat
 from consilience.rollout.records import RolloutRecord
 
 DEATHS = (RayActorError, WorkerCrashedError, ObjectLostError)
@@ -47,6 +48,8 @@ class WorkerSlots:
         is_continuous: bool,
         python: str | None,
         stalls: StallLog,
+        seats: Sequence[Seat] = (),
+        num_gpus: float = 0.0,
     ) -> None:
         load_factory(factory)
         self._factory, self._kwargs = factory, dict(kwargs)
@@ -54,14 +57,15 @@ class WorkerSlots:
         self._start_timeout_s, self._answer_limit_s = start_timeout_s, answer_limit_s
         self._groups: dict[str, Any] = {"concurrency_groups": {"post": 1}} if is_continuous else {}
         self._python, self._stall_log = python, stalls
+        self._seats, self._num_gpus = seats, num_gpus
         self.actors: list[Any] = []
         self.places: list[Place] = []
         self.num_replaced = 0
 
     def start(self, num: int) -> None:
         """Fill `num` slots, all at once. EngineError from one without cores; after any error, `close`."""
-        for _ in range(num):
-            self.actors.append(self._spawn())
+        for slot in range(num):
+            self.actors.append(self._spawn(slot))
         answers = [actor.build.remote(self._stacks) for actor in self.actors]
         self.places = [self._built(answer) for answer in answers]
 
@@ -128,7 +132,7 @@ class WorkerSlots:
             with contextlib.suppress(Exception):  # it is dead already; this only makes sure
                 ray.kill(self.actors[slot])
             self.num_replaced += 1
-            actor = self.actors[slot] = self._spawn()
+            actor = self.actors[slot] = self._spawn(slot)
             try:
                 self.places[slot] = self._built(actor.build.remote(self._stacks))
                 welcome(slot)
@@ -160,9 +164,12 @@ class WorkerSlots:
         stacks = self._stall_log.stacks
         return None if stacks is None else str(Path(stacks).resolve())
 
-    def _spawn(self) -> Any:
+    def _spawn(self, slot: int) -> Any:
+        where = {"num_cpus": self._num_threads, "num_gpus": self._num_gpus}
+        if self._seats:
+            where = self._seats[slot].options()
         options = {
-            "num_cpus": self._num_threads,
+            **where,
             "max_restarts": 0,  # a restarted actor would have no weights; we replace it ourselves
             "runtime_env": worker_runtime(self._num_threads, self._python),
         }

@@ -30,6 +30,7 @@ from consilience.rollout.phases import Durable
 from consilience.rollout.proof import Evidence
 from consilience.rollout.publishing import Announced, Publication, announce, verify
 from consilience.rollout.ray_cluster import RayCluster, ray_cluster, start_ray, stop_ray
+from consilience.rollout.ray_placement import Seat
 from consilience.rollout.ray_slots import DEATHS, SilentWorker, WorkerSlots, get, last_line, name_of
 from consilience.rollout.ray_transport import Shipment, choose_transport
 from consilience.rollout.records import RolloutRecord
@@ -60,6 +61,8 @@ class RolloutPool:
     transport     how weights reach the workers, see `ray_transport.choose_transport`
     python        interpreter of the workers, see `ray_cluster.worker_runtime`
     stalls        where stalls are noted; their stacks go to a folder beside its file
+    seats         a reserved place for each worker, its successors too; empty: where Ray finds `num_threads`
+                  cores and `num_gpus` GPUs
     ConfigError on a factory that cannot be named or loaded; whatever the factory raises arrives typed.
     Use it as a context manager, or call `close`.
     """
@@ -81,6 +84,8 @@ class RolloutPool:
         transport: str = "auto",
         python: str | None = None,
         stalls: StallLog | None = None,
+        seats: Sequence[Seat] = (),
+        num_gpus: float = 0.0,
     ) -> None:
         if num_workers < 1:
             raise ConfigError(f"num_workers is {num_workers}, at least 1")
@@ -99,6 +104,8 @@ class RolloutPool:
             is_continuous=is_continuous,
             python=python,
             stalls=self.stall_log,
+            seats=seats,
+            num_gpus=num_gpus,
         )
         self._listener = Listener(self._workers, self.stall_log, stall_s)
         try:
@@ -126,6 +133,11 @@ class RolloutPool:
     def pids(self) -> list[int]:
         """Process ids of the workers, by slot."""
         return [place.pid for place in self._workers.places]
+
+    @property
+    def nodes(self) -> list[str]:
+        """Ray's ids of the machines that the workers are on, by slot."""
+        return [place.node for place in self._workers.places]
 
     @property
     def num_replaced(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from consilience.conf.errors import EngineError
 from consilience.rollout.engine import Request
@@ -52,6 +53,15 @@ def check_request(request: Request, vocab_size: int, *, is_speculative: bool = F
             f"request {uid} goes on from {found} tokens, with {len(prefix.logprobs)} log-probabilities and "
             f"{len(prefix.weight_version)} versions; each token has one of each"
         )
+
+
+def check_branches(parent: str, branches: Sequence[Request], num_free: int) -> None:
+    """EngineError unless all of them branch off `parent` and there is a row for each."""
+    if len(branches) > num_free:
+        raise EngineError(f"{len(branches)} branches of {parent}: {num_free} rows are free")
+    for branch in branches:
+        if branch.parent not in (None, parent):
+            raise EngineError(f"branch {branch.uid} of {parent} continues {branch.parent}")
 
 
 def check_length(request: Request, before: int, max_length: int) -> None:

@@ -82,6 +82,11 @@ class SpeculativeState:
     # ---- rows ----------------------------------------------------------------------------------
 
     @property
+    def states(self) -> list[DecodeState]:
+        """Both states."""
+        return [self.trunk, self._block]
+
+    @property
     def position(self) -> Tensor:
         """[S] tokens the trunk has consumed."""
         return self.trunk.position

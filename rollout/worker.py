@@ -120,14 +120,11 @@ class RolloutWorker:
         return tell(prompts, exact)
 
     def sleep(self, level: int) -> None:
-        """Give memory back until `wake` (vllm_engine.py says what each level drops)."""
-        if not hasattr(self.engine, "sleep"):
-            raise EngineError(f"{type(self.engine).__name__} cannot sleep; only rollout.engine=vllm can")
-        self.engine.sleep(level)  # type: ignore[attr-defined]
+        """Give memory back until `wake`: caches (0), weights to the host too (1), weights dropped (2)."""
+        self.engine.sleep(level)
 
     def wake(self) -> None:
-        if hasattr(self.engine, "wake"):
-            self.engine.wake()  # type: ignore[attr-defined]
+        self.engine.wake()
 
     def state(self) -> EngineState:
         return self.engine.state()

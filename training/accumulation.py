@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,15 +50,16 @@ def accumulate(
     try:
         for number, index in enumerate([*own, *[None] * num_blank], 1):
             micro_batch = blank(micro_batches[0]) if index is None else micro_batches[index]
-            with exact_mode(is_exact):
-                loss, reported = loss_fn(model, micro_batch)
-            value = float(loss.detach())
-            if not math.isfinite(value) and failed is None:
-                failed = (index or 0, _not_finite(num_steps, index, value))
-                if not is_in_step:
-                    break
-            if loss.requires_grad:
-                backward(loss, number == len(own) + num_blank)
+            with ranks.in_step() if is_in_step else nullcontext():
+                with exact_mode(is_exact):
+                    loss, reported = loss_fn(model, micro_batch)
+                value = float(loss.detach())
+                if not math.isfinite(value) and failed is None:
+                    failed = (index or 0, _not_finite(num_steps, index, value))
+                    if not is_in_step:
+                        break
+                if loss.requires_grad:
+                    backward(loss, number == len(own) + num_blank)
             if index is not None:
                 add_report(found, {"loss": value, **reported})
     except Exception as error:

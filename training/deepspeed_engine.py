@@ -158,7 +158,8 @@ class DeepSpeedEngine:
         reached = self._reached()
         try:
             if reached:
-                self._gradients.finish()
+                with self.ranks.in_step():
+                    self._gradients.finish()
             norms = self._norms(reached)
             grad_norm = checked_norm(norms, self.num_steps)
             factors = clip_factors(norms, self.settings.grad_clip)
@@ -169,7 +170,8 @@ class DeepSpeedEngine:
             self._move_biases(expert_load)
             lr = self.settings.lr * lr_scale
             self._optimizer.lr, self._optimizer.touched = lr, frozenset(reached)
-            self._zero.step()
+            with self.ranks.in_step():
+                self._zero.step()
         finally:
             self._gradients.clear()
         self.num_steps += 1

@@ -18,6 +18,7 @@ class FakeTrainEngine:
     """Runs `loss_fn` on every micro-batch without gradients; a step adds `lr_scale` to every parameter.
 
     batches, denominators, scales   what the calls received, in order
+    is_away                         whether it is offloaded
     fail_at_step                    `step` raises EngineError when this many steps are done
     """
 
@@ -26,6 +27,7 @@ class FakeTrainEngine:
         self.ranks = ALONE
         self.fail_at_step = fail_at_step
         self.num_steps = 0
+        self.is_away = False
         self.batches: list[Any] = []
         self.denominators: list[dict[str, float]] = []
         self.scales: list[float] = []
@@ -60,6 +62,13 @@ class FakeTrainEngine:
         self.num_steps += 1
         self.scales.append(lr_scale)
         return {"grad_norm": 1.0, "lr": lr_scale}
+
+    def offload(self) -> None:
+        """Noted in `is_away`."""
+        self.is_away = True
+
+    def onload(self) -> None:
+        self.is_away = False
 
     def discard(self) -> None:
         """There are none."""

@@ -117,7 +117,8 @@ class FsdpEngine:
             elif name in factors:
                 grad.mul_(factors[name])
         loads = loads_by_bias(self._bias_names, self.optimizer.kept.groups.rule, expert_load, self.ranks)
-        lr = self.optimizer.step(lr_scale, loads)
+        with self.ranks.in_step():
+            lr = self.optimizer.step(lr_scale, loads)
         self._clear()
         self.num_steps += 1
         return {"grad_norm": grad_norm, "lr": lr}

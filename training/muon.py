@@ -119,6 +119,10 @@ class Muon:
                 _views(tensors[i], self.parameters[i].row_blocks)[view].copy_(bucket.momentum[slots])
         return {owned.name: tensor for owned, tensor in zip(self.parameters, tensors)}
 
+    def held(self) -> list[Tensor]:
+        """The state itself, not copies: what an offload moves."""
+        return [bucket.momentum for bucket in self._buckets]
+
     def each_state_tensor(self) -> Iterator[tuple[str, Tensor]]:
         """(name, momentum in the shape of the parameter)."""
         yield from self.state_tensors().items()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.model.ranks import ALONE, Ranks
+from consilience.training.offload import held_by
 from consilience.training.owned_parts import OwnedParts
 from consilience.training.ownership import Range
 
@@ -78,6 +79,10 @@ class ShardedAdamW:
                 group["lr"] = lr
             self._adamw.step()
         self.owned.after_update()
+
+    def held(self) -> list[Tensor]:
+        """This rank's state itself, not copies."""
+        return [] if self._adamw is None else list(held_by(self._adamw.state))
 
     def each_state_tensor(self) -> Iterator[tuple[str, Tensor]]:
         """exp_avg.<name>, exp_avg_sq.<name> and step.<name> with the whole tensor, one at a time, the same on

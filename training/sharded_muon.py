@@ -91,6 +91,10 @@ class ShardedMuon:
             mine = {item: own[_label(item)] for item in side.parts if item.name == owned.name}
             yield owned.name, side.gathered(owned.name, mine, work_dtype(owned.parameter))
 
+    def held(self) -> list[Tensor]:
+        """This rank's state itself (`Muon.held`)."""
+        return self._muon.held()
+
     def state_tensors(self) -> dict[str, Tensor]:
         """name -> momentum in the shape of the parameter, whatever the number of ranks."""
         return dict(self.each_state_tensor())

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from consilience.conf.errors import CheckpointError, EngineError
+from consilience.model.host_copies import HostCopies
 from consilience.model.ranks import ALONE, Ranks
 from consilience.training.accumulation import accumulate
 from consilience.training.clipping import checked_norm, clip_factors
+from consilience.training.offload import trained_tensors
 from consilience.training.optimizers import V4Optimizer, gate_bias_names, loads_by_bias, parameter_groups
 from consilience.training.random_state import random_state_tensors, restore_random_state
 from consilience.training.tensor_files import read_tensors, write_tensors
@@ -92,6 +94,7 @@ class TorchEngine:
         )
         self._bias_names = gate_bias_names(model)
         self._is_summed = False
+        self._copies = HostCopies()
 
     def forward_backward(
         self,
@@ -140,6 +143,17 @@ class TorchEngine:
         self._clear()
         self.num_steps += 1
         return {"grad_norm": grad_norm, "lr": lr}
+
+    def offload(self) -> None:
+        """Model and optimiser to the host's memory, until `onload`; nothing may be asked for in between.
+
+        EngineError while gradients wait for a step.
+        """
+        self._copies.put_away(list(trained_tensors(self.model, self.optimizer)))
+
+    def onload(self) -> None:
+        """Undo `offload`, to the bit; nothing happens where nothing is away."""
+        self._copies.restore()
 
     def discard(self) -> None:
         """Forget the gradients accumulated since the last step."""

@@ -1,6 +1,7 @@
 """Ranks of one machine: started together, ended together, and whoever fails is named."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from consilience.cli.engines import backend_of
 from consilience.cli.rank_processes import on_ranks
 from consilience.cli.stage import StageContext
-from consilience.cli.stage_process import warm_up
+from consilience.cli.stage_process import PROCESSES, warm_up
 from consilience.conf.errors import CheckpointError, ConfigError, EngineError
 from consilience.conf.load import from_plain
+from consilience.model.ranks import open_ranks
 from consilience.rollout.deadlines import STALLS, read_stalls
 from consilience.training.progress import SilentProgress
 from consilience.training.run_folder import RunFolder
@@ -149,7 +151,23 @@ def second_is_stopped(context):
     context.ranks.sum_([torch.ones(1)])
 
 
-@pytest.mark.parametrize("run", [second_hangs, second_is_stopped])
+def second_hangs_in_step(context):
+    """Collectives of an engine, of which the board knows nothing; the first waits in one for the second."""
+    with context.ranks.in_step():
+        if context.ranks.rank == 1:
+            time.sleep(60)
+        torch.distributed.all_reduce(torch.ones(1))
+
+
+def second_hangs_in_a_sharded_update(context):
+    if context.ranks.rank == 1:
+        time.sleep(60)
+    context.ranks.stack(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    "run", [second_hangs, second_is_stopped, second_hangs_in_step, second_hangs_in_a_sharded_update]
+)
 def test_a_rank_that_hangs_is_named_with_the_stacks_of_all(start, run, tmp_path):
     began = time.monotonic()
     with pytest.raises(EngineError, match=r"^rank 1 of 2 \(process \d+\) kept the others waiting"):
@@ -160,6 +178,23 @@ def test_a_rank_that_hangs_is_named_with_the_stacks_of_all(start, run, tmp_path)
     written = {path: path.read_text() for path in (tmp_path / "run" / "stacks").iterdir()}
     assert len(written) == 2 and run.__name__ in written[Path(stall.stacks)]
     assert all("File" in text for text in written.values())
+
+
+def cannot_connect(address, pipe):
+    os.environ["GLOO_SOCKET_IFNAME"] = "nosuch0"
+    try:
+        open_ranks(address, 0, 2, timeout_s=10.0)
+    except EngineError as error:
+        pipe.send(str(error))
+
+
+def test_a_rank_that_cannot_connect_is_one_clear_error(tmp_path):
+    here, there = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=cannot_connect, args=(f"file://{tmp_path}/meeting", there))
+    process.start()
+    assert here.poll(30), "no error within the limit"
+    assert re.match(r"rank 0 of 2 found no others .*nosuch0", here.recv())
+    process.join(30)
 
 
 def first_takes_long(context):

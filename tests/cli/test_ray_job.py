@@ -39,8 +39,14 @@ ROOMS = (
 )
 
 PROBE = """
-import ray
+import inspect, os, ray
+from consilience.cli.stages import STAGE_FUNCTIONS, load_function
+from consilience.cli.verbs import VERBS
 from consilience.rollout.ray_cluster import worker_environment
+
+functions = {**VERBS, **STAGE_FUNCTIONS}
+files = {name: inspect.getsourcefile(load_function(path)) for name, path in functions.items()}
+print("not of the tree:", [name for name, file in files.items() if not file.startswith(os.getcwd())])
 
 @ray.remote(num_cpus=1)
 def on_worker():
@@ -111,12 +117,17 @@ def submit(tree: Path, env: dict[str, str], entrypoint: str) -> subprocess.Compl
     return done
 
 
+def copy_tree(folder: Path) -> None:
+    """The files of the project that are needed to run it."""
+    for name in KEPT:
+        shutil.copy(ROOT / name, folder / name)
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 @pytest.mark.timeout(240)
 def test_a_submitted_verb_and_its_workers_run_the_edited_uninstalled_tree(tmp_path, head):
-    for name in KEPT:
-        shutil.copy(ROOT / name, tmp_path / name)
-    for room in ROOMS:
-        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_tree(tmp_path)
     (tmp_path / ".typing").mkdir()
     (tmp_path / ".typing" / "consilience").symlink_to("..")  # an endless folder unless .rayignore names it
     with (tmp_path / "conf" / "errors.py").open("a") as file:
@@ -132,5 +143,45 @@ def test_a_submitted_verb_and_its_workers_run_the_edited_uninstalled_tree(tmp_pa
     said = done.stdout + done.stderr
     assert "chat      the edited verb" in said, said
     assert "worker says: the edited line" in said, said
+    assert "not of the tree: []" in said, said
     assert "did you mean 'grpo.steps'?" in said, said
     assert done.returncode != 0, "a verb that fails must fail its job"
+
+
+SMALL = (
+    "~task.domains.code ~task.domains.agent task.domains.math.max_tokens=24 task.vocab_size=400 "
+    "task.num_test=8 model.hidden_size=16 model.num_hidden_layers=2 'model.compress_ratios=[0,4]' "
+    "engine.threads=1 log.wandb=disabled log.progress=off base.steps=1 base.tokens_per_step=300 "
+    "base.row_tokens=128 base.num_examples=6 sft.steps=1 sft.tokens_per_step=300 sft.row_tokens=128 "
+    "sft.num_examples=6 grpo.steps=1 grpo.prompts_per_step=2 grpo.group_size=2 distill.steps=1 "
+    "distill.prompts_per_step=2 rollout.num_workers=1 rollout.max_batch=8 rollout.max_length=400 "
+    "evaluate.num_problems=4 evaluate.greedy_problems=0 evaluate.num_resamples=100 run.margins=false"
+)
+
+LEFT = """
+import ray, ray.util.state as state
+from ray.util.placement_group import placement_group_table
+
+ray.init(log_to_driver=False)
+groups = [row["state"] for row in placement_group_table().values()]
+print("groups left:", [each for each in groups if each != "REMOVED"])
+actors = [each.class_name for each in state.list_actors() if each.state != "DEAD"]
+print("actors left:", [each for each in actors if each != "JobSupervisor"])  # this job's own
+print("nodes left:", sum(row["Alive"] for row in ray.nodes()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_stage_runs_as_a_job_on_reserved_places_and_leaves_the_cluster_as_it_was(tmp_path, head):
+    copy_tree(tmp_path)
+    (tmp_path / "left.py").write_text(LEFT)
+    runs = tmp_path.parent / "runs of the job"
+    given = f"{SMALL} cluster=join cluster.placement=apart run.folder='{runs}'"
+    verbs = ("sft", "grpo", "distill", "evaluate", "run")
+    for verb in verbs:
+        done = submit(tmp_path, head, f"{CONSILIENCE} {verb} {given}")
+        assert done.returncode == 0, f"{verb}: {done.stdout[-3000:]}{done.stderr[-2000:]}"
+    assert (runs / "default" / "report.json").exists()
+    said = submit(tmp_path, head, f"{sys.executable} left.py").stdout
+    assert "groups left: []" in said and "actors left: []" in said and "nodes left: 1" in said, said

@@ -11,12 +11,19 @@ import pytest
 import ray
 
 from consilience.cli.graph import Graph
+from consilience.cli.grpo_stage import run_grpo
 from consilience.cli.progress_display import ProgressLines
+from consilience.cli.rank_processes import on_ranks
 from consilience.cli.ray_session import close_session, rollout_pool, share_cluster
+from consilience.cli.stage import StageContext
 from consilience.cli.stage_process import warm_up
+from consilience.cli.supervised_stages import run_base
 from consilience.conf.errors import ConfigError
+from consilience.conf.load import from_plain
 from consilience.conf.schema import Config, RolloutConfig
 from consilience.model.dense import DenseConfig
+from consilience.training.metrics import read_metrics
+from consilience.training.progress import SilentProgress
 from consilience.training.run_folder import RunFolder
 
 
@@ -43,3 +50,40 @@ def test_children_attach_to_this_process_s_cluster_and_leave_it_up(tmp_path, mon
 def test_the_native_engine_is_not_asked_to_sample_from_a_dense_model(tmp_path):
     with pytest.raises(ConfigError, match=r"model of type qwen3; set rollout\.engine=vllm"):
         rollout_pool(Config(), DenseConfig({"model_type": "qwen3"}), tmp_path, {}, "official")
+
+
+SHORT = {"steps": 1, "tokens_per_step": 300, "row_tokens": 128, "num_examples": 6, "warmup": 1}
+PLAIN = {
+    "task": {"domains": {"math": {"kind": "math", "max_tokens": 24}}, "vocab_size": 400},
+    "model": {"preset": "tiny", "hidden_size": 16, "num_hidden_layers": 2, "compress_ratios": [0, 4]},
+    "engine": {"threads": 1, "device": "cpu"},
+    "log": {"wandb": "disabled"},
+    "base": SHORT,
+    "rollout": {"num_workers": 2, "max_batch": 8, "max_length": 400},
+}
+
+
+def stage_of(root, name, domain, **groups):
+    run = RunFolder(root)
+    folder = run.stage(name.replace("/", "-")).create()
+    return StageContext(name, domain, from_plain(PLAIN | groups), folder, run, {}, SilentProgress())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_roles_that_take_turns_with_their_memory_end_with_the_bits_of_roles_that_do_not(tmp_path):
+    base = run_base(stage_of(tmp_path / "base", "base", None))
+    grpo = {"steps": 2, "prompts_per_step": 2, "group_size": 2, "lr": 1e-2}
+    grpo["init"] = str(tmp_path / "base" / base["checkpoint"])
+    ends = {}
+    for placement in ("free", "colocated"):
+        groups = {"grpo": grpo, "cluster": {"placement": placement}}
+        groups["engine"] = PLAIN["engine"] | {"ranks": 2, "threads": 2}
+        stage = stage_of(tmp_path / placement, "grpo/math", "math", **groups)
+        try:
+            result = on_ranks(run_grpo, stage)
+        finally:
+            close_session()
+        ends[placement] = result["digest"], result["sampled_tokens"]
+        assert [row["step"] for row in read_metrics(stage.folder.metrics)] == [1, 2]
+    assert ends["free"] == ends["colocated"]

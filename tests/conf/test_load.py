@@ -139,6 +139,10 @@ def test_a_wrong_override_is_refused_in_one_line_that_says_what_to_do(override, 
         ("engine.recompute=[]", "write none alone"),
         ("rewards.path=no_such.py:score", "there is no file 'no_such.py'"),
         ("rewards.path=my_rewards", "FILE.py:FUNCTION"),
+        ("cluster.spread=true", "cluster.placement is free; set it to apart or colocated"),
+        ("cluster.port=29500", "cluster.placement is free; set it to apart or colocated"),
+        ("cluster.worker_gpus=1.5", "a whole number of GPUs"),
+        ("cluster.placement=together", "valid: apart, colocated, free"),
         ("task.domains.math.max_tokens=5000", "raise rollout.max_length"),
         ("grpo.mini_batches=17", "a step has 16 prompts"),
         ("evaluate.num_problems=513", "task.num_test offers 512"),
@@ -162,6 +166,21 @@ def test_a_setting_that_does_not_go_with_another_is_refused(override, said):
         from_plain(OmegaConf.to_container(plain, resolve=True))
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["run.parallel=2"], "set run.parallel=1, or cluster.placement=free"),
+        (["grpo.mode=async"], "set grpo.mode and distill.mode to sync"),
+        (["engine=deepspeed"], "set engine.kind=torch, or cluster.placement=apart"),
+        (["rollout.engine=vllm", "rollout.proof=off"], "set rollout.vllm.sleep=2"),
+    ],
+)
+def test_roles_that_take_turns_go_without_what_needs_them_at_once(overrides, said):
+    with pytest.raises(ConfigError) as refused:
+        compose(["cluster.placement=colocated", *overrides])
+    assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_drafts_and_prefixes_on_disk_do_not_go_together():

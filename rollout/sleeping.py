@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class SleepyPool(Sampler, Protocol):
-    """A `Sampler` whose workers can sleep (`ray_workers.RolloutPool` over vLLM)."""
+    """A `Sampler` whose workers can sleep (`ray_workers.RolloutPool`)."""
 
     def sleep(self, level: int = 1) -> None: ...
 

@@ -3,7 +3,7 @@
 import pytest
 
 from consilience.conf.errors import EngineError
-from consilience.rollout.vllm_sleep import SleepingSampler
+from consilience.rollout.sleeping import SleepingSampler
 
 
 class CalledPool:
