@@ -20,6 +20,7 @@ class Tally:
     loss: dict[str, float] = field(default_factory=dict)
     pull: dict[str, float] = field(default_factory=dict)
     max_kl: float = 0.0
+    _own: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, teacher: str, sums: dict[str, float]) -> None:
         mine = self.by_teacher.setdefault(teacher, {})
@@ -27,17 +28,24 @@ class Tally:
             earlier = mine.get(name, 0.0)
             mine[name] = max(earlier, value) if name.startswith("max_") else earlier + value
 
+    def note(self, name: str, uid: str, value: float) -> None:
+        """Add to a sample's "kl", "loss" or "pull"; ranks that cut rows each have a part of it."""
+        mine = self._own.setdefault(name, {})
+        mine[uid] = mine.get(uid, 0.0) + value
+
     def pop_max_kl(self, ranks: Ranks) -> float:
         """The largest KL of a token, on any rank, since this was last asked."""
         found, self.max_kl = max(ranks.gather(self.max_kl)), 0.0
         return found
 
     def share(self, ranks: Ranks) -> None:
-        """Samples that other ranks ran, on every rank."""
-        for kl, loss, pull in ranks.gather((self.kl, self.loss, self.pull)):
-            self.kl |= kl
-            self.loss |= loss
-            self.pull |= pull
+        """What was noted since this was last called, by all ranks, on every rank."""
+        for found in ranks.gather(self._own):
+            for name, by_uid in found.items():
+                mine: dict[str, float] = getattr(self, name)
+                for uid, value in by_uid.items():
+                    mine[uid] = mine.get(uid, 0.0) + value
+        self._own = {}
 
     def mean(self, name: str) -> dict[str, float]:
         """A sum by teacher over its loss tokens."""

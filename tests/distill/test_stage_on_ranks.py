@@ -63,8 +63,8 @@ def jobs_of(step):
     return [SimpleNamespace(uid=f"{step}/{number}", step=step) for number in range(len(OWNERS))]
 
 
-def distill(ranks, folder, root, balance="weights"):
-    parts = StageParts(small_model(0, CONFIG), ranks, folder)
+def distill(ranks, folder, root, balance="weights", context=1):
+    parts = StageParts(small_model(0, CONFIG), ranks.with_context(context), folder)
     teachers = side(root, folder / "hidden", ranks)
     result = train_distill(
         parts.engine,
@@ -96,11 +96,14 @@ def distill(ranks, folder, root, balance="weights"):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("size", "balance"), [(2, "weights"), (2, "update"), (4, "update")])
-def test_distillation_is_that_of_one_process(size, balance, teachers, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "balance", "context"),
+    [(2, "weights", 1), (2, "update", 1), (4, "update", 1), (2, "weights", 2), (4, "update", 2)],
+)
+def test_distillation_is_that_of_one_process(size, balance, context, teachers, tmp_path):
     one = distill(ALONE, tmp_path / "one", teachers, balance)
     more = tmp_path / "more"
-    several = assert_ranks_agree(on_ranks(size, distill, more, teachers, balance, folder=tmp_path))
+    several = assert_ranks_agree(on_ranks(size, distill, more, teachers, balance, context, folder=tmp_path))
     assert len(one["gradients"]) == 4 and {"update_share", "loss_share"} <= one["rows"][0].keys()
     assert_same(several, one)
     assert not list((more / "hidden").iterdir())
