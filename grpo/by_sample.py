@@ -39,7 +39,7 @@ class Samples:
         return self._summed(add_rows_(values.new_zeros(self.num), self.of, values))
 
     def reported(self, is_chosen: Tensor | None = None) -> float:
-        """How many samples there are, or have a token that is_chosen [n]: on a context's first rank, else 0."""
+        """How many samples there are, or have an is_chosen [n] token: on a context's first rank, else 0."""
         if is_chosen is None:
             num = self.num
         else:
