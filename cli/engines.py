@@ -20,6 +20,7 @@ from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 def build_engine(cfg: Config, model: Any, settings: OptimizerSettings, ranks: Ranks) -> TrainEngine:
     """The engine that `engine.kind` names, around `model`, which is on its device already."""
     engine = cfg.engine
+    ranks = ranks.with_context(engine.context_ranks, timeout_s=engine.rank_limit_s)
     if engine.kind == "deepspeed":
         from consilience.training.deepspeed_engine import DeepSpeedEngine
 

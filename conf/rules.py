@@ -280,6 +280,11 @@ def _check_sampler(cfg: Config) -> None:
 
 def _check_ranks(cfg: Config) -> None:
     engine = cfg.engine
+    if engine.ranks % engine.context_ranks:
+        raise ConfigError(
+            f"engine.context_ranks is {engine.context_ranks}, which does not divide engine.ranks="
+            f"{engine.ranks}; set it to a divisor of engine.ranks, 1 for whole rows on every rank"
+        )
     if engine.shard_state and engine.kind != "torch":
         raise ConfigError(
             f"engine.shard_state divides the state of engine.kind=torch, and this is {engine.kind}, which "

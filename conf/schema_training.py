@@ -310,6 +310,14 @@ class EngineConfig:
         high=65_536,
         speed_only=True,
     )
+    context_ranks: int = setting(
+        1,
+        "neighbouring ranks that cut the rows of a micro-batch among them; a divisor of ranks",
+        unit="processes",
+        low=1,
+        high=65_536,
+        speed_only=True,
+    )
     shard_state: bool = setting(
         False,
         "kind=torch: each rank keeps and updates its part of the optimiser's state, Muon by whole matrices",

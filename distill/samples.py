@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
+from consilience.model.context_parallel import own_tokens
 from consilience.rollout.records import FinishReason, RolloutRecord
 from consilience.teachers.scheduler import ScoreRequest
 from consilience.training.packing import PackedRows, pack_episodes
@@ -47,6 +49,25 @@ def without(
         is_bad = any(copy.uid in bad for copy in by_teacher(record))
         (masked if is_bad else kept).append(record)
     return kept, masked
+
+
+class Span(NamedTuple):
+    """Loss tokens first … stop - 1 of the `size` that a sample has."""
+
+    first: int
+    stop: int
+    size: int
+
+
+def own_spans(rows: PackedRows, order: Sequence[int]) -> list[Span]:
+    """Which loss tokens of the samples `order` this rank has: all, or its piece's where rows are cut."""
+    here = own_tokens(rows.token_ids.shape[1])
+    found = []
+    for sample in order:
+        line = (rows.sample_index == sample) & (rows.loss_mask > 0)
+        first, own = int(line[:, : here.start].sum()), int(line[:, here].sum())
+        found.append(Span(first, first + own, int(line.sum())))
+    return found
 
 
 def pack_records(

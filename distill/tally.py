@@ -24,6 +24,7 @@ class Tally:
     pull: dict[str, float] = field(default_factory=dict)
     max_kl: float = 0.0
     token_kl: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    _own: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def see(self, teacher: str, kl: Tensor) -> None:
         """The KL [n] of one micro-batch's loss tokens under a teacher."""
@@ -37,17 +38,24 @@ class Tally:
             earlier = mine.get(name, 0.0)
             mine[name] = max(earlier, value) if name.startswith("max_") else earlier + value
 
+    def note(self, name: str, uid: str, value: float) -> None:
+        """Add to a sample's "kl", "loss" or "pull"; ranks that cut rows each have a part of it."""
+        mine = self._own.setdefault(name, {})
+        mine[uid] = mine.get(uid, 0.0) + value
+
     def pop_max_kl(self, ranks: Ranks) -> float:
         """The largest KL of a token, on any rank, since this was last asked."""
         found, self.max_kl = float(np.max(ranks.gather(self.max_kl))), 0.0
         return found
 
     def share(self, ranks: Ranks) -> None:
-        """Samples that other ranks ran, on every rank."""
-        for kl, loss, pull in ranks.gather((self.kl, self.loss, self.pull)):
-            self.kl |= kl
-            self.loss |= loss
-            self.pull |= pull
+        """What was noted since this was last called, by all ranks, on every rank."""
+        for found in ranks.gather(self._own):
+            for name, by_uid in found.items():
+                mine: dict[str, float] = getattr(self, name)
+                for uid, value in by_uid.items():
+                    mine[uid] = mine.get(uid, 0.0) + value
+        self._own = {}
 
     def kl_tail(self, ranks: Ranks) -> dict[str, dict[str, float]]:
         """kl_p99 and kl_max of the tokens of all ranks, by teacher."""

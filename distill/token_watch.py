@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consilience.distill.samples import Span
 from consilience.model.ranks import Ranks
 
 NUM_PARTS = 10
@@ -36,16 +37,16 @@ class TokenWatch:
     def observe(
         self,
         kl: Tensor,
-        sizes: Sequence[int],
+        spans: Sequence[Span],
         target_ids: Tensor,
         student: tuple[Tensor, Tensor],
         teacher: tuple[Tensor, Tensor],
     ) -> None:
-        """One micro-batch: kl [n], samples of `sizes` tokens one behind the other, target_ids [n] sampled.
+        """One micro-batch: kl [n], `spans` of samples one behind the other, target_ids [n] sampled.
 
         student, teacher  hidden states [n, D] and [n, Dt], heads [V, D] and [V, Dt]
         """
-        part = np.concatenate([np.arange(n) * NUM_PARTS // n for n in sizes])
+        part = np.concatenate([np.arange(first, stop) * NUM_PARTS // n for first, stop, n in spans])
         self._kl += np.bincount(part, kl.double().cpu().numpy(), NUM_PARTS)
         self._num += np.bincount(part, minlength=NUM_PARTS)
         if self._eos is None:

@@ -31,7 +31,7 @@ from consilience.distill.minibatch import draw_minibatches, segments_by_teacher
 from consilience.distill.objectives import Objective
 from consilience.distill.parts import PhaseScores
 from consilience.distill.reward_term import RewardSettings, RewardTerm
-from consilience.distill.samples import by_teacher, pack_records, training_samples, without
+from consilience.distill.samples import by_teacher, own_spans, pack_records, training_samples, without
 from consilience.distill.tally import Tally
 from consilience.distill.token_watch import TokenWatch
 from consilience.model.forward_trace import Trace
@@ -321,7 +321,9 @@ def _segment(
     def loss_fn(model: Any, micro: PackedRows):
         at = hidden_at_loss(model, micro, trace, wants_mtp=settings.mtp_weight > 0, is_detached=True)
         order = sample_order(at)
-        theirs = torch.cat([states[s] for s in order] or [states[0][:0]]).to(at.hidden.device)
+        spans = own_spans(micro, order)
+        own_states = [states[s][span.first : span.stop] for s, span in zip(order, spans)]
+        theirs = torch.cat(own_states or [states[0][:0]]).to(at.hidden.device)
         out = distill_loss(
             at.hidden,
             model.head.weight,
@@ -332,17 +334,22 @@ def _segment(
             target_ids=at.target_ids,
             chunk_tokens=settings.chunk_tokens,
         )
-        uids, sizes = [records[s].uid for s in order], [states[s].shape[0] for s in order]
+        uids, sizes = [records[s].uid for s in order], [span.stop - span.first for span in spans]
         ours = (at.hidden, model.head.weight)
-        if order:  # not the rows that fill up another rank's share
-            tally.watch.observe(out.tokens.kl, sizes, at.target_ids, ours, (theirs, head))
+        if order:  # not the rows, or the piece of them, without loss
+            tally.watch.observe(out.tokens.kl, spans, at.target_ids, ours, (theirs, head))
             tally.see(teacher.name, out.tokens.kl[at.weight > 0])
-        tally.kl.update(zip(uids, _parts(out.tokens.kl, sizes, torch.mean)))
-        tally.loss.update(zip(uids, _parts(out.tokens.value * at.weight, sizes, torch.sum)))
+
+        def note(name: str, values: Tensor, of: Sequence[int]) -> None:
+            sums = [part.sum() for part in values.detach().split(sizes)]
+            for uid, total, num in zip(uids, torch.stack(sums).tolist() if sums else [], of):
+                tally.note(name, uid, total / num)
+
+        note("kl", out.tokens.kl, [span.size for span in spans])
+        note("loss", out.tokens.value * at.weight, [1] * len(spans))
 
         def measure(gradient: Tensor) -> None:
-            pulls = torch.linalg.vector_norm(gradient.detach().float(), dim=1)
-            tally.pull.update(zip(uids, _parts(pulls, sizes, torch.sum)))
+            note("pull", torch.linalg.vector_norm(gradient.float(), dim=1), [1] * len(spans))
 
         at.hidden.register_hook(measure)
         loss = out.loss + tally.reward.loss(*ours, at.target_ids, at.arrays)
@@ -354,15 +361,9 @@ def _segment(
 
     # A row widened for a long episode is a micro-batch of its own.
     budget = max(settings.micro_tokens, packed.token_ids.shape[1])
-    report = engine.forward_backward(loss_fn, split_micro_batches(packed, budget, engine.ranks.size), {})
+    report = engine.forward_backward(loss_fn, split_micro_batches(packed, budget, engine.ranks.num_parts), {})
     report.pop("loss", None)
     return report
-
-
-def _parts(values: Tensor, sizes: Sequence[int], reduce: Callable[[Tensor], Tensor]) -> list[float]:
-    """values [n] cut into samples, each made one number."""
-    parts = [reduce(part) for part in values.detach().split(list(sizes))]
-    return torch.stack(parts).tolist() if parts else []
 
 
 def _shares(records: Sequence[RolloutRecord], tally: Tally) -> dict[str, dict[str, float]]:

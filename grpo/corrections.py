@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from consilience.model.row_sums import add_rows_
+from consilience.grpo.by_sample import Samples
 
 Bounds = tuple[float, float]
 
@@ -95,6 +95,5 @@ def _within(ratio: Tensor, bounds: Bounds) -> Tensor:
 
 def _by_sample(log_ratio: Tensor, sample_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Σ_t log ρ_t [S], lengths [S], and each token's sample [n] among these."""
-    sample = torch.unique(sample_index, return_inverse=True)[1]
-    length = torch.bincount(sample).to(log_ratio.dtype)
-    return add_rows_(torch.zeros_like(length), sample, log_ratio.detach()), length, sample
+    samples = Samples(sample_index, log_ratio.dtype)
+    return samples.sums(log_ratio), samples.length, samples.of

@@ -19,6 +19,7 @@ from consilience.model import exact
 from consilience.model.run_again import run_again
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.truncation import renormalised
+from consilience.training.forward import own_piece
 from consilience.training.packing import PackedRows
 
 CHUNK_TOKENS = 256
@@ -47,6 +48,7 @@ class KeptReplay:
 
         Differentiable in hidden and head. Every target has a set: the loss mask leaves the others out.
         """
+        micro = own_piece(micro)
         where = micro.loss_mask.reshape(-1) > 0
         sample, place = micro.sample_index.reshape(-1)[where], micro.position_ids.reshape(-1)[where]
         token = self._starts[sample] + place + 1  # the target stands one to the right
@@ -55,7 +57,7 @@ class KeptReplay:
             part = slice(start, start + CHUNK_TOKENS)
             given = (hidden[part], head, target_ids[part], self._mask(token[part], head))
             found += run_again(_logprob, *given, temperature)
-        return torch.cat(found) if found else hidden.new_zeros(0)
+        return torch.cat(found) if found else _nothing(hidden)
 
     def _mask(self, token: np.ndarray, head: Tensor) -> Tensor:
         """bool [c, V]: the sets of tokens [c] of the flat streams."""
@@ -66,6 +68,11 @@ class KeptReplay:
         mask = torch.zeros(len(token), head.shape[0], dtype=torch.bool)
         mask[torch.from_numpy(row), torch.from_numpy(ids)] = True
         return mask.to(head.device)
+
+
+def _nothing(hidden: Tensor) -> Tensor:
+    """[0], hanging on hidden [0, D]: ranks that cut rows all go backward."""
+    return hidden.sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
 
 def _logprob(

@@ -8,8 +8,8 @@
 
 w_t is 1, or what `corrections.py` makes of a sampler that disagrees; π_old in r_t is then the trainer's own,
 while M_i keeps the sampler's. M and w act on the surrogate only. M and 1/|o_i| need whole sequences, so a
-sample is never split across micro-batches; with S, the kept samples of the mini-batch, handed in from
-outside, the number of micro-batches changes no gradient.
+sample is never split across micro-batches, and where ranks cut rows its sums go over them; with S, the kept
+samples of the mini-batch, handed in from outside, the number of micro-batches changes no gradient.
 
 Shapes: n sampled tokens of all samples, flat; S kept samples of the mini-batch.
 """
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from consilience.conf.errors import EngineError
+from consilience.grpo.by_sample import Samples
 from consilience.model.ranks import Ranks
-from consilience.model.row_sums import add_rows_
 
 CLIP_EPS = 0.2
 KL_BETA = 1e-3
@@ -71,8 +71,8 @@ def grpo_loss(
     inputs = (logprob, old_logprob, ref_logprob, advantage, sample_index)
     _check(*inputs, num_samples=num_samples)
     old, ref, A = (x.detach().to(logprob.dtype) for x in (old_logprob, ref_logprob, advantage))
-    sample = torch.unique(sample_index, return_inverse=True)[1]
-    length = torch.bincount(sample).to(logprob.dtype)
+    samples = Samples(sample_index, logprob.dtype)
+    sample, length = samples.of, samples.length
 
     log_ratio = logprob - old
     ratio = log_ratio.exp()
@@ -82,7 +82,7 @@ def grpo_loss(
     kl = ratio * (torch.expm1(log_rho) - log_rho)
 
     since = log_ratio if sampler_logprob is None else logprob - sampler_logprob.detach().to(logprob.dtype)
-    drift = add_rows_(torch.zeros_like(length), sample, -since.detach()) / length
+    drift = samples.sums(-since) / length
     is_masked = (A < 0) & (drift > mask_delta)[sample]
     surrogate = surrogate if weight is None else surrogate * weight.detach().to(logprob.dtype)
     per_token = kl_beta * kl - torch.where(is_masked, 0.0, surrogate)
@@ -95,12 +95,12 @@ def grpo_loss(
         size = log_ratio.abs()
         sums = {
             "tokens": float(logprob.numel()),
-            "samples": float(length.numel()),
+            "samples": samples.reported(),
             "clipped": float(is_clipped.sum()),
             "abs_log_ratio": float(size.sum()),
             "kl": float(kl.sum()),
             "masked_tokens": float(is_masked.sum()),
-            "masked_samples": float(sample[is_masked].unique().numel()),
+            "masked_samples": samples.reported(is_masked),
             "max_abs_log_ratio": float(size.max()) if size.numel() else 0.0,
         }
     return GrpoLoss(loss, sums)

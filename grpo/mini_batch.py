@@ -18,12 +18,15 @@ from consilience.grpo.kept_replay import KeptReplay
 from consilience.grpo.loss import combine
 from consilience.grpo.mismatch import mismatch_sums
 from consilience.grpo.routing_replay import RoutingReplay
+from consilience.model.context_parallel import context_ranks, own_tokens
 from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.model.routing import Routing
 from consilience.rollout.records import RolloutRecord
 from consilience.training.engine import TrainEngine
-from consilience.training.forward import LossPositions, hidden_at_loss
+from consilience.training.forward import LossPositions, hidden_at_loss, own_piece
 from consilience.training.packing import PackedRows, pack_episodes, split_micro_batches
+
+Measured = tuple[slice, dict[str, np.ndarray], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,11 @@ class MiniBatch:
     def mismatch(self, log_ratio: Tensor, micro: PackedRows, routing: Routing | None) -> dict[str, float]:
         """Sums for `mismatch_report`, after a forward of `micro` whose log π − log μ is log_ratio [n]."""
         sums = mismatch_sums(log_ratio)
-        return sums if self.routing is None or routing is None else sums | self.routing.sums(routing, micro)
+        return (
+            sums
+            if self.routing is None or routing is None
+            else sums | self.routing.sums(routing, own_piece(micro))
+        )
 
 
 def with_proximal(
@@ -76,16 +83,16 @@ def with_proximal(
     `settings.corrections`; and the sums of the sampler's mismatch over all of them. No gradient is made."""
     done, sums = [], {}
     for batch in batches:
-        micros = micro_batches(batch.packed, settings, engine.ranks.size)
+        micros = micro_batches(batch.packed, settings, engine.ranks.num_parts)
         found = _proximal(engine, batch, micros, settings)
         arrays = {name: np.zeros_like(batch.packed.loss_mask) for name in ("proximal_logprob", "correction")}
         first = 0
         for index, micro in enumerate(micros):
-            values, part = found.get(index, ({}, {}))
-            sums = combine(sums, part)
             rows = slice(first, first + len(micro.token_ids))
-            for name, value in values.items():
-                arrays[name][rows][micro.loss_mask > 0] = value
+            for here, values, part in found.get(index, ()):
+                sums = combine(sums, part)
+                for name, value in values.items():
+                    arrays[name][rows, here][micro.loss_mask[:, here] > 0] = value
             first = rows.stop
         done.append(replace(batch, packed=replace(batch.packed, arrays=batch.packed.arrays | arrays)))
     return done, sums
@@ -93,12 +100,13 @@ def with_proximal(
 
 def _proximal(
     engine: TrainEngine, batch: MiniBatch, micros: Sequence[PackedRows], settings: Any
-) -> dict[int, tuple[dict[str, np.ndarray], dict[str, float]]]:
+) -> dict[int, list[Measured]]:
     """proximal_logprob [n] and correction [n] of each micro-batch with loss tokens, and its mismatch's sums.
 
-    By the micro-batch's number. Each rank computes its part; all have all of it in the end.
+    By the micro-batch's number, with the tokens of the rows that they are of: where ranks cut rows there are
+    several. Each rank computes its part; all have all of it in the end.
     """
-    own: dict[int, tuple[dict[str, np.ndarray], dict[str, float]]] = {}
+    own: dict[int, Measured] = {}
 
     def measure(model: Any, numbered: tuple[int, PackedRows]):
         index, rows = numbered
@@ -106,18 +114,21 @@ def _proximal(
             routing = batch.routing_of(rows)
             at = hidden_at_loss(model, rows, routing=routing)
             logprob = batch.logprob(at, model.head.weight, rows, settings.temperature)
-        if not logprob.numel():  # rows without loss, or those an engine fills up with
+        if (
+            not logprob.numel() and context_ranks().size == 1
+        ):  # rows without loss, or those an engine fills up with
             return logprob.new_zeros(()), {}
         log_ratio = logprob - at.arrays["old_logprob"]
         correction = settings.corrections.weights(log_ratio, at.sample_index)
         values = {"proximal_logprob": logprob.cpu().numpy(), "correction": correction.cpu().numpy()}
-        own[index] = values, batch.mismatch(log_ratio, rows, routing)
+        own[index] = own_tokens(rows.token_ids.shape[1]), values, batch.mismatch(log_ratio, rows, routing)
         return logprob.new_zeros(()), {}
 
     engine.forward_backward(measure, list(enumerate(micros)), {})  # in its own arithmetic; no gradient
-    found: dict[int, tuple[dict[str, np.ndarray], dict[str, float]]] = {}
+    found: dict[int, list[Measured]] = {}
     for part in engine.ranks.gather(own):
-        found |= part
+        for index, measured in part.items():
+            found.setdefault(index, []).append(measured)
     return found
 
 

@@ -14,9 +14,11 @@ import torch
 
 from consilience.grpo.supervised_batches import Example, SupervisedBatches
 from consilience.model.config import CSA_RATIO
+from consilience.model.context_parallel import context_parallel
 from consilience.model.forward_trace import Trace
 from consilience.model.indexer import warming_up
 from consilience.model.kernels.linear_logprob import linear_logprob
+from consilience.model.ranks import ALONE
 from consilience.model.routing import Routing
 from consilience.training.anticipatory_routing import (
     AnticipatoryRouting,
@@ -89,7 +91,8 @@ def train_supervised(
     )
 
     def look_up(ahead: int) -> Choices:
-        return look_up_choices(engine.model, micro_batches_of(batches.at(ahead), settings))
+        with context_parallel(engine.ranks.context or ALONE):
+            return look_up_choices(engine.model, micro_batches_of(batches.at(ahead), settings))
 
     def save(write: Callable[..., Any], step: int) -> None:
         cursor = {"clock": clock.state(), "anticipatory": anticipatory.cursor()}
@@ -143,7 +146,7 @@ def supervised_step(
 
     choices  layer -> [R, K] experts that the learned routers take; None: their own
     """
-    micro_batches = micro_batches_of(packed, settings, engine.ranks.size)
+    micro_batches = micro_batches_of(packed, settings, engine.ranks.num_parts)
     denominator, num_samples, num_queries = packed.loss_weight, len(packed.lengths), index_queries(packed)
     wants_losses = settings.balance_weight > 0 or settings.indexer_weight > 0
     trace = Trace(wants_losses=wants_losses)
@@ -209,6 +212,6 @@ def indexer_warmup_step(
 
     denominators = {"nll": packed.loss_weight, "indexer_kl": num_queries}
     with warming_up(engine.model):
-        micro_batches = micro_batches_of(packed, settings, engine.ranks.size)
+        micro_batches = micro_batches_of(packed, settings, engine.ranks.num_parts)
         report = engine.forward_backward(loss_fn, micro_batches, denominators)
         return report | engine.step(_rate(settings, step))

@@ -20,6 +20,7 @@ from consilience.grpo.corrections import Corrections
 from consilience.grpo.loss import combine, grpo_loss, shares, summed
 from consilience.grpo.mini_batch import MiniBatch, micro_batches, with_proximal
 from consilience.grpo.mismatch import mismatch_report
+from consilience.model.context_parallel import context_ranks
 from consilience.model.forward_trace import Trace
 from consilience.rollout.ahead import staleness
 from consilience.rollout.jobs import RolloutJob
@@ -222,7 +223,7 @@ def _mini_batch(
             sampler_logprob=sampler,
             share=at.arrays.get("share"),
         )
-        if not at.hidden.shape[0]:  # nothing to learn from, nor to report
+        if not at.hidden.shape[0] and context_ranks().size == 1:  # nothing to learn from, nor to report
             return out.loss, {}
         sums = combine(sums, out.sums) if sums else dict(out.sums)
         if wants_mismatch:
@@ -234,7 +235,7 @@ def _mini_batch(
         sums = combine(sums, {"mtp_loss": float(ahead.detach())})
         return out.loss + settings.mtp_weight * ahead / max(packed.num_loss_tokens, 1), {}
 
-    engine.forward_backward(loss_fn, micro_batches(packed, settings, engine.ranks.size), {})
+    engine.forward_backward(loss_fn, micro_batches(packed, settings, engine.ranks.num_parts), {})
     return summed(engine.ranks, sums) | {"expert_load": trace.expert_load}
 
 

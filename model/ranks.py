@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -41,6 +41,7 @@ class Ranks:
     talk    carries Python values, by gloo; the same group where tensors go by gloo too
     device  where tensors of the group must lie
     patient talk for what the first rank may take long for; None: as `talk`
+    context those that cut rows with this one, of whom each micro-batch takes all; None: rows stay whole
     on_call told WAITS or WAITS_FOR_FIRST when a call begins, HAS when it returns, BROKE when it raises; WORKS
             and HAS around `in_step`
     """
@@ -52,15 +53,33 @@ class Ranks:
     device: torch.device = torch.device("cpu")
     patient: dist.ProcessGroup | None = None
     on_call: Callable[[str], None] = _unheard
+    context: Ranks | None = None
 
     @property
     def is_first(self) -> bool:
         """Whether this rank writes what the ranks leave behind: logs, checkpoints, publications."""
         return self.rank == 0
 
+    @property
+    def num_parts(self) -> int:
+        """Into how many parts a step's micro-batches go: R, or as many as there are groups that cut rows."""
+        return self.size // (self.context or ALONE).size
+
+    @property
+    def part_number(self) -> int:
+        """Which of the parts is this rank's; the ranks of a context have the same."""
+        return self.rank // (self.context or ALONE).size
+
     def part(self, items: Sequence[T]) -> list[T]:
-        """This rank's items, every R-th one; the first (number mod R) ranks may have one more."""
-        return list(items[self.rank :: self.size])
+        """This rank's items, every num_parts-th one; the first parts may have one more."""
+        return list(items[self.part_number :: self.num_parts])
+
+    def with_context(self, size: int, *, timeout_s: float = 600.0) -> Ranks:
+        """These ranks, each `size` neighbours of which cut rows among them; all ranks call it together.
+
+        EngineError if the groups do not come out even.
+        """
+        return self if size == 1 else replace(self, context=self.split(size, timeout_s=timeout_s)[0])
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor becomes its sum over the ranks, in place. They travel in buckets, one dtype each.

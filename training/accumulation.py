@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from consilience.conf.errors import EngineError
+from consilience.model.context_parallel import context_parallel
 from consilience.model.exact import exact_mode
-from consilience.model.ranks import Ranks
+from consilience.model.ranks import ALONE, Ranks
 from consilience.training.engine_checks import check_denominators, raise_first, told_of
 from consilience.training.fill_up import blank
 
@@ -42,21 +43,23 @@ def accumulate(
     """
     check_denominators(denominators, num_steps)
     micro_batches = list(batch) if isinstance(batch, list | tuple) else [batch]
+    context = ranks.context or ALONE
     own = ranks.part(range(len(micro_batches)))
-    num_blank = -(-len(micro_batches) // ranks.size) - len(own) if is_in_step else 0
+    num_blank = -(-len(micro_batches) // ranks.num_parts) - len(own) if is_in_step else 0
     found: dict[str, float] = {"loss": 0.0}
     failed: tuple[int, Exception] | None = None
     index: int | None = 0
     try:
         for number, index in enumerate([*own, *[None] * num_blank], 1):
             micro_batch = blank(micro_batches[0]) if index is None else micro_batches[index]
-            with ranks.in_step() if is_in_step else nullcontext():
-                with exact_mode(is_exact):
+            is_together = is_in_step or context.size > 1
+            with ranks.in_step() if is_together else nullcontext():
+                with exact_mode(is_exact), context_parallel(context):
                     loss, reported = loss_fn(model, micro_batch)
                 value = float(loss.detach())
                 if not math.isfinite(value) and failed is None:
                     failed = (index or 0, _not_finite(num_steps, index, value))
-                    if not is_in_step:
+                    if not is_together:  # else others wait for this backward
                         break
                 if loss.requires_grad:
                     backward(loss, number == len(own) + num_blank)

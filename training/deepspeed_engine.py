@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.conf.errors import CheckpointError, EngineError
+from consilience.model.context_parallel import context_parallel
 from consilience.model.exact import exact_mode
 from consilience.model.ranks import ALONE, Ranks
 from consilience.training.accumulation import LossFn, add_report
@@ -99,8 +100,8 @@ class DeepSpeedEngine:
         check_denominators(denominators, self.num_steps)
         micro_batches = list(batch) if isinstance(batch, list | tuple) else [batch]
         found: dict[str, float] = {"loss": 0.0}
-        for first in range(0, len(micro_batches), self.ranks.size):
-            index = first + self.ranks.rank
+        for first in range(0, len(micro_batches), self.ranks.num_parts):
+            index = first + self.ranks.part_number
             is_filler = index >= len(micro_batches)
             loss, failure = None, None
             try:
@@ -126,7 +127,7 @@ class DeepSpeedEngine:
 
     def _loss(self, loss_fn: LossFn, micro_batch: Any, index: int, found: dict[str, float]) -> Tensor:
         self._gradients.begin()
-        with exact_mode(self.exact):
+        with exact_mode(self.exact), context_parallel(self.ranks.context or ALONE):
             loss, reported = loss_fn(self.model, micro_batch)
         value = float(loss.detach())
         if not math.isfinite(value):

@@ -130,6 +130,7 @@ def test_a_wrong_override_is_refused_in_one_line_that_says_what_to_do(override, 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        ("engine.context_ranks=2", "which does not divide engine.ranks=1; set it to a divisor"),
         ("sandbox.driver=dokcer", "did you mean 'docker'?"),
         ("sandbox.min_isolation=none", "sandbox.allow_insecure=true"),
         ("run.name=../up", "names a folder"),

@@ -65,8 +65,8 @@ def jobs_of(step):
     return [SimpleNamespace(uid=f"{step}/{number}", step=step) for number in range(len(OWNERS))]
 
 
-def distill(ranks, folder, root, balance="weights", budget=None):
-    parts = StageParts(small_model(0, CONFIG), ranks, folder)
+def distill(ranks, folder, root, balance="weights", budget=None, context=1):
+    parts = StageParts(small_model(0, CONFIG), ranks.with_context(context), folder)
     teachers = side(root, folder / "hidden", ranks, budget)
     result = train_distill(
         parts.engine,
@@ -103,13 +103,20 @@ def distill(ranks, folder, root, balance="weights", budget=None):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("size", "balance", "budget"),
-    [(2, "weights", None), (2, "update", None), (4, "update", None), (2, "weights", PART_BYTES)],
+    ("size", "balance", "budget", "context"),
+    [
+        (2, "weights", None, 1),
+        (2, "update", None, 1),
+        (4, "update", None, 1),
+        (2, "weights", PART_BYTES, 1),
+        (2, "weights", None, 2),
+        (4, "update", None, 2),
+    ],
 )
-def test_distillation_is_that_of_one_process(size, balance, budget, teachers, tmp_path):
+def test_distillation_is_that_of_one_process(size, balance, budget, context, teachers, tmp_path):
     one = distill(ALONE, tmp_path / "one", teachers, balance)
-    more = tmp_path / "more"
-    several = assert_ranks_agree(on_ranks(size, distill, more, teachers, balance, budget, folder=tmp_path))
+    given = (tmp_path / "more", teachers, balance, budget, context)
+    several = assert_ranks_agree(on_ranks(size, distill, *given, folder=tmp_path))
     assert len(one["gradients"]) == 4 and {"update_share", "loss_share"} <= one["rows"][0].keys()
     assert_same(several, one)
-    assert not list((more / "hidden").iterdir())
+    assert not list((tmp_path / "more" / "hidden").iterdir())

@@ -22,8 +22,8 @@ OF_CLOCKS = ("anticipatory_s", "anticipatory_share")
 class Keeper(TorchEngine):
     """Keeps the summed gradients of every step."""
 
-    def __init__(self, model, ranks):
-        super().__init__(model, SETTINGS, ranks=ranks)
+    def __init__(self, model, ranks, settings=SETTINGS):
+        super().__init__(model, settings, ranks=ranks)
         self.kept = []
 
     def step(self, lr_scale=1.0, expert_load=None):
@@ -34,13 +34,13 @@ class Keeper(TorchEngine):
 class StageParts:
     """Engine, checkpoints, log and clock of a stage in `folder`, which all ranks see."""
 
-    def __init__(self, model, ranks, folder):
+    def __init__(self, model, ranks, folder, settings=SETTINGS):
         torch.set_num_threads(1)
         if ranks.is_first:
             folder.mkdir(exist_ok=True)
             (folder / "tokenizer.json").write_text("{}")
         ranks.barrier()
-        self.engine, self.log = Keeper(model, ranks), MemorySink()
+        self.engine, self.log = Keeper(model, ranks, settings), MemorySink()
         self.checkpoints = StageCheckpoints(
             folder / "checkpoints", self.engine, folder / "tokenizer.json", META, every_s=0.0
         )

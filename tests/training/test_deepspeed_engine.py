@@ -83,6 +83,15 @@ def test_stage_and_ranks_change_nothing(stage, kind, size, tmp_path):
     check(found, expected(kind))
 
 
+def zero_in_context(ranks):
+    return zero(ranks.with_context(2), "muon", 1, 2)
+
+
+@pytest.mark.slow
+def test_two_ranks_that_cut_rows_train_like_one_process(tmp_path):
+    check(on_ranks(2, zero_in_context, folder=tmp_path), expected("muon", 2))
+
+
 def divided(ranks):
     """As `outcome`, with the weights put together at the end; and what a rank holds of the trunk's."""
     engine = DeepSpeedEngine(v4_model(), replace(SETTINGS, kind="adamw"), ranks=ranks, zero_stage=3)
