@@ -75,9 +75,9 @@ def test_a_target_without_weight_changes_no_gradient():
     one, _ = gradients(packed_of([Example([3, 9, 17, 4, 6], [0, 0, 1, 1, 0])]))
     other, _ = gradients(packed_of([Example([3, 9, 17, 4, 33], [0, 0, 1, 1, 0])]))
     paid, _ = gradients(packed_of([Example([3, 9, 17, 4, 33], [0, 0, 1, 1, 1])]))
-    assert torch.equal(one["head.weight"], other["head.weight"])
-    # Other tokens make other embedding rows and hash routes, none of which carries loss.
-    assert all(torch.allclose(one[n], other[n], atol=1e-8) for n in one)
+    # Other tokens make other embedding rows and hash routes, none of which carries loss; but an expert that has
+    # another number of tokens may sum in another order, which is up to the processor's library.
+    assert all((one[n] - other[n]).abs().max() <= 1e-6 * one[n].abs().max() for n in one)
     assert not torch.allclose(one["head.weight"], paid["head.weight"], atol=1e-4)
 
 
