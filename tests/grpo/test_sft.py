@@ -78,7 +78,7 @@ def test_a_target_without_weight_changes_no_gradient():
     # Other tokens make other embedding rows and hash routes, none of which carries loss; but an expert with
     # another number of tokens may sum in another order, which is up to the processor's library.
     largest = float(one["head.weight"].abs().max())
-    assert all(torch.allclose(one[n], other[n], rtol=0, atol=1e-6 * largest) for n in one)
+    assert all((one[n] - other[n]).abs().max() <= 1e-6 * max(largest, one[n].abs().max()) for n in one)
     assert not torch.allclose(one["head.weight"], paid["head.weight"], atol=1e-4)
 
 
