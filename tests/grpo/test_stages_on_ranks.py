@@ -223,6 +223,16 @@ def test_sft_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
     assert_cut_same(two, one)
 
 
+def cut_ahead(ranks, folder):
+    return sft(ranks, folder, "always", kind="fsdp")
+
+
+@pytest.mark.slow
+def test_anticipatory_routing_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
+    two = on_ranks(2, cut_ahead, tmp_path / "two", folder=tmp_path)
+    assert_cut_same(two, sft(ALONE, tmp_path / "one", "always"))
+
+
 def cut_grpo(ranks, folder):
     return [
         grpo(ranks, folder / "plain", kind="fsdp"),
