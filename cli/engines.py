@@ -32,6 +32,10 @@ def build_engine(cfg: Config, model: Any, settings: OptimizerSettings, ranks: Ra
             offload=engine.offload,
             exact=engine.exact,
         )
+    if engine.kind == "fsdp":
+        from consilience.training.fsdp_engine import FsdpEngine
+
+        return FsdpEngine(model, settings, ranks=ranks)
     return TorchEngine(model, settings, exact=engine.exact, ranks=ranks)
 
 
@@ -55,6 +59,10 @@ def backend_of(cfg: Config, num_gpus: int | None = None, kinds: list[str] | None
         from consilience.training.deepspeed_setup import check_installed
 
         check_installed()
+    if cfg.engine.kind == "fsdp" and dist.is_available():
+        from consilience.training.fsdp_model import check_version
+
+        check_version()
     if size > 1 and not dist.is_available():
         raise ConfigError(
             f"engine.ranks is {size}, but this torch has no torch.distributed; set engine.ranks=1"

@@ -41,10 +41,10 @@ def _check_turns(cfg: Config) -> None:
             "cluster.placement=colocated lets trainer and workers take turns with memory, so nothing is "
             "sampled ahead; set grpo.mode and distill.mode to sync, or cluster.placement=apart"
         )
-    if cfg.engine.kind == "deepspeed":
+    if cfg.engine.kind != "torch":
         raise ConfigError(
             "cluster.placement=colocated moves the trainer to the host while workers sample, which is not "
-            "there for engine.kind=deepspeed; set engine.kind=torch, or cluster.placement=apart"
+            f"there for engine.kind={cfg.engine.kind}; set engine.kind=torch, or cluster.placement=apart"
         )
     if cfg.rollout.engine == "vllm" and cfg.rollout.vllm.sleep is None:
         raise ConfigError(

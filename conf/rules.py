@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from consilience.conf.cut_rules import check_cut
 from consilience.conf.errors import ConfigError
 from consilience.conf.fields import nearest, read_record
 from consilience.conf.placement_rules import check_placement
@@ -33,6 +34,7 @@ def check_rules(cfg: Config) -> Config:
     _check_engine(cfg)
     _check_sampler(cfg)
     _check_ranks(cfg)
+    check_cut(cfg)
     check_placement(cfg)
     _check_vllm(cfg)
     _check_files(cfg)

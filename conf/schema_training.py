@@ -11,7 +11,7 @@ RECOMPUTE = (
     "none", "cheap", "mhc", "attention", "experts", "block",
     "streams", "layer_input", "attention_inner", "picks", "attention_output", "router", "expert_activations",
 )  # fmt: skip
-ENGINES = ("torch", "deepspeed")
+ENGINES = ("torch", "deepspeed", "fsdp")
 """Names of `engine.kind`; `cli/engines.py` has the class of each."""
 
 
@@ -300,7 +300,10 @@ class EngineConfig:
     """What holds parameters, gradients and optimiser."""
 
     kind: str = setting(
-        "torch", "train engine; each has the whole model on every rank", choices=ENGINES, speed_only=True
+        "torch",
+        "train engine; fsdp cuts the model over the ranks, else each has it whole",
+        choices=ENGINES,
+        speed_only=True,
     )
     ranks: int = setting(
         1,

@@ -45,7 +45,7 @@ from consilience.teachers.hidden_store import HiddenStore
 from consilience.teachers.registry import TeacherRegistry
 from consilience.teachers.scheduler import ScoreReport, TeacherScheduler
 from consilience.teachers.store_threads import StatesAhead
-from consilience.training.engine import TrainEngine
+from consilience.training.engine import TrainEngine, official_weights
 from consilience.training.forward import hidden_at_loss, mtp_loss, sample_order
 from consilience.training.metrics import MetricsSink, RolloutRow
 from consilience.training.packing import PackedRows, split_micro_batches
@@ -131,7 +131,7 @@ def train_distill(
     if ranks.is_first:
         phases = _phases(store, sampler, jobs_of, start, settings.steps, max_age)
         store.ledger.resumed(start)
-    version = publish(sampler, engine.model, start, store, ranks)
+    version = publish(sampler, official_weights(engine), start, store)
     phases.admit(version)
     for step in range(start, settings.steps):
         with clock.phase("rollout"), while_sampling():
@@ -152,7 +152,7 @@ def train_distill(
             with clock.phase("rollout"):
                 phases.complete_all()
         with clock.phase("publish"):
-            version = publish(sampler, engine.model, version + 1, store, ranks)
+            version = publish(sampler, official_weights(engine), version + 1, store)
         phases.admit(version)
         for row in rows[-1:]:
             row.pop("balance", None)  # the last row's is enough to go on from

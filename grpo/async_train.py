@@ -18,6 +18,7 @@ from consilience.grpo.train import GrpoStage
 from consilience.rollout.ahead import PhasesAhead, PhasesElsewhere, RolloutStreams
 from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.phases import publish
+from consilience.training.engine import official_weights
 
 
 def train_grpo_ahead(
@@ -36,14 +37,14 @@ def train_grpo_ahead(
     max_age   oldest token a step trains on, in versions; jobs are admitted accordingly, none is discarded
     is_whole  publish only when nothing is being sampled (one step off, with a max_age of 1)
     """
-    clock, model, ranks = stage.clock, stage.engine.model, stage.engine.ranks
+    clock, engine, ranks = stage.clock, stage.engine, stage.engine.ranks
     phases: PhasesAhead | PhasesElsewhere = PhasesElsewhere()
     if ranks.is_first:
         stage.store.ledger.resumed(start)
         num_steps = stage.settings.steps
         phases = PhasesAhead(stage.store, streams, jobs_of, start=start, num_steps=num_steps, max_age=max_age)
     try:
-        version = publish(streams, model, start, stage.store, ranks)
+        version = publish(streams, official_weights(engine), start, stage.store)
         phases.admit(version)
         for step in range(start, stage.settings.steps):
             with clock.phase("wait"):
@@ -53,7 +54,7 @@ def train_grpo_ahead(
                 with clock.phase("wait"):
                     phases.complete_all()
             with clock.phase("publish"):
-                version = publish(streams, model, version + 1, stage.store, ranks)
+                version = publish(streams, official_weights(engine), version + 1, stage.store)
             phases.admit(version)
             stage.note(step, records, report)
     finally:

@@ -27,7 +27,7 @@ from consilience.rollout.jobs import RolloutJob
 from consilience.rollout.phases import Sampler, publish, sample_phase
 from consilience.rollout.records import FinishReason, OutcomeKind, RolloutRecord
 from consilience.rollout.store import RolloutStore
-from consilience.training.engine import TrainEngine
+from consilience.training.engine import TrainEngine, official_weights
 from consilience.training.forward import hidden_at_loss, mtp_loss
 from consilience.training.metrics import MetricsSink, RolloutRow
 from consilience.training.packing import PackedRows
@@ -138,13 +138,13 @@ def train_grpo(
     store, clock, engine = stage.store, stage.clock, stage.engine
     if engine.ranks.is_first:
         store.ledger.resumed(start)
-    version = publish(sampler, engine.model, start, store, engine.ranks)
+    version = publish(sampler, official_weights(engine), start, store)
     for step in range(start, stage.settings.steps):
         with clock.phase("rollout"), stage.while_sampling():
             records = engine.ranks.first(sample_phase, store, step, sampler, jobs_of)
         report = stage.learn(step, records)
         with clock.phase("publish"):
-            version = publish(sampler, engine.model, version + 1, store, engine.ranks)
+            version = publish(sampler, official_weights(engine), version + 1, store)
         stage.note(step, records, report)
     return stage.summary()
 

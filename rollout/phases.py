@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from consilience.conf.errors import EngineError
-from consilience.model.checkpoint import to_official
-from consilience.model.ranks import ALONE, Ranks
 from consilience.rollout.deadlines import read_stalls
 from consilience.rollout.dispatch import DROPPED
 from consilience.rollout.drops import drop_groups, drop_report
@@ -70,17 +68,16 @@ class Sampler(Publisher, Protocol):
 
 
 def publish(
-    sampler: Publisher, model: nn.Module, version: int, store: RolloutStore, ranks: Ranks = ALONE
+    sampler: Publisher, weights: Mapping[str, Tensor] | None, version: int, store: RolloutStore
 ) -> int:
-    """Give the workers the model's weights as a publication; returns the version.
+    """Give the workers the weights, by their official names, as a publication; returns the version.
 
     The publication is in the store before any worker has the weights, so that every token's version can be
     traced to bytes, whoever dies. Errors are those of `PublicationLog.record` and of the sampler.
-    ranks  that train the model and all call this; the first publishes
+    weights  None on all ranks of the trainer but the first, who alone publishes
     """
-    if not ranks.is_first:
+    if weights is None:
         return version
-    weights = to_official(model)  # type: ignore[arg-type]
     publication = announce(weights, version, store.quantization)
     store.publications.record(publication)
     sampler.publish(weights, publication, version)

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
+from consilience.model.checkpoint import to_official
 from consilience.model.ranks import Ranks
 
 
@@ -76,6 +77,10 @@ class CutEngine(TrainEngine, Protocol):
         """
         ...
 
+    def gather_weights(self) -> dict[str, Tensor] | None:
+        """Every tensor under its official name in the host's memory of the first rank; None on others."""
+        ...
+
     def read_weights(self, folder: Path) -> None:
         """The weights of a checkpoint, whoever wrote it, each rank its part."""
         ...
@@ -86,3 +91,10 @@ class CutEngine(TrainEngine, Protocol):
 def is_cut(engine: TrainEngine | None) -> TypeGuard[CutEngine]:
     """Whether weights are streamed from all ranks."""
     return hasattr(engine, "write_weights")
+
+
+def official_weights(engine: TrainEngine) -> Mapping[str, Tensor] | None:
+    """The engine's weights by their official names, on the first rank; None on others. All ranks call."""
+    if is_cut(engine):
+        return engine.gather_weights()
+    return to_official(engine.model) if engine.ranks.is_first else None  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ from consilience.training.fsdp_model import Anchor, cut_model
 from consilience.training.optimizers import gate_bias_names, loads_by_bias, parameter_groups
 from consilience.training.random_state import random_state_tensors, restore_random_state
 from consilience.training.sharded_optimizer import ShardedOptimizer
-from consilience.training.sharded_tensors import Sharded, cut_pieces, read_piece
+from consilience.training.sharded_tensors import Sharded, cut_pieces, gather_sharded, read_piece
 from consilience.training.tensor_files import read_tensors, write_tensors
 from consilience.training.torch_engine import OPTIMIZER_FILE, RANDOM_FILE, OptimizerSettings
 
@@ -166,6 +166,12 @@ class FsdpEngine:
         self._reshard()
         weights = official_weights(self.model, self.ranks)
         return stream_files(folder, weight_files(weights, max_shard_bytes), self.ranks)
+
+    def gather_weights(self) -> dict[str, Tensor] | None:
+        """The weights on the first rank's host, in a checkpoint's order; see `CutEngine`."""
+        self._reshard()
+        with self.ranks.in_step():
+            return gather_sharded(official_weights(self.model, self.ranks), self.ranks)
 
     def read_weights(self, folder: Path) -> None:
         """Each rank's part of a checkpoint's weights, whoever wrote it. CheckpointError names the tensor."""

@@ -29,6 +29,15 @@ def is_cut(name: str, parameter: nn.Parameter, main: torch.dtype) -> bool:
     return parameter.ndim >= 2 and parameter.dtype == main and not _WHOLE.fullmatch(name)
 
 
+def check_version(part: type = FSDPModule) -> None:
+    """EngineError if this PyTorch, of which `part` is what FSDP2 makes of a module, is too old."""
+    if not hasattr(part, "set_reduce_scatter_unused_params"):
+        raise EngineError(
+            f"PyTorch {torch.__version__} cannot reduce a group of which a rank has only some gradients; "
+            "install 2.13 or newer, or take engine.kind=torch or deepspeed"
+        )
+
+
 def cut_model(model: nn.Module, ranks: Ranks) -> None:
     """Cut the model's matrices over the ranks, in place; gradients are summed in fp32 (fp64 stays).
 
@@ -37,6 +46,7 @@ def cut_model(model: nn.Module, ranks: Ranks) -> None:
     """
     if ranks.group is None:
         raise EngineError("FSDP cuts a model over several ranks, this is one; take engine.kind=torch")
+    check_version()
     mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
     main = next(iter(model.parameters())).dtype
     wide = None if main == torch.float64 else torch.float32
@@ -53,11 +63,6 @@ def cut_model(model: nn.Module, ranks: Ranks) -> None:
         fully_shard(block, **given)
     fully_shard(model, **given)
     whole: Any = model
-    if not hasattr(whole, "set_reduce_scatter_unused_params"):
-        raise EngineError(
-            f"PyTorch {torch.__version__} cannot reduce a group of which a rank has only some gradients; "
-            "install 2.13 or newer, or take engine.kind=torch or deepspeed"
-        )
     whole.set_reduce_scatter_unused_params(True)
     for module in model.modules():
         if isinstance(module, FSDPModule):

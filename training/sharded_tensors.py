@@ -71,6 +71,20 @@ def write_sharded(
     return error
 
 
+def gather_sharded(tensors: Mapping[str, Sharded], ranks: Ranks) -> dict[str, Tensor] | None:
+    """Whole tensors in the host's memory of the first rank, a piece at a time; None on the others."""
+    whole: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        here = torch.empty(tensor.shape, dtype=tensor.dtype) if ranks.is_first else None
+        for piece in tensor.pieces:
+            rows = _to_first(tensor, piece, ranks)
+            if here is not None and rows is not None:
+                (here[piece.first : piece.last] if tensor.shape else here).copy_(rows)
+        if here is not None:
+            whole[name] = here
+    return whole if ranks.is_first else None
+
+
 def _to_first(tensor: Sharded, piece: Piece, ranks: Ranks) -> Tensor | None:
     """A piece on the first rank; None on the others."""
     rows = tensor.local

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -40,6 +41,7 @@ def context(root, ranks, **engine):
         "optimizer": {"kind": "adamw", "eps": 1e-4},
         "log": {"wandb": "disabled"},
         "base": STAGE,
+        "rollout": {"proof": "off"},
     }
     run = RunFolder(root)
     folder = run.stage("base").create()
@@ -88,6 +90,7 @@ def assert_same_weights(*folders):
         {"shard_state": True},
         {"kind": "deepspeed", "zero_stage": 1},
         {"kind": "deepspeed", "zero_stage": 2, "offload": True},
+        {"kind": "fsdp", "recompute": ["block"]},
     ],
 )
 def test_other_engines_end_where_one_process_does(engine, tmp_path):
@@ -97,3 +100,19 @@ def test_other_engines_end_where_one_process_does(engine, tmp_path):
     assert_same_weights(tmp_path / "one" / whole["checkpoint"], tmp_path / "two" / result["checkpoint"])
     kept = sorted(path.name for path in two.folder.checkpoints.iterdir())
     assert kept[-1] == "step-000003" and len(kept) > 1  # saved on the way too, by all ranks
+
+
+@pytest.mark.slow
+def test_a_stage_cut_over_two_ranks_goes_on_on_two_to_the_bit_and_on_one(tmp_path):
+    whole = on_ranks(supervised.run_base, context(tmp_path / "whole", 2, kind="fsdp"))
+    cut = context(tmp_path / "two", 2, kind="fsdp")
+    with pytest.raises(EngineError, match="SIGKILL"):
+        on_ranks(functools.partial(killed_in_step, 2), cut)
+    assert not (cut.folder.checkpoints / "step-000003").exists()
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    again = on_ranks(supervised.run_base, cut)
+    alone = supervised.run_base(context(tmp_path / "one", 1))
+    assert again["digest"] == whole["digest"]
+    one = to_official(load_checkpoint(tmp_path / "one" / alone["checkpoint"])[0])
+    for name, value in to_official(load_checkpoint(tmp_path / "two" / again["checkpoint"])[0]).items():
+        torch.testing.assert_close(one[name], value, rtol=1e-6, atol=1e-6, msg=name)

@@ -9,7 +9,7 @@ import small_trainer
 import torch
 from graded_records import record
 from small_trainer import small_model
-from stage_ranks import META, StageParts, assert_ranks_agree, assert_same
+from stage_ranks import META, StageParts, assert_cut_same, assert_ranks_agree, assert_same
 
 from consilience.distill.train import DistillSettings, TeacherSide, train_distill
 from consilience.model.ranks import ALONE
@@ -65,8 +65,8 @@ def jobs_of(step):
     return [SimpleNamespace(uid=f"{step}/{number}", step=step) for number in range(len(OWNERS))]
 
 
-def distill(ranks, folder, root, balance="weights", budget=None, context=1):
-    parts = StageParts(small_model(0, CONFIG), ranks.with_context(context), folder)
+def distill(ranks, folder, root, balance="weights", budget=None, context=1, kind="torch"):
+    parts = StageParts(small_model(0, CONFIG), ranks.with_context(context), folder, kind=kind)
     teachers = side(root, folder / "hidden", ranks, budget)
     result = train_distill(
         parts.engine,
@@ -120,3 +120,14 @@ def test_distillation_is_that_of_one_process(size, balance, budget, context, tea
     assert len(one["gradients"]) == 4 and {"update_share", "loss_share"} <= one["rows"][0].keys()
     assert_same(several, one)
     assert not list((tmp_path / "more" / "hidden").iterdir())
+
+
+def cut_distill(ranks, folder, root):
+    return distill(ranks, folder, root, "update", kind="fsdp")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_distillation_with_a_model_cut_over_two_ranks_is_that_of_one_process(teachers, tmp_path):
+    one = distill(ALONE, tmp_path / "one", teachers, "update")
+    assert_cut_same(on_ranks(2, cut_distill, tmp_path / "two", teachers, folder=tmp_path), one)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from graded_records import record
 from small_trainer import AHEAD, small_model
-from stage_ranks import SETTINGS, StageParts, assert_ranks_agree, assert_same
+from stage_ranks import SETTINGS, StageParts, assert_cut_same, assert_ranks_agree, assert_same
 
 from consilience.grpo.async_train import train_grpo_ahead
 from consilience.grpo.corrections import Corrections
@@ -34,8 +34,8 @@ def examples():
     return [Example(tuple(i), tuple(float(at >= 4) for at in range(len(i)))) for i in ids]
 
 
-def sft(ranks, folder, mode="off", context=1, optimizer=SETTINGS):
-    parts = StageParts(small_model(0, AHEAD), ranks.with_context(context), folder, optimizer)
+def sft(ranks, folder, mode="off", context=1, optimizer=SETTINGS, kind="torch"):
+    parts = StageParts(small_model(0, AHEAD), ranks.with_context(context), folder, optimizer, kind)
     settings = SupervisedSettings(
         3, 128, row_tokens=32, micro_tokens=64, warmup=0, balance_weight=0.01, indexer_weight=0.1
     )
@@ -97,8 +97,8 @@ def jobs_of(step):
     return [SimpleNamespace(uid=f"{step}/{name}") for name in "abcdef"]
 
 
-def grpo(ranks, folder, mode="sync", corrections=None, context=1, replays=False):
-    parts = StageParts(small_model(0, AHEAD), ranks.with_context(context), folder)
+def grpo(ranks, folder, mode="sync", corrections=None, context=1, replays=False, kind="torch"):
+    parts = StageParts(small_model(0, AHEAD), ranks.with_context(context), folder, kind=kind)
     settings = GrpoSettings(
         2,
         row_tokens=32,
@@ -210,3 +210,48 @@ def flat_rows(left):
 
 def pop_gaps(row):
     return {name: row.pop(name) for name in ("mismatch_max", "sampler_gap_max") if name in row}
+
+
+def cut_sft(ranks, folder):
+    return sft(ranks, folder, kind="fsdp")
+
+
+def test_sft_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
+    one = sft(ALONE, tmp_path / "one")
+    two = on_ranks(2, cut_sft, tmp_path / "two", folder=tmp_path)
+    assert len(two[0]["rows"]) == 3
+    assert_cut_same(two, one)
+
+
+def cut_ahead(ranks, folder):
+    return sft(ranks, folder, "always", kind="fsdp")
+
+
+@pytest.mark.slow
+def test_anticipatory_routing_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
+    two = on_ranks(2, cut_ahead, tmp_path / "two", folder=tmp_path)
+    assert_cut_same(two, sft(ALONE, tmp_path / "one", "always"))
+
+
+def cut_grpo(ranks, folder):
+    return [
+        grpo(ranks, folder / "plain", kind="fsdp"),
+        grpo(ranks, folder / "corrected", "async", Corrections(token_truncate=2.0), kind="fsdp"),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_grpo_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
+    (tmp_path / "two").mkdir()
+    plain, corrected = zip(*on_ranks(2, cut_grpo, tmp_path / "two", folder=tmp_path))
+    one = grpo(ALONE, tmp_path / "one")
+    more = grpo(ALONE, tmp_path / "more", "async", Corrections(token_truncate=2.0))
+    for several, alone in ((plain, one), (corrected, more)):
+        for found, expected in zip(flat_rows(several[0]), flat_rows(alone)):
+            # As above: differences of log-probs to 1e-5 of a log-prob.
+            assert pop_gaps(found) == pytest.approx(pop_gaps(expected), rel=0, abs=1e-5)
+        for left in several[1:]:
+            for row in flat_rows(left):
+                pop_gaps(row)
+        assert_cut_same(several, alone)

@@ -5,7 +5,9 @@ import math
 import numpy as np
 import torch
 
+from consilience.model.checkpoint import to_official
 from consilience.training.checkpoint import CheckpointMeta
+from consilience.training.engine import is_cut, official_weights
 from consilience.training.metrics import MemorySink
 from consilience.training.progress import SilentProgress
 from consilience.training.stage_checkpoints import StageCheckpoints
@@ -31,16 +33,24 @@ class Keeper(TorchEngine):
         return super().step(lr_scale, expert_load)
 
 
+def engine_of(kind, model, ranks, settings):
+    if kind == "fsdp":
+        from consilience.training.fsdp_engine import FsdpEngine
+
+        return FsdpEngine(model, settings, ranks=ranks)
+    return Keeper(model, ranks, settings)
+
+
 class StageParts:
     """Engine, checkpoints, log and clock of a stage in `folder`, which all ranks see."""
 
-    def __init__(self, model, ranks, folder, settings=SETTINGS):
+    def __init__(self, model, ranks, folder, settings=SETTINGS, kind="torch"):
         torch.set_num_threads(1)
         if ranks.is_first:
             folder.mkdir(exist_ok=True)
             (folder / "tokenizer.json").write_text("{}")
         ranks.barrier()
-        self.engine, self.log = Keeper(model, ranks, settings), MemorySink()
+        self.engine, self.log = engine_of(kind, model, ranks, settings), MemorySink()
         self.checkpoints = StageCheckpoints(
             folder / "checkpoints", self.engine, folder / "tokenizer.json", META, every_s=0.0
         )
@@ -51,11 +61,14 @@ class StageParts:
     def named(self):
         return {name: getattr(self, name) for name in ("checkpoints", "log", "clock", "progress")}
 
+    def _weights(self):
+        return official_weights(self.engine) or {} if is_cut(self.engine) else to_official(self.engine.model)
+
     def left(self):
         """Gradients by step, weights and router biases at the end, and what was logged."""
         rows = [{k: v for k, v in row.items() if k not in OF_CLOCKS} for row in self.log.rows]
-        weights = {name: value.numpy().copy() for name, value in self.engine.model.state_dict().items()}
-        return {"gradients": self.engine.kept, "weights": weights, "rows": rows}
+        weights = {name: value.numpy().copy() for name, value in self._weights().items()}
+        return {"gradients": getattr(self.engine, "kept", []), "weights": weights, "rows": rows}
 
 
 def assert_same(found, expected, tolerance=1e-5, least=1e-6):
@@ -98,3 +111,13 @@ def assert_ranks_agree(left):
             assert np.array_equal(value, other["weights"][name]), name
         assert repr(other["rows"]) == repr(left[0]["rows"])
     return left[0]
+
+
+def assert_cut_same(left, expected):
+    """What ranks with a part of the model each left is what one process did; the first has gathered it."""
+    for other in left[1:]:
+        assert not other["weights"] and repr(other["rows"]) == repr(left[0]["rows"])
+    assert_same(
+        {name: value for name, value in left[0].items() if name != "gradients"},
+        {name: value for name, value in expected.items() if name != "gradients"},
+    )

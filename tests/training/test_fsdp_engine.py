@@ -1,6 +1,7 @@
 """FSDP2 trains like one process: gradients, weights, reports, whatever the number of ranks."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -93,6 +94,15 @@ def with_a_loss_that_is_not_finite(ranks):
 def test_a_loss_that_is_not_finite_on_a_rank_is_an_error_on_all(tmp_path):
     first, second = on_ranks(2, with_a_loss_that_is_not_finite, folder=tmp_path)
     assert first == second and first[1] and "is nan; no parameter was changed" in first[0]
+
+
+def test_an_older_pytorch_is_refused_by_its_version():
+    from consilience.training.fsdp_model import check_version
+
+    with pytest.raises(
+        EngineError, match=rf"PyTorch {re.escape(torch.__version__)} .* install 2.13 or newer"
+    ):
+        check_version(torch.nn.Module)
 
 
 def test_one_rank_is_told_to_take_the_plain_engine():

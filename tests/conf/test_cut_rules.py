@@ -1,0 +1,37 @@
+"""What does not go with a cut model is refused before anything is built, and the way out is named."""
+
+import pytest
+
+from consilience.conf.errors import ConfigError
+from consilience.conf.load import compose
+
+CUT = ["engine.kind=fsdp", "engine.ranks=2", "rollout.proof=off"]
+
+
+def test_a_cut_model_on_two_ranks_is_taken():
+    engine = compose(CUT).engine
+    assert (engine.kind, engine.ranks) == ("fsdp", 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("engine.ranks=1", "set engine.ranks to 2 or more, or engine.kind=torch"),
+        ("engine.context_ranks=2", "set engine.context_ranks=1, or engine.kind=torch"),
+        ("engine.exact=true", "set engine.exact=false, or"),
+        ("engine.quantization=fp4", "set engine.quantization=off, or"),
+        ("rollout.proof=start", "set rollout.proof=off, or"),
+        ("base.indexer_warmup=2", "set base.indexer_warmup=0, or"),
+        ("sft.indexer_warmup=2", "set sft.indexer_warmup=0, or"),
+        (
+            "specialist.settings.math.sft.indexer_warmup=2",
+            "set specialist.settings.math.sft.indexer_warmup=0",
+        ),
+        ("engine.shard_state=true", "set engine.shard_state=false"),
+        ("cluster.placement=colocated", "not there for engine.kind=fsdp; set engine.kind=torch"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused_with_the_way_out(override, said):
+    with pytest.raises(ConfigError) as refused:
+        compose([*CUT, override])
+    assert said in str(refused.value)
