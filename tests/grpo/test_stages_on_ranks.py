@@ -198,18 +198,7 @@ def test_stages_whose_rows_are_cut_in_two_are_those_of_one_process(size, tmp_pat
         grpo(ALONE, tmp_path / "e", replays=True),
     ]
     for one, more in zip(alone, several):
-        # The largest differences of log-probs, of about ln 40 each: 1e-5 of those, not of what is left.
-        for found, expected in ((pop_gaps(m), pop_gaps(o)) for m, o in zip(flat_rows(more), flat_rows(one))):
-            assert found == pytest.approx(expected, rel=0, abs=1e-5)
         assert_same(more, one)
-
-
-def flat_rows(left):
-    return [*left["rows"], left.get("result", {})]
-
-
-def pop_gaps(row):
-    return {name: row.pop(name) for name in ("mismatch_max", "sampler_gap_max") if name in row}
 
 
 def cut_sft(ranks, folder):
@@ -248,10 +237,4 @@ def test_grpo_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
     one = grpo(ALONE, tmp_path / "one")
     more = grpo(ALONE, tmp_path / "more", "async", Corrections(token_truncate=2.0))
     for several, alone in ((plain, one), (corrected, more)):
-        for found, expected in zip(flat_rows(several[0]), flat_rows(alone)):
-            # As above: differences of log-probs to 1e-5 of a log-prob.
-            assert pop_gaps(found) == pytest.approx(pop_gaps(expected), rel=0, abs=1e-5)
-        for left in several[1:]:
-            for row in flat_rows(left):
-                pop_gaps(row)
         assert_cut_same(several, alone)
