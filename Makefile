@@ -3,6 +3,7 @@
 #   make demo               the pipeline, end to end, then the report      (PROFILE=ci: shortened)
 #   make test               the tests of five minutes                      (ROOM=grpo: one folder)
 #   make test-all           the slow ones too
+#   make test-ranks         what starts several processes of training, slow ones too, and how far they are off one
 #   make test-kernels       the GPU kernels; on a machine without one, under Triton's interpreter
 #   make vllm               vLLM's CPU build, in an environment over the first: .venv-vllm (77 s, 1.3 GB)
 #   make test-vllm          the tests of the vLLM engine and of teachers scored by it, there
@@ -56,7 +57,7 @@ step = printf '  %s … ' "$(1)"; began=$$SECONDS; \
 	if $(2) >>$(LOG) 2>&1; then echo "$$((SECONDS - began)) s"; \
 	else echo "failed, see $(LOG):"; tail -n 12 $(LOG); exit 1; fi
 
-.PHONY: setup demo demo-ci test test-all test-kernels vllm test-vllm test-docker attacks chaos chaos-vllm fuzz check format bench bench-gpu docs clean
+.PHONY: setup demo demo-ci test test-all test-ranks test-kernels vllm test-vllm test-docker attacks chaos chaos-vllm fuzz check format bench bench-gpu docs clean
 
 setup: $(STAMP)
 
@@ -77,6 +78,9 @@ demo-ci:
 
 test: setup
 	@$(BIN)/python -m pytest -m 'not slow and not triton' $(if $(ROOM),tests/$(ROOM)) $(ARGS)
+
+test-ranks: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'ranks and not triton' tests/model tests/training tests/grpo tests/distill tests/cli/test_stage_on_ranks.py $(ARGS)
 
 test-all: setup $(STAMP)-triton
 	@$(BIN)/python -m pytest $(if $(ROOM),tests/$(ROOM)) $(ARGS)

@@ -54,6 +54,6 @@ def test_killed_owners_leave_nothing():
     command = [sys.executable, "bench/sandbox.py", "--quick", "--driver", "bwrap", "--table", "leaks"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
                           text=True, timeout=170)  # fmt: skip
-    assert done.returncode == 0 and "50 owners killed, 0 processes and groups left" in done.stdout, (
-        done.stdout
-    )
+    assert (
+        done.returncode == 0 and "50 owners killed; 0 processes, groups and containers left" in done.stdout
+    ), done.stdout

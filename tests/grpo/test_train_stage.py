@@ -159,7 +159,7 @@ def test_publish_records_and_announces_the_digest_of_the_weights_it_hands_over(t
             handed.append((weights, announced.digest, version, known))
 
     policy, store = small_model(4), RolloutStore(tmp_path, quantization="fp4")
-    assert publish(Sampler(), policy, 7, store) == 7
+    assert publish(Sampler(), to_official(policy), 7, store) == 7
     (weights, digest, version, known) = handed[0]
     assert known == [digest] and store.publications.trace(7).quantization == "fp4"
     assert digest == weights_digest(weights) == weights_digest(to_official(policy)) and version == 7

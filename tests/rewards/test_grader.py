@@ -111,12 +111,16 @@ def test_several_gradings_share_a_box_until_one_ends_badly_and_none_sees_what_an
         GradeItem(str(i), "d", f"{file}:score", "", text, "", (), (), "stop", {}, needs_sandbox=True)
         for i, text in enumerate(texts)
     ]
-    with RewardGrader(sandbox=SPEC, gradings_per_box=3) as grader:
-        verdicts = grader.grade(items)
-    assert [v.reward for v in verdicts] == [0.0] * 7
-    ids = [v.sandbox_ids[0] for v in verdicts]
-    assert ids[0] == ids[1] == ids[2] and ids[3] == ids[4] and ids[5] == ids[6]
-    assert len(set(ids)) == 3
+    for spec in (SandboxSpec(driver="bwrap"), SPEC):
+        with RewardGrader(sandbox=spec, gradings_per_box=3) as grader:
+            verdicts = grader.grade(items)
+        assert [v.reward for v in verdicts] == [0.0] * 7
+        ids = [v.sandbox_ids[0] for v in verdicts]
+        if verdicts[0].isolation == "bwrap_root":
+            assert ids[0] == ids[1] == ids[2] and ids[3] == ids[4] and ids[5] == ids[6]
+            assert len(set(ids)) == 3
+        else:  # programs have one user there
+            assert len(set(ids)) == 7
 
 
 def test_an_episodes_own_box_is_asked_for_its_patch_only_where_the_judge_wants_a_box(tmp_path):

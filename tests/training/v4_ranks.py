@@ -15,6 +15,7 @@ from consilience.model.transformer import Transformer
 from consilience.training.forward import hidden_at_loss, mtp_loss
 from consilience.training.packing import pack, split_micro_batches
 from consilience.training.torch_engine import OptimizerSettings
+from tests.ranks_table import keep
 
 # A sliding window alone, CSA with its indexer, HCA; hash and learned routers; a prediction block.
 CONFIG = replace(
@@ -110,3 +111,4 @@ def assert_close(found, expected, tolerance, *, is_update=False):
             rows = slice(2 * _N)
         difference = np.abs(found[name] - value)[rows]
         assert difference.max() <= tolerance * max(np.abs(value).max(), least), (name, difference.max())
+        keep("weights" if is_update else "gradients", difference.max() / max(np.abs(value).max(), least))

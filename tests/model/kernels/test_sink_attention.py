@@ -174,11 +174,13 @@ def test_strides_do_not_matter_and_inputs_are_left_as_they_were(config):
     turn = lambda x: x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     strided = turn(query), replace(keys, window=turn(keys.window), entries=turn(keys.entries)), sink
     found, expected = (sink_attention(*c, SCALE) for c in (strided, (query, keys, sink)))
-    assert torch.equal(found, expected)
+    # A library may sum strided factors in another order: fp64, so the last bits of it.
+    same = lambda a, b: torch.allclose(a, b, rtol=1e-13, atol=1e-13)
+    assert same(found, expected)
     upstream = torch.randn(1, dtype=torch.float64).expand(found.shape)  # strides 0
     grads = zip(torch.autograd.grad(found, leaves(*strided), upstream), leaves(query, keys, sink))
     expected.backward(upstream)
-    assert all(torch.equal(a, x.grad) for a, x in grads)
+    assert all(same(a, x.grad) for a, x in grads)
     assert all(torch.equal(a, b) for a, b in zip(before, leaves(query, keys, sink)))
 
 
