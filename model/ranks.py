@@ -18,7 +18,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import (
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+    distributed_c10d,
+)
 
 from consilience.conf.errors import EngineError
 
@@ -275,6 +278,10 @@ def open_ranks(
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout_s)
     how: dict[str, Any] = {"init_method": address} if isinstance(address, str) else {"store": address}
+    if not dist.is_initialized():
+        # torch names a group by how many it began, those that nobody joined too: ranks with different counts
+        # would wait for each other under different names until the limit.
+        distributed_c10d._world.group_count = 0
     try:
         dist.init_process_group(backend, **how, rank=rank, world_size=size, timeout=limit)
         whole = dist.group.WORLD

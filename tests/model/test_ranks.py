@@ -116,3 +116,18 @@ def test_a_rank_outside_of_the_group_or_alone_at_the_meeting_is_an_error(tmp_pat
         open_ranks(f"file://{tmp_path}/m", 2, 2)
     with pytest.raises(EngineError, match=r"rank 0 of 2 found no others .* within 1 s"):
         open_ranks(f"file://{tmp_path}/m", 0, 2, timeout_s=1)
+
+
+def first_alone_then_together(ranks, folder):
+    """The first rank waits in vain once; then both meet."""
+    ranks.close()
+    if ranks.is_first:
+        with pytest.raises(EngineError, match="found no others"):
+            open_ranks(f"file://{folder}/alone", 0, 2, timeout_s=1)
+    again = open_ranks(f"file://{folder}/together", ranks.rank, 2, timeout_s=8)
+    return again.sums({"ranks": 1.0})
+
+
+def test_a_process_that_waited_in_vain_finds_the_others_the_next_time(tmp_path):
+    found = on_ranks(2, first_alone_then_together, tmp_path, folder=tmp_path, limit_s=30)
+    assert found == [{"ranks": 2.0}] * 2
