@@ -61,7 +61,7 @@ def of_sums(size, dtype=torch.float32):
 
 
 def sharded(ranks, dtype=torch.float32, window_bytes=512, are_summed=False):
-    ownership.WINDOW_BYTES = window_bytes  # windows end inside matrices
+    ownership.WINDOW_BYTES = window_bytes  # windows end inside matrices; of a process that ends with the test
     owned = parameters(dtype)
     muon = ShardedMuon(owned, ranks=ranks)
     for step in range(NUM_STEPS):
@@ -81,7 +81,7 @@ def test_ranks_take_the_update_of_one_process_that_has_the_sums(size, tmp_path):
     """The same sums in the same order, so gradients and momentum are the same bits. Newton–Schulz runs on
     batches of other sizes, whose products the CPU may add up in another order: 1e-5 of weights about 1."""
     weights, momenta = of_sums(size)
-    found = on_ranks(size, sharded, folder=tmp_path) if size > 1 else [sharded(ALONE)]
+    found = on_ranks(size, sharded, folder=tmp_path)
     for own_weights, own_momenta, _ in found:
         for name in SHAPES:
             assert torch.equal(own_momenta[name], momenta[name]), name
