@@ -16,8 +16,6 @@ Shared memory: query 64 KiB, keys 2 × 64, P 2 × 8. Registers of a group's 128 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -30,22 +28,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from consilience.model.kernels import attention_problem
 from consilience.model.kernels.attention_problem import Problem
+from consilience.model.kernels.triton_attention_gluon import (
+    GATHER,
+    HEADS,
+    LENGTHS,
+    LOG2_E,
+    NONE,
+    TILE,
+    WIDTH,
+    _seen,
+    chip_of,
+    flat,
+    tensors_of,
+)
 
-LOG2_E = gl.constexpr(1.4426950408889634)
-NONE, GATHER = gl.constexpr(attention_problem.NONE), gl.constexpr(attention_problem.GATHER)
-HEADS, WIDTH, TILE = gl.constexpr(64), gl.constexpr(512), gl.constexpr(64)
-WARPS = 8
-LENGTHS = ["num_queries", "num_window", "num_entries", "num_picks", "num_heads", "offset"]
-SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-# A warp copies half a row of keys at a time, 16 bytes a lane.
-COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0]))
-# Of the backward's two warp groups of 64 rows: each half of the tile's keys, and half of the channels.
-LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
-SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16]))
 # Of a warp group of the forward: the tile's logits, half of the channels of O; of the copying one, half of a row.
 OWN_LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 OWN_SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
@@ -53,35 +51,6 @@ HALVES = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
 HALF = gl.constexpr(WIDTH.value // 2)
 LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 COPY_REGISTERS, ODD_REGISTERS = gl.constexpr(72), gl.constexpr(208)  # of a thread; the even group gets 224
-
-
-@gluon.jit
-def _seen(block, oldest, first, stop, num_queries, num_picks, num_shares, MODE: gl.constexpr):
-    """Of a block: its first window key that belongs to its sample, its first entry and number of entries."""
-    at = block // num_shares
-    low = gl.load(oldest + at).to(gl.int32)
-    begin, count = low, low
-    if MODE != NONE:
-        begin = gl.load(first + at).to(gl.int32)
-        count = gl.maximum(gl.load(stop + at).to(gl.int32) - begin, 0)
-        if MODE == GATHER:
-            count = gl.minimum(count, num_picks)
-    return low, begin, count
-
-
-@gluon.jit
-def _copy_keys(buffer, window, entries, rows, is_far, batch, num_window, num_entries):
-    c = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, COPIED))
-    base = gl.where(is_far, entries, window)
-    base += batch.to(gl.int64) * gl.where(is_far, num_entries, num_window) * WIDTH
-    async_copy.async_copy_global_to_shared(buffer, base + (rows[:, None] * WIDTH + c[None, :]))
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _copy_query(buffer, query, block, is_full):
-    mbarrier.expect(is_full, HEADS * WIDTH * 2)
-    tma.async_copy_global_to_shared(query, [block * HEADS, 0], is_full, buffer)
 
 
 @gluon.jit
@@ -357,127 +326,26 @@ def _forward(
     gl.thread_barrier()
     gl.warp_specialize(
         [
-            (
-                _attend,
-                (
-                    q_buffers,
-                    k_buffers,
-                    p_buffers,
-                    tops,
-                    totals,
-                    q_full,
-                    q_empty,
-                    k_full,
-                    k_empty,
-                    p_full,
-                    t_full,
-                    picks,
-                    oldest,
-                    first,
-                    stop,
-                    sink,
-                    out,
-                    lse,
-                    scale,
-                    num_queries,
-                    num_picks,
-                    num_heads,
-                    offset,
-                    num_blocks,
-                    size,
-                    MODE,
-                    0,
-                ),
-            ),
-            (
-                _attend,
-                (
-                    q_buffers,
-                    k_buffers,
-                    p_buffers,
-                    tops,
-                    totals,
-                    q_full,
-                    q_empty,
-                    k_full,
-                    k_empty,
-                    p_full,
-                    t_full,
-                    picks,
-                    oldest,
-                    first,
-                    stop,
-                    sink,
-                    out,
-                    lse,
-                    scale,
-                    num_queries,
-                    num_picks,
-                    num_heads,
-                    offset,
-                    num_blocks,
-                    size,
-                    MODE,
-                    1,
-                ),
-            ),
-            (
-                _copy_tiles,
-                (
-                    q_buffers,
-                    k_buffers,
-                    q_full,
-                    q_empty,
-                    k_full,
-                    k_empty,
-                    query,
-                    window,
-                    entries,
-                    picks,
-                    oldest,
-                    first,
-                    stop,
-                    num_queries,
-                    num_window,
-                    num_entries,
-                    num_picks,
-                    num_heads,
-                    offset,
-                    num_blocks,
-                    size,
-                    MODE,
-                ),
-            ),
+            (_attend, (
+                q_buffers, k_buffers, p_buffers, tops, totals,
+                q_full, q_empty, k_full, k_empty, p_full, t_full,
+                picks, oldest, first, stop, sink, out, lse, scale,
+                num_queries, num_picks, num_heads, offset, num_blocks, size, MODE, 0,
+            )),
+            (_attend, (
+                q_buffers, k_buffers, p_buffers, tops, totals,
+                q_full, q_empty, k_full, k_empty, p_full, t_full,
+                picks, oldest, first, stop, sink, out, lse, scale,
+                num_queries, num_picks, num_heads, offset, num_blocks, size, MODE, 1,
+            )),
+            (_copy_tiles, (
+                q_buffers, k_buffers, q_full, q_empty, k_full, k_empty,
+                query, window, entries, picks, oldest, first, stop,
+                num_queries, num_window, num_entries, num_picks, num_heads, offset, num_blocks, size, MODE,
+            )),
         ],
-        [4, 4],
-        [ODD_REGISTERS, COPY_REGISTERS],
-    )
-
-
-def is_available(problem: Problem) -> bool:
-    """Whether this forward and triton_attention_weights_gluon.py take the call: on Hopper, whole groups of 64
-    heads, 512 channels in half precision, a window of four tiles of 32 keys, entries not by mask."""
-    query = problem.query
-    fits = query.shape[2] % HEADS.value == 0 and query.shape[3] == WIDTH.value
-    fits &= query.element_size() == 2 and problem.size > 96 and problem.mode != attention_problem.MASK
-    return fits and chip_of(query).major == 9
-
-
-def chip_of(x: Tensor) -> Any:
-    """The properties of a tensor's GPU."""
-    return torch.cuda.get_device_properties(x.device)
-
-
-def flat(x: Tensor, width: int = WIDTH.value) -> TensorDescriptor:
-    """Rows of channels for copies of blocks of 64 heads × `width`."""
-    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [HEADS.value, width], SHARED)
-
-
-def tensors_of(problem: Problem) -> tuple[Any, ...]:
-    """query … sink as these kernels take them: of the picks, 32-bit words, low before high."""
-    _, window, entries, picks, *rest = problem.tensors
-    entries = entries if problem.num_entries else window  # of one type, whichever is read
-    return flat(problem.query), window, entries, picks.view(torch.int32), *rest
+        [4, 4], [ODD_REGISTERS, COPY_REGISTERS],
+    )  # fmt: skip
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:

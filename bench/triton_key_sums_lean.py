@@ -1,10 +1,7 @@
-"""A tile's gradients of its keys, added where they belong: the second partition of attention's backward on
-Hopper (Gluon; triton_attention_backward_gluon.py).
+"""A candidate for triton_key_sums_gluon.py, which says how it works (Gluon; for triton_backward_lean.py).
 
-Four warps of their own multiply Pᵀ dO + dSᵀ Q, 64 channels at a time, and add the products in L2 while the
-others make the next tile's P and dS. Additions in any order give the same bits because they are additions of
-integers: a gradient times a power of two, rounded; two of 31 bits ride in one of 64. A row that is not seen
-has P = dS = 0, so its zeros may be added to any row.
+What differs: a query's chunks are released one by one; a row that is not seen has P = dS = 0, so its zeros
+are added to any row, unmasked.
 """
 
 from __future__ import annotations
@@ -14,53 +11,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from consilience.model.kernels.triton_attention_gluon import GATHER, HEADS, NONE, TILE, WIDTH, _seen
-
-ADDER_WARPS = gl.constexpr(4)
-PART_WIDTH = gl.constexpr(64)  # channels of a tile's gradients at a time
-PART = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [ADDER_WARPS.value, 1], [16, 64, 16]))
-# Pairs of channels as they are added: eight lanes cover 64 bytes of a row.
-ADDED = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[8, 0], [1, 0], [0, 8], [0, 16]],
-        lane_bases=[[0, 1], [0, 2], [0, 4], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, 32],
-    )
+from consilience.model.kernels.triton_key_sums_gluon import (
+    ADDED,
+    CHUNK,
+    LISTED,
+    PART,
+    _largest,
+    _whole,
+    block_of,
 )
-LISTED = gl.constexpr(gl.BlockedLayout([1], [32], [ADDER_WARPS.value], [0]))
-WINDOW = gl.constexpr(32)  # blocks of which one is measured
-
-
-@gluon.jit
-def block_of(
-    index, oldest, first, stop, num_queries, num_shares, offset, first_block, end_block,
-    MODE: gl.constexpr, MEASURES: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """The block that is a program's `index`-th: the last first, as they see more.
-
-    Measuring, one of every WINDOW: in turns the one that sees the fewest keys, and the one that sees the
-    fewest entries, since the fewer there are the larger are their weights.
-    """
-    block = end_block - 1 - index
-    if MEASURES:
-        group = first_block + index * WINDOW + gl.arange(0, WINDOW, layout=LAYOUT)
-        is_there = group < end_block
-        at = gl.where(is_there, group, first_block) // num_shares
-        seen = at % num_queries + offset + 1 - gl.load(oldest + at)
-        if MODE != NONE:
-            far = gl.load(stop + at) - gl.load(first + at)
-            seen = gl.where((index % 2 == 1) & (far > 0), far, seen + num_queries)
-        seen = gl.where(is_there, seen, 2147483647)
-        block = gl.min(gl.where(seen == gl.min(seen, 0), group, end_block - 1), 0)
-    return block
-
-
-@gluon.jit
-def _largest(part):
-    """[TILE, 4]: largest |part| over the columns that a thread holds, which needs no other thread."""
-    groups = gl.abs(part).reshape([TILE, 8, 4, 2])
-    return gl.max(gl.max(groups, 3), 1)
 
 
 @gluon.jit
@@ -68,26 +27,19 @@ def _multiply(p_buffer, s_buffer, grads, queries, part_index):
     """Pᵀ dO + dSᵀ Q of 64 channels."""
     part = warpgroup_mma(
         p_buffer.permute([1, 0]), grads.index(part_index),
-        gl.zeros([TILE, PART_WIDTH], gl.float32, PART), use_acc=False, is_async=True,
+        gl.zeros([TILE, CHUNK], gl.float32, PART), use_acc=False, is_async=True,
     )  # fmt: skip
     part = warpgroup_mma(s_buffer.permute([1, 0]), queries.index(part_index), part, is_async=True)
     return warpgroup_mma_wait(0, deps=(part,))
 
 
 @gluon.jit
-def _whole(x, scale):
-    """x · scale rounded to an integer, halves away from zero."""
-    half = ((x.to(gl.int32, bitcast=True) & -2147483648) | 0x3F000000).to(gl.float32, bitcast=True)
-    return gl.fma(x, scale + gl.zeros_like(x), half).to(gl.int32)
-
-
-@gluon.jit
 def _add(part, sums, offsets, scale):
-    """Add part [TILE, PART_WIDTH] · scale, as integers, to pairs of channels from each key's offset on."""
-    low, high = gl.split(part.reshape([TILE, PART_WIDTH // 2, 2]))
+    """Add part [TILE, CHUNK] · scale, as integers, to pairs of channels from each key's offset on."""
+    low, high = gl.split(part.reshape([TILE, CHUNK // 2, 2]))
     low, high = _whole(low, scale), _whole(high, scale)
     both = gl.convert_layout((high.to(gl.int64) << 32) + low.to(gl.int64), ADDED)
-    column = gl.arange(0, PART_WIDTH // 2, layout=gl.SliceLayout(0, ADDED))
+    column = gl.arange(0, CHUNK // 2, layout=gl.SliceLayout(0, ADDED))
     gl.atomic_add(sums + (offsets[:, None] + column[None, :]), both, sem="relaxed")
 
 
@@ -126,7 +78,7 @@ def add_tiles(
     num_shares = num_heads // HEADS
     near_tiles = gl.cdiv(size, TILE)
     near_scale, far_scale = gl.load(scales), gl.load(scales + 1)
-    near_top = _largest(gl.zeros([TILE, PART_WIDTH], gl.float32, PART))
+    near_top = _largest(gl.zeros([TILE, CHUNK], gl.float32, PART))
     far_top = near_top
     phase, done = 0, 0
     for turn in range(gl.program_id(0), num_indices, gl.num_programs(0)):
@@ -155,8 +107,8 @@ def add_tiles(
             offsets = rows * (WIDTH // 2)
             slot = done % 2
             mbarrier.wait(is_full.index(slot), done // 2 % 2)
-            top = _largest(gl.zeros([TILE, PART_WIDTH], gl.float32, PART))
-            for part_index in range(WIDTH // PART_WIDTH):
+            top = _largest(gl.zeros([TILE, CHUNK], gl.float32, PART))
+            for part_index in range(WIDTH // CHUNK):
                 part = _multiply(p_buffers.index(slot), s_buffers.index(slot), grads, queries, part_index)
                 if index + 1 == tiles:
                     gl.thread_barrier()
@@ -164,7 +116,7 @@ def add_tiles(
                 top = gl.maximum(top, _largest(part))
                 if not MEASURES:
                     _add(part, sums, offsets, scale)
-                    offsets += PART_WIDTH // 2
+                    offsets += CHUNK // 2
             gl.thread_barrier()
             mbarrier.arrive(is_empty.index(slot), count=1)
             far_top = gl.where(is_far, gl.maximum(far_top, top), far_top)

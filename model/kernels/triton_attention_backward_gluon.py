@@ -231,7 +231,9 @@ def _backward(
     )  # fmt: skip
 
 
-def _add_range(problem: Problem, given: tuple[Any, ...], found: list[Tensor], begin: int, end: int) -> None:
+def _add_range(
+    kernel: Any, problem: Problem, given: tuple[Any, ...], found: list[Tensor], begin: int, end: int
+) -> None:
     """Gradients of keys from the blocks begin … end - 1, added to `found` (fp32), the first put there."""
     device, shares = problem.query.device, problem.query.shape[2] // HEADS.value
     programs = chip_of(problem.query).multi_processor_count
@@ -243,7 +245,7 @@ def _add_range(problem: Problem, given: tuple[Any, ...], found: list[Tensor], be
     limits = [float((2**31 - 1) // num - 1) for num in most]
 
     def launch(largest: Tensor, is_needed: Tensor, num_indices: int, measures: bool) -> None:
-        _backward[(min(num_indices, programs),)](
+        kernel[(min(num_indices, programs),)](
             *given, sums[0], sums[-1], scales, largest, is_needed, problem.scale, *problem.lengths,
             problem.size, begin, end, num_indices, MODE=problem.mode, MEASURES=measures, num_warps=WARPS,
         )  # fmt: skip
@@ -267,14 +269,21 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """`triton_attention_backward.backward` on Hopper; queries beyond RANGE blocks go in several ranges, so
     that integers keep bits enough."""
+    return backward_by(_backward, (flat(problem.query), flat(grad.contiguous())), problem, out, lse)
+
+
+def backward_by(
+    kernel: Any, copies: tuple[Any, Any], problem: Problem, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """`backward` by `kernel`; `copies` are the descriptors by which it copies queries and their gradients."""
     query = problem.query
     num_blocks = query.shape[0] * query.shape[1] * (query.shape[2] // HEADS.value)
     d_query, d_sink = torch.empty_like(query), torch.empty_like(lse)
     keys = [problem.window] + ([problem.entries] if problem.entries is not None else [])
     found = [torch.empty_like(x, dtype=torch.float32) for x in keys]
-    given = (*tensors_of(problem), flat(grad.contiguous()), out, lse, d_query, d_sink)
+    given = (copies[0], *tensors_of(problem)[1:], copies[1], out, lse, d_query, d_sink)
     for begin in range(0, num_blocks, RANGE):
-        _add_range(problem, given, found, begin, min(begin + RANGE, num_blocks))
+        _add_range(kernel, problem, given, found, begin, min(begin + RANGE, num_blocks))
     found = [x.to(query.dtype) for x in found]
     d_entries = found[1] if problem.entries is not None else None
     return d_query, found[0], d_entries, d_sink.sum((0, 1)).to(problem.sink.dtype)
