@@ -60,7 +60,6 @@ def build_worker(
     import torch
 
     from consilience.rewards.grader import RewardGrader
-    from consilience.rollout.prefix_reuse import PrefixCaching
     from consilience.rollout.tokenizer import Tokenizer
 
     torch.set_grad_enabled(False)
@@ -70,15 +69,10 @@ def build_worker(
 
         sampler = launch(model, **sizes, **(vllm or {}))
     else:
-        caching = prefixes and PrefixCaching(**{**prefixes, "folder": Path(prefixes["folder"])})
-        more = {"records_routing": records_routing, "prefixes": caching, "device": device}
-        sampler = _native(model, quantization, speculative=speculative, exact=exact, **sizes, **more)
-    grader = RewardGrader(
-        timeout_s=reward_timeout_s,
-        num_processes=reward_processes,
-        sandbox=sandbox,
-        gradings_per_box=gradings_per_box,
-    )
+        how = {"speculative": speculative, "exact": exact, "records_routing": records_routing}
+        sampler = _native(model, quantization, device, prefixes, **how, **sizes)
+    grading = {"sandbox": sandbox, "gradings_per_box": gradings_per_box}
+    grader = RewardGrader(timeout_s=reward_timeout_s, num_processes=reward_processes, **grading)
     wait_s = (limits or Limits()).lease_s + 60.0  # the worker's own look at its threads comes first
     boxes = _boxes(sandbox, warm, wait_s, log_folder) if needs_boxes else None
 
@@ -118,7 +112,13 @@ def _boxes(sandbox: SandboxSpec, warm: int, wait_s: float, log_folder: str | Non
     return BlockingPool(sandbox, max(warm, 1), 1, lease_limit_s=wait_s, log_folder=logs)
 
 
-def _native(model: Mapping[str, Any], quantization: str, device: str, **settings: Any) -> RolloutEngine:
+def _native(
+    model: Mapping[str, Any],
+    quantization: str,
+    device: str,
+    prefixes: Mapping[str, Any] | None,
+    **settings: Any,
+) -> RolloutEngine:
     import torch
 
     from consilience.model.config import ModelConfig
@@ -126,6 +126,7 @@ def _native(model: Mapping[str, Any], quantization: str, device: str, **settings
     from consilience.model.quantization import Quantization
     from consilience.model.transformer import Transformer
     from consilience.rollout.native_engine import NativeEngine
+    from consilience.rollout.prefix_reuse import PrefixCaching
 
     if device == "cuda" and not torch.cuda.is_available():
         raise EngineError(
@@ -134,4 +135,5 @@ def _native(model: Mapping[str, Any], quantization: str, device: str, **settings
         )
     policy = initialize(Transformer(ModelConfig.from_json_dict(model)), seed=0)
     policy.to(device).quantize(Quantization.from_name(quantization))
-    return NativeEngine(policy, **settings)
+    caching = PrefixCaching(**{**prefixes, "folder": Path(prefixes["folder"])}) if prefixes else None
+    return NativeEngine(policy, prefixes=caching, **settings)

@@ -12,8 +12,9 @@ set -euo pipefail
 
 RUNS=${RUNS:-$SLURM_SUBMIT_DIR/runs}
 PORT=$((20000 + SLURM_JOB_ID % 20000))
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-ADDRESS=$(srun --nodes=1 --ntasks=1 --nodelist="$HEAD" hostname --ip-address | awk '{print $1}')
+# Read this way, no pipe breaks while its program still writes (with `head` in a pipe, one now and then did).
+read -r HEAD _ < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+read -r ADDRESS _ < <(srun --nodes=1 --ntasks=1 --nodelist="$HEAD" hostname --ip-address)
 
 export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$RUNS/.ray-token-$SLURM_JOB_ID"
 export RAY_ADDRESS="$ADDRESS:$PORT"
