@@ -134,7 +134,7 @@ class ProgressLines:
         if bar is None:
             return
         bar.count(n, info)
-        if now - self._last_line[stage] >= self._every_s:
+        if bar.done != bar.total and now - self._last_line[stage] >= self._every_s:  # a full bar is `finish`'s
             self._last_line[stage] = now
             self._write(self._bar_line(bar, now))
 

@@ -63,6 +63,17 @@ def test_the_end_of_a_stage_is_always_told():
     assert out.getvalue().count("base: 2/2 steps") == 1
 
 
+def test_the_last_step_is_told_once_however_long_it_took():
+    out, clock = io.StringIO(), Clock()
+    lines = ProgressLines(out, every_s=5, clock=clock)
+    lines.start("base", 2, "steps")
+    for _ in range(2):
+        clock.now += 60
+        lines.advance("base", 1, {})
+    lines.finish("base")
+    assert out.getvalue().splitlines() == ["   1:00    base: 1/2 steps, 1:00 left", "   2:00    base: 2/2 steps"]
+
+
 def test_advance_without_a_start_is_harmless():
     for progress in (ProgressLines(io.StringIO()), ProgressBars(Terminal()), Silence()):
         progress.advance("base", 1, {"tokens": 3})
