@@ -1,7 +1,7 @@
 # The whole developer interface. `make demo` and `make test` set everything up on first use.
 #
 #   make demo               the pipeline, end to end, then the report      (PROFILE=ci: shortened)
-#   make test               the tests of five minutes                      (ROOM=grpo: one folder)
+#   make test               the tests, but for the slow ones                (ROOM=grpo: one folder)
 #   make test-all           the slow ones too
 #   make test-ranks         what starts several processes of training, slow ones too, and how far they are off one
 #   make test-kernels       the GPU kernels; on a machine without one, under Triton's interpreter
