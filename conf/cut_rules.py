@@ -21,12 +21,7 @@ def check_cut(cfg: Config) -> None:
         "engine.exact": (engine.exact, False),
         "engine.quantization": (engine.quantization, "off"),
         "rollout.proof": (cfg.rollout.proof, "off"),
-        "base.indexer_warmup": (cfg.base.indexer_warmup, 0),
-        "sft.indexer_warmup": (cfg.sft.indexer_warmup, 0),
     }
-    for domain, own in cfg.specialist.settings.items():
-        warmup = own.get("sft", {}).get("indexer_warmup", 0)
-        given[f"specialist.settings.{domain}.sft.indexer_warmup"] = warmup, 0
     for key, (found, needed) in given.items():
         if found != needed:
             said, asked = (str(v).lower() if isinstance(v, bool) else v for v in (found, needed))

@@ -82,12 +82,24 @@ class Anchor:
     """What the last layer of the newest forward returned, to hang a loss on.
 
     Some losses leave a block beside its output, by the trace. FSDP gathers a block's weights again when the
-    gradient of its output comes; a loss that does not depend on the outputs would find them freed.
+    gradient of its output comes, and reduces when that of its input has: a loss that does not depend on the
+    outputs would find weights freed, and one that alone trains what stands beside them, as the warm-up of
+    indexers does, would never be reduced. So the first layer's input always asks for a gradient.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.streams: Any = None
-        _layers(model)[-1].register_forward_hook(self._keep)
+        layers = _layers(model)
+        layers[0].register_forward_pre_hook(
+            self._ask, prepend=True
+        )  # ahead of FSDP's own, which looks for it
+        layers[-1].register_forward_hook(self._keep)
+
+    def _ask(self, _module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():
+            return given
+        is_constant = lambda x: isinstance(x, Tensor) and x.is_floating_point() and not x.requires_grad
+        return tuple(x.detach().requires_grad_() if is_constant(x) else x for x in given)
 
     def _keep(self, _module: nn.Module, _given: Any, made: Any) -> None:
         self.streams = made if torch.is_grad_enabled() else None

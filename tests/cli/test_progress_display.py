@@ -71,7 +71,10 @@ def test_the_last_step_is_told_once_however_long_it_took():
         clock.now += 60
         lines.advance("base", 1, {})
     lines.finish("base")
-    assert out.getvalue().splitlines() == ["   1:00    base: 1/2 steps, 1:00 left", "   2:00    base: 2/2 steps"]
+    assert out.getvalue().splitlines() == [
+        "   1:00    base: 1/2 steps, 1:00 left",
+        "   2:00    base: 2/2 steps",
+    ]
 
 
 def test_advance_without_a_start_is_harmless():

@@ -21,12 +21,6 @@ def test_a_cut_model_on_two_ranks_is_taken():
         ("engine.exact=true", "set engine.exact=false, or"),
         ("engine.quantization=fp4", "set engine.quantization=off, or"),
         ("rollout.proof=start", "set rollout.proof=off, or"),
-        ("base.indexer_warmup=2", "set base.indexer_warmup=0, or"),
-        ("sft.indexer_warmup=2", "set sft.indexer_warmup=0, or"),
-        (
-            "specialist.settings.math.sft.indexer_warmup=2",
-            "set specialist.settings.math.sft.indexer_warmup=0",
-        ),
         ("engine.shard_state=true", "set engine.shard_state=false"),
         ("cluster.placement=colocated", "not there for engine.kind=fsdp; set engine.kind=torch"),
     ],

@@ -34,10 +34,10 @@ def examples():
     return [Example(tuple(i), tuple(float(at >= 4) for at in range(len(i)))) for i in ids]
 
 
-def sft(ranks, folder, mode="off", context=1, optimizer=SETTINGS, kind="torch"):
+def sft(ranks, folder, mode="off", context=1, optimizer=SETTINGS, kind="torch", **given):
     parts = StageParts(small_model(0, AHEAD), ranks.with_context(context), folder, optimizer, kind)
     settings = SupervisedSettings(
-        3, 128, row_tokens=32, micro_tokens=64, warmup=0, balance_weight=0.01, indexer_weight=0.1
+        3, 128, row_tokens=32, micro_tokens=64, warmup=0, balance_weight=0.01, indexer_weight=0.1, **given
     )
     routing = AnticipatoryRouting(AnticipatorySettings(mode, delay=1), 3)
     train_supervised(
@@ -210,6 +210,19 @@ def test_sft_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
     two = on_ranks(2, cut_sft, tmp_path / "two", folder=tmp_path)
     assert len(two[0]["rows"]) == 3
     assert_cut_same(two, one)
+
+
+def cut_warmup(ranks, folder):
+    return sft(ranks, folder, kind="fsdp", indexer_warmup=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_indexers_warm_up_in_a_model_cut_over_ranks_as_in_one_process(size, tmp_path):
+    one = sft(ALONE, tmp_path / "one", indexer_warmup=2)
+    several = on_ranks(size, cut_warmup, tmp_path / "more", folder=tmp_path)
+    assert one["gradients"][0].keys() < one["gradients"][2].keys()  # indexers alone, then everything
+    assert_cut_same(several, one)
 
 
 def cut_ahead(ranks, folder):
