@@ -134,7 +134,8 @@ class ProgressLines:
         if bar is None:
             return
         bar.count(n, info)
-        if bar.done != bar.total and now - self._last_line[stage] >= self._every_s:  # a full bar is `finish`'s
+        is_full = bar.done == bar.total  # `finish` tells of it
+        if not is_full and now - self._last_line[stage] >= self._every_s:
             self._last_line[stage] = now
             self._write(self._bar_line(bar, now))
 
