@@ -100,11 +100,9 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         store = rollout_store(context)
-        proven: Mapping[str, Any] = {}
-        if ranks.is_first:
-            if settings.replay:
-                replay_phases(Path(settings.replay), store, settings.steps)
-            proven = prove_start(context, pool, parts["engine"].model, parts["start"], store.publications)
+        if ranks.is_first and settings.replay:
+            replay_phases(Path(settings.replay), store, settings.steps)
+        proven = prove_start(context, pool, parts["engine"], parts["start"], store.publications)
         turns = pool if (level := sleep_level(cfg)) is None else SleepingSampler(pool, level)
         with nullcontext((turns, {})) if settings.mode == "sync" else ahead(pool, settings) as (sampler, how):
             result = train_distill(

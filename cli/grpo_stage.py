@@ -99,9 +99,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         store = rollout_store(context)
-        proven: Mapping[str, Any] = {}
-        if ranks.is_first:
-            proven = prove_start(context, pool, parts["engine"].model, parts["start"], store.publications)
+        proven = prove_start(context, pool, parts["engine"], parts["start"], store.publications)
         places = shared(parts)
         first = places.pop("start")
         aside = while_sampling(cfg, parts["engine"], OffloadedModels([reference]))

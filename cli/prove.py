@@ -19,10 +19,11 @@ from consilience.cli.prompt_family import prompt_family
 from consilience.cli.ray_session import rollout_pool, vllm_updates
 from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import device_of
-from consilience.conf.errors import WeightsRefused
+from consilience.conf.errors import EngineError, WeightsRefused
 from consilience.conf.rules import sampler_quantization
 from consilience.conf.schema import Config
 from consilience.model.checkpoint import to_official
+from consilience.model.config import ModelConfig
 from consilience.model.exact import exact_mode
 from consilience.model.kernels.linear_logprob import linear_logprob
 from consilience.model.quantization import Quantization
@@ -33,15 +34,18 @@ from consilience.rollout.proof import (
     Prompts,
     Proof,
     ProvableSampler,
+    ProvingTrainer,
+    WholeTrainer,
     changed_weights,
     fixed_prompts,
 )
 from consilience.rollout.proof import prove as prove_sampler
 from consilience.rollout.publication_log import PublicationLog
-from consilience.rollout.publishing import announce
+from consilience.rollout.publishing import Publication, announce
 from consilience.rollout.ray_workers import RolloutPool
 from consilience.rollout.vllm_proof import FOLLOWED
 from consilience.training.checkpoint import load_checkpoint
+from consilience.training.engine import CutEngine, TrainEngine, is_cut
 from consilience.training.forward import hidden_at_loss
 from consilience.training.packing import pack
 
@@ -60,7 +64,7 @@ def prove(cfg: Config) -> int:
         print(f"checkpoint: {folder}")
         print(_prove_updates(cfg, pool, to_official(model), meta.step))
         return 0
-    proof = _prove(cfg, pool, model, meta.step)
+    proof = _prove(cfg, pool, WholeTrainer(model, trainer_logprobs), model.config, meta.step)
     print(f"checkpoint: {folder}")
     print(
         f"{proof.num_workers} workers ({pool.transport}) hold the {proof.num_tensors} tensors of digest "
@@ -105,30 +109,78 @@ def _prove_updates(cfg: Config, pool: RolloutPool, weights: Mapping[str, Tensor]
 
 
 def prove_start(
-    context: StageContext, pool: ProvableSampler, model: Any, version: int, log: PublicationLog
+    context: StageContext,
+    pool: ProvableSampler | None,
+    engine: TrainEngine,
+    version: int,
+    log: PublicationLog,
 ) -> Mapping[str, Any]:
     """The proof before a stage samples, if `rollout.proof` asks for it; what the stage's result says of it.
 
-    WeightsRefused where it fails: the stage does not go on.
+    All ranks call, with the pool of the first. WeightsRefused where it fails: the stage does not go on.
     """
-    if context.cfg.rollout.proof == "off":
+    if context.cfg.rollout.proof == "off" or not (engine.ranks.is_first or is_cut(engine)):
         return {}
-    proof = _prove(context.cfg, pool, model, version, log)
+    whole = cast("Transformer", engine.model)
+    trainer = CutTrainer(engine) if is_cut(engine) else WholeTrainer(whole, trainer_logprobs)
+    proof = _prove(context.cfg, pool, trainer, whole.config, version, log)
     row = {"version": version, **dataclasses.asdict(proof)}
     row["quantization"] = [context.cfg.engine.quantization, sampler_quantization(context.cfg)]
-    with Path(context.folder.path / PROOFS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    if engine.ranks.is_first:
+        with Path(context.folder.path / PROOFS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
     return {"proof": row}
 
 
 def _prove(
-    cfg: Config, pool: ProvableSampler, model: Transformer, version: int, log: PublicationLog | None = None
+    cfg: Config,
+    pool: ProvableSampler | None,
+    trainer: ProvingTrainer,
+    config: ModelConfig,
+    version: int,
+    log: PublicationLog | None = None,
 ) -> Proof:
-    publication = announce(to_official(model), version, sampler_quantization(cfg))
-    if log is not None:
-        log.record(publication)
-    prompts = fixed_prompts(model.config.vocab_size, cfg.rollout.max_length)
-    return prove_sampler(pool, model, publication, trainer_logprobs, prompts, is_exact=cfg.engine.exact)
+    def announced() -> Publication:
+        weights = trainer.weights()
+        assert weights is not None  # the first rank has them
+        publication = announce(weights, version, sampler_quantization(cfg))
+        if log is not None:
+            log.record(publication)
+        return publication
+
+    prompts = fixed_prompts(config.vocab_size, cfg.rollout.max_length)
+    publication = trainer.ranks.first(announced)
+    return prove_sampler(pool, trainer, publication, prompts, is_exact=cfg.engine.exact)
+
+
+class CutTrainer:
+    """A model of which each rank has a part: all of them compute, the first one shows and compares."""
+
+    def __init__(self, engine: CutEngine) -> None:
+        self.ranks, self._engine, self._weights = engine.ranks, engine, engine.gather_weights()
+
+    def weights(self) -> Mapping[str, Tensor] | None:
+        return self._weights
+
+    def expected(
+        self, weights: Mapping[str, Tensor] | None, device: str, quantization: str, prompts: Prompts
+    ) -> Logprobs:
+        """EngineError on another kind of device than the ranks have: the numbers would be others."""
+        if device != self.ranks.device.type:
+            raise EngineError(
+                f"rollout workers compute on {device}, the cut model on {self.ranks.device.type}, and a "
+                "proof to the last bit needs one kind of device; set cluster.worker_gpus or rollout.proof=off"
+            )
+        is_other = self.ranks.broadcast(weights is not self._weights)
+        if is_other:
+            self._engine.put_weights(weights)
+        found = trainer_logprobs(self._engine.model, prompts, True)
+        if is_other:
+            self._engine.put_weights(self._weights)
+        return found
+
+    def own(self, prompts: Prompts, exact: bool) -> Logprobs:
+        return trainer_logprobs(self._engine.model, prompts, exact)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ def check_cut(cfg: Config) -> None:
         "engine.context_ranks": (engine.context_ranks, 1),
         "engine.exact": (engine.exact, False),
         "engine.quantization": (engine.quantization, "off"),
-        "rollout.proof": (cfg.rollout.proof, "off"),
+        "rollout.quantization": (cfg.rollout.quantization or "off", "off"),
     }
     for key, (found, needed) in given.items():
         if found != needed:

@@ -29,6 +29,7 @@ from consilience.conf.errors import WeightsRefused
 from consilience.model.checkpoint import load_official, to_official
 from consilience.model.exact import exact_mode
 from consilience.model.quantization import Quantization
+from consilience.model.ranks import ALONE, Ranks
 from consilience.model.state import DecodeState
 from consilience.model.transformer import Transformer
 from consilience.rollout.publishing import (
@@ -50,6 +51,7 @@ Prompts = tuple[tuple[int, ...], ...]
 Logprobs = tuple[tuple[float, ...], ...]
 TrainerLogprobs = Callable[[Any, Prompts, bool], Logprobs]
 """(model, prompts, exact) -> log-probability of each token after a prompt's first, as trained."""
+Weights = Mapping[str, Tensor]  # official name -> tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,51 @@ class ProvableSampler(Protocol):
     def publish(self, weights: Mapping[str, Tensor], announced: Announced, version: int) -> None: ...
 
     def evidence(self, prompts: Sequence[Sequence[int]], exact: bool) -> Mapping[str, Evidence]: ...
+
+
+class ProvingTrainer(Protocol):
+    """What the proof needs of the side that trains.
+
+    ranks  that hold the model together and make the same calls; `ALONE` where one has it whole
+    """
+
+    @property
+    def ranks(self) -> Ranks: ...
+
+    def weights(self) -> Weights | None:
+        """As published, on the first rank; None on others."""
+        ...
+
+    def expected(self, weights: Weights | None, device: str, quantization: str, prompts: Prompts) -> Logprobs:
+        """What training computes in exact mode on such a device with these weights, which the first rank
+        gives; the trainer's own are the same afterwards."""
+        ...
+
+    def own(self, prompts: Prompts, exact: bool) -> Logprobs:
+        """What it computes with its own, in its own mode and quantisation."""
+        ...
+
+
+@dataclass(frozen=True)
+class WholeTrainer:
+    """A model that one process has. A second copy of it exists while `expected` runs."""
+
+    model: Transformer
+    logprobs: TrainerLogprobs
+    ranks: Ranks = ALONE
+
+    def weights(self) -> Weights:
+        return to_official(self.model)
+
+    def expected(self, weights: Weights | None, device: str, quantization: str, prompts: Prompts) -> Logprobs:
+        twin = copy.deepcopy(self.model).to(device).requires_grad_(False)
+        twin.quantize(Quantization.from_name(quantization))
+        assert weights is not None
+        load_official(twin, weights)
+        return self.logprobs(twin, prompts, True)
+
+    def own(self, prompts: Prompts, exact: bool) -> Logprobs:
+        return self.logprobs(self.model, prompts, exact)
 
 
 def model_evidence(model: Transformer, prompts: Sequence[Sequence[int]], exact: bool) -> Evidence:
@@ -142,49 +189,62 @@ def changed_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def prove(
-    sampler: ProvableSampler,
-    model: Transformer,
+    sampler: ProvableSampler | None,
+    trainer: ProvingTrainer,
     publication: Publication,
-    trainer_logprobs: TrainerLogprobs,
     prompts: Prompts,
     *,
     is_exact: bool = False,
     tolerance: float = 0.0,
 ) -> Proof:
-    """Publish `model` as `publication` and prove it of every worker, then under changed weights, then again.
+    """Publish the trainer's weights as `publication` and prove them of every worker, then changed ones, then
+    the first again.
 
-    publication  of the model's weights as they are; its quantisation is how the workers compute
+    publication  of the trainer's weights as they are; its quantisation is how the workers compute
     is_exact     whether trainer and sampler work in exact mode: what the measured mismatch is of
     tolerance    largest difference of log-probabilities in nats; above 0 only for engines without exact mode
     The workers end with the publication. WeightsRefused names worker and tensor, or worker, prompt and
-    position, with what was found and what was expected. A second copy of the model exists meanwhile.
+    position, with what was found and what was expected. Of several ranks that hold one model together all
+    call, the first one alone with a sampler; what the workers did wrong is its error.
     """
-    weights = to_official(model)
-    sampler.publish(weights, publication, publication.version)
-    evidence = sampler.evidence(prompts, True)
-    twin = copy.deepcopy(model).to(next(iter(evidence.values())).device).requires_grad_(False)
-    twin.quantize(Quantization.from_name(publication.quantization))
-    expected = trainer_logprobs(twin, prompts, True)
-    _check(evidence, publication, expected, tolerance)
+    ranks, weights, how = trainer.ranks, trainer.weights(), publication.quantization
+    evidence: dict[str, Evidence] = {}
 
-    changed = changed_weights(weights)
-    load_official(twin, changed)
-    other = announce(changed, CHANGED_VERSION, publication.quantization)
-    expected_changed = trainer_logprobs(twin, prompts, True)
+    def look(given: Weights | None, announced: Publication) -> str:
+        assert sampler is not None and given is not None  # the first rank has them
+        sampler.publish(given, announced, announced.version)
+        evidence.update(sampler.evidence(prompts, True))
+        return next(iter(evidence.values())).device
+
+    device = ranks.first(look, weights, publication)
+    expected = trainer.expected(weights, device, how, prompts)
+    ranks.first(_check, evidence, publication, expected, tolerance)
+
+    changed = None if weights is None else changed_weights(weights)
+    expected_changed = trainer.expected(changed, device, how, prompts)
     if expected_changed == expected:
         raise WeightsRefused(
             "the proof is blind: changed weights have the log-probabilities of the real ones"
         )
-    sampler.publish(changed, other, CHANGED_VERSION)
-    _check(sampler.evidence(prompts, True), other, expected_changed, tolerance)
 
-    sampler.publish(weights, publication, publication.version)
-    evidence = sampler.evidence(prompts, True)
-    _check(evidence, publication, expected, tolerance)
-    own = np.asarray(trainer_logprobs(model, prompts, is_exact))
-    sampled = evidence if is_exact else sampler.evidence(prompts, False)
-    gaps = np.abs(np.stack([np.asarray(e.logprobs) for e in sampled.values()]) - own)
-    return Proof(len(evidence), len(publication.tensors), own.size, float(gaps.mean()), float(gaps.max()))
+    def look_at_changed() -> None:
+        assert changed is not None
+        other = announce(changed, CHANGED_VERSION, how)
+        look(changed, other)
+        _check(evidence, other, expected_changed, tolerance)
+
+    def look_again() -> Mapping[str, Logprobs]:
+        look(weights, publication)
+        _check(evidence, publication, expected, tolerance)
+        assert sampler is not None
+        found = evidence if is_exact else sampler.evidence(prompts, False)
+        return {worker: own.logprobs for worker, own in found.items()}
+
+    ranks.first(look_at_changed)
+    sampled = ranks.first(look_again)
+    own = np.asarray(trainer.own(prompts, is_exact))
+    gaps = np.abs(np.stack([np.asarray(logprobs) for logprobs in sampled.values()]) - own)
+    return Proof(len(sampled), len(publication.tensors), own.size, float(gaps.mean()), float(gaps.max()))
 
 
 def _check(

@@ -81,6 +81,10 @@ class CutEngine(TrainEngine, Protocol):
         """Every tensor under its official name in the host's memory of the first rank; None on others."""
         ...
 
+    def put_weights(self, weights: Mapping[str, Tensor] | None) -> None:
+        """Inverse of `gather_weights`: the first rank gives every tensor, the others None."""
+        ...
+
     def read_weights(self, folder: Path) -> None:
         """The weights of a checkpoint, whoever wrote it, each rank its part."""
         ...

@@ -35,7 +35,13 @@ from consilience.training.fsdp_model import Anchor, cut_model
 from consilience.training.optimizers import gate_bias_names, loads_by_bias, parameter_groups
 from consilience.training.random_state import random_state_tensors, restore_random_state
 from consilience.training.sharded_optimizer import ShardedOptimizer
-from consilience.training.sharded_tensors import Sharded, cut_pieces, gather_sharded, read_piece
+from consilience.training.sharded_tensors import (
+    Sharded,
+    cut_pieces,
+    gather_sharded,
+    read_piece,
+    scatter_sharded,
+)
 from consilience.training.tensor_files import read_tensors, write_tensors
 from consilience.training.torch_engine import OPTIMIZER_FILE, RANDOM_FILE, OptimizerSettings
 
@@ -172,6 +178,13 @@ class FsdpEngine:
         self._reshard()
         with self.ranks.in_step():
             return gather_sharded(official_weights(self.model, self.ranks), self.ranks)
+
+    @torch.no_grad()
+    def put_weights(self, weights: Mapping[str, Tensor] | None) -> None:
+        """Inverse of `gather_weights`; see `CutEngine`."""
+        self._reshard()
+        with self.ranks.in_step():
+            scatter_sharded(official_weights(self.model, self.ranks), weights, self.ranks)
 
     def read_weights(self, folder: Path) -> None:
         """Each rank's part of a checkpoint's weights, whoever wrote it. CheckpointError names the tensor."""

@@ -85,6 +85,22 @@ def gather_sharded(tensors: Mapping[str, Sharded], ranks: Ranks) -> dict[str, Te
     return whole if ranks.is_first else None
 
 
+def scatter_sharded(tensors: Mapping[str, Sharded], whole: Mapping[str, Tensor] | None, ranks: Ranks) -> None:
+    """Inverse of `gather_sharded`: whole tensors of the first rank into what each rank has of them, in place.
+
+    One whole tensor at a time is on every rank's device.
+    """
+    for name, tensor in tensors.items():
+        if whole is not None:
+            here = whole[name].to(ranks.device, tensor.dtype).contiguous()
+        else:
+            here = torch.empty(tensor.shape, dtype=tensor.dtype, device=ranks.device)
+        ranks.spread_(here, 0)
+        piece = _own_piece(tensor, ranks.rank)
+        if piece is not None and tensor.local is not None:
+            tensor.local.copy_(here[piece.first : piece.last] if tensor.shape else here)
+
+
 def _to_first(tensor: Sharded, piece: Piece, ranks: Ranks) -> Tensor | None:
     """A piece on the first rank; None on the others."""
     rows = tensor.local
@@ -104,9 +120,15 @@ def _to_first(tensor: Sharded, piece: Piece, ranks: Ranks) -> Tensor | None:
 
 def read_piece(stored: Stored, tensor: Sharded, rank: int) -> Tensor | None:
     """What a rank has of a stored tensor: its piece, or all of it where it lies whole on every rank."""
-    piece = tensor.piece_of(rank)
-    if len(tensor.pieces) == 1 and piece is None and tensor.local is not None:
-        piece = tensor.pieces[0]
+    piece = _own_piece(tensor, rank)
     if piece is None:
         return None
     return read_rows(stored, piece.first, piece.last) if stored.shape else read_rows(stored)
+
+
+def _own_piece(tensor: Sharded, rank: int) -> Piece | None:
+    """A rank's piece; that of all rows where they are whole on every rank."""
+    piece = tensor.piece_of(rank)
+    if len(tensor.pieces) == 1 and piece is None and tensor.local is not None:
+        piece = tensor.pieces[0]
+    return piece

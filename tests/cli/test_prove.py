@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import small_trainer
 import torch
@@ -22,6 +23,8 @@ from consilience.rollout.store import RolloutStore
 from consilience.training.checkpoint import CheckpointMeta, save_checkpoint
 from consilience.training.progress import SilentProgress
 from consilience.training.run_folder import RunFolder
+from consilience.training.torch_engine import TorchEngine
+from tests.rank_processes import on_ranks
 
 torch.set_num_threads(1)
 
@@ -58,7 +61,7 @@ def test_packed_rows_and_decoding_agree_to_the_last_bit_in_exact_mode(quantizati
 def test_a_stage_records_what_it_proved(tmp_path):
     given = context(tmp_path)
     store = RolloutStore(given.folder.rollouts)
-    found = proving.prove_start(given, NativeSampler(policy(3)), policy(), 6, store.publications)
+    found = proving.prove_start(given, NativeSampler(policy(3)), TorchEngine(policy()), 6, store.publications)
     row = found["proof"]
     assert (row["num_workers"], row["num_tensors"]) == (1, len(to_official(policy())))
     assert row["quantization"] == ["off", "off"] and 0 <= row["mismatch_max"] < 1e-4
@@ -66,21 +69,25 @@ def test_a_stage_records_what_it_proved(tmp_path):
     (publication,) = read_publications(given.folder.rollouts / "publications.log")
     assert publication.version == 6  # the changed weights are no version that a token can have
     off = context(tmp_path / "off", rollout={"proof": "off", "max_length": 64})
-    assert proving.prove_start(off, NativeSampler(policy(3)), policy(), 6, store.publications) == {}
+    assert (
+        proving.prove_start(off, NativeSampler(policy(3)), TorchEngine(policy()), 6, store.publications) == {}
+    )
 
 
 def test_a_stage_whose_worker_computes_with_something_else_does_not_go_on(tmp_path):
     given = context(tmp_path)
     log = RolloutStore(given.folder.rollouts).publications
     with pytest.raises(WeightsRefused, match="the worker: version 0: prompt 0, position"):
-        proving.prove_start(given, NativeSampler(policy(3, "fp8")), policy(), 0, log)
+        proving.prove_start(given, NativeSampler(policy(3, "fp8")), TorchEngine(policy()), 0, log)
     assert not (given.folder.path / proving.PROOFS).exists()
 
 
 def test_a_quantised_sampler_under_an_unquantised_trainer_is_proven_and_its_mismatch_written_down(tmp_path):
     given = context(tmp_path, rollout={"quantization": "fp4_fp8", "max_length": 64})
     log = RolloutStore(given.folder.rollouts).publications
-    row = proving.prove_start(given, NativeSampler(policy(3, "fp4_fp8")), policy(), 0, log)["proof"]
+    row = proving.prove_start(given, NativeSampler(policy(3, "fp4_fp8")), TorchEngine(policy()), 0, log)[
+        "proof"
+    ]
     assert row["quantization"] == ["off", "fp4_fp8"]
     assert row["mismatch_max"] > 1e-3 and row["mismatch_mean"] > 1e-4
     assert log.trace(0).quantization == "fp4_fp8"
@@ -115,3 +122,43 @@ def test_the_command_proves_real_workers_of_a_checkpoint(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"2 workers (shared_memory) hold the {len(to_official(model))} tensors" in said
     assert "252 log-probabilities are the trainer's to the last bit, under changed weights too" in said
+
+
+def proven_cut(ranks, root):
+    """A proof of a model cut over the ranks, and the weights after it."""
+    from consilience.training.fsdp_engine import FsdpEngine
+
+    given = context(root)
+    engine = FsdpEngine(policy(), ranks=ranks)
+    sampler = NativeSampler(policy(3)) if ranks.is_first else None
+    found = proving.prove_start(given, sampler, engine, 6, RolloutStore(given.folder.rollouts).publications)
+    return found["proof"], {n: t.numpy() for n, t in (engine.gather_weights() or {}).items()}
+
+
+@pytest.mark.slow
+def test_a_model_cut_over_ranks_proves_what_a_whole_one_does_and_keeps_its_weights(tmp_path):
+    (proof, weights), (other, nothing) = on_ranks(2, proven_cut, tmp_path / "cut", folder=tmp_path)
+    assert proof == other and not nothing
+    given = context(tmp_path / "whole")
+    log = RolloutStore(given.folder.rollouts).publications
+    whole = proving.prove_start(given, NativeSampler(policy(3)), TorchEngine(policy()), 6, log)
+    assert proof == whole["proof"] and proof["num_tokens"] > 0
+    assert all(
+        np.array_equal(weights[name], tensor.numpy()) for name, tensor in to_official(policy()).items()
+    )
+    assert json.loads((tmp_path / "cut" / "stages" / "grpo-code" / proving.PROOFS).read_text()) == proof
+
+
+def fooled_cut(ranks, root):
+    from consilience.training.fsdp_engine import FsdpEngine
+
+    given = context(root)
+    sampler = NativeSampler(policy(3, "fp8")) if ranks.is_first else None
+    log = RolloutStore(given.folder.rollouts).publications
+    proving.prove_start(given, sampler, FsdpEngine(policy(), ranks=ranks), 0, log)
+
+
+@pytest.mark.slow
+def test_a_worker_that_computes_with_something_else_is_found_by_a_cut_model_too(tmp_path):
+    with pytest.raises(AssertionError, match="the worker: version 0: prompt 0, position"):
+        on_ranks(2, fooled_cut, tmp_path / "cut", folder=tmp_path, limit_s=30.0)

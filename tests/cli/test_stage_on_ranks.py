@@ -41,7 +41,6 @@ def context(root, ranks, **engine):
         "optimizer": {"kind": "adamw", "eps": 1e-4},
         "log": {"wandb": "disabled"},
         "base": STAGE,
-        "rollout": {"proof": "off"},
     }
     run = RunFolder(root)
     folder = run.stage("base").create()

@@ -5,7 +5,7 @@ import pytest
 from consilience.conf.errors import ConfigError
 from consilience.conf.load import compose
 
-CUT = ["engine.kind=fsdp", "engine.ranks=2", "rollout.proof=off"]
+CUT = ["engine.kind=fsdp", "engine.ranks=2"]
 
 
 def test_a_cut_model_on_two_ranks_is_taken():
@@ -20,7 +20,7 @@ def test_a_cut_model_on_two_ranks_is_taken():
         ("engine.context_ranks=2", "set engine.context_ranks=1, or engine.kind=torch"),
         ("engine.exact=true", "set engine.exact=false, or"),
         ("engine.quantization=fp4", "set engine.quantization=off, or"),
-        ("rollout.proof=start", "set rollout.proof=off, or"),
+        ("rollout.quantization=fp8", "set rollout.quantization=off, or"),
         ("engine.shard_state=true", "set engine.shard_state=false"),
         ("cluster.placement=colocated", "not there for engine.kind=fsdp; set engine.kind=torch"),
     ],

@@ -15,6 +15,7 @@ from consilience.rollout.fake_engine import FakeRolloutEngine
 from consilience.rollout.fake_worker import build_fake_worker
 from consilience.rollout.native_engine import NativeEngine
 from consilience.rollout.proof import (
+    WholeTrainer,
     changed_weights,
     compare_logprobs,
     decoded_logprobs,
@@ -69,7 +70,7 @@ class Workers:
 
 def proven(workers, model, quantization="off", **settings):
     publication = announce(to_official(model), 4, quantization)
-    return prove(workers, model, publication, logprobs, PROMPTS, **settings)
+    return prove(workers, WholeTrainer(model, logprobs), publication, PROMPTS, **settings)
 
 
 def test_engines_that_do_as_told_are_proven_and_end_with_the_published_weights():
@@ -180,7 +181,7 @@ def test_a_proof_that_could_not_tell_changed_weights_apart_is_refused():
 
     model = policy()
     with pytest.raises(WeightsRefused, match="blind"):
-        prove(Fakes(), model, announce(to_official(model), 4), blind, PROMPTS, tolerance=1e-6)
+        prove(Fakes(), WholeTrainer(model, blind), announce(to_official(model), 4), PROMPTS, tolerance=1e-6)
 
 
 def test_prompts_are_fixed_cross_the_windows_and_fit_the_engine():
