@@ -23,6 +23,8 @@ from consilience.teachers.scheduler import TeacherScheduler
 from consilience.training.checkpoint import save_checkpoint
 from tests.rank_processes import on_ranks
 
+pytestmark = pytest.mark.row("distillation", "torch")
+
 torch.set_num_threads(1)
 
 CONFIG = replace(small_trainer.AHEAD, initializer_range=0.2)  # teachers of two seeds really disagree
@@ -128,6 +130,7 @@ def cut_distill(ranks, folder, root):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+@pytest.mark.row("distillation", "fsdp")
 def test_distillation_with_a_model_cut_over_two_ranks_is_that_of_one_process(teachers, tmp_path):
     one = distill(ALONE, tmp_path / "one", teachers, "update")
     assert_cut_same(on_ranks(2, cut_distill, tmp_path / "two", teachers, folder=tmp_path), one)
