@@ -10,6 +10,7 @@ import os
 import pickle
 import time
 import traceback
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -76,6 +77,7 @@ def _hear(pipe, rank, limit_s):
 
 
 def _serve(pipe):
+    warnings.simplefilter("ignore", FutureWarning)  # as pytest does in the process of the tests
     environment = dict(os.environ)
     while True:
         try:
