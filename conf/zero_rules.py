@@ -44,10 +44,7 @@ def _others(cfg: Config) -> dict[str, tuple[object, object]]:
         "base.indexer_warmup": (cfg.base.indexer_warmup, 0),
         "sft.indexer_warmup": (cfg.sft.indexer_warmup, 0),
     }
-    for key in ("base", "sft"):
-        given[f"{key}.anticipatory.mode"] = getattr(cfg, key).anticipatory.mode, "off"
     for domain, own in cfg.specialist.settings.items():
-        key, sft = f"specialist.settings.{domain}.sft", own.get("sft", {})
-        given[f"{key}.indexer_warmup"] = sft.get("indexer_warmup", 0), 0
-        given[f"{key}.anticipatory.mode"] = sft.get("anticipatory", {}).get("mode", "off"), "off"
+        warmup = own.get("sft", {}).get("indexer_warmup", 0)
+        given[f"specialist.settings.{domain}.sft.indexer_warmup"] = warmup, 0
     return given

@@ -23,7 +23,6 @@ def test_adamw_on_two_ranks_is_taken():
         ("engine.quantization=fp4", "set engine.quantization=off, or"),
         ("rollout.proof=start", "set rollout.proof=off, or"),
         ("base.indexer_warmup=2", "set base.indexer_warmup=0, or"),
-        ("sft.anticipatory.mode=always", "set sft.anticipatory.mode=off, or"),
         ("specialist.settings.math.sft.indexer_warmup=2", "math.sft.indexer_warmup=0, or"),
         ("engine.zero_stage=4", "engine.zero_stage"),
     ],

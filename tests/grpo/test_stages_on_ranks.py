@@ -252,6 +252,7 @@ def test_grpo_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
 def under_zero_3(ranks, folder):
     return [
         sft(ranks, folder / "plain", kind="zero3"),
+        sft(ranks, folder / "ahead", "always", kind="zero3"),
         grpo(ranks, folder / "sync", kind="zero3"),
         grpo(ranks, folder / "async", "async", Corrections(token_truncate=2.0), kind="zero3"),
     ]
@@ -265,8 +266,9 @@ def test_stages_under_zero_3_are_those_of_one_process(tmp_path):
     found = zip(*on_ranks(2, under_zero_3, tmp_path / "two", folder=tmp_path))
     alone = [
         sft(ALONE, tmp_path / "a"),
-        grpo(ALONE, tmp_path / "b"),
-        grpo(ALONE, tmp_path / "c", "async", Corrections(token_truncate=2.0)),
+        sft(ALONE, tmp_path / "b", "always"),
+        grpo(ALONE, tmp_path / "c"),
+        grpo(ALONE, tmp_path / "d", "async", Corrections(token_truncate=2.0)),
     ]
     for several, one in zip(found, alone):
         assert_cut_same(several, one)
