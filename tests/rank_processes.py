@@ -1,7 +1,7 @@
 """Several ranks as processes of this machine, for tests: each runs one function, all results come back.
 
-A process that has answered well waits for the next case: what starting and importing costs is paid once, not by
-every case. One case that fails ends its processes, so that no later one meets what it has left.
+A process that has answered well waits for the next case: what starting and importing costs is paid once, not
+by every case. One case that fails ends its processes, so that no later one meets what it has left.
 """
 
 import itertools

@@ -102,7 +102,7 @@ def _pairs(found, expected):
         for one, other in zip(found, expected):
             yield from _pairs(one, other)
     elif isinstance(expected, torch.Tensor):
-        yield (np.asarray(each.detach().double()) for each in (found, expected))
+        yield tuple(np.asarray(each.detach().double()) for each in (found, expected))
     elif isinstance(expected, np.ndarray | float) and not np.isnan(expected).any():
         yield np.asarray(found), np.asarray(expected)
 

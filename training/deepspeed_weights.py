@@ -1,4 +1,4 @@
-"""Weights under ZeRO-3, which no rank holds whole: given to the first rank and read back a block at a time."""
+"""Weights under ZeRO-3, whole on no rank: given to the first rank and read back a block at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Whole = Callable[..., AbstractContextManager[None]]
 
 
 def gather_weights(model: nn.Module, whole: Whole, ranks: Ranks) -> dict[str, Tensor] | None:
-    """Every tensor under its official name in the first rank's host memory; None on others. All ranks call."""
+    """Every tensor by its official name on the first rank's host; None on others. All ranks call."""
     held: dict[str, Tensor] = {}
     for names in _pieces(model):
         with whole(names=names):

@@ -142,6 +142,8 @@ def test_a_rank_of_the_configured_engine_has_its_table_and_one_process_none(caps
     text = planned(capsys, *words, "engine.kind=fsdp")
     assert "SFT in fp32 on 64 ranks of fsdp, micro-batches of 4,096 tokens" in text
     table = text[text.index("SFT in fp32") :]
-    parts = [float(row(table, name)[0].replace(",", "")) for name in ("weights", "gradients", "optimiser state")]
+    parts = [
+        float(row(table, name)[0].replace(",", "")) for name in ("weights", "gradients", "optimiser state")
+    ]
     assert parts[0] == pytest.approx(4 * 290.942 / 64, abs=0.01) and parts[1] > 1000 > parts[2]
     assert "SFT in fp32 on" not in planned(capsys, "model=flash")

@@ -5,7 +5,13 @@ import pytest
 from consilience.conf.errors import ConfigError
 from consilience.conf.load import compose
 
-DIVIDED = ["engine=deepspeed", "engine.zero_stage=3", "engine.ranks=2", "optimizer.kind=adamw", "rollout.proof=off"]
+DIVIDED = [
+    "engine=deepspeed",
+    "engine.zero_stage=3",
+    "engine.ranks=2",
+    "optimizer.kind=adamw",
+    "rollout.proof=off",
+]
 
 
 def test_adamw_on_two_ranks_is_taken():
