@@ -79,7 +79,7 @@ def execute(cfg: Config, stages: list[Stage]) -> Graph:
 
     if cfg.cluster.placement != "free":
         _place_roles(cfg, samples=any(stage.needs_workers for stage in stages))
-    elif cfg.engine.ranks > 1:
+    else:
         backend_of(cfg)  # refuses what the machine cannot do, before anything is started
     manifest = environment_manifest(command=command(), seed=cfg.run.seed)
     # A changed setting is not refused: the graph redoes just the stages that depend on it.

@@ -25,6 +25,7 @@ from consilience.model.cost import (
     state_bytes,
     training_flops,
 )
+from consilience.model.cost_ranks import EngineLayout, rank_bytes
 from consilience.model.cost_v32 import v32_state_bytes, v32_work
 from consilience.model.weights import (
     LAYOUTS,
@@ -60,6 +61,8 @@ def plan(cfg: Config) -> int:
         _comparison(name, config, tokens),
     ):
         console.print(table)
+    if cfg.engine.ranks > 1:
+        console.print(_ranks(cfg), _rank(config, cfg), sep="\n")
     if cfg.plan.plot is not None:
         from consilience.cli.plan_chart import draw
 
@@ -141,6 +144,40 @@ def _memory(config: ModelConfig) -> Table:
     for part in states[0]:
         table.add_row(f"training, {part}", *(f"{state[part] / unit:,.3f}" for state in states))
     table.add_row("training, all", *(f"{sum(state.values()) / unit:,.3f}" for state in states))
+    return table
+
+
+def _ranks(cfg: Config) -> str:
+    engine = cfg.engine
+    kind = f"deepspeed, ZeRO-{engine.zero_stage}" if engine.kind == "deepspeed" else engine.kind
+    return f"SFT in fp32 on {engine.ranks} ranks of {kind}, micro-batches of {_micro_tokens(cfg):,} tokens"
+
+
+def _micro_tokens(cfg: Config) -> int:
+    return cfg.sft.row_tokens * cfg.engine.micro_batch_rows
+
+
+def _rank(config: ModelConfig, cfg: Config) -> Table:
+    """What a rank of `engine.ranks` holds while it trains."""
+    engine = cfg.engine
+    layout = EngineLayout(
+        engine.kind,
+        engine.ranks,
+        context_ranks=engine.context_ranks,
+        zero_stage=engine.zero_stage,
+        is_state_divided=engine.shard_state,
+        is_offloaded=engine.offload,
+        recompute="block" if "block" in engine.recompute else "none",
+        micro_batch=_micro_tokens(cfg),
+    )
+    found = rank_bytes(config, layout)
+    unit, prefix = _unit(found["weights"])
+    table = _table("Memory of a rank", "what", f"{prefix}B")
+    for name, size in found.items():
+        if size:
+            table.add_row(name, f"{size / unit:,.3f}")
+    table.add_section()
+    table.add_row("all", f"{sum(found.values()) / unit:,.3f}")
     return table
 
 

@@ -16,6 +16,7 @@ from consilience.conf.fields import nearest, read_record
 from consilience.conf.placement_rules import check_placement
 from consilience.conf.schema import KINDS, Config, DomainConfig, GrpoConfig, SftConfig
 from consilience.conf.token_count import token_count
+from consilience.conf.zero_rules import check_zero
 
 PER_DOMAIN_GROUPS = ("sft", "grpo", "rollout", "optimizer")
 PLOT_FORMATS = (".png", ".svg", ".pdf")
@@ -35,6 +36,7 @@ def check_rules(cfg: Config) -> Config:
     _check_sampler(cfg)
     _check_ranks(cfg)
     check_cut(cfg)
+    check_zero(cfg)
     check_placement(cfg)
     _check_vllm(cfg)
     _check_files(cfg)

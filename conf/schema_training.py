@@ -331,9 +331,10 @@ class EngineConfig:
     )
     zero_stage: int = setting(
         2,
-        "kind=deepspeed: 1 divides the optimiser's state over the ranks, 2 the gradients too",
+        "kind=deepspeed: 1 divides the optimiser's state over the ranks, 2 the gradients too, 3 the weights "
+        "too (optimizer.kind=adamw and weights in fp32)",
         low=1,
-        high=2,
+        high=3,
         speed_only=True,
     )
     offload: bool = setting(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.ranks_table import lines
+from tests import ranks_table
 
 
 def pytest_collection_modifyitems(items):
@@ -11,7 +11,31 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.ranks)
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if "ranks" in (config.option.markexpr or ""):
-        for line in ["", "several ranks against one process, largest relative difference", *lines()]:
+def _named(value):
+    return " ".join(map(str, value.values())) if isinstance(value, dict) else value
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """`row(what, engine)` is the test's row of the table; parameters stand in braces."""
+    mark = item.get_closest_marker("row")
+    if mark is None:
+        return (yield)
+    given = getattr(item, "callspec", None)
+    named = {name: _named(value) for name, value in given.params.items()} if given else {}
+    ranks_table.begin(*(text.format(**named) for text in mark.args))
+    is_failed = True
+    try:
+        result = yield
+        is_failed = False
+        return result
+    finally:
+        ranks_table.end(is_failed=is_failed)
+
+
+def pytest_terminal_summary(terminalreporter):
+    found = ranks_table.lines()
+    if found:
+        title = "several ranks against one process: largest difference relative to the tensor's largest value"
+        for line in ["", f"{title}; seconds on ranks", *found]:
             terminalreporter.write_line(line)

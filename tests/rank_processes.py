@@ -1,59 +1,106 @@
-"""Several ranks as processes of this machine, for tests: each runs one function, all results come back."""
+"""Several ranks as processes of this machine, for tests: each runs one function, all results come back.
+
+A process that has answered well waits for the next case: what starting and importing costs is paid once, not
+by every case. One case that fails ends its processes, so that no later one meets what it has left.
+"""
 
 import itertools
 import multiprocessing
+import os
 import pickle
+import time
 import traceback
+import warnings
 
 import torch
+import torch.distributed as dist
 
 from consilience.model.ranks import open_ranks
+from tests.ranks_table import ran
 
 LIMIT_S = 120.0
 _meetings = itertools.count()
+_idle = []
 
 
-def on_ranks(size, function, *arguments, folder, limit_s=LIMIT_S):
+def on_ranks(size, function, *arguments, folder, limit_s=LIMIT_S, is_last=False):
     """[function(ranks, *arguments) of rank 0, 1, …]; raises the first rank's error that there was.
 
     The function must be a module's. `folder` is where the ranks meet; a rank runs with one thread.
+    is_last: the function changes its process for good, which therefore ends with this case.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "tests.rank_processes"])
     address = f"file://{folder}/meeting-{next(_meetings)}-{function.__name__}"
-    pipes, processes = [], []
-    for rank in range(size):
-        here, there = context.Pipe(duplex=False)
-        given = (there, address, rank, size, limit_s, function, arguments)
-        process = context.Process(target=_rank, args=given, daemon=True)
-        process.start()
-        there.close()
-        pipes.append(here)
-        processes.append(process)
-    found = [_hear(pipe, rank, limit_s) for rank, pipe in enumerate(pipes)]
-    for process in processes:
-        process.join(limit_s)
+    began = time.perf_counter()
+    workers = [_idle.pop() if _idle else _start() for _ in range(size)]
+    try:
+        for rank, (pipe, _) in enumerate(workers):
+            pipe.send_bytes(pickle.dumps((address, rank, size, limit_s, function, arguments)))
+        found = [_hear(pipe, rank, limit_s) for rank, (pipe, _) in enumerate(workers)]
+    except BaseException:
+        _end(workers)
+        raise
+    ran(size, time.perf_counter() - began)
     for error in (value for is_ok, value in found if not is_ok):
+        _end(workers)
         raise AssertionError(error)
+    if is_last:
+        _end(workers)
+    else:
+        _idle.extend(workers)
     return [value for _, value in found]
 
 
+def _start():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "tests.rank_processes"])
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there,), daemon=True)
+    process.start()
+    there.close()
+    return here, process
+
+
+def _end(workers):
+    for pipe, process in workers:
+        process.kill()
+        process.join(LIMIT_S)
+        pipe.close()
+
+
 def _hear(pipe, rank, limit_s):
-    if not pipe.poll(limit_s):
-        return False, f"rank {rank} said nothing for {limit_s:g} s"
     try:
+        if not pipe.poll(limit_s):
+            return False, f"rank {rank} said nothing for {limit_s:g} s"
         return pickle.loads(pipe.recv_bytes())  # no limit: there is something to read
-    except EOFError:
+    except (EOFError, ConnectionResetError):
         return False, f"rank {rank} died without a word"
 
 
-def _rank(pipe, address, rank, size, limit_s, function, arguments):
+def _serve(pipe):
+    warnings.simplefilter("ignore", FutureWarning)  # as pytest does in the process of the tests
+    environment = dict(os.environ)
+    while True:
+        try:
+            given = pipe.recv_bytes()  # no limit: ends with tests
+        except EOFError:
+            return
+        # By value: what the pipe itself makes of a tensor is gone when this process is.
+        pipe.send_bytes(pickle.dumps(_rank(given)))
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def _rank(given):
     torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rank = "?"
     try:
+        address, rank, size, limit_s, function, arguments = pickle.loads(given)
         ranks = open_ranks(address, rank, size, timeout_s=limit_s / 2)
         answer = True, function(ranks, *arguments)
         ranks.close()
+        if dist.is_initialized():  # what an engine opened for one process alone
+            dist.destroy_process_group()
     except BaseException:
         answer = False, f"rank {rank}:\n{traceback.format_exc()}"
-    # By value: what the pipe itself makes of a tensor is gone when this process is.
-    pipe.send_bytes(pickle.dumps(answer))
+    return answer

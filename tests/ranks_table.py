@@ -1,27 +1,87 @@
-"""How far several ranks ended from one process, by test: what `make test-ranks` prints at its end."""
+"""How far several ranks ended from one process, by what ran and on how many: a table after the tests."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-ROWS: dict[str, dict[str, float]] = {}
-QUANTITIES = ("gradients", "weights", "rows")
+
+@dataclass
+class Cell:
+    """What the tests of one row found with one number of ranks.
+
+    difference  the largest, relative to the tensor's largest value; None: none was measured as a number
+    """
+
+    seconds: float = 0.0
+    num_tests: int = 0
+    num_failed: int = 0
+    difference: float | None = None
+
+    def text(self) -> str:
+        word = "ok" if self.difference is None else f"{self.difference:.1e}" if self.difference else "equal"
+        word = f"{self.num_failed} of {self.num_tests} failed" if self.num_failed else word
+        return f"{word}, {self.seconds:.0f} s"
+
+
+ROWS: dict[tuple[str, str], dict[int, Cell]] = {}
+_row: tuple[str, str] | None = None
+_own: dict[int, Cell] = {}
+_size = 1
+
+
+def begin(stage: str, engine: str) -> None:
+    """What follows is found for this row of the table, until `end`."""
+    global _row, _size
+    _row, _size = (stage, engine), 1
+    _own.clear()
+
+
+def end(*, is_failed: bool) -> None:
+    """Add what one test has found to its row."""
+    global _row
+    if _row is not None:
+        for size, own in _own.items():
+            cell = ROWS.setdefault(_row, {}).setdefault(size, Cell())
+            cell.seconds += own.seconds
+            cell.num_tests += 1
+            cell.num_failed += is_failed
+            if own.difference is not None:
+                cell.difference = max(cell.difference or 0.0, own.difference)
+    _row = None
+
+
+def ran(size: int, seconds: float) -> None:
+    """The running test had so many ranks for so long; what it keeps next was found with them."""
+    global _size
+    _size = size
+    _own.setdefault(size, Cell()).seconds += seconds
+
+
+@contextmanager
+def on(size: int) -> Iterator[None]:
+    """Around what starts its ranks in another way than `on_ranks`."""
+    began = time.perf_counter()
+    yield
+    ran(size, time.perf_counter() - began)
 
 
 def note(found: Mapping[str, object], expected: Mapping[str, object]) -> None:
-    """Keep how far each of QUANTITIES is off, under the running test's name."""
-    for name in QUANTITIES:
+    """Keep how far gradients, weights and logged rows are off."""
+    for name in ("gradients", "weights", "rows"):
         if name in expected:
-            keep(name, off(found[name], expected[name]))
+            keep(off(found[name], expected[name]))
 
 
-def keep(name: str, difference: float) -> None:
-    test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
-    own = ROWS.setdefault(test, {})
-    own[name] = max(own.get(name, 0.0), difference)
+def keep(difference: float) -> None:
+    """This is a relative difference that the running test allows; 0 where it compares bits."""
+    cell = _own.setdefault(_size, Cell())
+    cell.difference = max(cell.difference or 0.0, float(difference))
 
 
 def off(found: object, expected: object) -> float:
@@ -41,13 +101,20 @@ def _pairs(found, expected):
     elif isinstance(expected, list | tuple):
         for one, other in zip(found, expected):
             yield from _pairs(one, other)
+    elif isinstance(expected, torch.Tensor):
+        yield tuple(np.asarray(each.detach().double()) for each in (found, expected))
     elif isinstance(expected, np.ndarray | float) and not np.isnan(expected).any():
         yield np.asarray(found), np.asarray(expected)
 
 
 def lines() -> list[str]:
-    if not ROWS:
+    """The table, a column for each number of ranks."""
+    sizes = sorted({size for row in ROWS.values() for size in row})
+    if not sizes:
         return []
-    head = ["| test | " + " | ".join(QUANTITIES) + " |", "|---" * (1 + len(QUANTITIES)) + "|"]
-    cells = lambda row: [f"{row[name]:.1e}" if name in row else "" for name in QUANTITIES]
-    return head + [f"| {test} | {' | '.join(cells(row))} |" for test, row in sorted(ROWS.items())]
+    named = [f"{size} rank" + "s" * (size > 1) for size in sizes]
+    table = [("what", "engine", *named), ("---",) * (2 + len(sizes))]
+    for (stage, engine), row in sorted(ROWS.items()):
+        table.append((stage, engine, *(row[size].text() if size in row else "" for size in sizes)))
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table]

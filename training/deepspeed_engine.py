@@ -26,6 +26,7 @@ from consilience.training.deepspeed_optimizer import ZeroV4Optimizer, optimizer_
 from consilience.training.deepspeed_setup import check_possible, open_deepspeed
 from consilience.training.deepspeed_stage3 import DividedModel, divide_parameters
 from consilience.training.deepspeed_state import load_states, state_tensors
+from consilience.training.deepspeed_weights import gather_weights, read_weights, write_weights
 from consilience.training.engine_checks import check_denominators, fail_together
 from consilience.training.fill_up import blank
 from consilience.training.optimizers import gate_bias_names, loads_by_bias, parameter_groups, update_gate_bias
@@ -76,10 +77,10 @@ class DeepSpeedEngine:
             for name, p in model.named_parameters()
             if any(name in group.parameters for group in groups)
         }
-        self._is_divided = zero_stage == 3
+        self.is_divided = zero_stage == 3
         self._engine = open_deepspeed(model, self._optimizer, ranks, zero_stage=zero_stage, offload=offload)
         self._zero = zero = self._engine.optimizer
-        if self._is_divided:
+        if self.is_divided:
             divide_parameters(zero, groups, ranks)
             self._gradients = DividedModel(zero, model, self._parameters, ranks, offload=offload)
         else:
@@ -107,7 +108,7 @@ class DeepSpeedEngine:
             try:
                 if not is_filler:
                     loss = self._loss(loss_fn, micro_batches[index], index, found)
-                elif self._is_divided:  # the blocks are gathered together, so all ranks must run them
+                elif self.is_divided:  # the blocks are gathered together, so all ranks must run them
                     loss = self._loss(loss_fn, blank(micro_batches[0]), index, {})
             except Exception as error:
                 failure = error
@@ -181,7 +182,7 @@ class DeepSpeedEngine:
     @property
     def _masters(self) -> list[Tensor]:
         """Each group's fp32 weights on this rank [n]."""
-        if self._is_divided:
+        if self.is_divided:
             return self._zero.fp32_partitioned_groups_flat
         return self._zero.single_partition_of_fp32_groups
 
@@ -230,14 +231,29 @@ class DeepSpeedEngine:
         """Forget the gradients accumulated since the last step."""
         self._gradients.clear()
 
-    def save(self, folder: Path) -> None:
+    def gather_weights(self) -> dict[str, Tensor] | None:
+        """Under ZeRO-3: the weights on the first rank's host; see `CutEngine`."""
+        with self.ranks.in_step():
+            return gather_weights(self.model, self.whole_weights, self.ranks)
+
+    def write_weights(self, folder: Path | None, max_shard_bytes: int) -> dict[str, str] | None:
+        """Under ZeRO-3: official files by the first rank, from its host's memory; see `CutEngine`."""
+        if not self.ranks.broadcast(folder is not None):
+            return None
+        return write_weights(folder, self.gather_weights(), max_shard_bytes, self.ranks)
+
+    def read_weights(self, folder: Path) -> None:
+        """Under ZeRO-3: a checkpoint's weights into every rank's part and its masters; see `CutEngine`."""
+        read_weights(folder, self.model, self.whole_weights)
+
+    def save(self, folder: Path | None) -> None:
         """Optimiser and random state as `TorchEngine` writes them, whatever the ranks and the stage.
 
         fp32 masters of parameters that the model keeps in bf16 go into a file of their own, which other
         engines do not read: with it training goes on bit by bit, without it from the rounded weights.
         """
         states, masters = state_tensors(self._optimizer, self._masters)
-        if not self.ranks.is_first:
+        if folder is None or not self.ranks.is_first:
             return
         folder.mkdir(parents=True, exist_ok=True)
         steps = {"num_steps": torch.tensor(self.num_steps, dtype=torch.int64)}
@@ -260,7 +276,7 @@ class DeepSpeedEngine:
                 f"{folder / OPTIMIZER_FILE}: tensor num_steps is missing; remake the checkpoint"
             )
         num_steps = int(tensors.pop("num_steps"))
-        if not self._is_divided:  # where it is, `whole_weights` has done it
+        if not self.is_divided:  # where it is, `whole_weights` has done it
             self._zero.refresh_fp32_params()
         try:
             load_states(self._optimizer, self._masters, tensors, masters)

@@ -126,6 +126,9 @@ class DividedModel:
         chosen = [p for name, p in self._model.named_parameters() if names is None or name in names]
         inner = [p for p in chosen if not p.ds_persist]  # type: ignore[attr-defined]
         outer = [p for p in chosen if p.ds_persist]  # type: ignore[attr-defined]
+        # A forward without a backward may have given back those of prediction blocks, on all ranks alike.
+        if away := [p for p in outer if p.ds_status.name == "NOT_AVAILABLE"]:  # type: ignore[attr-defined]
+            away[0].all_gather(away)  # type: ignore[attr-defined]
         with GatheredParameters(inner, modifier_rank=0 if is_changed else None):
             yield
         if not is_changed:

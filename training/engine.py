@@ -93,8 +93,8 @@ class CutEngine(TrainEngine, Protocol):
 
 
 def is_cut(engine: TrainEngine | None) -> TypeGuard[CutEngine]:
-    """Whether weights are streamed from all ranks."""
-    return hasattr(engine, "write_weights")
+    """Whether weights come from all ranks. An engine whose settings decide it says so as `is_divided`."""
+    return hasattr(engine, "write_weights") and getattr(engine, "is_divided", True)
 
 
 def official_weights(engine: TrainEngine) -> Mapping[str, Tensor] | None:

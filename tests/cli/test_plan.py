@@ -135,3 +135,15 @@ def test_neither_torch_nor_matplotlib_is_loaded_for_the_tables():
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.stderr.strip() == "[]"
+
+
+def test_a_rank_of_the_configured_engine_has_its_table_and_one_process_none(capsys):
+    words = ["model=flash", "engine.ranks=64", "rollout.proof=off"]
+    text = planned(capsys, *words, "engine.kind=fsdp")
+    assert "SFT in fp32 on 64 ranks of fsdp, micro-batches of 4,096 tokens" in text
+    table = text[text.index("SFT in fp32") :]
+    parts = [
+        float(row(table, name)[0].replace(",", "")) for name in ("weights", "gradients", "optimiser state")
+    ]
+    assert parts[0] == pytest.approx(4 * 290.942 / 64, abs=0.01) and parts[1] > 1000 > parts[2]
+    assert "SFT in fp32 on" not in planned(capsys, "model=flash")

@@ -19,6 +19,10 @@ from consilience.training.checkpoint import load_checkpoint
 from consilience.training.metrics import read_metrics
 from consilience.training.progress import SilentProgress
 from consilience.training.run_folder import RunFolder
+from tests import ranks_table
+from tests.ranks_table import keep, off
+
+pytestmark = pytest.mark.row("base by the program", "torch")
 
 torch.set_num_threads(1)
 
@@ -68,7 +72,8 @@ def test_a_killed_rank_ends_the_stage_and_the_same_command_ends_where_one_proces
         on_ranks(functools.partial(killed_in_step, 2), cut)
     first = [path.name for path in cut.folder.checkpoints.iterdir()]
     assert first and "step-000003" not in first
-    result = on_ranks(supervised.run_base, cut)
+    with ranks_table.on(2):
+        result = on_ranks(supervised.run_base, cut)
     assert result["train_tokens"] == whole["train_tokens"]
     assert [row["step"] for row in read_metrics(cut.folder.metrics)] == [1, 2, 3]
     ends = [tmp_path / "one" / whole["checkpoint"], tmp_path / "two" / result["checkpoint"]]
@@ -80,6 +85,7 @@ def assert_same_weights(*folders):
     for name, value in one.items():
         # fp32 sums in another order; AdamW's eps keeps a gradient of rounding from being a step.
         torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    keep(off(two, one))
 
 
 @pytest.mark.slow
@@ -89,29 +95,36 @@ def assert_same_weights(*folders):
         {"shard_state": True},
         {"kind": "deepspeed", "zero_stage": 1},
         {"kind": "deepspeed", "zero_stage": 2, "offload": True},
+        {"kind": "deepspeed", "zero_stage": 3},
         {"kind": "fsdp", "recompute": ["block"]},
     ],
 )
+@pytest.mark.row("base by the program", "{engine}")
 def test_other_engines_end_where_one_process_does(engine, tmp_path):
     whole = supervised.run_base(context(tmp_path / "one", 1))
     two = context(tmp_path / "two", 2, **engine)
-    result = on_ranks(supervised.run_base, two)
+    with ranks_table.on(2):
+        result = on_ranks(supervised.run_base, two)
     assert_same_weights(tmp_path / "one" / whole["checkpoint"], tmp_path / "two" / result["checkpoint"])
     kept = sorted(path.name for path in two.folder.checkpoints.iterdir())
     assert kept[-1] == "step-000003" and len(kept) > 1  # saved on the way too, by all ranks
 
 
 @pytest.mark.slow
-def test_a_stage_cut_over_two_ranks_goes_on_on_two_to_the_bit_and_on_one(tmp_path):
-    whole = on_ranks(supervised.run_base, context(tmp_path / "whole", 2, kind="fsdp"))
-    cut = context(tmp_path / "two", 2, kind="fsdp")
+@pytest.mark.parametrize("engine", [{"kind": "fsdp"}, {"kind": "deepspeed", "zero_stage": 3}])
+@pytest.mark.row("base by the program, resumed", "{engine}")
+def test_a_stage_cut_over_two_ranks_goes_on_on_two_to_the_bit_and_on_one(engine, tmp_path):
+    whole = on_ranks(supervised.run_base, context(tmp_path / "whole", 2, **engine))
+    cut = context(tmp_path / "two", 2, **engine)
     with pytest.raises(EngineError, match="SIGKILL"):
         on_ranks(functools.partial(killed_in_step, 2), cut)
     assert not (cut.folder.checkpoints / "step-000003").exists()
     shutil.copytree(tmp_path / "two", tmp_path / "one")
-    again = on_ranks(supervised.run_base, cut)
+    with ranks_table.on(2):
+        again = on_ranks(supervised.run_base, cut)
     alone = supervised.run_base(context(tmp_path / "one", 1))
     assert again["digest"] == whole["digest"]
     one = to_official(load_checkpoint(tmp_path / "one" / alone["checkpoint"])[0])
     for name, value in to_official(load_checkpoint(tmp_path / "two" / again["checkpoint"])[0]).items():
         torch.testing.assert_close(one[name], value, rtol=1e-6, atol=1e-6, msg=name)
+        keep(off(one[name], value))

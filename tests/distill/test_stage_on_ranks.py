@@ -23,6 +23,8 @@ from consilience.teachers.scheduler import TeacherScheduler
 from consilience.training.checkpoint import save_checkpoint
 from tests.rank_processes import on_ranks
 
+pytestmark = pytest.mark.row("distillation", "torch")
+
 torch.set_num_threads(1)
 
 CONFIG = replace(small_trainer.AHEAD, initializer_range=0.2)  # teachers of two seeds really disagree
@@ -122,12 +124,14 @@ def test_distillation_is_that_of_one_process(size, balance, budget, context, tea
     assert not list((tmp_path / "more" / "hidden").iterdir())
 
 
-def cut_distill(ranks, folder, root):
-    return distill(ranks, folder, root, "update", kind="fsdp")
+def cut_distill(ranks, folder, root, kind):
+    return distill(ranks, folder, root, "update", kind=kind)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_distillation_with_a_model_cut_over_two_ranks_is_that_of_one_process(teachers, tmp_path):
+@pytest.mark.parametrize("kind", ["fsdp", "zero3"])
+@pytest.mark.row("distillation", "{kind}")
+def test_distillation_with_a_model_cut_over_two_ranks_is_that_of_one_process(kind, teachers, tmp_path):
     one = distill(ALONE, tmp_path / "one", teachers, "update")
-    assert_cut_same(on_ranks(2, cut_distill, tmp_path / "two", teachers, folder=tmp_path), one)
+    assert_cut_same(on_ranks(2, cut_distill, tmp_path / "two", teachers, kind, folder=tmp_path), one)

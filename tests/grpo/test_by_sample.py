@@ -7,6 +7,8 @@ from consilience.grpo.by_sample import Samples
 from consilience.model.context_parallel import context_parallel
 from tests.rank_processes import on_ranks
 
+pytestmark = pytest.mark.row("rows cut over ranks: sums of samples", "library")
+
 INDEX = torch.tensor([7, 7, 2, 7, 2, 9])
 VALUES = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
 

@@ -24,6 +24,8 @@ from consilience.rollout.token_routing import TokenRouting
 from consilience.training.anticipatory_routing import AnticipatoryRouting, AnticipatorySettings
 from tests.rank_processes import on_ranks
 
+pytestmark = pytest.mark.row("SFT", "torch")
+
 torch.set_num_threads(1)
 
 
@@ -139,6 +141,7 @@ def test_two_ranks_train_sft_as_one_process_does(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.row("SFT, anticipatory", "torch")
 def test_sft_under_anticipatory_routing_is_that_of_one_process(size, tmp_path):
     one = sft(ALONE, tmp_path / "one", "always")
     several = assert_ranks_agree(on_ranks(size, sft, tmp_path / "more", "always", folder=tmp_path))
@@ -153,6 +156,7 @@ def test_sft_under_anticipatory_routing_is_that_of_one_process(size, tmp_path):
 @pytest.mark.parametrize(
     ("mode", "corrections"), [("sync", None), ("sync", Corrections(token_truncate=2.0)), ("async", None)]
 )
+@pytest.mark.row("GRPO, {mode}", "torch")
 def test_grpo_is_that_of_one_process(size, mode, corrections, tmp_path):
     one = grpo(ALONE, tmp_path / "one", mode, corrections)
     several = assert_ranks_agree(on_ranks(size, grpo, tmp_path / "more", mode, corrections, folder=tmp_path))
@@ -160,6 +164,7 @@ def test_grpo_is_that_of_one_process(size, mode, corrections, tmp_path):
     assert_same(several, one)
 
 
+@pytest.mark.row("rows cut over ranks: SFT", "torch")
 def test_two_ranks_that_cut_rows_train_sft_as_one_process_does(tmp_path):
     one = sft(ALONE, tmp_path / "one")
     two = assert_ranks_agree(on_ranks(2, sft, tmp_path / "two", "off", 2, folder=tmp_path))
@@ -186,6 +191,7 @@ def with_context(ranks, folder):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.row("rows cut over ranks: SFT, GRPO", "torch")
 def test_stages_whose_rows_are_cut_in_two_are_those_of_one_process(size, tmp_path):
     (folder := tmp_path / "more").mkdir()
     found = list(zip(*on_ranks(size, with_context, folder, folder=tmp_path)))
@@ -205,6 +211,7 @@ def cut_sft(ranks, folder):
     return sft(ranks, folder, kind="fsdp")
 
 
+@pytest.mark.row("SFT", "fsdp")
 def test_sft_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
     one = sft(ALONE, tmp_path / "one")
     two = on_ranks(2, cut_sft, tmp_path / "two", folder=tmp_path)
@@ -230,6 +237,7 @@ def cut_ahead(ranks, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.row("SFT, anticipatory", "fsdp")
 def test_anticipatory_routing_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
     two = on_ranks(2, cut_ahead, tmp_path / "two", folder=tmp_path)
     assert_cut_same(two, sft(ALONE, tmp_path / "one", "always"))
@@ -244,6 +252,7 @@ def cut_grpo(ranks, folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+@pytest.mark.row("GRPO, sync and async", "fsdp")
 def test_grpo_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
     (tmp_path / "two").mkdir()
     plain, corrected = zip(*on_ranks(2, cut_grpo, tmp_path / "two", folder=tmp_path))
@@ -251,3 +260,28 @@ def test_grpo_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
     more = grpo(ALONE, tmp_path / "more", "async", Corrections(token_truncate=2.0))
     for several, alone in ((plain, one), (corrected, more)):
         assert_cut_same(several, alone)
+
+
+def under_zero_3(ranks, folder):
+    return [
+        sft(ranks, folder / "plain", kind="zero3"),
+        sft(ranks, folder / "ahead", "always", kind="zero3"),
+        grpo(ranks, folder / "sync", kind="zero3"),
+        grpo(ranks, folder / "async", "async", Corrections(token_truncate=2.0), kind="zero3"),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.row("SFT, GRPO", "deepspeed, ZeRO-3")
+def test_stages_under_zero_3_are_those_of_one_process(tmp_path):
+    (tmp_path / "two").mkdir()
+    found = zip(*on_ranks(2, under_zero_3, tmp_path / "two", folder=tmp_path))
+    alone = [
+        sft(ALONE, tmp_path / "a"),
+        sft(ALONE, tmp_path / "b", "always"),
+        grpo(ALONE, tmp_path / "c"),
+        grpo(ALONE, tmp_path / "d", "async", Corrections(token_truncate=2.0)),
+    ]
+    for several, one in zip(found, alone):
+        assert_cut_same(several, one)

@@ -14,6 +14,9 @@ from consilience.model.context_parallel import borders_of, context_parallel, pie
 from consilience.model.layout import packed_layout
 from consilience.model.ranks import ALONE, Ranks
 from tests.rank_processes import on_ranks
+from tests.ranks_table import keep
+
+pytestmark = pytest.mark.row("rows cut over ranks: a model", "library")
 
 torch.set_num_threads(1)
 
@@ -37,6 +40,7 @@ def check(one, pieces, rtol):
 
     def equal(found, expected, name):
         error = (found - expected).norm() / expected.norm().clamp(min=1e-30)
+        keep(error)
         assert error <= rtol, f"{name}: {error:.2e}"
 
     for i, expected in enumerate(one["results"]):

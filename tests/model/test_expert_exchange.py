@@ -13,6 +13,9 @@ from consilience.model.quantization import Quantization
 from consilience.model.ranks import Ranks
 from tests.model.expert_cases import BATCHES, ROUTERS, joined, layer, tokens
 from tests.rank_processes import on_ranks
+from tests.ranks_table import keep, off
+
+pytestmark = pytest.mark.row("experts over ranks: exchange, a layer", "library")
 
 torch.set_num_threads(1)
 
@@ -75,6 +78,7 @@ def test_sums_and_gradients_have_the_bits_of_one_process_whatever_the_waves(size
                         assert torch.equal(value, expected), (name, number, counts, rank)
                     else:
                         torch.testing.assert_close(value, expected, rtol=bound, atol=bound)
+                    keep(off(value, expected))
 
 
 def train(moe, batches):

@@ -10,6 +10,8 @@ from consilience.model import ranks as ranks_module
 from consilience.model.ranks import ALONE, Ranks, open_ranks
 from tests.rank_processes import on_ranks
 
+pytestmark = pytest.mark.row("what ranks say to each other", "-")
+
 
 def talk(ranks):
     ranks_module.BUCKET_BYTES = 64
@@ -28,7 +30,7 @@ def talk(ranks):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_rank_gets_the_same_sums_and_values_and_its_own_part(size, tmp_path):
-    found = on_ranks(size, talk, folder=tmp_path)
+    found = on_ranks(size, talk, folder=tmp_path, is_last=True)
     total = size * (size + 1) // 2
     for rank, said in enumerate(found):
         first, second, third, strided = said["summed"]

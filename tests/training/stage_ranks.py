@@ -39,6 +39,10 @@ def engine_of(kind, model, ranks, settings):
         from consilience.training.fsdp_engine import FsdpEngine
 
         return FsdpEngine(model, settings, ranks=ranks)
+    if kind == "zero3":
+        from consilience.training.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, settings, ranks=ranks, zero_stage=3)
     return Keeper(model, ranks, settings)
 
 

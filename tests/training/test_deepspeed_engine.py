@@ -27,6 +27,8 @@ from tests.training.v4_ranks import (
     v4_model,
 )
 
+pytestmark = pytest.mark.row("updates", "deepspeed")
+
 torch.set_num_threads(1)
 TOLERANCE = 1e-5  # fp32: of each tensor's largest value, the order in which partial sums are added
 
@@ -69,6 +71,7 @@ def check(found, reference):
         assert other[2] == found[0][2]
 
 
+@pytest.mark.row("updates", "deepspeed, ZeRO-2")
 def test_two_ranks_train_like_one_process(tmp_path):
     # Five micro-batches: the second rank has one less, and only the first has rows that reach HCA's entries.
     check(on_ranks(2, zero, "muon", 2, 2, folder=tmp_path), expected("muon", 2))
@@ -78,6 +81,7 @@ def test_two_ranks_train_like_one_process(tmp_path):
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 @pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.row("updates", "deepspeed, ZeRO-{stage}")
 def test_stage_and_ranks_change_nothing(stage, kind, size, tmp_path):
     found = on_ranks(size, zero, kind, stage, folder=tmp_path)
     check(found, expected(kind))
@@ -88,6 +92,7 @@ def zero_in_context(ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.row("rows cut over ranks: updates", "deepspeed, ZeRO-1")
 def test_two_ranks_that_cut_rows_train_like_one_process(tmp_path):
     check(on_ranks(2, zero_in_context, folder=tmp_path), expected("muon", 2))
 
@@ -106,6 +111,7 @@ def divided(ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.row("updates", "deepspeed, ZeRO-3")
 def test_zero_3_trains_like_one_process(size, tmp_path):
     found = on_ranks(size, divided, folder=tmp_path)
     check([each[:3] for each in found], expected("adamw"))
@@ -114,6 +120,7 @@ def test_zero_3_trains_like_one_process(size, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.row("updates", "deepspeed, ZeRO-{stage}, offload")
 def test_offload_changes_nothing(stage, tmp_path):
     check(on_ranks(2, offloaded, stage, folder=tmp_path), expected("muon", 2))
 
@@ -162,6 +169,7 @@ def uneven(ranks, stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.row("updates", "deepspeed, ZeRO-{stage}")
 def test_ranks_whose_losses_reach_other_parameters_add_up_the_right_ones(stage, tmp_path):
     reports, gradients, weights = uneven(ALONE, None)
     assert gradients == {"embed.weight": [8.0] * 6, "norm.weight": [3.0] * 6}
@@ -195,6 +203,7 @@ def failures(ranks, stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.row("updates", "deepspeed, ZeRO-{stage}")
 def test_what_fails_on_one_rank_fails_on_all_and_leaves_nothing(stage, tmp_path):
     first, second = on_ranks(2, failures, stage, folder=tmp_path)
     nan, broken, gradient = zip(first[0], second[0])
@@ -262,6 +271,7 @@ def same(one, other):
 
 
 @pytest.mark.slow
+@pytest.mark.row("checkpoints", "deepspeed, ZeRO-2")
 def test_a_run_goes_on_with_other_ranks_stages_and_engines(tmp_path):
     folder = tmp_path / "state"
     expected = on_ranks(2, saved, "2", v4_model, folder, folder=tmp_path)[0]
@@ -273,6 +283,7 @@ def test_a_run_goes_on_with_other_ranks_stages_and_engines(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.row("checkpoints", "deepspeed, ZeRO-2")
 def test_a_run_of_the_torch_engine_goes_on_under_zero(tmp_path):
     folder = tmp_path / "state"
     expected = on_ranks(1, saved, "torch", v4_model, folder, folder=tmp_path)[0]
@@ -282,6 +293,7 @@ def test_a_run_of_the_torch_engine_goes_on_under_zero(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", ["3*", "torch*", "2*"])
+@pytest.mark.row("checkpoints", "deepspeed, ZeRO-3")
 def test_a_run_under_zero_3_goes_on_with_any_engine(after, tmp_path):
     folder = tmp_path / "state"
     expected = on_ranks(2, saved, "3*", v4_model, folder, folder=tmp_path)[0]
@@ -292,6 +304,7 @@ def test_a_run_under_zero_3_goes_on_with_any_engine(after, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["1", "2"])
+@pytest.mark.row("checkpoints, bf16", "deepspeed, ZeRO-{stage}")
 def test_a_bf16_run_goes_on_bit_by_bit_from_its_masters(stage, tmp_path):
     folder = tmp_path / "state"
     expected = on_ranks(2, saved, stage, bf16_model, folder, folder=tmp_path)[0]
@@ -335,6 +348,7 @@ def bf16_gradients(ranks, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.row("updates, bf16", "deepspeed, ZeRO-{stage}")
 def test_bf16_gradients_are_summed_in_fp32_and_fp32_parameters_stay_so(stage, size, tmp_path):
     model = bf16_model()
     total = {}
@@ -364,6 +378,7 @@ def held(ranks, stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.row("updates, bf16", "deepspeed, ZeRO-{stage}")
 def test_each_of_two_ranks_holds_half_of_masters_states_and_gradients(stage, tmp_path):
     sizes = [p.numel() for p in bf16_model().parameters() if p.requires_grad]
     for own in on_ranks(2, held, stage, folder=tmp_path):

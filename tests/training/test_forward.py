@@ -18,6 +18,8 @@ from consilience.training.forward import hidden_at_loss, mtp_loss, own_piece, sa
 from consilience.training.packing import pack, split_micro_batches
 from tests.rank_processes import on_ranks
 
+pytestmark = pytest.mark.row("rows cut over ranks: losses", "library")
+
 torch.set_num_threads(1)
 
 CONFIG = replace(

@@ -19,6 +19,8 @@ from tests.rank_processes import on_ranks
 from tests.training.test_fsdp_engine import whole
 from tests.training.v4_ranks import SETTINGS, assert_close, train, v4_model
 
+pytestmark = pytest.mark.row("checkpoints", "fsdp")
+
 torch.set_num_threads(1)
 
 META = CheckpointMeta(stage="sft", seed=3, step=0)

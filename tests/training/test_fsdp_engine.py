@@ -16,6 +16,8 @@ from consilience.training.torch_engine import TorchEngine
 from tests.rank_processes import on_ranks
 from tests.training.v4_ranks import SETTINGS, assert_close, copies, packed_rows, supervised, train, v4_model
 
+pytestmark = pytest.mark.row("updates", "fsdp")
+
 torch.set_num_threads(1)
 
 

@@ -9,6 +9,8 @@ from consilience.training import ownership
 from consilience.training.ownership import Ownership, Range
 from tests.rank_processes import on_ranks
 
+pytestmark = pytest.mark.row("exchange with owners", "torch, shard_state")
+
 torch.set_num_threads(1)
 
 TYPES = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float32, "d": torch.float64}
@@ -58,7 +60,7 @@ def expected_shared(rank):
 
 @pytest.mark.parametrize("window_bytes", [30, pytest.param(1 << 20, marks=pytest.mark.slow)])
 def test_each_number_goes_to_its_owner_and_from_there_to_all(window_bytes, tmp_path):
-    found = on_ranks(3, traffic, window_bytes, folder=tmp_path)
+    found = on_ranks(3, traffic, window_bytes, folder=tmp_path, is_last=True)
     for rank, (sums, rounded, shared, whole, few) in enumerate(found):
         assert set(sums) == {item for item in owners()[rank] if item.start < item.stop}
         for item, total in sums.items():

@@ -9,6 +9,9 @@ from consilience.model.ranks import ALONE
 from consilience.training.ownership import Range
 from consilience.training.sharded_adamw import ShardedAdamW, cut_evenly
 from tests.rank_processes import on_ranks
+from tests.ranks_table import keep, off
+
+pytestmark = pytest.mark.row("AdamW", "torch, shard_state")
 
 torch.set_num_threads(1)
 SLOW = pytest.mark.slow
@@ -96,6 +99,7 @@ def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name in found:
         assert torch.equal(found[name], expected[name]), name
+        keep(off(found[name], expected[name]))
         assert found[name].dtype == expected[name].dtype
 
 

@@ -18,6 +18,8 @@ from consilience.training.torch_engine import OPTIMIZER_FILE, TorchEngine
 from tests.rank_processes import on_ranks
 from tests.training.v4_ranks import SETTINGS, assert_close, copies, packed_rows, supervised, train, v4_model
 
+pytestmark = pytest.mark.row("updates", "torch, shard_state")
+
 torch.set_num_threads(1)
 # Norms of this model's first gradients are about 1: with 0.05 every step is clipped.
 SHARDED = replace(SETTINGS, is_sharded=True, grad_clip=0.05)
@@ -108,6 +110,7 @@ def resume(ranks, weights, folder, settings):
 
 
 @pytest.mark.slow
+@pytest.mark.row("checkpoints", "torch, shard_state")
 def test_a_checkpoint_of_two_ranks_goes_on_with_one_two_and_four(tmp_path):
     """With two the same bits; else the order of sums differs, 1e-11 as above."""
     saved, straight = on_ranks(2, save_after_two, tmp_path / "state", folder=tmp_path)[0]

@@ -13,6 +13,8 @@ from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 from tests.rank_processes import on_ranks
 from tests.training.v4_ranks import SETTINGS, assert_close, copies, packed_rows, supervised, train, v4_model
 
+pytestmark = pytest.mark.row("updates", "torch")
+
 torch.set_num_threads(1)
 
 
@@ -158,6 +160,7 @@ def saved_and_loaded(ranks, folder):
     return written, same, other.num_steps, drawn
 
 
+@pytest.mark.row("checkpoints", "torch")
 def test_the_first_rank_saves_for_all_and_all_load(tmp_path):
     torch.manual_seed(0)
     expected = torch.rand(()).item()

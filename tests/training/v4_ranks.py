@@ -111,4 +111,4 @@ def assert_close(found, expected, tolerance, *, is_update=False):
             rows = slice(2 * _N)
         difference = np.abs(found[name] - value)[rows]
         assert difference.max() <= tolerance * max(np.abs(value).max(), least), (name, difference.max())
-        keep("weights" if is_update else "gradients", difference.max() / max(np.abs(value).max(), least))
+        keep(difference.max() / max(np.abs(value).max(), least))
