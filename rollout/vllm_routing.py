@@ -1,7 +1,7 @@
 """Experts that vLLM handed out, as a record's routing: its layers in order, the learned ones, gaps marked.
 
-vLLM (0.32, `enable_return_routed_experts`) gives a finished request one array [n, M, K] of uint8 or uint16: row
-t belongs to the pass that read token t, so n is the stream's length less one, the last token being never
+vLLM (0.32, `enable_return_routed_experts`) gives a finished request one array [n, M, K] of uint8 or uint16:
+row t belongs to the pass that read token t, so n is the stream's length less one, the last token being never
 fed; M are all hidden layers from 0 on, K is in no order. A layer that captured nothing keeps what its buffer
 began with, K equal numbers. vLLM itself is not imported.
 
