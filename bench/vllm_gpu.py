@@ -15,22 +15,25 @@ import argparse
 import gc
 import os
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from rollout_arms import stored_weights
+from rollout_arms import native_model, stored_weights
 
 from consilience.conf.errors import EngineError
 from consilience.model.config import ModelConfig
 from consilience.model.digest import weights_digest
 from consilience.model.released_checkpoint import open_checkpoint
 from consilience.rollout.engine import Request, SamplingParams
+from consilience.rollout.routing_capture import RoutingCapture
 from consilience.rollout.vllm_engine import VllmEngine
 from consilience.rollout.vllm_launch import probe_sequences, v4_export
 from consilience.rollout.vllm_proof import compare
 from consilience.rollout.vllm_reference import reference_of
+from consilience.rollout.vllm_routing import CAPTURE
 
 MAX_LENGTH = 2048
 # As seen to serve V4 on an H100 (vLLM 0.24).
@@ -56,8 +59,8 @@ def build(folder: Path, arguments: argparse.Namespace) -> VllmEngine:
         settings["cudagraph_capture_sizes"] = [1, 8, 64]
     if arguments.sleep:
         settings["enable_sleep_mode"] = True
-    if arguments.routing:  # it wants prefix caching (vLLM 0.32)
-        settings |= {"enable_return_routed_experts": True, "enable_prefix_caching": True}
+    if arguments.routing:  # it wants prefix caching
+        settings |= CAPTURE
     return VllmEngine(
         folder,
         max_rows=64,
@@ -67,6 +70,7 @@ def build(folder: Path, arguments: argparse.Namespace) -> VllmEngine:
         max_mismatch=0.35,
         export=v4_export(config),
         settings=settings,
+        records_routing=arguments.routing,
     )
 
 
@@ -129,20 +133,31 @@ def sleeping(engine: VllmEngine, weights) -> None:
         )
 
 
-def routing(engine: VllmEngine, weights) -> None:
-    """Whether the captured experts of hash layers are those of their tables."""
+def routing(engine: VllmEngine, folder: Path, tables: dict[str, torch.Tensor]) -> None:
+    """Whether the recorded experts of hash layers are those of their tables, and how many of the others' our
+    own forward over the same tokens chooses."""
+    assert engine.captured is not None
+    engine.captured = replace(engine.captured, layers=tuple(range(engine.captured.num_layers)))
     ((prompt, turn),) = sample(engine, 1, 32, "routing")
-    tokens = torch.tensor([*prompt, *turn.token_ids])
-    captured = engine.take_routing(turn.uid)
-    if captured is None:
-        raise SystemExit("FAIL: this vLLM captured no routing")
-    print(f"routing: {captured.shape} of {len(tokens)} tokens, {(captured < 0).any((1, 2)).sum()} without")
-    for name, table in weights.items():
-        if name.endswith("tid2eid"):
-            layer = int(name.split(".")[1])
-            fed = (captured[:, layer] >= 0).all(-1)
-            same = np.sort(captured[fed, layer]) == np.sort(table[tokens].numpy()[fed])
-            print(f"  layer {layer}: {same.mean():.4f} of its experts are the hash table's")
+    tokens = torch.tensor([*prompt, *turn.token_ids])[:-1]
+    found = turn.routing.experts()
+    print(f"routing: {found.shape} of {len(tokens)} tokens fed, {(found < 0).any((1, 2)).sum()} without")
+    model = native_model(folder, "cuda", torch.bfloat16)
+    capture = RoutingCapture(model.config, torch.device("cuda"), True)
+    ours = capture.routing(len(tokens))
+    assert ours is not None and ours.into is not None
+    with torch.no_grad():
+        model.hidden(tokens[None].cuda(), routing=ours)
+    chosen = {layer: ours.into[:, i].cpu().numpy() for i, layer in enumerate(capture.layers)}
+    named = {int(name.split(".")[1]): table for name, table in tables.items() if name.endswith("tid2eid")}
+    chosen |= {layer: table[tokens].numpy() for layer, table in named.items()}
+    for layer in sorted(chosen):
+        pairs = zip(found[:, layer].tolist(), chosen[layer].tolist())
+        share = np.mean([len(set(a) & set(b)) / len(b) for a, b in pairs])
+        what = "its hash table's" if layer in named else "our forward's too"
+        print(f"  layer {layer}: {share:.4f} of its experts are {what}")
+        if layer in named and share < 1:
+            raise SystemExit("FAIL: the experts of a hash layer are not its table's")
 
 
 def main() -> None:
@@ -170,7 +185,7 @@ def main() -> None:
     repeats(engine, probes)
     decoding(engine, reference_of(first, "cuda"), checkpoints["A"])
     if arguments.routing:
-        routing(engine, checkpoints["A"])
+        routing(engine, first, checkpoints["A"])
     if arguments.sleep:
         sleeping(engine, checkpoints["A"])
     if arguments.prove:

@@ -67,7 +67,7 @@ def build_worker(
     if engine == "vllm":
         from consilience.rollout.vllm_launch import launch
 
-        sampler = launch(model, **sizes, **(vllm or {}))
+        sampler = launch(model, records_routing=records_routing, **sizes, **(vllm or {}))
     else:
         how = {"speculative": speculative, "exact": exact, "records_routing": records_routing}
         sampler = _native(model, quantization, device, prefixes, **how, **sizes)

@@ -309,7 +309,6 @@ def _check_vllm(cfg: Config) -> None:
     for key, is_on in (
         ("rollout.speculative", cfg.rollout.speculative),
         ("engine.exact", cfg.engine.exact),
-        ("grpo.replay_routing", cfg.grpo.replay_routing),
         ("grpo.replay_kept_sets", cfg.grpo.replay_kept_sets),
     ):
         if is_on:

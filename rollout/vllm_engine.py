@@ -34,6 +34,7 @@ from consilience.rollout.vllm_proof import (
     note_update,
     tensor_digests,
 )
+from consilience.rollout.vllm_routing import CAPTURE, CapturedRouting
 from consilience.rollout.vllm_settings import seed_at, start_vllm
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class VllmEngine:
     export      published weights -> tensors in the checkpoint's names and types; None: they are that already
     settings    further arguments of vLLM (`vllm_settings.ALLOWED`)
     record      file that gets a JSON line an update: what was found of it, by which process
+    records_routing  hand out the experts that each token visited (`Completed.routing`)
     """
 
     def __init__(
@@ -70,11 +72,12 @@ class VllmEngine:
         export: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
         settings: Mapping[str, Any] | None = None,
         record: Path | None = None,
+        records_routing: bool = False,
     ) -> None:
         config = json.loads((checkpoint / "config.json").read_text())
-        self._llm: Any = start_vllm(
-            checkpoint, config["architectures"][0], dict(settings or {}), max_rows, max_length
-        )
+        self.captured = CapturedRouting.of(config) if records_routing else None
+        given = {**(CAPTURE if records_routing else {}), **(settings or {})}
+        self._llm: Any = start_vllm(checkpoint, config["architectures"][0], given, max_rows, max_length)
         self.max_rows, self.max_length = max_rows, max_length
         self._vocab_size = int(config["vocab_size"])
         self._export = export or (lambda weights: weights)
@@ -86,7 +89,6 @@ class VllmEngine:
         self._record = record
         self._streams: dict[str, Stream] = {}
         self._held: dict[str, tuple[int, ...]] = {}
-        self._routing: dict[str, np.ndarray] = {}  # uid -> what `take_routing` hands out
         self._complete: list[Stream] = []  # prefixes with nothing left to sample
         self._context: dict[str, tuple[int, ...]] = {}  # uid -> tokens before the first one it samples
         self._backlog: deque[tuple[int, list[Any]]] = deque()  # (version, outputs) of steps that a proof took
@@ -189,29 +191,24 @@ class VllmEngine:
             self._new.add(output.request_id, position, token, logprob)
             position += 1
         self._counts["sampled_tokens"] += taken
-        if getattr(turn, "routed_experts", None) is not None:
-            self._routing[output.request_id] = whole_rows(turn.routed_experts, stream.length)
         if output.finished == (not stream.num_left) and taken == len(tokens):
-            return self._retire(stream) if output.finished else None
+            return self._retire(stream, turn) if output.finished else None
         raise EngineError(
             f"vLLM ended request {output.request_id} as {turn.finish_reason!r} after {len(stream.tokens)} "
             f"tokens, {stream.num_left} were left; restart the worker, which goes on from the log"
         )
 
-    def _retire(self, stream: Stream) -> Completed:
+    def _retire(self, stream: Stream, turn: Any = None) -> Completed:
+        """turn: what vLLM said last of it; None for a complete prefix, which nobody fed."""
         request = stream.request
         del self._streams[request.uid]
-        context = self._context.pop(request.uid)
+        context, routing = self._context.pop(request.uid), None
+        if self.captured is not None and turn is not None:
+            experts, held = getattr(turn, "routed_experts", None), len(context) - len(request.prompt_ids)
+            routing = self.captured.record(request.uid, experts, stream.length, held)
         if request.hold:
             self._held[request.uid] = (*context, *stream.tokens)
-        return stream.completed()
-
-    def take_routing(self, uid: str) -> np.ndarray | None:
-        """Experts of a finished request [T, L, K] int16, T its prompt and what it sampled; −1: not seen.
-
-        None unless `enable_return_routed_experts` is set. Handed out once.
-        """
-        return self._routing.pop(uid, None)
+        return stream.completed(routing)
 
     def new_tokens(self) -> NewTokens:
         """See `RolloutEngine.new_tokens`."""
@@ -380,16 +377,6 @@ class VllmEngine:
     def _check_alive(self) -> None:
         if self._fault or self._rest:
             raise EngineError(self._fault or self._rest)
-
-
-def whole_rows(captured: np.ndarray, length: int) -> np.ndarray:
-    """[T, L, K] int16 of captured rows [≤ T, L, K], the first tokens' first: the rest is −1.
-
-    The last sampled token is never fed, so it always lacks a row.
-    """
-    rows = np.full((length, *captured.shape[1:]), -1, np.int16)
-    rows[: len(captured)] = captured[:length]
-    return rows
 
 
 def _shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:

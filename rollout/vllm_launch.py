@@ -33,12 +33,13 @@ def launch(
     max_mismatch: float = 0.35,
     settings: Mapping[str, Any] | None = None,
     record: str | None = None,
+    records_routing: bool = False,
 ) -> VllmEngine:
     """An engine over `checkpoint`, or over random weights of the model that `model` describes.
 
     model       config.json fields; of no use where a checkpoint is given
     checkpoint  folder in a layout that vLLM reads; any causal language model that vLLM serves
-    max_mismatch, settings, record  see `VllmEngine`
+    max_mismatch, settings, record, records_routing  see `VllmEngine`
     """
     with tempfile.TemporaryDirectory(prefix="vllm-start-") as made:
         folder = Path(checkpoint or made)
@@ -55,6 +56,7 @@ def launch(
             export=v4_export(ModelConfig.from_json_dict(row)) if row["architectures"] == [V4] else None,
             settings=settings,
             record=None if record is None else Path(record),
+            records_routing=records_routing,
         )
 
 

@@ -6,6 +6,8 @@ program sees (a trainer's default group stays free). Tensors travel in buckets, 
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +23,8 @@ from consilience.rollout.publishing import Publication
 from consilience.rollout.weight_bytes import Place, buckets, check_fits, flat_bytes, places, tensors_in
 
 BUCKET_BYTES = 64 << 20
+_LOOK_S = 20e-6  # between two looks at a broadcast of NCCL; a bucket takes 200 µs and more
+_WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 BACKENDS = {"gloo": "cpu", "nccl": "cuda"}
 
 
@@ -64,7 +68,7 @@ class BroadcastGroup:
             for place in bucket:
                 at = place.first - bucket[0].first
                 data[at : at + place.num_bytes].copy_(flat_bytes(weights[place.name]))
-            self._broadcast(data)
+            self.broadcast(data)
 
     def receive(self, publication: Publication) -> dict[str, Tensor]:
         """What rank 0 sends, on the backend's device. BroadcastBroken when rank 0 is gone or too slow."""
@@ -72,7 +76,7 @@ class BroadcastGroup:
         those, _ = places(publication)
         for bucket in buckets(those, BUCKET_BYTES):
             data = self._empty(bucket)
-            self._broadcast(data)
+            self.broadcast(data)
             found |= tensors_in(data, bucket, bucket[0].first)
         return found
 
@@ -80,17 +84,31 @@ class BroadcastGroup:
         num_bytes = bucket[-1].first + bucket[-1].num_bytes - bucket[0].first
         return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
 
-    def _broadcast(self, data: Tensor) -> None:
+    def broadcast(self, data: Tensor) -> None:
+        """Rank 0's bytes into `data` [n] uint8 of every member; there when it returns. BroadcastBroken when a
+        member is gone or too slow."""
         if not len(data):  # tensors without elements
             return
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         try:
-            self._group.broadcast([data], options).wait()  # no limit: the group has its own
+            work = self._group.broadcast([data], options)
             if data.is_cuda:
-                torch.cuda.synchronize(data.device)
+                self._await_nccl(work)
+            work.wait()  # no limit: gloo has its own, NCCL's is over
         except (RuntimeError, dist.DistError) as error:
             raise BroadcastBroken(f"the broadcast of the weights broke off: {_first_line(error)}") from None
+
+    def _await_nccl(self, work: Any) -> None:
+        """NCCL's own `wait` lets the host go on, and waiting for the stream would have no limit."""
+        until = time.monotonic() + self.address.timeout_s
+        while not work.is_completed():
+            if time.monotonic() > until:
+                self._group.abort()
+                raise BroadcastBroken(
+                    f"the broadcast of the weights broke off: not done after {self.address.timeout_s:g} s"
+                )
+            time.sleep(_LOOK_S)
 
 
 def open_store(timeout_s: float) -> Any:
@@ -104,7 +122,17 @@ def _group(store: Any, rank: int, size: int, backend: str, limit: timedelta) -> 
         return dist.ProcessGroupGloo(store, rank, size, limit)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = limit
-    return dist.ProcessGroupNCCL(store, rank, size, options)
+    # Its watchdog would end the whole process, the trainer's too, where a member is silent: `_await_nccl` has
+    # the limit. Read when a group is made, so other groups keep theirs.
+    before = os.environ.get(_WATCHDOG)
+    os.environ[_WATCHDOG] = "0"
+    try:
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+    finally:
+        if before is None:
+            del os.environ[_WATCHDOG]
+        else:
+            os.environ[_WATCHDOG] = before
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,14 +7,14 @@ import pytest
 import torch
 from small_policy import CONFIG
 
+from consilience.conf.errors import ConfigError
 from consilience.model.checkpoint import to_official
 from consilience.model.initialize import initialize
 from consilience.model.release import from_model, write_release
 from consilience.model.released_checkpoint import TensorsOnDisk, open_checkpoint
 from consilience.model.shards import read_folder
 from consilience.model.transformer import Transformer
-from consilience.rollout.vllm_engine import whole_rows
-from consilience.rollout.vllm_launch import probe_sequences, v4_export
+from consilience.rollout.vllm_launch import launch, probe_sequences, v4_export
 from consilience.rollout.vllm_reference import reference_of
 
 
@@ -83,7 +83,9 @@ def test_probes_fit_the_engine_and_are_the_same_at_every_call():
     assert max(max(p) for p in probe_sequences(61, 1000)) < 61
 
 
-def test_routing_has_a_row_for_each_token_and_minus_one_where_none_was_captured():
-    captured = np.arange(12).reshape(3, 2, 2)  # two tokens of prompt, one sampled and fed, one not
-    rows = whole_rows(captured, 4)
-    assert rows.dtype == np.int16 and rows[:3].tolist() == captured.tolist() and (rows[3] == -1).all()
+def test_routing_of_a_dense_model_is_refused_before_vllm_is_looked_for(tmp_path):
+    from transformers import Qwen3Config
+
+    Qwen3Config(architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"set grpo\.replay_routing=false"):
+        launch({}, checkpoint=str(tmp_path), max_rows=2, max_length=32, records_routing=True)
