@@ -40,7 +40,7 @@ def _others(cfg: Config) -> dict[str, tuple[object, object]]:
         "engine.context_ranks": (cfg.engine.context_ranks, 1),
         "engine.exact": (cfg.engine.exact, False),
         "engine.quantization": (cfg.engine.quantization, "off"),
-        "rollout.proof": (cfg.rollout.proof, "off"),
+        "rollout.quantization": (cfg.rollout.quantization or "off", "off"),
         "base.indexer_warmup": (cfg.base.indexer_warmup, 0),
         "sft.indexer_warmup": (cfg.sft.indexer_warmup, 0),
     }

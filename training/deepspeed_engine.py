@@ -26,7 +26,7 @@ from consilience.training.deepspeed_optimizer import ZeroV4Optimizer, optimizer_
 from consilience.training.deepspeed_setup import check_possible, open_deepspeed
 from consilience.training.deepspeed_stage3 import DividedModel, divide_parameters
 from consilience.training.deepspeed_state import load_states, state_tensors
-from consilience.training.deepspeed_weights import gather_weights, read_weights, write_weights
+from consilience.training.deepspeed_weights import gather_weights, put_weights, read_weights, write_weights
 from consilience.training.engine_checks import check_denominators, fail_together
 from consilience.training.fill_up import blank
 from consilience.training.optimizers import gate_bias_names, loads_by_bias, parameter_groups, update_gate_bias
@@ -235,6 +235,11 @@ class DeepSpeedEngine:
         """Under ZeRO-3: the weights on the first rank's host; see `CutEngine`."""
         with self.ranks.in_step():
             return gather_weights(self.model, self.whole_weights, self.ranks)
+
+    def put_weights(self, weights: Mapping[str, Tensor] | None) -> None:
+        """Under ZeRO-3: inverse of `gather_weights`; see `CutEngine`."""
+        with self.ranks.in_step():
+            put_weights(self.model, weights, self.whole_weights, self.ranks)
 
     def write_weights(self, folder: Path | None, max_shard_bytes: int) -> dict[str, str] | None:
         """Under ZeRO-3: official files by the first rank, from its host's memory; see `CutEngine`."""

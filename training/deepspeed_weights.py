@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -72,6 +72,22 @@ def read_weights(folder: Path, model: nn.Module, whole: Whole) -> None:
             for name in names:
                 for official, part in official_parts(name, tensors[name]).items():
                     part.copy_(read_rows(stored[official]))
+
+
+@torch.no_grad()
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor] | None, whole: Whole, ranks: Ranks) -> None:
+    """Inverse of `gather_weights`: the first rank gives every tensor, the others None."""
+    for names in _pieces(model):
+        with whole(is_changed=True, names=names):
+            tensors = model.state_dict()
+            for name in sorted(names):  # in the same order on all ranks
+                for official, part in official_parts(name, tensors[name]).items():
+                    if weights is None:
+                        here = torch.empty(part.shape, dtype=part.dtype, device=part.device)
+                    else:
+                        here = weights[official].to(part.device, part.dtype).contiguous()
+                    ranks.spread_(here, 0)
+                    part.copy_(here)
 
 
 def _pieces(model: nn.Module) -> Iterator[set[str]]:

@@ -23,7 +23,7 @@ from consilience.rollout.store import RolloutStore
 from consilience.training.checkpoint import CheckpointMeta, save_checkpoint
 from consilience.training.progress import SilentProgress
 from consilience.training.run_folder import RunFolder
-from consilience.training.torch_engine import TorchEngine
+from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 from tests.rank_processes import on_ranks
 
 torch.set_num_threads(1)
@@ -124,20 +124,29 @@ def test_the_command_proves_real_workers_of_a_checkpoint(tmp_path, capsys):
     assert "252 log-probabilities are the trainer's to the last bit, under changed weights too" in said
 
 
-def proven_cut(ranks, root):
-    """A proof of a model cut over the ranks, and the weights after it."""
-    from consilience.training.fsdp_engine import FsdpEngine
+def cut_engine(kind, ranks):
+    if kind == "fsdp":
+        from consilience.training.fsdp_engine import FsdpEngine
 
+        return FsdpEngine(policy(), ranks=ranks)
+    from consilience.training.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(policy(), OptimizerSettings(kind="adamw"), ranks=ranks, zero_stage=3)
+
+
+def proven_cut(ranks, root, kind):
+    """A proof of a model cut over the ranks, and the weights after it."""
     given = context(root)
-    engine = FsdpEngine(policy(), ranks=ranks)
+    engine = cut_engine(kind, ranks)
     sampler = NativeSampler(policy(3)) if ranks.is_first else None
     found = proving.prove_start(given, sampler, engine, 6, RolloutStore(given.folder.rollouts).publications)
     return found["proof"], {n: t.numpy() for n, t in (engine.gather_weights() or {}).items()}
 
 
 @pytest.mark.slow
-def test_a_model_cut_over_ranks_proves_what_a_whole_one_does_and_keeps_its_weights(tmp_path):
-    (proof, weights), (other, nothing) = on_ranks(2, proven_cut, tmp_path / "cut", folder=tmp_path)
+@pytest.mark.parametrize("kind", ["fsdp", "zero 3"])
+def test_a_model_cut_over_ranks_proves_what_a_whole_one_does_and_keeps_its_weights(kind, tmp_path):
+    (proof, weights), (other, nothing) = on_ranks(2, proven_cut, tmp_path / "cut", kind, folder=tmp_path)
     assert proof == other and not nothing
     given = context(tmp_path / "whole")
     log = RolloutStore(given.folder.rollouts).publications
@@ -150,12 +159,10 @@ def test_a_model_cut_over_ranks_proves_what_a_whole_one_does_and_keeps_its_weigh
 
 
 def fooled_cut(ranks, root):
-    from consilience.training.fsdp_engine import FsdpEngine
-
     given = context(root)
     sampler = NativeSampler(policy(3, "fp8")) if ranks.is_first else None
     log = RolloutStore(given.folder.rollouts).publications
-    proving.prove_start(given, sampler, FsdpEngine(policy(), ranks=ranks), 0, log)
+    proving.prove_start(given, sampler, cut_engine("fsdp", ranks), 0, log)
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ DIVIDED = [
     "engine.zero_stage=3",
     "engine.ranks=2",
     "optimizer.kind=adamw",
-    "rollout.proof=off",
 ]
 
 
@@ -27,7 +26,7 @@ def test_adamw_on_two_ranks_is_taken():
         ("engine.context_ranks=2", "set engine.context_ranks=1, or engine.zero_stage=2"),
         ("engine.exact=true", "set engine.exact=false, or"),
         ("engine.quantization=fp4", "set engine.quantization=off, or"),
-        ("rollout.proof=start", "set rollout.proof=off, or"),
+        ("rollout.quantization=fp8", "set rollout.quantization=off, or"),
         ("base.indexer_warmup=2", "set base.indexer_warmup=0, or"),
         ("specialist.settings.math.sft.indexer_warmup=2", "math.sft.indexer_warmup=0, or"),
         ("engine.zero_stage=4", "engine.zero_stage"),
