@@ -1,7 +1,7 @@
 """Judge of programs from stdin to stdout (sandboxes.md 5.5, tier A): nothing that it compares is in a box.
 
-Each case is a fresh process: the candidate's own main program, with one input on its stdin. Its capped
-output comes here; the expected one never leaves. Exit codes and stderr are no evidence.
+Each case is a fresh process in an emptied box: the candidate's own main program, with one input on its stdin.
+Its capped output comes here; the expected one never leaves. Exit codes and stderr are no evidence.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def run_program(source: str, inputs: Sequence[str], sandbox: Any) -> list[str | 
     outputs: list[str | None] = [None] * len(inputs)
     left_s = TIMEOUT_S
     for place in shuffled(len(inputs), source):
+        sandbox.empty()
         try:
             result = sandbox.run_python(source, stdin=inputs[place].encode(), timeout_s=left_s)
         except UnicodeEncodeError:
