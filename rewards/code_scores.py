@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import random
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,20 +89,23 @@ def candidate_source(text: str) -> str:
 def run_candidate(source: str, inputs: Sequence[Any], sandbox: Any, function: str = "f") -> list[Any]:
     """function(x) for every input, NOTHING where no one plain value came back. The cases share `TIMEOUT_S`.
 
-    They run in an order of their own for each candidate, each in an emptied box. SandboxLost when the box is gone or broke its
-    protocol.
+    They run in an order of their own for each candidate, each in an emptied box. SandboxLost when the box is
+    gone or broke its protocol.
     """
     if not function.isidentifier():
         raise RewardError(f"the function's name is {function!r}; an identifier is needed")
     harness = HARNESS.replace("FUNCTION", function)
     outputs: list[Any] = [NOTHING] * len(inputs)
-    left_s = TIMEOUT_S
+    deadline = time.monotonic() + TIMEOUT_S
     for place in shuffled(len(inputs), source):
         try:
             request = json.dumps([source, inputs[place]]).encode()
         except UnicodeEncodeError:
             return outputs
-        sandbox.empty()
+        sandbox.empty()  # takes seconds after a flood of folders, and counts
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            return outputs
         result = sandbox.run_python(harness, stdin=request, timeout_s=left_s)
         if result.status in (ExecStatus.SANDBOX_LOST, ExecStatus.PROTOCOL_ERROR, ExecStatus.DENIED):
             raise SandboxLost(f"the judge box answered {result.status.value}")
@@ -109,9 +113,6 @@ def run_candidate(source: str, inputs: Sequence[Any], sandbox: Any, function: st
             outputs[place] = read_value(result.stdout)
         elif result.status is not ExecStatus.NONZERO:
             return outputs  # a limit was met: the box is not asked again
-        left_s -= result.wall_s
-        if left_s <= 0:
-            return outputs
     return outputs
 
 

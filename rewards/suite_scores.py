@@ -77,7 +77,7 @@ def patch_text(text: str) -> str:
 def passed_tests(
     tree: Mapping[str, str], tests: Mapping[str, str], sandbox: Any, *, is_fresh: bool = True
 ) -> set[str]:
-    """The ids ("path::name") that passed on a tree, each file in a process of its own; they share `TIMEOUT_S`.
+    """The ids ("path::name") that passed on a tree, each file in a process of its own; all share `TIMEOUT_S`.
 
     Tamper when a test and its twin pass. LimitMet, SandboxLost.
     """
