@@ -307,9 +307,11 @@ ATTACKS: list[Attack] = [
             try: texts += open(path, errors='replace').read()
             except OSError: pass
         attempt('place of the project', lambda: '<cwd>' in texts)
+        attempt('process and box', lambda: [w for w in ('owner-', '-<pid>-', '<box>') if w in texts])
+        attempt('control group', lambda: {line.split(':', 2)[2] for line in open('/proc/1/cgroup')} - {'/\\n'})
         attempt('name of the host', lambda: '<host>' in texts and '<host>' != 'box')
         """,
-        arrange=lambda box: {"cwd": os.getcwd(), "host": socket.gethostname()},
+        arrange=lambda box: {"cwd": os.getcwd(), "host": socket.gethostname(), "pid": os.getpid(), "box": box.id},
     ),
     probes(
         "K22",
