@@ -311,7 +311,12 @@ ATTACKS: list[Attack] = [
         attempt('control group', lambda: {line.split(':', 2)[2] for line in open('/proc/1/cgroup')} - {'/\\n'})
         attempt('name of the host', lambda: '<host>' in texts and '<host>' != 'box')
         """,
-        arrange=lambda box: {"cwd": os.getcwd(), "host": socket.gethostname(), "pid": os.getpid(), "box": box.id},
+        arrange=lambda box: {
+            "cwd": os.getcwd(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "box": box.id,
+        },
     ),
     probes(
         "K22",
