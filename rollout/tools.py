@@ -19,7 +19,7 @@ from consilience.sandboxes.protocol import ExecResult, ExecStatus
 
 MAX_READ_BYTES = 1 << 20
 TERMINAL = re.compile(
-    r"(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"  # titles, clipboards, devices
+    r"(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"  # titles, clipboards
     r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # colours, the cursor, what is cleared
     r"|\x1b[ -/]*[0-~]?"  # the rest, and what is cut short
 )

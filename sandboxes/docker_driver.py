@@ -88,7 +88,7 @@ def find_engine(image: str | None = None, oci_runtime: str = "runc") -> Engine |
 
 
 def own_kernel_runtimes() -> list[str]:
-    """Names of the engine's runtimes that promise a kernel of their own: runsc, Kata's. [] without an engine."""
+    """Names of the engine's runtimes that promise a kernel of their own: runsc, Kata's. None without one."""
     path = engine_socket()
     try:
         info = (_get(path, "/info") if os.path.exists(path) else None) or {}

@@ -57,7 +57,7 @@ def test_calls_are_judged_by_their_arguments_where_it_matters(arch):
     assert {decide(arch, socket, family) for family in (1, 2, 10)} == {ALLOW}
     assert {decide(arch, socket, family) for family in (0, 3, 16, 17, 29, 38, 40, 44)} == {EAFNOSUPPORT}
     assert {decide(arch, socket, 2, 1, protocol) for protocol in (0, 6, 17)} == {ALLOW}
-    assert {decide(arch, socket, 10, 1, protocol) for protocol in (1, 132, 136, 255, 262)} == {EPROTONOSUPPORT}
+    assert {decide(arch, socket, 10, 1, kind) for kind in (1, 132, 136, 255, 262)} == {EPROTONOSUPPORT}
     assert decide(arch, seccomp.SOCKETPAIR[column], 1) == ALLOW
     assert decide(arch, ioctl, 0, 0x5412) == decide(arch, ioctl, 0, 0xFFFFFFFF00005412) == EPERM
     assert decide(arch, ioctl, 0, 0x5413) == ALLOW
