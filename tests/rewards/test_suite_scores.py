@@ -147,6 +147,26 @@ EARNS_NOTHING = {
     "a file that is a folder too": change(*WRONG, rest=new_file("x.py", "x") + new_file("x.py/y.py", "x")),
     "halves of characters": change("def add(a, b):", "    return '\ud800'"),
     "numbers of a thousand digits": GOLD.replace("@@ -1,2", f"@@ -1,{'9' * 5000}"),
+    "an import hook": change(
+        "import sys",
+        "class Hook:",
+        "    def find_spec(self, name, path=None, target=None): raise SystemExit(0)",
+        "sys.meta_path.insert(0, Hook())",
+        *WRONG,
+    ),
+    "a trace that leaves the tests early": change(
+        "import sys",
+        "def leave(frame, event, arg):",
+        "    if frame.f_code.co_filename == 'suite.py' and event == 'line': raise SystemExit(0)",
+        "    return leave",
+        "sys.settrace(leave)",
+        *WRONG,
+    ),
+    "a thread that ends all": change(
+        "import os, threading",
+        "threading.Timer(0.0, os._exit, (0,)).start()",
+        *WRONG,
+    ),
     "a fork that goes on": change("import os", "if os.fork(): os._exit(0)", *WRONG),
 }
 
@@ -174,6 +194,18 @@ TAMPERS = {
         "    class Any:",
         "        def __eq__(self, other): return True",
         "    return Any()",
+    ),
+    "the nonce and the names, read from the runner's frames": change(
+        "import json, os, sys",
+        "def add(a, b):",
+        "    frame = sys._getframe()",
+        "    while 'nonce' not in frame.f_locals: frame = frame.f_back",
+        "    told = frame.f_locals",
+        "    names = told['names'][told['names'].index(told['name']):]",
+        "    lines = [*([name, 'passed'] for name in names), ['END', len(told['names'])]]",
+        "    text = ''.join(told['nonce'] + json.dumps(line) + chr(10) for line in lines)",
+        "    os.write(told['channel'], text.encode())",
+        "    os._exit(0)",
     ),
     "the writer of reports patched": change(
         "import json.encoder",
