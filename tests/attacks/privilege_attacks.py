@@ -86,6 +86,7 @@ ATTACKS: list[Attack] = [
         echo tried
         """,
         says=b"tried",
+        timeout_s=9.0,  # su takes its time to refuse
     ),
     probes(
         "K18b",

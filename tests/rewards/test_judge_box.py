@@ -136,7 +136,8 @@ def test_gradings_in_real_boxes_share_neither_box_nor_uid_nor_namespaces_nor_fil
     """What one leaves in every place that outlives a command is not there for the next."""
     program = (
         "import os, glob, time\n"
-        "print(os.getuid(), *(os.readlink('/proc/self/ns/' + n) for n in ('pid', 'mnt', 'net', 'ipc', 'uts')))\n"
+        "spaces = ('pid', 'mnt', 'net', 'ipc', 'uts')\n"
+        "print(os.getuid(), *(os.readlink('/proc/self/ns/' + name) for name in spaces))\n"
         "print(glob.glob('/workspace/*') + glob.glob('/tmp/*') + glob.glob('/dev/shm/*'))\n"
         "for place in ('/workspace', '/tmp', '/dev/shm'): open(place + '/left', 'w').write('x')\n"
     )
