@@ -223,11 +223,11 @@ def leftovers(pids: set[int]) -> list[str]:
 
 
 def is_orphan(process: Path) -> bool:
-    """Whether the parent of a box's first process (a folder of /proc) is not what started it."""
+    """Whether a runner (a folder of /proc) has lost what started it; the parent of its forks is a runner."""
     try:
         parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
         words = Path("/proc", parent, "cmdline").read_bytes().split(b"\0")
-        if any(read_mark(os.fsdecode(word)) for word in words):
+        if RUNNER_INSIDE.encode() in words or any(read_mark(os.fsdecode(word)) for word in words):
             return False
         time.sleep(0.2)  # it may be ending
         return bool((process / "cmdline").read_bytes())

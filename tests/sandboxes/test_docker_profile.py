@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import struct
 import subprocess
 from dataclasses import dataclass, field
@@ -100,6 +101,7 @@ class PretendEngine:
             stderr=subprocess.DEVNULL,
             env={},
             cwd="/",
+            start_new_session=True,
             pass_fds=(*files.fds, info_w),
             **bwrap_driver._outside_identity(IS_ROOT),
         )
@@ -127,7 +129,8 @@ class PretendEngine:
 
     def end(self) -> None:
         if self.process is not None:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # both halves of a start, if it is one still
             self.process.wait(timeout=10)
             self.process = os.close(self.info_r)
 
