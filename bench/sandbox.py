@@ -24,6 +24,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from consilience.sandboxes import cgroups
+from consilience.sandboxes.bwrap_driver import RUNNER_INSIDE
 from consilience.sandboxes.docker_driver import engine_socket
 from consilience.sandboxes.host import HostLimits, SandboxHost
 from consilience.sandboxes.host_reaper import labelled_containers, reap_leftovers
@@ -197,7 +198,8 @@ async def own(spec: SandboxSpec, writer: int) -> None:
 
 
 def leftovers(pids: set[int]) -> list[str]:
-    """Processes that carry the mark of one of these owners, their control groups and containers."""
+    """Processes that carry the mark of one of these owners, their control groups and containers; and runners
+    whose bubblewrap is gone."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -207,6 +209,8 @@ def leftovers(pids: set[int]) -> list[str]:
         owners = [read_mark(os.fsdecode(word)) for word in words]
         if any(owner is not None and owner.pid in pids for owner in owners):
             found.append(f"process {folder.name} {b' '.join(words)[:80]!r}")
+        if RUNNER_INSIDE.encode() in words and not any(owners) and is_orphan(folder):
+            found.append(f"runner {folder.name}")
     where = cgroups.find_hierarchy()
     if isinstance(where, cgroups.Hierarchy):
         for group in {*where.memory.glob("consilience-*"), *where.pids.glob("consilience-*")}:
@@ -216,6 +220,19 @@ def leftovers(pids: set[int]) -> list[str]:
         if owner.split(":")[1:2] and owner.split(":")[1] in set(map(str, pids)):
             found.append(f"container {name}")
     return found
+
+
+def is_orphan(process: Path) -> bool:
+    """Whether a runner (a folder of /proc) has lost what started it; the parent of its forks is a runner."""
+    try:
+        parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+        words = Path("/proc", parent, "cmdline").read_bytes().split(b"\0")
+        if RUNNER_INSIDE.encode() in words or any(read_mark(os.fsdecode(word)) for word in words):
+            return False
+        time.sleep(0.2)  # it may be ending
+        return bool((process / "cmdline").read_bytes())
+    except OSError:
+        return False
 
 
 def free_bytes() -> int:

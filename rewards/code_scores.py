@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,18 +89,22 @@ def candidate_source(text: str) -> str:
 def run_candidate(source: str, inputs: Sequence[Any], sandbox: Any, function: str = "f") -> list[Any]:
     """function(x) for every input, NOTHING where no one plain value came back. The cases share `TIMEOUT_S`.
 
-    They run in an order of their own for each candidate. SandboxLost when the box is gone or broke its
-    protocol.
+    They run in an order of their own for each candidate, each in an emptied box. SandboxLost when the box is
+    gone or broke its protocol.
     """
     if not function.isidentifier():
         raise RewardError(f"the function's name is {function!r}; an identifier is needed")
     harness = HARNESS.replace("FUNCTION", function)
     outputs: list[Any] = [NOTHING] * len(inputs)
-    left_s = TIMEOUT_S
+    deadline = time.monotonic() + TIMEOUT_S
     for place in shuffled(len(inputs), source):
         try:
             request = json.dumps([source, inputs[place]]).encode()
         except UnicodeEncodeError:
+            return outputs
+        sandbox.empty()  # takes seconds after a flood of folders, and counts
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
             return outputs
         result = sandbox.run_python(harness, stdin=request, timeout_s=left_s)
         if result.status in (ExecStatus.SANDBOX_LOST, ExecStatus.PROTOCOL_ERROR, ExecStatus.DENIED):
@@ -107,9 +113,6 @@ def run_candidate(source: str, inputs: Sequence[Any], sandbox: Any, function: st
             outputs[place] = read_value(result.stdout)
         elif result.status is not ExecStatus.NONZERO:
             return outputs  # a limit was met: the box is not asked again
-        left_s -= result.wall_s
-        if left_s <= 0:
-            return outputs
     return outputs
 
 
@@ -125,10 +128,11 @@ def read_value(reply: bytes) -> Any:
     if len(reply) > MAX_REPLY:
         return NOTHING
     try:
-        value = json.loads(reply, parse_constant=_refuse)
+        value = json.loads(reply, parse_constant=_refuse, parse_float=_finite)
+        is_plain = type(value) is list and len(value) == 1 and _depth(value) <= MAX_DEPTH
     except (ValueError, RecursionError):
         return NOTHING
-    return value[0] if type(value) is list and len(value) == 1 and _depth(value) <= MAX_DEPTH else NOTHING
+    return value[0] if is_plain else NOTHING
 
 
 def same_value(got: Any, want: Any) -> bool:
@@ -144,6 +148,12 @@ def same_value(got: Any, want: Any) -> bool:
 
 def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is no plain number")
+
+
+def _finite(text: str) -> float:
+    """1e999 would be read as infinite."""
+    value = float(text)
+    return value if math.isfinite(value) else _refuse(text)
 
 
 def _depth(value: Any) -> int:

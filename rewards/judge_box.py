@@ -79,6 +79,12 @@ class JudgeBox:
             self.renew()
         self._is_used = False
 
+    def empty(self) -> None:
+        """Between two cases of one grading: nothing runs or lies here any more, and another user comes, where
+        the box has one left. A box whose last outcome was abnormal stays as it is: its owner ends it."""
+        if self._is_used and not self.is_soiled:
+            self._box.reset()
+
     def renew(self, *, is_lost: bool = False) -> None:
         """Another box in place of this one. SandboxUnavailable, SandboxLost if none can be had."""
         self._give_back()

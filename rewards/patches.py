@@ -33,7 +33,9 @@ REFUSED_LINES = re.compile(
     r"(old mode|new mode|similarity index|dissimilarity index|rename (from|to)|copy (from|to)|"
     r"GIT binary patch|Binary files |Subproject commit )"
 )
-HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
+HUNK = re.compile(
+    r"@@ -([0-9]{1,7})(?:,([0-9]{1,7}))? \+([0-9]{1,7})(?:,([0-9]{1,7}))? @@"
+)  # MAX_PATCH lines
 
 
 class PatchError(ValueError):
@@ -55,8 +57,8 @@ def apply_patch(text: str, base: Mapping[str, str], *, allowed: Sequence[str] = 
     """
     if len(text) > MAX_PATCH:
         raise PatchError(f"the patch holds {len(text)} characters; {MAX_PATCH} are allowed")
-    if "\0" in text or "\r" in text:
-        raise PatchError("the patch holds NUL or carriage return characters")
+    if "\0" in text or "\r" in text or re.search("[\ud800-\udfff]", text):
+        raise PatchError("the patch holds NUL or carriage return characters, or halves of one")
     files: dict[str, str | None] = {}
     dropped: list[str] = []
     for old, new, hunks in _sections(text.split("\n")):
@@ -70,8 +72,8 @@ def apply_patch(text: str, base: Mapping[str, str], *, allowed: Sequence[str] = 
             continue
         if (old is None) == (path in base):
             raise PatchError(f"{path} {'exists already' if old is None else 'is not in the base tree'}")
-        if any(place.startswith(path + "/") or path.startswith(place + "/") for place in base):
-            raise PatchError(f"{path} is a folder of the base tree, or lies below a file of it")
+        if any(place.startswith(path + "/") or path.startswith(place + "/") for place in (*base, *files)):
+            raise PatchError(f"{path} is a folder of the tree, or lies below a file of it")
         changed = _apply(base.get(path, ""), hunks, path)
         if new is None and changed:
             raise PatchError(f"{path} is removed, but the patch leaves text of it")
@@ -171,7 +173,7 @@ def _hunks(lines: list[str], place: int) -> tuple[Hunks, int]:
 
 def _apply(text: str, hunks: Hunks, path: str) -> str:
     """The hunks at exactly the lines they name: nothing is searched for."""
-    old = text.splitlines(keepends=True)
+    old = re.findall(r"[^\n]*\n|[^\n]+", text)  # only \n ends a line, as in the patch
     new: list[str] = []
     done = 0
     for start, body in hunks:

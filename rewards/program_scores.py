@@ -1,12 +1,13 @@
 """Judge of programs from stdin to stdout (sandboxes.md 5.5, tier A): nothing that it compares is in a box.
 
-Each case is a fresh process: the candidate's own main program, with one input on its stdin. Its capped
-output comes here; the expected one never leaves. Exit codes and stderr are no evidence.
+Each case is a fresh process in an emptied box: the candidate's own main program, with one input on its stdin.
+Its capped output comes here; the expected one never leaves. Exit codes and stderr are no evidence.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from consilience.sandboxes.protocol import ExecStatus
 
 TIER = Tier.PROGRAM
 MAX_SOURCE = 65_536  # characters of a program
-TIMEOUT_S = 8.0  # wall time of all cases
+TIMEOUT_S = 7.0  # wall time of all cases; emptying the box after the last may take two more
 TOLERANCE = 1e-6  # of `numbers`, absolute and relative: what six printed digits say
 
 
@@ -49,8 +50,12 @@ def score(
 def run_program(source: str, inputs: Sequence[str], sandbox: Any) -> list[str | None]:
     """What the program printed for every input, None where it met a limit or printed no text."""
     outputs: list[str | None] = [None] * len(inputs)
-    left_s = TIMEOUT_S
+    deadline = time.monotonic() + TIMEOUT_S
     for place in shuffled(len(inputs), source):
+        sandbox.empty()
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            return outputs
         try:
             result = sandbox.run_python(source, stdin=inputs[place].encode(), timeout_s=left_s)
         except UnicodeEncodeError:
@@ -60,9 +65,6 @@ def run_program(source: str, inputs: Sequence[str], sandbox: Any) -> list[str | 
         if result.status not in (ExecStatus.OK, ExecStatus.NONZERO):
             return outputs
         outputs[place] = result.stdout.decode("utf-8", "replace") if result.status is ExecStatus.OK else None
-        left_s -= result.wall_s
-        if left_s <= 0:
-            return outputs
     return outputs
 
 

@@ -59,9 +59,12 @@ class LimitMet(Exception):
 
 
 def place_tree(tree: Mapping[str, str], sandbox: Any) -> None:
-    """Writes a tree (path -> text) into the box's workspace."""
-    for path, text in tree.items():
-        sandbox.write(path, text.encode())
+    """Writes a tree (path -> text) into the box's workspace. LimitMet for one that the box does not take."""
+    try:
+        for path, text in tree.items():
+            sandbox.write(path, text.encode())
+    except OSError as error:
+        raise LimitMet(f"the tree cannot be written: {error}") from None
 
 
 def run_suite(suite: Disguised, sandbox: Any, *, timeout_s: float) -> dict[str, bool] | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,8 @@ from consilience.rewards.patches import PatchError, apply_patch
 from consilience.rewards.suite_run import LimitMet, place_tree, run_suite
 
 TIER = Tier.SUITE
-TIMEOUT_S = 5.0  # of one test file
+TIMEOUT_S = 5.0  # wall time of all test files of one tree
+MIN_TIMEOUT_S = 0.05
 AUDITED_SHARE = 0.05
 SUSPICIOUS = re.compile(
     r"_getframe|currentframe|f_back|f_locals|f_globals|gc\.get_|sys\.modules|settrace|setprofile|unittest|pytest|"
@@ -75,7 +77,7 @@ def patch_text(text: str) -> str:
 def passed_tests(
     tree: Mapping[str, str], tests: Mapping[str, str], sandbox: Any, *, is_fresh: bool = True
 ) -> set[str]:
-    """The ids ("path::name") that passed on a tree, each file in a process of its own.
+    """The ids ("path::name") that passed on a tree, each file in a process of its own; all share `TIMEOUT_S`.
 
     Tamper when a test and its twin pass. LimitMet, SandboxLost.
     """
@@ -83,9 +85,10 @@ def passed_tests(
         sandbox.begin()
     place_tree(tree, sandbox)
     passed: set[str] = set()
+    deadline = time.monotonic() + TIMEOUT_S
     for path, source in tests.items():
         suite = disguise(source)
-        report = run_suite(suite, sandbox, timeout_s=TIMEOUT_S)
+        report = run_suite(suite, sandbox, timeout_s=max(MIN_TIMEOUT_S, deadline - time.monotonic()))
         if report is not None:
             names = {name for hidden, name in suite.tests.items() if report[hidden]}
             _refuse_twins(report, suite, names, path)

@@ -7,6 +7,7 @@ SandboxLost is the one exception that leaves this file: then the box is gone, an
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,12 @@ from consilience.rollout.dsml import ToolCall
 from consilience.sandboxes.protocol import ExecResult, ExecStatus
 
 MAX_READ_BYTES = 1 << 20
+TERMINAL = re.compile(
+    r"(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"  # titles, clipboards
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # colours, the cursor, what is cleared
+    r"|\x1b[ -/]*[0-~]?"  # the rest, and what is cut short
+)
+CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +176,19 @@ def cut(text: str, max_chars: int) -> str:
     return f"{text[:head]}\n[{len(text) - max_chars} characters cut]\n{text[len(text) - tail :]}"
 
 
+def plain(text: str) -> str:
+    """Without what is an order to a terminal; other control characters than tabs and line ends as \\xNN.
+
+    For whoever reads it, model or human; the log of the box keeps the bytes.
+    """
+    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", TERMINAL.sub("", text))
+
+
 def _report(result: ExecResult) -> str:
     """What a terminal would have shown, and a last line if the command did not end well."""
     if result.status is ExecStatus.SANDBOX_LOST:
         raise SandboxLost("the box was lost while a command ran")
-    text = (result.stdout + result.stderr).decode("utf-8", "replace")
+    text = plain((result.stdout + result.stderr).decode("utf-8", "replace"))
     if result.status is ExecStatus.OK:
         return text
     if result.status is ExecStatus.NONZERO:

@@ -1,7 +1,7 @@
 """Archives of workspaces, which a program of the box wrote: looked at before anything is made of them.
 
 Allowed are folders, regular files and symbolic links below the top, each once, parents first, nothing
-through a link. Never compressed: an archive is as large as what it holds.
+through a link. Never compressed or sparse: an archive is as large as what it holds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def make_snapshot(archive: bytes) -> Snapshot:
                 num_files += entry.isreg()
                 if len(folders) + len(others) > MAX_MEMBERS:
                     raise ValueError(f"the archive has more than {MAX_MEMBERS} members")
-    except (tarfile.TarError, EOFError, OSError, UnicodeError) as error:
+    except (tarfile.TarError, EOFError, OSError, UnicodeError, OverflowError, RecursionError) as error:
         raise ValueError(f"the archive cannot be read ({error})") from None
     return Snapshot(hashlib.sha256(archive).hexdigest(), archive, num_files)
 
@@ -70,7 +70,8 @@ def _check_member(entry: tarfile.TarInfo, folders: set[str], others: set[str]) -
     name = entry.name
     parts = name.split("/")
     told = f"the archive's member {name[:80]!r}"
-    if not (entry.isdir() or entry.issym() or entry.type in (tarfile.REGTYPE, tarfile.AREGTYPE)):
+    is_file = entry.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not entry.issparse() and entry.size >= 0
+    if not (entry.isdir() or entry.issym() or is_file):
         raise ValueError(f"{told} is no folder, regular file or symbolic link")
     if {"", ".", ".."} & set(parts) or "\0" in name + entry.linkname:
         raise ValueError(f"{told} does not lie below the top")

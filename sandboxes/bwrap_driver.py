@@ -50,6 +50,8 @@ MASKED_PROC = ("kcore", "keys", "kmsg", "kpagecgroup", "kpagecount", "kpageflags
 MASKED_PROC += ("sched_debug", "sysrq-trigger", "timer_list", "kallsyms", "mtrr")
 MERGED_USR = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 SMALL_TMPFS_BYTES = 16 << 20
+# Groups are entered before namespaces are made, so that a program inside sees "/" for the path of its own.
+ENTER = 'set -e; while [ "$1" != -- ]; do echo 0 >"$1/cgroup.procs"; shift; done; shift; exec "$@"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,9 +253,12 @@ class _BwrapTransport:
 
 @contextlib.contextmanager
 def _started(
-    bwrap: Bwrap, limits: Limits, uids: range, is_memory_capped: bool, mark: str
+    bwrap: Bwrap, limits: Limits, uids: range, group: cgroups.Group | None, mark: str
 ) -> Iterator[tuple[_BwrapTransport, PipeEnds, int]]:
-    """A started bubblewrap, its transport, pipes and the read end of its information pipe."""
+    """A started bubblewrap, its transport, pipes and the read end of its information pipe.
+
+    `mark` is in its arguments, not in those of the runner, which programs can read: nothing is bound.
+    """
     files, errors = _Files(), os.fdopen(os.memfd_create("bwrap-errors", os.MFD_CLOEXEC), "w+b")
     with contextlib.ExitStack() as theirs:
         theirs.callback(files.close)
@@ -262,11 +267,15 @@ def _started(
         info_r, info_w = os.pipe()
         for fd in (request_r, reply_w, info_w):
             theirs.callback(os.close, fd)
-        arguments = _arguments(bwrap, limits, uids, info_w, files, is_memory_capped)
+        arguments = _arguments(bwrap, limits, uids, info_w, files, group is not None)
+        enter = ["/bin/sh", "-c", ENTER, "enter", *map(str, group.folders), "--"] if group is not None else []
         listed = files.add(b"".join(os.fsencode(word) + b"\0" for word in arguments))
         try:
             process: Any = subprocess.Popen(
-                [bwrap.path, "--args", listed, find_python()[0], "-s", "-S", RUNNER_INSIDE, mark],
+                [
+                    *(*enter, bwrap.path, "--ro-bind-try", mark, "/nowhere", "--args", listed),
+                    *(find_python()[0], "-s", "-S", RUNNER_INSIDE),
+                ],
                 stdin=request_r,
                 stdout=reply_w,
                 stderr=errors,
@@ -308,11 +317,11 @@ async def open_bwrap(spec: SandboxSpec, *, is_root_mode: bool | None = None) -> 
     uids = new_uids() if is_root_mode else range(USER_UID, USER_UID + 1)
     transport: _BwrapTransport | None = None
     try:
-        with _started(bwrap, limits, uids, group is not None, mark) as (transport, pipes, info_r):
+        with _started(bwrap, limits, uids, group, mark) as (transport, pipes, info_r):
             transport.group = group
             channel = Channel(name, transport)
             await pipes.connect(channel)
-            await _place(transport, info_r, group, is_root_mode)
+            await _place(transport, info_r, is_root_mode)
         request = settings(
             limits,
             uid=uids[0] if is_root_mode else None,
@@ -335,18 +344,14 @@ async def open_bwrap(spec: SandboxSpec, *, is_root_mode: bool | None = None) -> 
         raise
 
 
-async def _place(
-    transport: _BwrapTransport, info_r: int, group: cgroups.Group | None, is_root_mode: bool
-) -> None:
-    """Learns pid 1 of the box and puts it into its group before it has run or forked anything."""
+async def _place(transport: _BwrapTransport, info_r: int, is_root_mode: bool) -> None:
+    """Learns pid 1 of the box and gives it its priorities before it has run or forked anything."""
     try:
         async with asyncio.timeout(START_TIMEOUT_S):
             box_pid = json.loads(await _read_all(info_r))["child-pid"]
     except (TimeoutError, ValueError, KeyError):
         raise SandboxUnavailable(f"bubblewrap cannot make a box: {transport.describe_end()}") from None
     transport.watch(box_pid)
-    if group is not None:
-        group.add(box_pid)
     with contextlib.suppress(OSError):  # root's write also is the least that programs inside may set
         Path(f"/proc/{box_pid}/oom_score_adj").write_text(str(OOM_SCORE))
     if is_root_mode:  # the runner must get its turn beside a fork bomb; its children go back to 0

@@ -42,10 +42,10 @@ class Group:
         self._last = {"oom": 0, "pids": 0}
         self._memory, self._pids = where.memory / name, where.pids / name
         self._cpu = None if where.cpu is None else where.cpu / name
-        self._folders = [folder / name for folder in where.folders]
+        self.folders = [folder / name for folder in where.folders]  # each with a cgroup.procs to enter by
         made: list[Path] = []
         try:
-            for folder in self._folders:
+            for folder in self.folders:
                 folder.mkdir()
                 made.append(folder)
             self._limit(memory_bytes, processes)
@@ -70,12 +70,7 @@ class Group:
             _write(memory / "memory.max", memory_bytes)
             if (memory / "memory.swap.max").exists():
                 _write(memory / "memory.swap.max", 0)
-        _write(self._pids / "pids.max", processes + 1)  # the runner is one of them
-
-    def add(self, pid: int) -> None:
-        """Moves a process that has no children yet."""
-        for folder in self._folders:
-            _write(folder / "cgroup.procs", pid)
+        _write(self._pids / "pids.max", processes + 2)  # the runner is one of them, and what started it
 
     def counters(self) -> dict[str, int]:
         events = self._memory / ("memory.oom_control" if self._where.version == 1 else "memory.events")
@@ -87,7 +82,7 @@ class Group:
         """True once the group is gone; it can only go after its last process was reaped."""
         self.counters()  # what ended the box may be asked afterwards
         deadline = time.monotonic() + patience_s
-        for folder in self._folders:
+        for folder in self.folders:
             while folder.exists():
                 with contextlib.suppress(OSError):
                     folder.rmdir()

@@ -87,6 +87,16 @@ def find_engine(image: str | None = None, oci_runtime: str = "runc") -> Engine |
     )
 
 
+def own_kernel_runtimes() -> list[str]:
+    """Names of the engine's runtimes that promise a kernel of their own: runsc, Kata's. None without one."""
+    path = engine_socket()
+    try:
+        info = (_get(path, "/info") if os.path.exists(path) else None) or {}
+    except (OSError, ValueError, http.client.HTTPException):
+        return []
+    return sorted(name for name in info.get("Runtimes") or {} if name.startswith(("runsc", "kata")))
+
+
 def _get(path: str, target: str) -> dict[str, Any] | None:
     """A JSON answer of the engine; None for 404."""
     connection = http.client.HTTPConnection("localhost", timeout=10)

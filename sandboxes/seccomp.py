@@ -2,8 +2,9 @@
 
 A deny list: programs in a box are ordinary ones, and what they may reach is bounded by namespaces,
 uids and limits already. Denied is what reaches the kernel past those: other processes' memory, key
-rings, mounts, namespaces, io_uring, bpf, sockets that leave the network namespace (vsock, netlink),
-and System V memory and queues, which outlive the processes that made them. The engine's own profile
+rings, mounts, namespaces, io_uring, bpf, sockets that leave the network namespace (vsock, netlink) or
+make the kernel load a protocol, requests whose number is one for the whole machine (aio), and System V
+memory and queues, which outlive the processes that made them. The engine's own profile
 is never relied on, because what it allows changes with its version.
 
 No library: the filter is assembled here for x86_64 and aarch64 from the kernel's numbers.
@@ -15,7 +16,7 @@ import platform
 import struct
 from typing import Any
 
-EPERM, ENOSYS, EAFNOSUPPORT = 1, 38, 97
+EPERM, ENOSYS, EPROTONOSUPPORT, EAFNOSUPPORT = 1, 38, 93, 97
 
 # name: (x86_64, aarch64), None where the architecture lacks it
 DENIED: dict[str, tuple[int | None, int | None]] = {
@@ -32,6 +33,7 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "bpf": (321, 280),
     "userfaultfd": (323, 282),
     "perf_event_open": (298, 241),
+    "io_setup": (206, 0),
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
@@ -107,6 +109,7 @@ SETPRIORITY, IOPRIO_SET = (141, 140), (251, 30)
 HUGE_MAP, HUGE_FILE = 0x40000, 0x4  # MAP_HUGETLB, MFD_HUGETLB: a pool of the host's that no cap here counts
 NAMESPACE_FLAGS = (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000, 0x80)
 ALLOWED_FAMILIES = (1, 2, 10)  # unix, and the two that stay in the empty network namespace
+ALLOWED_PROTOCOLS = (0, 6, 17)  # the usual one, TCP, UDP
 DENIED_IOCTLS = (
     0x5412,  # TIOCSTI: type into the terminal
     0x541C,  # TIOCLINUX
@@ -121,7 +124,7 @@ PERSONALITIES = (0x0, 0xFFFFFFFF)
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _LOAD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_NR, _ARCH, _ARG0, _ARG1, _ARG3 = 0, 4, 16, 24, 40  # offsets in struct seccomp_data, low words
+_NR, _ARCH, _ARG0, _ARG1, _ARG2, _ARG3 = 0, 4, 16, 24, 32, 40  # offsets in struct seccomp_data, low words
 
 
 def machine() -> str | None:
@@ -168,7 +171,8 @@ def bpf_program(arch: str, *, is_memory_capped: bool) -> bytes:
     refuse(ENOSYS)
     flags = sum(NAMESPACE_FLAGS) & ~0x80  # 0x80 (time namespaces) is part of clone's exit signal
     on_argument(CLONE, _ARG0, [(_JSET, 0, 1, flags), deny, allow])
-    on_argument(SOCKET, _ARG0, only(ALLOWED_FAMILIES, no_family))
+    protocols = [(_LOAD, 0, 0, _ARG2), *only(ALLOWED_PROTOCOLS, (_RET, 0, 0, _ERRNO | EPROTONOSUPPORT))]
+    on_argument(SOCKET, _ARG0, [*only(ALLOWED_FAMILIES, no_family)[:-1], *protocols])
     on_argument(SOCKETPAIR, _ARG0, only(ALLOWED_FAMILIES, no_family))
     on_argument(PERSONALITY, _ARG0, only(PERSONALITIES, deny))
     on_argument(PRLIMIT64, _ARG0, only((0,), deny))  # a limit put on the runner would end the box
@@ -200,6 +204,10 @@ def docker_profile() -> dict[str, Any]:
     for names in (["socket"], ["socketpair"]):
         rules += [rule(names, EAFNOSUPPORT, when(0, "EQ", family)) for family in families]
         rules.append(rule(names, EAFNOSUPPORT, when(0, "GE", first_denied)))
+    last = max(ALLOWED_PROTOCOLS)
+    protocols = [when(2, "EQ", number) for number in range(last) if number not in ALLOWED_PROTOCOLS]
+    for number in [*protocols, when(2, "GE", last + 1)]:
+        rules.append(rule(["socket"], EPROTONOSUPPORT, number))
     rules += [rule(["ioctl"], EPERM, when(1, "MASKED_EQ", 0xFFFFFFFF, value)) for value in DENIED_IOCTLS]
     rules.append(
         rule(["prlimit64", "sched_setaffinity", "personality", "setpriority"], EPERM, when(0, "NE", 0))

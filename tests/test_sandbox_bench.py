@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,21 @@ def test_what_a_dead_owner_left_is_found_and_what_others_have_is_not(bench):
     finally:
         left.kill()
         left.wait(timeout=10)
+
+
+def test_a_runner_whose_bubblewrap_is_gone_is_found(bench):
+    runner = bench.RUNNER_INSIDE
+    for parent, num in ((["sh", "-c"], 1), (["sh", "-c", "{}", new_mark()], 0)):
+        text = f"sh -c 'sleep 100; true' {runner} & wait"
+        words = [text if word == "{}" else word for word in parent]
+        words = words if "{}" in parent else [*words, text]
+        left = subprocess.Popen(words, start_new_session=True)
+        try:
+            time.sleep(0.3)
+            assert sum(found.startswith("runner ") for found in bench.leftovers({1 << 22})) == num
+        finally:
+            os.killpg(left.pid, 9)
+            left.wait(timeout=10)
 
 
 @pytest.mark.timeout(120)

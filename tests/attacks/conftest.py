@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from attack import Attack
 
 from consilience.conf.errors import SandboxLost
+from consilience.sandboxes import docker_driver
 from consilience.sandboxes.blocking import BlockingSandbox, open_blocking
 from consilience.sandboxes.insecure_driver import open_insecure
 from consilience.sandboxes.protocol import Isolation, Limits, SandboxSpec
@@ -38,6 +39,9 @@ def _present() -> dict[str, tuple[Isolation, Callable]]:
         "bwrap_root": Isolation.BWRAP_ROOT,
         "bwrap_user": Isolation.BWRAP_USER,
     }
+    for name in docker_driver.own_kernel_runtimes():
+        engine = docker_driver.find_engine(None, name)
+        levels[f"docker_{name}"] = Isolation.CONTAINER if isinstance(engine, str) else engine.level
     found = {name: (levels[name], opener) for name, opener in drivers_here.PRESENT.items()}
     found["insecure"] = (Isolation.RLIMIT, open_insecure)
     return found

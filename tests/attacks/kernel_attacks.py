@@ -190,7 +190,7 @@ ATTACKS: list[Attack] = [
     ),
     probes(
         "K10",
-        "io_uring, bpf, perf, userfaultfd, fanotify",
+        "io_uring, aio, bpf, perf, userfaultfd, fanotify",
         """
         zero = ctypes.c_char_p(bytes(256))
         attempt('io_uring_setup', lambda: call(425, 425, 8, zero))
@@ -201,13 +201,14 @@ ATTACKS: list[Attack] = [
         attempt('/dev/userfaultfd', lambda: opened('/dev/userfaultfd', os.O_RDWR))
         attempt('fanotify', lambda: call(300, 262, 0, 0))
         attempt('memfd_secret', lambda: call(447, 447, 0))
+        attempt('aio', lambda: call(206, 0, 1000, ctypes.byref(ctypes.c_ulong())) is not None)
         attempt('kexec', lambda: call(246, 104, 0, 0, 0, 0))
         attempt('lookup', lambda: call(103, 116, 3, zero, 100))
         """,
     ),
     probes(
         "K11",
-        "sockets that leave the namespace: vsock, netlink, packets, and others",
+        "sockets that leave the namespace, vsock, netlink, packets, and protocols that the kernel would load",
         """
         for family in range(3, 46):
             if family == 10: continue
@@ -216,6 +217,8 @@ ATTACKS: list[Attack] = [
             attempt(f'pair {family}', lambda: socket.socketpair(family, 2))
         for family in (2, 10):
             for protocol in (1, 6, 17, 58, 255): attempt(f'raw {family}', lambda: socket.socket(family, 3, protocol).family)
+            for kind in (1, 2, 5, 6):
+                for protocol in (33, 115, 132, 136, 262): attempt(f'loads {protocol}', lambda: socket.socket(family, kind, protocol).family)
         attempt('ping', lambda: _ping())
         """.replace("lambda: _ping()", "lambda: socket.socket(2, 2, 1).connect(('127.0.0.1', 0)) and 1"),
     ),
@@ -304,9 +307,16 @@ ATTACKS: list[Attack] = [
             try: texts += open(path, errors='replace').read()
             except OSError: pass
         attempt('place of the project', lambda: '<cwd>' in texts)
+        attempt('process and box', lambda: [w for w in ('owner-', '-<pid>-', '<box>') if w in texts])
+        attempt('control group', lambda: {line.split(':', 2)[2] for line in open('/proc/1/cgroup')} - {'/\\n'})
         attempt('name of the host', lambda: '<host>' in texts and '<host>' != 'box')
         """,
-        arrange=lambda box: {"cwd": os.getcwd(), "host": socket.gethostname()},
+        arrange=lambda box: {
+            "cwd": os.getcwd(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "box": box.id,
+        },
     ),
     probes(
         "K22",

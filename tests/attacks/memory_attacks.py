@@ -154,4 +154,22 @@ ATTACKS: list[Attack] = [
         limits={"wall_s": 12.0, "cpu_s": 12.0},
         expect="ok oom",
     ),
+    python(
+        "R17",
+        "every descriptor that there is, in every process that there may be",
+        """
+        for _ in range(20):
+            try:
+                if os.fork() == 0: break
+            except OSError: break
+        held = []
+        try:
+            while True: held.append(os.open('/dev/null', os.O_RDONLY))
+        except OSError as error: os.write(2, str(error.errno).encode())
+        time.sleep(60)
+        """,
+        expect="timeout",
+        timeout_s=0.8,
+        within_s=2.0,
+    ),
 ]

@@ -62,6 +62,29 @@ ATTACKS: list[Attack] = [
         check=_both,
     ),
     python(
+        "O02d",
+        "characters cut in the middle, without end, on both streams",
+        """
+        while True: os.write(1, b'\\xe2\\x82' * 7001); os.write(2, b'\\xf0\\x9f\\x98' * 5003)
+        """,
+        expect="output_capped",
+        timeout_s=0.5,
+        within_s=1.5,
+        check=_both,
+    ),
+    python(
+        "O02e",
+        "a flood that the kernel copies, from a file to stdout",
+        """
+        file = os.open('/usr/bin/python3', os.O_RDONLY)
+        while True: os.sendfile(1, file, 0, 1 << 20)
+        """,
+        expect="output_capped",
+        timeout_s=0.5,
+        within_s=1.5,
+        check=_is_whole,
+    ),
+    python(
         "O03",
         "stdout closed, alive until the limit",
         """

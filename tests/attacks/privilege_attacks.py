@@ -2,8 +2,13 @@
 
 # ruff: noqa: E501 (a payload's line is one attempt)
 
+import ctypes
+import os
+import platform
+
 from attack import Attack, probes, shell
 
+AIO = {"x86_64": 206, "aarch64": 0}  # io_setup; io_destroy is the next
 ATTACKS: list[Attack] = [
     probes(
         "K06",
@@ -81,6 +86,7 @@ ATTACKS: list[Attack] = [
         echo tried
         """,
         says=b"tried",
+        timeout_s=9.0,  # su takes its time to refuse
     ),
     probes(
         "K18b",
@@ -149,4 +155,57 @@ ATTACKS: list[Attack] = [
                 attempt("pidfd_getfd", lambda: call(438, 438, fd, number, 0) is not None)
         """,
     ),
+    probes(
+        "K08e",
+        "the runner signalled by other ways: owners of descriptors, timers, the end of children",
+        """
+        import fcntl
+        for number in (0, 9, 15, 19, 29):
+            for who in (1, -1, os.getppid()):
+                def by_owner():
+                    reader, writer = os.pipe()
+                    fcntl.fcntl(reader, fcntl.F_SETOWN, who); fcntl.fcntl(reader, 10, number)
+                    fcntl.fcntl(reader, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK); os.write(writer, b'x')
+                attempt('owner', by_owner)
+            event = (ctypes.c_int * 16)(0, 0, number, 4, 1)
+            attempt('timer', lambda: call(222, 107, 1, event, ctypes.byref(ctypes.c_int())) == 0)
+            if os.fork() == 0:
+                for flags in (number | 0x8000, number):
+                    if libc.syscall(56 if X86 else 220, flags, 0, 0, 0, 0) == 0: os._exit(0)
+                time.sleep(0.05); os._exit(0)
+            os.wait()
+        libc.prctl(36, 1)
+        for _ in range(3):
+            if os.fork() == 0:
+                if os.fork() == 0: os.setsid(); time.sleep(60)
+                os._exit(0)
+        """,
+    ),
+    probes(
+        "K23",
+        "what is one for the whole machine: aio, watches, terminals, locks",
+        """
+        import fcntl
+        attempt('aio', lambda: call(206, 0, 60000, ctypes.byref(ctypes.c_ulong())) == 0)
+        for _ in range(4):
+            if os.fork() == 0: break
+        taken = []
+        for work in (lambda: os.open('/dev/ptmx', os.O_RDWR | os.O_NOCTTY), lambda: libc.inotify_init1(0)):
+            try:
+                for _ in range(200): taken.append(work())
+            except OSError: pass
+        """,
+        check=lambda box, result: _machine_goes_on(),
+    ),
 ]
+
+
+def _machine_goes_on():
+    """This process, outside, still gets one of each."""
+    for fd in os.openpty():
+        os.close(fd)
+    libc = ctypes.CDLL(None, use_errno=True)
+    watch, context = libc.inotify_init1(0), ctypes.c_ulong()
+    assert watch >= 0 and libc.syscall(AIO[platform.machine()], 4000, ctypes.byref(context)) == 0
+    os.close(watch)
+    libc.syscall(AIO[platform.machine()] + 1, context)

@@ -103,3 +103,39 @@ def test_s13_a_snapshot_too_large_to_keep_is_an_error_and_costs_no_memory(box):
     assert box.exec(["sh", "-c", "head -c 3000000 /dev/zero >a; head -c 3000000 /dev/zero >b"]).is_ok
     with pytest.raises(OSError, match=r"hold|large|bytes"):
         box.snapshot(max_bytes=1 << 20)
+
+
+def test_s14_a_snapshot_of_a_thousand_names_of_one_file_is_refused_in_time(box):
+    code = "import os\nopen('a', 'wb').write(bytes(3 << 20))\nfor i in range(1000): os.link('a', f'l{i}')"
+    assert box.run_python(code).is_ok
+    began = time.monotonic()
+    with pytest.raises(OSError, match="packs to over"):
+        box.snapshot(max_bytes=4 << 20)
+    assert time.monotonic() - began < 2
+
+
+SWAPS = """
+import os, time
+open('mine', 'w').write('mine'); end = time.monotonic() + 4
+ways = [lambda: os.symlink('/etc/passwd', 't'), lambda: os.link('mine', 't'), lambda: os.mkfifo('t')]
+ways.append(lambda: os.mkdir('t'))
+while time.monotonic() < end:
+    for work in ways:
+        for step in (work, lambda: os.rename('t', 'f'), lambda: os.rmdir('f'), lambda: os.rename('t', 'f')):
+            try: step()
+            except OSError: pass
+"""
+
+
+def test_s15_a_name_that_becomes_something_else_all_the_time_is_read_and_written_inside_only(box):
+    process = box.spawn(["python3", "-I", "-c", SWAPS], timeout_s=5)
+    seen, began = set(), time.monotonic()
+    while time.monotonic() - began < 1:
+        for work in (lambda: box.read("f"), lambda: box.write("f", b"host")):
+            try:
+                seen.add(work())
+            except OSError:
+                seen.add("refused")
+    process.kill()
+    assert "refused" in seen and seen <= {"refused", None, b"mine", b"host", b""}
+    assert b"host" not in box.exec(["cat", "/etc/passwd"]).stdout

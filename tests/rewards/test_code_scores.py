@@ -5,7 +5,14 @@ import json
 import pytest
 
 from consilience.conf.errors import RewardError, SandboxLost
-from consilience.rewards.code_scores import candidate_source, run_candidate, score, shuffled
+from consilience.rewards.code_scores import (
+    NOTHING,
+    candidate_source,
+    read_value,
+    run_candidate,
+    score,
+    shuffled,
+)
 from consilience.rewards.interface import Completion
 from consilience.rewards.judge_box import JudgeBox
 from consilience.sandboxes.blocking import BlockingSandbox, open_blocking
@@ -117,6 +124,8 @@ def test_no_case_learns_from_another_and_their_order_follows_from_the_candidate(
     counting = "n = 0\ndef f(x):\n global n\n n += 1\n return str(n)"
     outputs = run_candidate(counting, problem.metadata["inputs"], box)
     assert outputs == ["1"] * len(problem.metadata["inputs"])
+    leaving = "def f(x):\n import os\n open('left', 'a').write('x')\n return os.path.getsize('left')"
+    assert run_candidate(leaving, problem.metadata["inputs"], box) == [1] * len(problem.metadata["inputs"])
     orders = {tuple(shuffled(6, f"def f(x): return {i}")) for i in range(20)}
     assert len(orders) > 10 and all(sorted(order) == list(range(6)) for order in orders)
     assert shuffled(6, "def f") == shuffled(6, "def f")
@@ -150,6 +159,29 @@ def test_a_box_that_fails_is_infrastructure_and_no_zero(problems, status):
         marks(problems[0].demo[0]["content"], problems[0], JudgeBox(lambda: BlockingSandbox(fake)))
     with pytest.raises(RewardError, match="needs a sandbox"):
         marks(problems[0].demo[0]["content"], problems[0], None)
+
+
+@pytest.mark.parametrize(
+    ("reply", "value"),
+    [
+        (b"[1]", 1),
+        (b'[{"a": [1.5, null]}]', {"a": [1.5, None]}),
+        (b"1", NOTHING),
+        (b"[1, 2]", NOTHING),
+        (b"[1] [1]", NOTHING),
+        (b"[NaN]", NOTHING),
+        (b"[1e999]", NOTHING),
+        (b"[-1e999]", NOTHING),
+        (b"[" * 8000 + b"]" * 8000, NOTHING),
+        (b"[" * 20 + b"]" * 20, NOTHING),
+        (b"[" + b"9" * 5000 + b"]", NOTHING),
+        (b"[" + b" " * 20_000 + b"1]", NOTHING),
+        (b"[\xff]", NOTHING),
+    ],
+)
+def test_a_reply_is_one_plain_finite_value_or_nothing(reply, value):
+    found = read_value(reply)
+    assert found is value or found == value
 
 
 def test_code_may_come_in_a_fence():

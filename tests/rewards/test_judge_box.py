@@ -1,5 +1,7 @@
 """The held judge box: clean at every start, replaced after trouble, described truthfully."""
 
+from itertools import pairwise
+
 import pytest
 
 from consilience.conf.errors import SandboxLost
@@ -130,11 +132,12 @@ def test_gradings_that_share_a_box_share_neither_user_nor_files_nor_processes():
 
 
 @pytest.mark.timeout(120)
-def test_gradings_in_real_boxes_share_neither_box_nor_uid_nor_files():
+def test_gradings_in_real_boxes_share_neither_box_nor_uid_nor_namespaces_nor_files():
     """What one leaves in every place that outlives a command is not there for the next."""
     program = (
         "import os, glob, time\n"
-        "print(os.getuid())\n"
+        "spaces = ('pid', 'mnt', 'net', 'ipc', 'uts')\n"
+        "print(os.getuid(), *(os.readlink('/proc/self/ns/' + name) for name in spaces))\n"
         "print(glob.glob('/workspace/*') + glob.glob('/tmp/*') + glob.glob('/dev/shm/*'))\n"
         "for place in ('/workspace', '/tmp', '/dev/shm'): open(place + '/left', 'w').write('x')\n"
     )
@@ -148,7 +151,10 @@ def test_gradings_in_real_boxes_share_neither_box_nor_uid_nor_files():
             assert done.is_ok and left == "[]"
             seen.append((box.id, who))
         assert len({box_id for box_id, _ in seen}) == 3
+        uids, namespaces = zip(*((who.split()[0], who.split()[1:]) for _, who in seen))
+        for before, after in pairwise(namespaces):  # those of a box that is gone may come again
+            assert not set(before) & set(after)
         if box.label == "bwrap_root":
-            assert len({uid for _, uid in seen}) == 3
+            assert len(set(uids)) == 3
     finally:
         box.close()

@@ -21,6 +21,7 @@ index 1111111..2222222 100644
 -    return a - b
 +    return a + b
 """
+NEW = "--- /dev/null\n+++ b/{}\n@@ -0,0 +1 @@\n+x\n"
 
 
 def patch_of(path, old, new):
@@ -35,6 +36,12 @@ def test_a_change_a_new_file_and_a_removed_one_are_applied():
     gone = "--- a/lib/util.py\n+++ /dev/null\n@@ -1 +0,0 @@\n-X = 1\n"
     assert apply_patch(gone, BASE).files == {"lib/util.py": None}
     assert set(apply_patch(FIX + new, BASE).files) == {"calc.py", "lib/more.py"}
+
+
+def test_only_a_new_line_ends_a_line():
+    base = {"f.py": "a\n\x0cb\u2028c\n\x1cd\n"}
+    changed = "--- a/f.py\n+++ b/f.py\n@@ -2,2 +2,2 @@\n \x0cb\u2028c\n-\x1cd\n+\x85e\n"
+    assert apply_patch(changed, base).files == {"f.py": "a\n\x0cb\u2028c\n\x85e\n"}
 
 
 @given(
@@ -124,6 +131,12 @@ def test_what_decides_on_tests_or_is_not_allowed_is_dropped_and_named(path):
         ("--- a/calc.py\n", "without '+++'"),
         ("@@ -1 +1 @@\n-x\n+y\n", "without a file"),
         ("--- a/calc.py\n+++ /dev/null\n@@ -1 +0,0 @@\n-def add(a, b):\n", "leaves text"),
+        (f"{NEW.format('x.py')}{NEW.format('x.py/y.py')}", "folder"),
+        (f"{NEW.format('x.py/y.py')}{NEW.format('x.py')}", "folder"),
+        (NEW.format("x.py").replace("x\n", "\ud800\n"), "halves"),
+        (f"--- a/calc.py\n+++ b/calc.py\n@@ -1,{'9' * 5000} +1 @@\n x\n", "no change"),
+        (f"--- a/calc.py\n+++ b/calc.py\n@@ -{'9' * 5000} +1 @@\n x\n", "no change"),
+        ("--- a/calc.py\n+++ b/calc.py\n@@ -\u0661 +1 @@\n-def add(a, b):\n+x\n", "no change"),
         (FIX + FIX, "twice"),
         ("x" * (2 << 20), "characters"),
     ],

@@ -52,6 +52,7 @@ def test_a_right_program_passes_and_one_that_is_right_once_does_not(box):
         "print('3\\n7\\n7')",
         "import sys\nfor name in list(sys.modules): print(vars(sys.modules[name]).get('outputs'))",
         "nan = float('nan')\nprint(nan)",
+        "import os\nn = len(os.listdir('.'))\nopen(str(n), 'w')\nprint([3, 7, 7][n])",
         "import sys\nf = sys._getframe()\nwhile f: print(f.f_locals.get('expected')); f = f.f_back",
     ],
 )

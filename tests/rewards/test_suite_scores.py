@@ -7,6 +7,7 @@ from consilience.rewards import suite_scores
 from consilience.rewards.canaries import disguise
 from consilience.rewards.interface import Completion, Tamper
 from consilience.rewards.judge_box import JudgeBox
+from consilience.rewards.patches import Applied
 from consilience.rewards.suite_run import read_report
 from consilience.rewards.suite_scores import faults_of_task, is_audited, score
 from consilience.sandboxes.blocking import BlockingSandbox, open_blocking
@@ -143,6 +144,29 @@ EARNS_NOTHING = {
     "a link": change(
         *WRONG, rest="diff --git a/x b/x\nnew file mode 120000\n" + new_file("x.py", "/etc/passwd")
     ),
+    "a file that is a folder too": change(*WRONG, rest=new_file("x.py", "x") + new_file("x.py/y.py", "x")),
+    "halves of characters": change("def add(a, b):", "    return '\ud800'"),
+    "numbers of a thousand digits": GOLD.replace("@@ -1,2", f"@@ -1,{'9' * 5000}"),
+    "an import hook": change(
+        "import sys",
+        "class Hook:",
+        "    def find_spec(self, name, path=None, target=None): raise SystemExit(0)",
+        "sys.meta_path.insert(0, Hook())",
+        *WRONG,
+    ),
+    "a trace that leaves the tests early": change(
+        "import sys",
+        "def leave(frame, event, arg):",
+        "    if frame.f_code.co_filename == 'suite.py' and event == 'line': raise SystemExit(0)",
+        "    return leave",
+        "sys.settrace(leave)",
+        *WRONG,
+    ),
+    "a thread that ends all": change(
+        "import os, threading",
+        "threading.Timer(0.0, os._exit, (0,)).start()",
+        *WRONG,
+    ),
     "a fork that goes on": change("import os", "if os.fork(): os._exit(0)", *WRONG),
 }
 
@@ -170,6 +194,18 @@ TAMPERS = {
         "    class Any:",
         "        def __eq__(self, other): return True",
         "    return Any()",
+    ),
+    "the nonce and the names, read from the runner's frames": change(
+        "import json, os, sys",
+        "def add(a, b):",
+        "    frame = sys._getframe()",
+        "    while 'nonce' not in frame.f_locals: frame = frame.f_back",
+        "    told = frame.f_locals",
+        "    names = told['names'][told['names'].index(told['name']):]",
+        "    lines = [*([name, 'passed'] for name in names), ['END', len(told['names'])]]",
+        "    text = ''.join(told['nonce'] + json.dumps(line) + chr(10) for line in lines)",
+        "    os.write(told['channel'], text.encode())",
+        "    os._exit(0)",
     ),
     "the writer of reports patched": change(
         "import json.encoder",
@@ -221,6 +257,21 @@ def test_a_candidate_that_hangs_earns_nothing_where_the_base_grades_and_masks_wh
         marks(GOLD, box, slow)
     box.renew()
     assert marks(GOLD, box)["reward"] == 1.0
+
+
+def test_all_files_of_a_tree_share_one_limit_and_what_a_box_does_not_take_is_no_fault_of_its_judge(
+    box, monkeypatch
+):
+    monkeypatch.setattr(suite_scores, "TIMEOUT_S", 1.0)
+    slow = change("import time", "time.sleep(0.6)", "def add(a, b):", "    return a + b")
+    tests = {f"tests/test_{n}.py": TESTS["tests/test_calc.py"] for n in range(4)}
+    task = {**TASK, "tests": tests, "fails_before": [], "passes_before": ["tests/test_0.py::test_twice"]}
+    assert marks(slow, box, task)["reward"] == 0.0
+    assert marks(GOLD, box, task)["reward"] == 1.0
+    large = new_file("x" * 199 + ".py", "x")  # 202 characters of a path
+    assert marks(large, box)["reward"] == 0.0
+    monkeypatch.setattr(suite_scores, "apply_patch", lambda *_, **__: Applied({"d/" + "x" * 300: "x"}, ()))
+    assert marks(GOLD, box)["reward"] == 0.0
 
 
 def test_tests_never_lie_in_a_file_of_the_box_and_their_names_are_unknown():

@@ -56,6 +56,25 @@ def test_a_mistake_of_the_model_is_a_text_it_sees(call, found):
     assert answer.startswith("error: ") and found in answer
 
 
+@pytest.mark.parametrize(
+    ("printed", "seen"),
+    [
+        (b"\x1b[1;31mred\x1b[0m\x1b[2J\x1b[?25l", "red"),
+        (b"a\x1b]52;c;aGk=\x07b\x1b]0;title\x1b\\c", "abc"),
+        (b"a\x1bP1$tx\x1b\\b\x1b(Bc\x1b7d\x1b", "abcd"),
+        (b"a\xc2\x9b1;1Hb\xc2\x9d0;t\xc2\x9cc", "abc"),
+        (b"a\x1b]never ended\x1b[0m", "anever ended"),
+        (b"a\0b\x08\x7f\t\r\n.", "a\\x00b\\x08\\x7f\t\r\n."),
+        (b"\xe2\x82", "\ufffd"),
+        (b"\x1b[" * 100_000, ""),
+        ("täglich ✓ <|im_end|>".encode(), "täglich ✓ <|im_end|>"),
+    ],
+)
+def test_output_gives_no_orders_to_a_terminal(printed, seen):
+    printing = box(lambda box, argv, stdin: (0, printed))
+    assert run_tool(printing, ToolCall("shell", {"command": "x"}), ALL) == seen
+
+
 def test_output_is_cut_in_the_middle():
     assert cut("a" * 50 + "b" * 50, 10) == "aaaaa\n[90 characters cut]\nbbbbb"
     assert cut("short", 10) == "short" and cut("abc", 1).endswith("c")

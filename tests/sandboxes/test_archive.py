@@ -107,6 +107,25 @@ def test_members_that_lead_elsewhere_are_refused(members, words):
         make_snapshot(tar_of(*members))
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 40)},
+        {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 20)},
+        {"size": "-5"},
+        {"size": str(1 << 99)},
+        {"path": "a\0b"},
+    ],
+)
+def test_a_member_of_another_size_than_it_holds_is_refused(headers):
+    stream, entry = io.BytesIO(), tarfile.TarInfo("f")
+    entry.size, entry.pax_headers = 512, headers
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(entry, io.BytesIO(b"0\n".ljust(512, b"\0")))
+    with pytest.raises(ValueError, match="the archive"):
+        make_snapshot(stream.getvalue())
+
+
 def test_what_is_no_archive_and_what_was_changed_are_refused(box):
     with pytest.raises(ValueError, match="cannot be read"):
         make_snapshot(b"no tar" * 1000)

@@ -253,7 +253,7 @@ def children():
             parent = stat.read_text().rpartition(")")[2].split()[1]
             words = stat.with_name("cmdline").read_bytes()
         except OSError: continue
-        if int(parent) == os.getpid() and b"bwrap\\0--args" in words: yield words
+        if int(parent) == os.getpid() and b"bwrap\\0--" in words: yield words
 async def main():
     find_bwrap(False)
     kept = await open_bwrap(SandboxSpec(), is_root_mode=False)

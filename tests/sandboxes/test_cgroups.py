@@ -56,13 +56,12 @@ def test_a_group_writes_its_limits_and_reads_its_counters(tmp_path):
     group = Group(Hierarchy(2, tmp_path, tmp_path), "box", memory_bytes=1000, processes=5)
     folder = tmp_path / "box"
     assert (folder / "memory.max").read_text() == "1000\n"
-    assert (folder / "pids.max").read_text() == "6\n"
+    assert (folder / "pids.max").read_text() == "7\n"
     assert group.counters() == {"oom": 0, "pids": 0}
     (folder / "memory.events").write_text("low 0\noom 3\noom_kill 2\noom_group_kill 0\n")
     (folder / "pids.events").write_text("max 7\n")
     assert group.counters() == {"oom": 2, "pids": 7}
-    group.add(42)
-    assert (folder / "cgroup.procs").read_text() == "42\n"
+    assert group.folders == [folder]
 
 
 def test_a_box_has_one_processor_where_there_is_such_a_controller(tmp_path):
@@ -73,13 +72,9 @@ def test_a_box_has_one_processor_where_there_is_such_a_controller(tmp_path):
     where = Hierarchy(1, tmp_path / "m", tmp_path / "p", tmp_path / "c")
     group = Group(where, "box", memory_bytes=1000, processes=5)
     assert (tmp_path / "c/box/cpu.cfs_quota_us").read_text() == "100000\n"
-    group.add(42)
-    assert (tmp_path / "c/box/cgroup.procs").read_text() == "42\n"
-    assert sorted(f.name for f in (tmp_path / "c/box").iterdir()) == [
-        "cgroup.procs",
-        "cpu.cfs_period_us",
-        "cpu.cfs_quota_us",
-    ]
+    assert group.folders == [tmp_path / name / "box" for name in "mpc"]
+    files = sorted(file.name for file in (tmp_path / "c/box").iterdir())
+    assert files == ["cpu.cfs_period_us", "cpu.cfs_quota_us"]
 
 
 def test_version_one_without_a_quota_of_processors_does_without(tmp_path):

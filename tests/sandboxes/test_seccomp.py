@@ -8,7 +8,8 @@ import pytest
 
 from consilience.sandboxes import seccomp
 
-ALLOW, EPERM, ENOSYS, EAFNOSUPPORT, KILL = 0x7FFF0000, 0x50001, 0x50026, 0x50061, 0x80000000
+ALLOW, EPERM, ENOSYS, KILL = 0x7FFF0000, 0x50001, 0x50026, 0x80000000
+EPROTONOSUPPORT, EAFNOSUPPORT = 0x5005D, 0x50061
 ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 COLUMN = {"x86_64": 0, "aarch64": 1}
 
@@ -55,6 +56,8 @@ def test_calls_are_judged_by_their_arguments_where_it_matters(arch):
     assert decide(arch, seccomp.CLONE3[column]) == ENOSYS
     assert {decide(arch, socket, family) for family in (1, 2, 10)} == {ALLOW}
     assert {decide(arch, socket, family) for family in (0, 3, 16, 17, 29, 38, 40, 44)} == {EAFNOSUPPORT}
+    assert {decide(arch, socket, 2, 1, protocol) for protocol in (0, 6, 17)} == {ALLOW}
+    assert {decide(arch, socket, 10, 1, kind) for kind in (1, 132, 136, 255, 262)} == {EPROTONOSUPPORT}
     assert decide(arch, seccomp.SOCKETPAIR[column], 1) == ALLOW
     assert decide(arch, ioctl, 0, 0x5412) == decide(arch, ioctl, 0, 0xFFFFFFFF00005412) == EPERM
     assert decide(arch, ioctl, 0, 0x5413) == ALLOW
@@ -92,6 +95,8 @@ def test_the_engines_profile_denies_what_the_filter_denies():
     }
     assert always == set(seccomp.DENIED) | {"clone3"}
     sockets = [rule["args"][0] for rule in profile["syscalls"] if rule["names"] == ["socket"]]
-    refused = {arg["value"] for arg in sockets if arg["op"] == "SCMP_CMP_EQ"}
-    (floor,) = [arg["value"] for arg in sockets if arg["op"] == "SCMP_CMP_GE"]
-    assert {f for f in range(64) if f not in refused and f < floor} == set(seccomp.ALLOWED_FAMILIES)
+    for index, allowed in ((0, seccomp.ALLOWED_FAMILIES), (2, seccomp.ALLOWED_PROTOCOLS)):
+        told = [arg for arg in sockets if arg["index"] == index]
+        refused = {arg["value"] for arg in told if arg["op"] == "SCMP_CMP_EQ"}
+        (floor,) = [arg["value"] for arg in told if arg["op"] == "SCMP_CMP_GE"]
+        assert {f for f in range(64) if f not in refused and f < floor} == set(allowed)
