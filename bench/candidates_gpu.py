@@ -2,12 +2,14 @@
 
     PYTHONPATH=.:bench python bench/candidates_gpu.py
 
-parameters  triton_parameters_pieces.py: mHC's gradients of fn, base and scale; fn's must be the chosen one's bits
+parameters  triton_parameters_pieces.py: mHC's gradients of fn, base and scale; fn's must be the chosen
+            one's bits
 columns     triton_codes_narrow.py: FP8 codes of columns from narrower tiles; the same bits
 
-Each beside the chosen kernel and the chosen kernel again (A/A), in graphs of several calls so that launches do not
-count, and beside a copy and a product of the same run. Under TRITON_INTERPRET=1, where there is no GPU, the checks
-alone run, at small sizes. A candidate that wins moves to model/kernels/, one that loses goes.
+Each beside the chosen kernel and the chosen kernel again (A/A), in graphs of several calls so that
+launches do not count, and beside a copy and a product of the same run. Under TRITON_INTERPRET=1, where
+there is no GPU, the checks alone run, at small sizes. A candidate that wins moves to model/kernels/, one
+that loses goes.
 """
 
 from __future__ import annotations

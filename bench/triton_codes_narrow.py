@@ -1,10 +1,11 @@
-"""A candidate for `triton_quantize.encode_rows(x, has_codes=False)`: turned codes from tiles of 128 rows × 32 or 64
-columns.
+"""A candidate for `triton_quantize.encode_rows(x, has_codes=False)`: turned codes from tiles of 128 rows ×
+32 or 64 columns.
 
-A turned code's scale belongs to 128 rows of one column, so only the other side of the tile is bound to 128. With 64
-columns and 8 warps a thread holds 32 values instead of 64, and three programs (72 registers, nothing spilled) fit beside each other where two did (128, spilling):
-one's loads run beside another's exchange through shared memory and its stores. The same bits; reads keep whole
-lines of 128 bytes with 64 columns, half lines with 32.
+A turned code's scale belongs to 128 rows of one column, so only the other side of the tile is bound to
+128. With 64 columns and 8 warps a thread holds 32 values instead of 64, and three programs (72 registers,
+nothing spilled) fit beside each other where two did (128, spilling): one's loads run beside another's
+exchange through shared memory and its stores. The same bits; reads keep whole lines of 128 bytes with 64
+columns, half lines with 32.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A candidate for mHC's `d_parameters`: the same sums, with all that a strip repeats done once before.
 
-The chosen kernel scales a block's gradients, cuts them into two pieces of bfloat16 and puts both through shared
-memory in each of 128 strips; its first strip's programs then walk all tokens a second time, alone, for base and
-scale. Here `_pieces` writes the pieces once (128 bytes a token), so that a strip's loop is three copies that run
-ahead and two products, and base and scale have programs of their own that start first. fn's gradient sums the
-same products in the same order: the same bits.
+The chosen kernel scales a block's gradients, cuts them into two pieces of bfloat16 and puts both through
+shared memory in each of 128 strips; its first strip's programs then walk all tokens a second time, alone,
+for base and scale. Here `_pieces` writes the pieces once (128 bytes a token), so that a strip's loop is
+three copies that run ahead and two products, and base and scale have programs of their own that start
+first. fn's gradient sums the same products in the same order: the same bits.
 """
 
 from __future__ import annotations
