@@ -1,7 +1,7 @@
 """What the tokens of a phase tell: the KL by place in the sample, and who would end where.
 
-The end of text is looked at where the student ended, and at places spread evenly over the others: a few rows
-of logits a micro-batch instead of all.
+The end of text is looked at where the student ended, and at a few places spread evenly over each sample. They
+follow from the sample alone, so it does not matter how micro-batches and rows are cut.
 
 Shapes: n loss tokens, S samples, V vocabulary, D student width, Dt teacher width.
 """
@@ -18,8 +18,10 @@ from consilience.distill.samples import Span
 from consilience.model.ranks import Ranks
 
 NUM_PARTS = 10
-NUM_ELSEWHERE = 64
-"""Places of a micro-batch, other than ends, at which the end of text is looked at."""
+NUM_ELSEWHERE = 8
+"""Places of a sample at most, ends among them left out, at which the end of text is looked at."""
+CHUNK_ROWS = 64
+"""Rows of logits held at once."""
 
 
 class TokenWatch:
@@ -52,9 +54,10 @@ class TokenWatch:
         if self._eos is None:
             return
         is_end = target_ids == self._eos
-        others = (~is_end).nonzero()[:, 0]
-        spread = others[:: -(-len(others) // NUM_ELSEWHERE)] if len(others) else others
-        for place, rows in (("at_end", is_end.nonzero()[:, 0]), ("elsewhere", spread)):
+        on_grid = [np.arange(first, stop) % -(-n // NUM_ELSEWHERE) == 0 for first, stop, n in spans]
+        is_elsewhere = torch.from_numpy(np.concatenate(on_grid)).to(is_end.device) & ~is_end
+        for place, chosen in (("at_end", is_end), ("elsewhere", is_elsewhere)):
+            rows = chosen.nonzero()[:, 0]
             if len(rows):
                 p, q = (_probability(h[rows], head, self._eos) for h, head in (student, teacher))
                 sums = self._eos_sums.setdefault(place, np.zeros(3))
@@ -91,4 +94,5 @@ class TokenWatch:
 
 def _probability(hidden: Tensor, head: Tensor, token: int) -> Tensor:
     """[n] probability of one token after each of these states."""
-    return (hidden.float() @ head.float().T).softmax(1)[:, token]
+    head = head.float()
+    return torch.cat([(rows @ head.T).softmax(1)[:, token] for rows in hidden.float().split(CHUNK_ROWS)])

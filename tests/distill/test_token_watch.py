@@ -60,6 +60,32 @@ def test_many_places_are_sampled_evenly_and_sums_go_on_over_micro_batches():
     assert "eos_gap_at_end" not in numbers
 
 
+@pytest.mark.parametrize("cut", [1, 7, 64, 99])
+def test_ends_are_looked_at_in_the_same_places_wherever_a_sample_is_cut(cut):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(100, 3, generator=generator) for _ in range(2))
+    ids = torch.zeros(100, dtype=torch.long)
+    ids[[13, 50, 99]] = 1
+
+    def numbers(*spans):
+        watch = TokenWatch(eos=1)
+        for first, stop in spans:
+            own = slice(first, stop)
+            watch.observe(
+                torch.ones(stop - first),
+                [Span(first, stop, 100)],
+                ids[own],
+                (student[own], EYE),
+                (teacher[own], EYE),
+            )
+        return watch.numbers()
+
+    assert numbers((0, cut), (cut, 100)) == pytest.approx(numbers((0, 100)), rel=1e-5)  # fp32 sums
+    places = [i for i in range(0, 100, 13) if i != 13]
+    wanted = float(teacher[places].softmax(1)[:, 1].mean())
+    assert numbers((0, 100))["teacher_eos_elsewhere"] == pytest.approx(wanted)
+
+
 def test_a_kl_of_rounding_has_no_late_ratio():
     watch = TokenWatch()
     hidden = torch.zeros(10, 3)
