@@ -60,9 +60,8 @@ def rank_bytes(config: ModelConfig, layout: EngineLayout) -> dict[str, float]:
         found["masters"] = whole / ranks
         if layout.zero_stage >= 2:
             found["gradients"] = whole / ranks
-        if (
-            layout.zero_stage == 3
-        ):  # around the trunk all stays whole; a block's gradients before they are sent
+        if layout.zero_stage == 3:
+            # Around the trunk all stays whole; a block's gradients are there before they are sent.
             found["weights"] = around + (whole - around) / ranks
             found["gathered"] = 2 * block
         if layout.is_offloaded:
