@@ -199,6 +199,7 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(e, i, d, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(e, d, i, dtype=dtype))
         self.w3 = nn.Parameter(torch.empty(e, i, d, dtype=dtype))
+        self.keeps_rounded = True  # False where weights come and go past autograd's version counters
         self._rounded: tuple[tuple[Tensor, ...], tuple, tuple[Tensor, ...]] | None = None
 
     def forward(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +214,7 @@ class Experts(nn.Module):
         those counters (`.data`, flat buffers) come after one.
         """
         masters = (self.w1, self.w2, self.w3)
-        if not self.quantization.experts or torch.is_grad_enabled():
+        if not self.quantization.experts or torch.is_grad_enabled() or not self.keeps_rounded:
             self._rounded = None
             return tuple(fake_mxfp4(w) for w in masters) if self.quantization.experts else masters  # type: ignore[return-value]
         versions = tuple((w.data_ptr(), w._version) for w in masters)

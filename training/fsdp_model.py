@@ -47,6 +47,9 @@ def cut_model(model: nn.Module, ranks: Ranks) -> None:
     if ranks.group is None:
         raise EngineError("FSDP cuts a model over several ranks, this is one; take engine.kind=torch")
     check_version()
+    for module in model.modules():
+        if hasattr(module, "keeps_rounded"):
+            module.keeps_rounded = False  # gathered weights look unchanged, and would be kept whole
     mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
     main = next(iter(model.parameters())).dtype
     wide = None if main == torch.float64 else torch.float32

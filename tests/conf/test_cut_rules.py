@@ -8,8 +8,19 @@ from consilience.conf.load import compose
 CUT = ["engine.kind=fsdp", "engine.ranks=2"]
 
 
-def test_a_cut_model_on_two_ranks_is_taken():
-    engine = compose(CUT).engine
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["engine.context_ranks=2"],
+        ["engine.exact=true"],
+        ["engine.quantization=fp4"],
+        ["engine.quantization=fp8", "rollout.quantization=fp8"],
+        ["sft.indexer_warmup=2"],
+    ],
+)
+def test_a_cut_model_on_two_ranks_is_taken(given):
+    engine = compose([*CUT, *given]).engine
     assert (engine.kind, engine.ranks) == ("fsdp", 2)
 
 
@@ -17,9 +28,6 @@ def test_a_cut_model_on_two_ranks_is_taken():
     ("override", "said"),
     [
         ("engine.ranks=1", "set engine.ranks to 2 or more, or engine.kind=torch"),
-        ("engine.context_ranks=2", "set engine.context_ranks=1, or engine.kind=torch"),
-        ("engine.exact=true", "set engine.exact=false, or"),
-        ("engine.quantization=fp4", "set engine.quantization=off, or"),
         ("rollout.quantization=fp8", "set rollout.quantization=off, or"),
         ("engine.shard_state=true", "set engine.shard_state=false"),
         ("cluster.placement=colocated", "not there for engine.kind=fsdp; set engine.kind=torch"),

@@ -124,14 +124,17 @@ def test_distillation_is_that_of_one_process(size, balance, budget, context, tea
     assert not list((tmp_path / "more" / "hidden").iterdir())
 
 
-def cut_distill(ranks, folder, root, kind):
-    return distill(ranks, folder, root, "update", kind=kind)
+def cut_distill(ranks, folder, root, kind, context):
+    return distill(ranks, folder, root, "update", kind=kind, context=context)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("kind", ["fsdp", "zero3"])
-@pytest.mark.row("distillation", "{kind}")
-def test_distillation_with_a_model_cut_over_two_ranks_is_that_of_one_process(kind, teachers, tmp_path):
+@pytest.mark.parametrize(("kind", "size", "context"), [("fsdp", 2, 1), ("zero3", 2, 1), ("fsdp", 4, 2)])
+@pytest.mark.row("distillation, {context} a row", "{kind}")
+def test_distillation_with_a_model_cut_over_ranks_is_that_of_one_process(
+    kind, size, context, teachers, tmp_path
+):
     one = distill(ALONE, tmp_path / "one", teachers, "update")
-    assert_cut_same(on_ranks(2, cut_distill, tmp_path / "two", teachers, kind, folder=tmp_path), one)
+    given = (tmp_path / "more", teachers, kind, context)
+    assert_cut_same(on_ranks(size, cut_distill, *given, folder=tmp_path), one)

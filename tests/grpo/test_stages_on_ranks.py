@@ -16,6 +16,7 @@ from consilience.grpo.sft import SupervisedSettings, train_supervised
 from consilience.grpo.supervised_batches import Example
 from consilience.grpo.train import GrpoSettings, GrpoStage, train_grpo
 from consilience.model.checkpoint import load_official
+from consilience.model.quantization import Quantization
 from consilience.model.ranks import ALONE
 from consilience.rollout.kept_sets import KeptSets
 from consilience.rollout.publishing import verify
@@ -36,8 +37,24 @@ def examples():
     return [Example(tuple(i), tuple(float(at >= 4) for at in range(len(i)))) for i in ids]
 
 
-def sft(ranks, folder, mode="off", context=1, optimizer=SETTINGS, kind="torch", **given):
-    parts = StageParts(small_model(0, AHEAD), ranks.with_context(context), folder, optimizer, kind)
+def policy(quantization):
+    model = small_model(0, AHEAD)
+    model.quantize(Quantization.from_name(quantization))
+    return model
+
+
+def sft(
+    ranks,
+    folder,
+    mode="off",
+    context=1,
+    optimizer=SETTINGS,
+    kind="torch",
+    exact=False,
+    quantization="off",
+    **given,
+):
+    parts = StageParts(policy(quantization), ranks.with_context(context), folder, optimizer, kind, exact)
     settings = SupervisedSettings(
         3, 128, row_tokens=32, micro_tokens=64, warmup=0, balance_weight=0.01, indexer_weight=0.1, **given
     )
@@ -99,8 +116,19 @@ def jobs_of(step):
     return [SimpleNamespace(uid=f"{step}/{name}") for name in "abcdef"]
 
 
-def grpo(ranks, folder, mode="sync", corrections=None, context=1, replays=False, kind="torch"):
-    parts = StageParts(small_model(0, AHEAD), ranks.with_context(context), folder, kind=kind)
+def grpo(
+    ranks,
+    folder,
+    mode="sync",
+    corrections=None,
+    context=1,
+    replays=False,
+    kind="torch",
+    exact=False,
+    quantization="off",
+):
+    model = policy(quantization)
+    parts = StageParts(model, ranks.with_context(context), folder, kind=kind, exact=exact)
     settings = GrpoSettings(
         2,
         row_tokens=32,
@@ -217,6 +245,58 @@ def test_sft_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
     two = on_ranks(2, cut_sft, tmp_path / "two", folder=tmp_path)
     assert len(two[0]["rows"]) == 3
     assert_cut_same(two, one)
+
+
+def cut_with_context(ranks, folder):
+    return [
+        sft(ranks, folder / "ahead", "always", 2, kind="fsdp"),
+        grpo(ranks, folder / "corrected", "sync", ALL, 2, kind="fsdp"),
+        grpo(ranks, folder / "replayed", context=2, replays=True, kind="fsdp"),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.row("rows cut over ranks: SFT, GRPO", "fsdp")
+def test_rows_and_model_are_cut_over_the_same_ranks(size, tmp_path):
+    (folder := tmp_path / "more").mkdir()
+    several = zip(*on_ranks(size, cut_with_context, folder, folder=tmp_path))
+    alone = [
+        sft(ALONE, tmp_path / "a", "always"),
+        grpo(ALONE, tmp_path / "b", "sync", ALL),
+        grpo(ALONE, tmp_path / "c", replays=True),
+    ]
+    for one, more in zip(alone, several, strict=True):
+        assert_cut_same(more, one)
+
+
+MODES = [{"exact": True}, {"quantization": "fp8"}, {"quantization": "fp4_fp8"}]
+
+
+def cut_modes(ranks, folder):
+    return [
+        run(ranks, folder / f"{run.__name__}-{number}", kind="fsdp", **mode)
+        for number, mode in enumerate(MODES)
+        for run in (sft, grpo)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.row("exact mode, quantised weights: SFT, GRPO", "fsdp")
+def test_a_model_cut_over_two_ranks_computes_in_exact_mode_and_with_quantised_weights(tmp_path):
+    (folder := tmp_path / "two").mkdir()
+    several = zip(*on_ranks(2, cut_modes, folder, folder=tmp_path))
+    alone = [
+        run(ALONE, tmp_path / f"{run.__name__}-{number}", **mode)
+        for number, mode in enumerate(MODES)
+        for run in (sft, grpo)
+    ]
+    ends = [next(iter(one["weights"].values())).tobytes() for one in alone]
+    assert len(set(ends)) == len(ends)  # every mode does something
+    for one, more in zip(alone, several, strict=True):
+        assert_cut_same(more, one)
 
 
 def cut_warmup(ranks, folder):

@@ -25,8 +25,8 @@ OF_CLOCKS = ("anticipatory_s", "anticipatory_share")
 class Keeper(TorchEngine):
     """Keeps the summed gradients of every step."""
 
-    def __init__(self, model, ranks, settings=SETTINGS):
-        super().__init__(model, settings, ranks=ranks)
+    def __init__(self, model, ranks, settings=SETTINGS, exact=False):
+        super().__init__(model, settings, ranks=ranks, exact=exact)
         self.kept = []
 
     def step(self, lr_scale=1.0, expert_load=None):
@@ -34,28 +34,28 @@ class Keeper(TorchEngine):
         return super().step(lr_scale, expert_load)
 
 
-def engine_of(kind, model, ranks, settings):
+def engine_of(kind, model, ranks, settings, exact):
     if kind == "fsdp":
         from consilience.training.fsdp_engine import FsdpEngine
 
-        return FsdpEngine(model, settings, ranks=ranks)
+        return FsdpEngine(model, settings, ranks=ranks, exact=exact)
     if kind == "zero3":
         from consilience.training.deepspeed_engine import DeepSpeedEngine
 
         return DeepSpeedEngine(model, settings, ranks=ranks, zero_stage=3)
-    return Keeper(model, ranks, settings)
+    return Keeper(model, ranks, settings, exact)
 
 
 class StageParts:
     """Engine, checkpoints, log and clock of a stage in `folder`, which all ranks see."""
 
-    def __init__(self, model, ranks, folder, settings=SETTINGS, kind="torch"):
+    def __init__(self, model, ranks, folder, settings=SETTINGS, kind="torch", exact=False):
         torch.set_num_threads(1)
         if ranks.is_first:
             folder.mkdir(exist_ok=True)
             (folder / "tokenizer.json").write_text("{}")
         ranks.barrier()
-        self.engine, self.log = engine_of(kind, model, ranks, settings), MemorySink()
+        self.engine, self.log = engine_of(kind, model, ranks, settings, exact), MemorySink()
         self.checkpoints = StageCheckpoints(
             folder / "checkpoints", self.engine, folder / "tokenizer.json", META, every_s=0.0
         )
