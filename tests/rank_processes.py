@@ -1,7 +1,9 @@
 """Several ranks as processes of this machine, for tests: each runs one function, all results come back.
 
-A process that has answered well waits for the next case: what starting and importing costs is paid once, not
-by every case. One case that fails ends its processes, so that no later one meets what it has left.
+Processes that have answered well wait for the next case on as many ranks: what starting and importing costs is
+paid once, not by every case. They stay together, rank by rank: DeepSpeed keeps what it once ran, and processes
+that once ran something else would wait for each other. One case that fails ends its processes, so that no later
+one meets what it has left.
 """
 
 import itertools
@@ -20,7 +22,9 @@ from tests.ranks_table import ran
 
 LIMIT_S = 120.0
 _meetings = itertools.count()
-_idle = []
+MOST_IDLE = 7
+_idle = {}
+"""Number of ranks -> their processes; those used last stand at the end."""
 
 
 def on_ranks(size, function, *arguments, folder, limit_s=LIMIT_S, is_last=False):
@@ -31,7 +35,7 @@ def on_ranks(size, function, *arguments, folder, limit_s=LIMIT_S, is_last=False)
     """
     address = f"file://{folder}/meeting-{next(_meetings)}-{function.__name__}"
     began = time.perf_counter()
-    workers = [_idle.pop() if _idle else _start() for _ in range(size)]
+    workers = _idle.pop(size, None) or [_start() for _ in range(size)]
     try:
         for rank, (pipe, _) in enumerate(workers):
             pipe.send_bytes(pickle.dumps((address, rank, size, limit_s, function, arguments)))
@@ -46,7 +50,9 @@ def on_ranks(size, function, *arguments, folder, limit_s=LIMIT_S, is_last=False)
     if is_last:
         _end(workers)
     else:
-        _idle.extend(workers)
+        _idle[size] = workers
+        while sum(_idle) > MOST_IDLE:
+            _end(_idle.pop(next(iter(_idle))))
     return [value for _, value in found]
 
 
