@@ -1,9 +1,8 @@
 """Several ranks as processes of this machine, for tests: each runs one function, all results come back.
 
 Processes that have answered well wait for the next case on as many ranks: what starting and importing costs is
-paid once, not by every case. They stay together, rank by rank: DeepSpeed keeps what it once ran, and processes
-that once ran something else would wait for each other. One case that fails ends its processes, so that no later
-one meets what it has left.
+paid once. They stay together, rank by rank: DeepSpeed keeps what it once ran, and those that had run something
+else would wait for each other. A case that fails ends its processes: no later one meets what it has left.
 """
 
 import itertools
