@@ -12,7 +12,7 @@ def pytest_collection_modifyitems(items):
 
 
 def _named(value):
-    return " ".join(map(str, value.values())) if isinstance(value, dict) else value
+    return ", ".join(f"{key}={each}" for key, each in value.items()) if isinstance(value, dict) else value
 
 
 @pytest.hookimpl(wrapper=True)

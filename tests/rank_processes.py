@@ -1,7 +1,8 @@
 """Several ranks as processes of this machine, for tests: each runs one function, all results come back.
 
-A process that has answered well waits for the next case: what starting and importing costs is paid once, not
-by every case. One case that fails ends its processes, so that no later one meets what it has left.
+Processes that have answered well wait for the next case on as many ranks: what starting and importing costs
+is paid once. They stay together, rank by rank: DeepSpeed keeps what it once ran, and those that had run
+something else would wait for each other. A case that fails ends its processes: none meets what it has left.
 """
 
 import itertools
@@ -20,18 +21,21 @@ from tests.ranks_table import ran
 
 LIMIT_S = 120.0
 _meetings = itertools.count()
-_idle = []
+MOST_IDLE = 7
+_idle = {}
+"""Number of ranks -> their processes; those used last stand at the end."""
 
 
-def on_ranks(size, function, *arguments, folder, limit_s=LIMIT_S, is_last=False):
+def on_ranks(size, function, *arguments, folder, limit_s=LIMIT_S, is_apart=False):
     """[function(ranks, *arguments) of rank 0, 1, …]; raises the first rank's error that there was.
 
     The function must be a module's. `folder` is where the ranks meet; a rank runs with one thread.
-    is_last: the function changes its process for good, which therefore ends with this case.
+    is_apart: the function changes its process for good: processes of its own, which end with this case.
     """
     address = f"file://{folder}/meeting-{next(_meetings)}-{function.__name__}"
     began = time.perf_counter()
-    workers = [_idle.pop() if _idle else _start() for _ in range(size)]
+    kept = None if is_apart else _idle.pop(size, None)
+    workers = kept or [_start() for _ in range(size)]
     try:
         for rank, (pipe, _) in enumerate(workers):
             pipe.send_bytes(pickle.dumps((address, rank, size, limit_s, function, arguments)))
@@ -43,10 +47,12 @@ def on_ranks(size, function, *arguments, folder, limit_s=LIMIT_S, is_last=False)
     for error in (value for is_ok, value in found if not is_ok):
         _end(workers)
         raise AssertionError(error)
-    if is_last:
+    if is_apart:
         _end(workers)
     else:
-        _idle.extend(workers)
+        _idle[size] = workers
+        while sum(_idle) > MOST_IDLE:
+            _end(_idle.pop(next(iter(_idle))))
     return [value for _, value in found]
 
 

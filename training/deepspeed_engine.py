@@ -113,6 +113,8 @@ class DeepSpeedEngine:
             except Exception as error:
                 failure = error
             fail_together(self.ranks, index, failure, self.num_steps)
+            if isinstance(self._gradients, DividedModel):
+                self._gradients.end_forward()
             self._gradients.backward(self._engine, self._reaching(loss), is_filler=is_filler)
         total: dict[str, float] = {}
         for report in self.ranks.gather(found):

@@ -67,6 +67,10 @@ class DividedModel:
         self._zero.clear_backward_seen_flag()
         self._zero.parameter_offload.get_param_coordinator().reset_step()
 
+    def end_forward(self) -> None:
+        """After the forward of each micro-batch, on all ranks: what is to stay whole is whole again."""
+        _bring_back(self._outer)
+
     def backward(self, engine: Any, loss: Tensor, *, is_filler: bool = False) -> None:
         """Add the gradients of one loss. All ranks call it together, after a forward each."""
         self._is_filler = is_filler
@@ -126,9 +130,7 @@ class DividedModel:
         chosen = [p for name, p in self._model.named_parameters() if names is None or name in names]
         inner = [p for p in chosen if not p.ds_persist]  # type: ignore[attr-defined]
         outer = [p for p in chosen if p.ds_persist]  # type: ignore[attr-defined]
-        # A forward without a backward may have given back those of prediction blocks, on all ranks alike.
-        if away := [p for p in outer if p.ds_status.name == "NOT_AVAILABLE"]:  # type: ignore[attr-defined]
-            away[0].all_gather(away)  # type: ignore[attr-defined]
+        _bring_back(outer)
         with GatheredParameters(inner, modifier_rank=0 if is_changed else None):
             yield
         if not is_changed:
@@ -172,6 +174,12 @@ def divide_parameters(zero: Any, groups: Sequence[Group], ranks: Ranks) -> None:
                 segments.append(Segment(names[id(parameter)], start, first, length))
             start += size
         group.divide(segments, flat, ranks)
+
+
+def _bring_back(outer: list[nn.Parameter]) -> None:
+    """A forward without gradients may have given those of prediction blocks away, on all ranks alike."""
+    if away := [p for p in outer if p.ds_status.name == "NOT_AVAILABLE"]:  # type: ignore[attr-defined]
+        away[0].all_gather(away)  # type: ignore[attr-defined]
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -1,5 +1,6 @@
 """SFT and GRPO on 2 and 4 ranks end where one process does: gradients, weights and reports to 1e-5."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -365,3 +366,25 @@ def test_stages_under_zero_3_are_those_of_one_process(tmp_path):
     ]
     for several, one in zip(found, alone):
         assert_cut_same(several, one)
+
+
+def resumed_under_zero_3(ranks, folder):
+    """Weights at the end, and those of the stage that had lost its last checkpoint, by two engines."""
+    ends = [sft(ranks, folder, kind="zero3")]
+    for kind in ("zero3", "torch"):
+        ranks.barrier()
+        if ranks.is_first:
+            shutil.rmtree(folder / "checkpoints" / "step-000003")
+        ranks.barrier()
+        ends.append(sft(ranks, folder, kind=kind))
+        assert [row["step"] for row in ends[-1]["rows"]] == [3]
+    return [end["weights"] for end in ends]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.row("SFT, resumed", "deepspeed, ZeRO-3")
+def test_a_stage_under_zero_3_goes_on_to_the_bit_and_with_a_whole_model(tmp_path):
+    once, again, plain = on_ranks(2, resumed_under_zero_3, tmp_path / "two", folder=tmp_path)[0]
+    assert once and all(np.array_equal(again[name], value) for name, value in once.items())
+    assert_same(plain, once, tolerance=1e-6)

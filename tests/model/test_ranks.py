@@ -30,7 +30,7 @@ def talk(ranks):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_rank_gets_the_same_sums_and_values_and_its_own_part(size, tmp_path):
-    found = on_ranks(size, talk, folder=tmp_path, is_last=True)
+    found = on_ranks(size, talk, folder=tmp_path, is_apart=True)
     total = size * (size + 1) // 2
     for rank, said in enumerate(found):
         first, second, third, strided = said["summed"]

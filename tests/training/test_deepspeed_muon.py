@@ -58,7 +58,7 @@ def updates(ranks):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_what_deepspeeds_muon_does_with_one_matrix(tmp_path):
-    found = on_ranks(2, updates, folder=tmp_path, is_last=True)[0]
+    found = on_ranks(2, updates, folder=tmp_path, is_apart=True)[0]
     # Repaired: without ZeRO, and under zero.Init, it is Muon; SGD and Adam give other singular values.
     for case in ((0, 0.0), (1, 0.0), (3, 0.0), "init"):
         values = torch.linalg.svdvals(found[case])

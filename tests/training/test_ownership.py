@@ -60,7 +60,7 @@ def expected_shared(rank):
 
 @pytest.mark.parametrize("window_bytes", [30, pytest.param(1 << 20, marks=pytest.mark.slow)])
 def test_each_number_goes_to_its_owner_and_from_there_to_all(window_bytes, tmp_path):
-    found = on_ranks(3, traffic, window_bytes, folder=tmp_path, is_last=True)
+    found = on_ranks(3, traffic, window_bytes, folder=tmp_path, is_apart=True)
     for rank, (sums, rounded, shared, whole, few) in enumerate(found):
         assert set(sums) == {item for item in owners()[rank] if item.start < item.stop}
         for item, total in sums.items():

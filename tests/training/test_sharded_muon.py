@@ -84,7 +84,7 @@ def test_ranks_take_the_update_of_one_process_that_has_the_sums(size, tmp_path):
     """The same sums in the same order, so gradients and momentum are the same bits. Newton–Schulz runs on
     batches of other sizes, whose products the CPU may add up in another order: 1e-5 of weights about 1."""
     weights, momenta = of_sums(size)
-    found = on_ranks(size, sharded, folder=tmp_path, is_last=True)
+    found = on_ranks(size, sharded, folder=tmp_path, is_apart=True)
     for own_weights, own_momenta, _ in found:
         for name in SHAPES:
             assert torch.equal(own_momenta[name], momenta[name]), name
@@ -101,7 +101,7 @@ def both_ways_and_doubles(ranks):
 
 @SLOW
 def test_gradients_that_are_summed_already_and_windows_of_any_size_give_the_same_bits(tmp_path):
-    found = on_ranks(2, both_ways_and_doubles, folder=tmp_path, is_last=True)
+    found = on_ranks(2, both_ways_and_doubles, folder=tmp_path, is_apart=True)
     reference = of_sums(2, torch.float64)
     for by_owner, on_weights, doubles in found:
         for name in SHAPES:
