@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from consilience.conf.errors import EngineError
+from consilience.model.moe import Experts
 from consilience.model.ranks import Ranks
 
 _WHOLE = re.compile(r"(.*\.)?(hc_\w+\.\w+|ape|bias)")
@@ -48,7 +49,7 @@ def cut_model(model: nn.Module, ranks: Ranks) -> None:
         raise EngineError("FSDP cuts a model over several ranks, this is one; take engine.kind=torch")
     check_version()
     for module in model.modules():
-        if hasattr(module, "keeps_rounded"):
+        if isinstance(module, Experts):
             module.keeps_rounded = False  # gathered weights look unchanged, and would be kept whole
     mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
     main = next(iter(model.parameters())).dtype
