@@ -35,14 +35,16 @@ def test_an_aim_that_is_missed_is_said_and_counts(bench, capsys):
 
 
 def test_what_a_dead_owner_left_is_found_and_what_others_have_is_not(bench):
-    left = subprocess.Popen(["sh", "-c", "sleep 100; true", new_mark()])
+    left = subprocess.Popen(["sh", "-c", "echo; sleep 100; true", new_mark()], stdout=subprocess.PIPE)
     try:
+        assert left.stdout.readline()  # its arguments are those of `sh` by now
         found = bench.leftovers({os.getpid()})  # this process may have boxes of its own
         assert sum(text.startswith(f"process {left.pid} ") for text in found) == 1
         assert bench.leftovers({1 << 22}) == []
     finally:
         left.kill()
         left.wait(timeout=10)
+        left.stdout.close()
 
 
 def test_a_runner_whose_bubblewrap_is_gone_is_found(bench):
