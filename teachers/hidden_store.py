@@ -176,7 +176,7 @@ class HiddenStore:
         """See what other processes wrote or removed since; reserve one use of each key, hold `later`."""
         self.hold(later)
         # A reader does not hear which entries of a file are no longer wanted: it looks at all anew.
-        gone = lambda path: path.parent == self.folder and self._is_reader or not path.exists()
+        gone = lambda path: (path.parent == self.folder and self._is_reader) or not path.exists()
         for path in [path for path in self._entries if gone(path)]:
             for key in self._entries.pop(path):
                 self._places.pop(key, None)

@@ -238,8 +238,8 @@ class TeacherScheduler:
                 held = ", ".join(sorted(self._store.origins)) or "nothing"
                 raise EngineError(
                     f"{len(keys)} of {len(queue)} samples have no stored states of "
-                    f"{self._origin(name, digests)}; the store holds those of {held}. Its weights, its head or "
-                    "the samples are others: score them again without distill.replay"
+                    f"{self._origin(name, digests)}; the store holds those of {held}. Its weights, its head "
+                    "or the samples are others: score them again without distill.replay"
                 )
             num_bytes += sum(len(queue[key].positions) for key in keys) * digests.state_bytes
         self._store.make_room(num_bytes, wanted)
