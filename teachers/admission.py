@@ -79,7 +79,7 @@ def read_speech(folder: Path | str) -> Speech:
         isinstance(added, list) and all(isinstance(t, dict) and {"content", "id"} <= t.keys() for t in added)
     ):
         raise CheckpointError(
-            f"{folder / 'tokenizer.json'}: added_tokens must be a list of tokens with content and id; restore it"
+            f"{folder / 'tokenizer.json'}: added_tokens is no list of tokens with content and id; restore it"
         )
     has_card = (folder / META).is_file()
     declared = read_json(folder / META).get("special_tokens") if has_card else _ids_of(added)
