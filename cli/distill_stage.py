@@ -14,7 +14,7 @@ from consilience.cli.jobs import fresh_problems, rollout_jobs
 from consilience.cli.prove import prove_start
 from consilience.cli.ray_session import ahead, domains_of, rollout_pool
 from consilience.cli.stage import StageContext
-from consilience.cli.teacher_loading import teacher_loader
+from consilience.cli.teacher_loading import arithmetic, teacher_loader, uses_vllm
 from consilience.cli.training_stage import (
     device_of,
     health_of,
@@ -75,7 +75,13 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
     )
     heads = HeadCache(device_of(cfg))
     scheduler = TeacherScheduler(
-        registry, teacher_loader(cfg), hidden, may_load=settings.replay is None, check=check_loaded
+        registry,
+        teacher_loader(cfg),
+        hidden,
+        may_load=settings.replay is None,
+        check=check_loaded,
+        most_scorers=1 if uses_vllm(cfg) else None,  # a vLLM process would take the first GPU for every rank
+        arithmetic=arithmetic(cfg),
     )
     side = TeacherSide(registry, scheduler, hidden, heads)
     schedule = DistillSettings(

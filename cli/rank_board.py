@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from consilience.model.ranks import BROKE, HAS, WAITS, WAITS_FOR_FIRST, WORKS
+from consilience.model.ranks import BROKE, HAS, WAITS, WAITS_FOR_FIRST, WAITS_FOR_WORK, WORKS
 
 _ROW = struct.Struct("ddd")
-_STATES = (HAS, WAITS, WAITS_FOR_FIRST, BROKE, WORKS)
-_BEGINS = (WAITS, WAITS_FOR_FIRST, WORKS)
+_STATES = (HAS, WAITS, WAITS_FOR_FIRST, BROKE, WORKS, WAITS_FOR_WORK)
+_BEGINS = (WAITS, WAITS_FOR_FIRST, WAITS_FOR_WORK, WORKS)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ class Board:
     def late(self) -> tuple[int, list[int]] | None:
         """(the call that ranks wait in, the ranks that have not begun it), None where nobody waits.
 
-        The list is empty where all are in the call. Work that the first rank does alone is not waited for.
+        The list is empty where all are in the call. Work that the first rank does alone is not waited for,
+        nor work of which ranks have unequal shares.
         """
         rows = [self.row(rank) for rank in range(self.size)]
         call = max(row.calls for row in rows)
@@ -108,6 +109,8 @@ class Board:
             return None
         behind = [rank for rank, row in enumerate(rows) if row.calls < call]
         if behind == [0] and set(waiting) == {WAITS_FOR_FIRST}:
+            return None
+        if behind and set(waiting) == {WAITS_FOR_WORK}:
             return None
         return call, behind
 

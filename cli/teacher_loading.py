@@ -10,7 +10,7 @@ from consilience.cli.engines import device_of
 from consilience.conf.schema import Config
 from consilience.teachers.causal_folder import is_other_model
 from consilience.teachers.causal_teacher import load_causal_teacher
-from consilience.teachers.host_teachers import HostTeachers
+from consilience.teachers.host_teachers import HOST_BYTES, HostTeachers
 from consilience.teachers.registry import TeacherRecord
 from consilience.teachers.scheduler import PlainLoader, TeacherLoader
 from consilience.teachers.teacher import Teacher
@@ -21,7 +21,9 @@ Load = Callable[[TeacherRecord], Teacher]
 def teacher_loader(cfg: Config) -> TeacherLoader:
     """Loads each teacher of the registry by what its folder holds. ConfigError on `teachers.settings`."""
     device = device_of(cfg)
-    own = HostTeachers(device, quantization=cfg.engine.quantization)
+    # Each rank keeps teachers of its own, several in the memory of one host.
+    host_bytes = HOST_BYTES // cfg.engine.ranks
+    own = HostTeachers(device, quantization=cfg.engine.quantization, host_bytes=host_bytes)
     other = _vllm_loader(cfg) if uses_vllm(cfg) else partial(load_causal_teacher, device=device)
     return ByFolder(own, PlainLoader(other))
 
@@ -44,6 +46,11 @@ class ByFolder:
 
     def _of(self, record: TeacherRecord) -> TeacherLoader:
         return self._other if is_other_model(record.checkpoint) else self._own
+
+
+def arithmetic(cfg: Config) -> str:
+    """How teachers compute besides by their weights: states of one arithmetic are no states of another."""
+    return "" if cfg.engine.quantization == "off" else cfg.engine.quantization
 
 
 def uses_vllm(cfg: Config) -> bool:

@@ -53,7 +53,7 @@ def cut_parts(batches: Sequence[dict[str, int]], budget_bytes: int | None) -> li
 class PhaseScores:
     """Scores the mini-batches of a phase when their turn comes; called with a number, from 0 upwards.
 
-    `report` is what was scored so far. Of several ranks all call it, and the first alone scores.
+    `report` is what was scored so far. Of several ranks all call it, and share the scoring out.
     """
 
     report = NOTHING
@@ -66,7 +66,7 @@ class PhaseScores:
         ranks: Ranks,
         clock: StageClock | None = None,
     ) -> None:
-        self._scheduler, self._store, self._ranks, self._clock = scheduler, store, ranks, clock
+        self._scheduler, self._ranks, self._clock = scheduler, ranks, clock
         self._requests = [[score_request(copy) for r in batch for copy in by_teacher(r)] for batch in batches]
         self._keys = [list(scheduler.keys(own).values()) for own in self._requests]
         # A store that keeps what was used never has room again: all of the phase has to fit.
@@ -91,9 +91,7 @@ class PhaseScores:
         done = {key for own in self._keys[:last] for key in own}
         later = [key for own in self._keys[last:] for key in own]
         later.sort(key=lambda key: key not in done)  # of these, what this phase has scored is the last to go
-        found = self._ranks.first(self._scheduler.score, requests, later)
-        if not self._ranks.is_first:
-            self._store.expect((key for uid, key in found.keys.items() if uid not in found.bad), found.later)
+        found = self._scheduler.score(requests, later, self._ranks)
         before = self.report
         self.report = replace(
             found,

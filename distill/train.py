@@ -115,8 +115,8 @@ def train_distill(
     Phases already sampled are read from `store`, states already scored from the hidden store, so a
     killed run repeats neither. Returns kl and head_loads rows for the report, and counters.
 
-    Of several ranks all run this. The first alone samples, scores, publishes, and writes store and log; the
-    others look at neither `sampler` nor `jobs_of`, and read the states from the hidden store.
+    Of several ranks all run this, score their share, and read all states from the hidden store. The first
+    alone samples, publishes, and writes store and log; the others look at neither `sampler` nor `jobs_of`.
 
     max_age   sample ahead through `RolloutStreams`, tokens of at most this age; None: one after the other
     while_sampling  surrounds, on every rank, what the first does alone to get a phase's records

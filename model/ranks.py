@@ -28,6 +28,7 @@ from consilience.conf.errors import EngineError
 BUCKET_BYTES = 64 << 20
 BACKENDS = {"gloo": "cpu", "nccl": "cuda"}
 WAITS, WAITS_FOR_FIRST, HAS, BROKE = "waits", "waits for the first", "has", "broke"
+WAITS_FOR_WORK = "waits for unequal work"
 WORKS = "works in step with the others"
 T = TypeVar("T")
 
@@ -43,10 +44,10 @@ class Ranks:
     group   carries tensors (gloo or NCCL); None: alone
     talk    carries Python values, by gloo; the same group where tensors go by gloo too
     device  where tensors of the group must lie
-    patient talk for what the first rank may take long for; None: as `talk`
+    patient talk behind what some ranks may take long for; None: as `talk`
     context those that cut rows with this one, of whom each micro-batch takes all; None: rows stay whole
-    on_call told WAITS or WAITS_FOR_FIRST when a call begins, HAS when it returns, BROKE when it raises; WORKS
-            and HAS around `in_step`
+    on_call told WAITS, WAITS_FOR_FIRST or WAITS_FOR_WORK when a call begins, HAS when it returns, BROKE when
+            it raises; WORKS and HAS around `in_step`
     """
 
     rank: int = 0
@@ -180,13 +181,17 @@ class Ranks:
                 found = Ranks(members.index(self.rank), len(members), group, talk, self.device)  # type: ignore[arg-type]
         return found
 
-    def gather(self, value: T) -> list[T]:
-        """What each rank gave, in the order of the ranks, on every rank. The value must pickle."""
+    def gather(self, value: T, *, is_uneven: bool = False) -> list[T]:
+        """What each rank gave, in the order of the ranks, on every rank. The value must pickle.
+
+        is_uneven  some ranks may have worked much longer than others before this: wait as `first` does
+        """
         if self.talk is None:
             return [value]
         found: list[Any] = [None] * self.size
-        with self._call(WAITS):
-            dist.all_gather_object(found, value, group=self.talk)
+        with self._call(WAITS_FOR_WORK if is_uneven else WAITS):
+            group = self.patient or self.talk if is_uneven else self.talk
+            dist.all_gather_object(found, value, group=group)
         return found
 
     def broadcast(self, value: T | None) -> T:
@@ -261,7 +266,7 @@ def open_ranks(
 
     address    file:///path that all ranks see, tcp://host:port of rank 0, or a connection to their store
     timeout_s  the longest any rank waits for the others, then and in every call
-    patience_s the same where it waits for work that the first does alone (`Ranks.first`); None: timeout_s
+    patience_s the same behind work that the first does alone or that is uneven; None: timeout_s
     on_call    see `Ranks`
     gpu        number of this rank's GPU on its machine; None: the ranks of one machine take theirs in turn
     EngineError if the ranks do not come together, or there is no GPU for a rank of NCCL.

@@ -75,6 +75,12 @@ def read_speech(folder: Path | str) -> Speech:
     settings = causal_config(folder).get_text_config().to_dict() if is_other_model(folder) else config
     tokenizer = read_json(folder / "tokenizer.json")
     added = tokenizer.get("added_tokens") or []
+    if not (
+        isinstance(added, list) and all(isinstance(t, dict) and {"content", "id"} <= t.keys() for t in added)
+    ):
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: added_tokens is no list of tokens with content and id; restore it"
+        )
     has_card = (folder / META).is_file()
     declared = read_json(folder / META).get("special_tokens") if has_card else _ids_of(added)
     shape = head_shape(folder)
@@ -112,7 +118,7 @@ def read_templates(folder: Path | str) -> dict[str, str]:
     config, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     template = read_json(config).get("chat_template") if config.is_file() else None
     if jinja.is_file():
-        template = jinja.read_text(encoding="utf-8")
+        template = _read_text(jinja)
     if template is not None:
         found["chat_template"] = hashlib.sha256(json.dumps(template).encode()).hexdigest()
     return found
@@ -209,6 +215,15 @@ def check_self_kl(value: float, bound: float = SELF_KL_BOUND) -> float:
             "and teacher path differ in weights, precision or positions; nothing was trained"
         )
     return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {path} ({error}); the checkpoint is incomplete, restore it"
+        ) from error
 
 
 def _ids_of(tokens: Iterable[Mapping[str, Any]]) -> dict[str, int]:

@@ -74,9 +74,10 @@ class HiddenStore:
     keeps         states stay when they were taken, for other losses and weights on the same samples
     also          folders of stores that are only read: nothing of them is changed or removed
 
-    One process writes; others may read what it wrote (`is_reader`, `expect`) as long as it keeps it, and
-    remove nothing. EngineError: the disk refused a file or the folder, no room in the budget, an entry that
-    is missing, corrupt or was reserved fewer times than it is taken.
+    One process minds the folder: it makes room and removes. Others (`is_reader`) add what it has made room
+    for, read what any of them wrote (`expect`) as long as that is kept, and remove nothing.
+    EngineError: the disk refused a file or the folder, no room in the budget, an entry that is missing,
+    corrupt or was reserved fewer times than it is taken.
     """
 
     def __init__(
@@ -172,9 +173,11 @@ class HiddenStore:
         self._later = tuple(dict.fromkeys(keys))
 
     def expect(self, keys: Iterable[str], later: Iterable[str] = ()) -> None:
-        """(reader) What `score` did for the writer: see the files it wrote since, reserve and hold keys."""
+        """See what other processes wrote or removed since; reserve one use of each key, hold `later`."""
         self.hold(later)
-        for path in [path for path in self._entries if not path.exists()]:  # made room for others
+        # A reader does not hear which entries of a file are no longer wanted: it looks at all anew.
+        gone = lambda path: (path.parent == self.folder and self._is_reader) or not path.exists()
+        for path in [path for path in self._entries if gone(path)]:
             for key in self._entries.pop(path):
                 self._places.pop(key, None)
         for path in sorted(set(self.folder.glob(f"*{SUFFIX}")) - self._entries.keys()):
@@ -193,10 +196,13 @@ class HiddenStore:
         Keys already stored are left as they are. EngineError if the file cannot be written or goes beyond
         the budget; nothing of it is left behind then.
         """
-        new = {key: value.detach().cpu().contiguous() for key, value in states.items() if key not in self}
+        # What a reader knows of others' files is from the last `expect`: it writes what it was asked for.
+        is_new = lambda key: self._is_reader or key not in self
+        new = {key: value.detach().cpu().contiguous() for key, value in states.items() if is_new(key)}
         if not new:
             return
-        self._must_have_room(sum(value.nbytes for value in new.values()))
+        if not self._is_reader:
+            self._must_have_room(sum(value.nbytes for value in new.values()))
         name = hashlib.sha256(" ".join(sorted(new)).encode()).hexdigest()[:32]
         path, partial = self.folder / f"{name}{SUFFIX}", self.folder / f"{name}{PARTIAL}"
         checks = {key: str(_checksum(value)) for key, value in new.items()}
@@ -297,7 +303,7 @@ class HiddenStore:
         if path.parent != self.folder:
             return "it belongs to another stage and is only read: remove it, or score without that store"
         if self._is_reader:
-            return "the process that writes it removes it when it reads it; run again"
+            return "the first rank removes it when it reads it; run again"
         path.unlink(missing_ok=True)
         return "the file was removed, run again and its samples are scored anew"
 

@@ -19,6 +19,8 @@ from consilience.teachers.read_ahead import ReadAhead, WarmFiles
 from consilience.teachers.registry import TeacherRecord
 from consilience.training.checkpoint import load_checkpoint
 
+HOST_BYTES = 32 << 30
+
 
 @dataclass(frozen=True)
 class _Read:
@@ -54,7 +56,7 @@ class HostTeachers:
         row_tokens: int = 512,
         batch_tokens: int = 8192,
         quantization: str = "off",
-        host_bytes: int = 32 << 30,
+        host_bytes: int = HOST_BYTES,
     ) -> None:
         self._device, self._quantization = torch.device(device), Quantization.from_name(quantization)
         self._row_tokens, self._batch_tokens = row_tokens, batch_tokens
@@ -69,7 +71,11 @@ class HostTeachers:
         folder = Path(record.checkpoint)
         if folder in self._kept:
             return
-        if sum(path.stat().st_size for path in folder.glob("*.safetensors")) > self._host_bytes:
+        try:
+            is_heavy = sum(p.stat().st_size for p in folder.glob("*.safetensors")) > self._host_bytes
+        except OSError:  # gone, or a link to what is gone: said when it is loaded
+            return
+        if is_heavy:
             self._warm = WarmFiles(folder)
         else:
             self._ahead = folder, ReadAhead(lambda: self._read(folder), f"teacher '{record.name}'")

@@ -6,8 +6,8 @@
 
 Two names of one checkpoint are one teacher. Samples whose hidden states are already stored (an earlier run
 was killed, or two samples are the same) are not scored again, and a teacher with nothing left to score is
-not loaded (post-training notes 7.2, step 5). Batches are cut from all samples of a teacher, stored ones
-included, so a run that was killed scores the rest in the batches in which it would have.
+not loaded (post-training notes 7.2, step 5). Several ranks share the batches out (`score_batches.py`), each
+with at most one teacher in its memory; batches are cut as they are for one rank that scores them all.
 
 A sample whose states cannot be right is not stored and named in the report: the trainer leaves it out of
 the loss and its denominators. A teacher all of whose samples are so is an error.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -27,10 +27,12 @@ import torch
 from torch import Tensor
 
 from consilience.conf.errors import AdmissionError, CheckpointError, EngineError
+from consilience.model.ranks import ALONE, Ranks
 from consilience.teachers.heads import TeacherDigests, read_digests
 from consilience.teachers.hidden_store import HiddenStore, hidden_key
 from consilience.teachers.read_ahead import WarmFiles
 from consilience.teachers.registry import TeacherRecord, TeacherRegistry
+from consilience.teachers.score_batches import cut_batches, share_out
 from consilience.teachers.store_threads import WriteBehind
 from consilience.teachers.teacher import Teacher
 
@@ -50,14 +52,13 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """What one call did.
+    """What one call did, on all ranks together.
 
     keys         uid -> key in the store
-    loads        teachers loaded, in order
+    loads        teachers loaded, in order, by whichever ranks
     num_scored   samples scored now;  num_reused  samples whose states were stored already
     num_tokens   tokens the teachers read
     bad          uid -> what is wrong with its states; nothing is stored or reserved for it
-    later        keys that are held for a call to come
     """
 
     keys: dict[str, str]
@@ -66,7 +67,20 @@ class ScoreReport:
     num_reused: int
     num_tokens: int
     bad: dict[str, str] = field(default_factory=dict)
-    later: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Queue:
+    """All samples of a teacher by key, and the batches of them of which something is to be scored."""
+
+    record: TeacherRecord
+    samples: dict[str, ScoreRequest]
+    batches: list[list[str]]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each batch."""
+        return [sum(len(self.samples[key].token_ids) for key in keys) for keys in self.batches]
 
 
 class TeacherLoader(Protocol):
@@ -111,7 +125,9 @@ class TeacherScheduler:
     bounds the tokens of one scored and stored batch (a longer single sample is a batch of its own).
     `digests` reads a teacher's digests, and the type and width of its states, without loading it.
     `may_load=False` is for samples whose states must all be stored already. `check` sees every distinct
-    teacher when it is first loaded, and raises where it may not teach.
+    teacher when a rank first loads it, and raises where it may not teach. Of the ranks the first
+    `most_scorers` score (None: all). `arithmetic` names how teachers compute where that is not by their
+    weights alone; states of another are not taken for theirs.
     """
 
     def __init__(
@@ -124,8 +140,11 @@ class TeacherScheduler:
         digests: Callable[[TeacherRecord], TeacherDigests] = read_digests,
         may_load: bool = True,
         check: Callable[[Teacher], object] | None = None,
+        most_scorers: int | None = None,
+        arithmetic: str = "",
     ) -> None:
         self._registry, self._store = registry, store
+        self._most_scorers, self._arithmetic = most_scorers, arithmetic
         self._loader: TeacherLoader = PlainLoader(loader) if callable(loader) else loader
         self._writer = WriteBehind(store)
         self._may_load, self._check = may_load, check
@@ -134,10 +153,14 @@ class TeacherScheduler:
         self._digests: dict[str, TeacherDigests] = {}
         self._resident: weakref.ref[Teacher] | None = None
 
-    def score(self, requests: Sequence[ScoreRequest], later: Sequence[str] = ()) -> ScoreReport:
+    def score(
+        self, requests: Sequence[ScoreRequest], later: Sequence[str] = (), ranks: Ranks = ALONE
+    ) -> ScoreReport:
         """Score what is not stored yet and reserve one use of every request's states.
 
         later  keys that another call will want: what is stored of them stays while there is room
+        ranks  all of them call this with the same requests, over stores in one folder, of which the first's
+               alone is no reader; the report is the same on all
 
         ConfigError: an unknown teacher. ValueError: two requests with one uid, positions outside the
         sample. AdmissionError: a loaded teacher whose digest is not its checkpoint's. CheckpointError: a
@@ -147,29 +170,59 @@ class TeacherScheduler:
         What was stored before an error stays stored.
         """
         keys = self.keys(requests)
-        self._store.hold(later)
-        queues: dict[TeacherDigests, tuple[str, dict[str, ScoreRequest]]] = {}
+        samples: dict[TeacherDigests, tuple[str, dict[str, ScoreRequest]]] = {}
         for request in requests:
             digests = self._digests[request.teacher]
-            queues.setdefault(digests, (request.teacher, {}))[1].setdefault(keys[request.uid], request)
-        missing = {d: [k for k in queue if k not in self._store] for d, (_, queue) in queues.items()}
-        self._check_room(queues, missing, set(keys.values()))
-        due = [(name, queue, {k: queue[k] for k in missing[d]}) for d, (name, queue) in queues.items()]
-        due = [entry for entry in due if entry[2]]
-        due.sort(key=lambda entry: (-_num_tokens(entry[2].values()), entry[0]))
-        faults = self._score_all([(self._registry.get(name), queue) for name, queue, _ in due])
-        bad = {uid: faults[key] for uid, key in keys.items() if key in faults}
-        self._store.reserve(key for key in keys.values() if key not in faults)
-        num_scored = sum(len(rest) for _, _, rest in due)
+            samples.setdefault(digests, (request.teacher, {}))[1].setdefault(keys[request.uid], request)
+        missing = ranks.first(self._missing, samples, set(keys.values()), later)
+        queues = self._queues(samples, missing)
+        own = self._score_all(self._own_share(queues, ranks))
+        faults = {key: fault for found in ranks.gather(own, is_uneven=True) for key, fault in found.items()}
+        for queue in queues:
+            _check_some_good(queue, faults)
+        self._store.expect((key for key in keys.values() if key not in faults), later)
         return ScoreReport(
             keys=keys,
-            loads=tuple(name for name, _, _ in due),
-            num_scored=num_scored,
-            num_reused=len(requests) - num_scored,
-            num_tokens=sum(_num_tokens(rest.values()) for _, _, rest in due),
-            bad=bad,
-            later=tuple(later),
+            loads=tuple(queue.record.name for queue in queues),
+            num_scored=len(missing),
+            num_reused=len(requests) - len(missing),
+            num_tokens=sum(sum(queue.sizes) for queue in queues),
+            bad={uid: faults[key] for uid, key in keys.items() if key in faults},
         )
+
+    def _missing(
+        self,
+        samples: dict[TeacherDigests, tuple[str, dict[str, ScoreRequest]]],
+        wanted: set[str],
+        later: Sequence[str],
+    ) -> set[str]:
+        """Keys of what is to be scored, once there is room for it."""
+        self._store.hold(later)
+        missing = {d: [k for k in queue if k not in self._store] for d, (_, queue) in samples.items()}
+        self._check_room(samples, missing, wanted)
+        return {key for keys in missing.values() for key in keys}
+
+    def _queues(
+        self, samples: dict[TeacherDigests, tuple[str, dict[str, ScoreRequest]]], missing: set[str]
+    ) -> list[_Queue]:
+        """Of every teacher with something to score, the one with the most tokens first."""
+        found: list[_Queue] = []
+        for name, queue in samples.values():
+            cut = cut_batches({key: len(r.token_ids) for key, r in queue.items()}, self._batch_tokens)
+            batches = [[key for key in keys if key in missing] for keys in cut]
+            if batches := [keys for keys in batches if keys]:
+                found.append(_Queue(self._registry.get(name), queue, batches))
+        return sorted(found, key=lambda queue: (-sum(queue.sizes), queue.record.name))
+
+    def _own_share(self, queues: Sequence[_Queue], ranks: Ranks) -> list[_Queue]:
+        """The queues with this rank's batches, of those with any."""
+        num = min(ranks.size, self._most_scorers or ranks.size)
+        owners = iter(share_out([size for queue in queues for size in queue.sizes], num))
+        own = [
+            replace(queue, batches=[keys for keys in queue.batches if next(owners) == ranks.rank])
+            for queue in queues
+        ]
+        return [queue for queue in own if queue.batches]
 
     def _check_room(
         self,
@@ -184,9 +237,9 @@ class TeacherScheduler:
             if keys and not self._may_load:
                 held = ", ".join(sorted(self._store.origins)) or "nothing"
                 raise EngineError(
-                    f"{len(keys)} of {len(queue)} samples have no stored states of {_origin(name, digests)}; "
-                    f"the store holds those of {held}. Its weights, its head or the samples are others: "
-                    "score them again without distill.replay"
+                    f"{len(keys)} of {len(queue)} samples have no stored states of "
+                    f"{self._origin(name, digests)}; the store holds those of {held}. Its weights, its head "
+                    "or the samples are others: score them again without distill.replay"
                 )
             num_bytes += sum(len(queue[key].positions) for key in keys) * digests.state_bytes
         self._store.make_room(num_bytes, wanted)
@@ -199,12 +252,12 @@ class TeacherScheduler:
                 self._digests[name] = self._read_digests(record)
         return self._digests[name]
 
-    def _score_all(self, queues: Sequence[tuple[TeacherRecord, dict[str, ScoreRequest]]]) -> dict[str, str]:
+    def _score_all(self, queues: Sequence[_Queue]) -> dict[str, str]:
         """Each teacher's queue; the next teacher is read while one scores. Key -> what is wrong."""
         faults: dict[str, str] = {}
         try:
-            for (record, queue), following in zip_longest(queues, queues[1:]):
-                faults |= self._score_queue(record, queue, None if following is None else following[0])
+            for queue, following in zip_longest(queues, queues[1:]):
+                faults |= self._score_queue(queue, None if following is None else following.record)
         finally:
             self._loader.stop()
             self._writer.finish()
@@ -219,15 +272,15 @@ class TeacherScheduler:
             if any(not 0 <= t < len(request.token_ids) for t in request.positions):
                 raise ValueError(f"{request.uid}: positions outside its {len(request.token_ids)} tokens")
             digests = self.digests(request.teacher)
+            weights = " ".join(filter(None, [digests.weights, self._arithmetic]))
             keys[request.uid] = hidden_key(
-                digests.weights, digests.head, request.token_ids, request.positions, digests.dtype
+                weights, digests.head, request.token_ids, request.positions, digests.dtype
             )
         return keys
 
-    def _score_queue(
-        self, record: TeacherRecord, queue: dict[str, ScoreRequest], following: TeacherRecord | None
-    ) -> dict[str, str]:
-        """Score what of the queue is not stored; key -> what is wrong, of states that cannot be right."""
+    def _score_queue(self, queue: _Queue, following: TeacherRecord | None) -> dict[str, str]:
+        """Score the batches of a queue; key -> what is wrong, of states that cannot be right."""
+        record = queue.record
         self._check_released(record.name)
         with naming(record):
             teacher = self._loader.load(record)
@@ -245,22 +298,18 @@ class TeacherScheduler:
         if following is not None:
             self._loader.announce(following)
         faults: dict[str, str] = {}
-        for keys in _batches(queue, self._batch_tokens):
-            keys = [key for key in keys if key not in self._store]
-            if not keys:
-                continue
-            batch = [queue[key] for key in keys]
+        for keys in queue.batches:
+            batch = [queue.samples[key] for key in keys]
             states = teacher.score([r.token_ids for r in batch], [r.positions for r in batch])
             if len(states) != len(batch):
                 raise EngineError(
                     f"teacher '{record.name}' returned {len(states)} tensors for {len(batch)} samples"
                 )
-            wrong = {k: self._fault(record.name, queue[k], state) for k, state in zip(keys, states)}
+            wrong = {k: self._fault(record.name, queue.samples[k], state) for k, state in zip(keys, states)}
             faults |= {key: fault for key, fault in wrong.items() if fault}
             good = {key: state.detach().cpu() for key, state in zip(keys, states) if not wrong[key]}
-            self._writer.put(good, _origin(record.name, stated))
-        if len(faults) == len(queue):
-            raise EngineError(f"{next(iter(faults.values()))}; so are all its samples: check its checkpoint")
+            self._writer.put(good, self._origin(record.name, stated))
+        _check_some_good(queue, faults)
         del teacher
         self._check_released(None)
         return faults
@@ -277,6 +326,11 @@ class TeacherScheduler:
         if not torch.isfinite(state).all():
             return f"teacher '{name}', {request.uid}: hidden states are not finite"
         return ""
+
+    def _origin(self, name: str, digests: TeacherDigests) -> str:
+        """Whose states they are, in words for messages."""
+        parts = [f"weights {digests.weights[:12]}", f"head {digests.head[:12]}", str(digests.dtype)]
+        return f"teacher '{name}' ({', '.join([*parts, *filter(None, [self._arithmetic])])})"
 
     def _check_released(self, coming: str | None) -> None:
         """EngineError if the previous teacher still lives: two would be in memory."""
@@ -303,24 +357,8 @@ def naming(record: TeacherRecord) -> Iterator[None]:
         ) from error
 
 
-def _origin(name: str, digests: TeacherDigests) -> str:
-    return f"teacher '{name}' (weights {digests.weights[:12]}, head {digests.head[:12]}, {digests.dtype})"
-
-
-def _num_tokens(requests: Iterable[ScoreRequest]) -> int:
-    return sum(len(request.token_ids) for request in requests)
-
-
-def _batches(queue: dict[str, ScoreRequest], batch_tokens: int) -> Iterator[list[str]]:
-    """Keys in order, cut so that a batch has at most `batch_tokens` tokens (one sample may have more)."""
-    batch: list[str] = []
-    total = 0
-    for key, request in queue.items():
-        size = len(request.token_ids)
-        if batch and total + size > batch_tokens:
-            yield batch
-            batch, total = [], 0
-        batch.append(key)
-        total += size
-    if batch:
-        yield batch
+def _check_some_good(queue: _Queue, faults: Mapping[str, str]) -> None:
+    """EngineError if all states of a teacher are bad."""
+    wrong = [faults[key] for key in queue.samples if key in faults]
+    if len(wrong) == len(queue.samples):
+        raise EngineError(f"{wrong[0]}; so are all its samples: check its checkpoint")

@@ -4,7 +4,7 @@ import pytest
 
 from consilience.cli.rank_meeting import StoreMeeting, open_store
 from consilience.conf.errors import EngineError
-from consilience.model.ranks import HAS, WAITS, WORKS
+from consilience.model.ranks import HAS, WAITS, WAITS_FOR_WORK, WORKS
 
 
 def test_the_board_in_the_store_says_who_is_late_to_whoever_connects():
@@ -23,6 +23,17 @@ def test_the_board_in_the_store_says_who_is_late_to_whoever_connects():
     assert boards[3].late() is None
     notes[1](WORKS)
     assert boards[0].late() == (2, [0, 2]) and boards[3].row(1).state == WORKS
+
+
+def test_nobody_is_late_behind_work_of_which_ranks_have_unequal_shares():
+    store = open_store(None)
+    board = StoreMeeting("127.0.0.1", store.port, 3).board()
+    notes = [board.writer(rank) for rank in range(3)]
+    notes[0](WAITS_FOR_WORK)
+    notes[2](WAITS_FOR_WORK)
+    assert board.late() is None and board.row(0).state == WAITS_FOR_WORK
+    notes[1](WAITS_FOR_WORK)
+    assert board.late() == (1, []), "all are in the call"
 
 
 def test_a_port_in_use_and_a_store_that_is_not_there_are_one_clear_error_each():

@@ -148,6 +148,17 @@ def test_a_file_that_is_missing_or_broken_is_a_checkpoint_error_that_names_it(tm
         admit(student, teacher)
 
 
+@pytest.mark.parametrize("added", [3, ["<bos>"], [{"content": "<bos>"}]])
+def test_added_tokens_that_are_none_and_a_template_that_is_no_text_are_checkpoint_errors(tmp_path, added):
+    student, teacher = write_checkpoint(tmp_path / "s"), write_checkpoint(tmp_path / "t")
+    (teacher / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja"):
+        admit(student, teacher)
+    change(teacher, "tokenizer.json", added_tokens=added)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: added_tokens"):
+        admit(student, teacher)
+
+
 def test_a_folder_without_a_card_was_released_and_declares_what_its_tokenizer_adds(tmp_path):
     student, teacher = write_checkpoint(tmp_path / "s"), write_checkpoint(tmp_path / "t")
     (teacher / "consilience.json").unlink()

@@ -234,6 +234,22 @@ def test_another_stages_store_is_read_and_never_changed(tmp_path):
         HiddenStore(tmp_path / "ours", also=[tmp_path / "nowhere"])
 
 
+def test_a_reader_adds_what_it_is_asked_for_though_it_saw_it_before_the_first_made_room(tmp_path):
+    first = HiddenStore(tmp_path, budget_bytes=48)
+    reader = HiddenStore(tmp_path, is_reader=True)
+    first.put({"a": torch.ones(2, 2), "b": torch.ones(4, 2)})
+    for store in (first, reader):
+        store.expect(["b"], later=["a"])
+    first.make_room(16)  # "a" gives way, its file stays for "b"
+    assert "a" not in first and "a" in reader
+    reader.put({"a": torch.ones(2, 2), "c": torch.ones(2, 2)})
+    for store in (first, reader):
+        store.expect(["a", "c"])
+        assert [store.take(key).shape for key in "bac"] == [(4, 2), (2, 2), (2, 2)]
+    assert reader.free_taken() > 0 and len(files(tmp_path)) == 2
+    assert first.free_taken() == 64 and files(tmp_path) == []
+
+
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(EngineError, match=r"cannot be kept in .*file/states .* writable"):

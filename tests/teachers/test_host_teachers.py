@@ -64,6 +64,16 @@ def test_the_next_teacher_is_read_while_one_scores_and_none_is_kept_on_a_cpu(rec
     assert all(model() is None for model in alive)
 
 
+def test_announcing_a_teacher_whose_files_are_links_to_nothing_is_left_to_its_load(records, tmp_path):
+    weights = next(records[1].checkpoint.glob("*.safetensors"))
+    weights.unlink()
+    weights.symlink_to(tmp_path / "gone.safetensors")
+    teachers = HostTeachers()
+    teachers.announce(records[1])
+    with pytest.raises(CheckpointError, match="safetensors is missing"):
+        teachers.load(records[1])
+
+
 def test_what_goes_wrong_in_reading_ahead_is_raised_when_it_is_loaded(records):
     teachers = HostTeachers()
     shutil.rmtree(records[1].checkpoint)

@@ -317,6 +317,16 @@ def test_states_of_other_weights_are_not_taken_for_a_teachers_own(registry, stor
     assert "2 of 2 samples have no stored states" in str(error.value)
 
 
+def test_states_of_another_arithmetic_are_not_taken_for_a_teachers_own(registry, store):
+    load = lambda r: build(r.name)
+    TeacherScheduler(registry, load, store, digests=digests, arithmetic="fp4").score(REQUESTS)
+    again = TeacherScheduler(registry, load, store, digests=digests, arithmetic="fp4", may_load=False)
+    assert again.score(REQUESTS).num_reused == 5
+    plain = TeacherScheduler(registry, load, store, digests=digests, may_load=False)
+    with pytest.raises(EngineError, match=r"the store holds those of .*torch.float32, fp4\)"):
+        plain.score(REQUESTS)
+
+
 def test_after_a_kill_the_rest_is_scored_in_the_batches_in_which_it_would_have_been(registry, store):
     batches = []
 
