@@ -18,7 +18,10 @@ from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 
 
 def build_engine(cfg: Config, model: Any, settings: OptimizerSettings, ranks: Ranks) -> TrainEngine:
-    """The engine that `engine.kind` names, around `model`, which is on its device already."""
+    """The engine that `engine.kind` names, around `model`, which is on its device already.
+
+    One that cuts the model brings it there itself, part by part.
+    """
     engine = cfg.engine
     ranks = ranks.with_context(engine.context_ranks, timeout_s=engine.rank_limit_s)
     if engine.kind == "deepspeed":

@@ -27,6 +27,7 @@ from consilience.rollout.store import RolloutStore
 from consilience.rollout.tokenizer import Tokenizer
 from consilience.tasks.domain import Domain
 from consilience.training.checkpoint import CheckpointMeta, load_checkpoint, read_meta
+from consilience.training.engine import is_cut
 from consilience.training.metrics import FanOut, MetricsLog, MetricsSink, read_metrics, surviving
 from consilience.training.offload import Offloads, offloaded
 from consilience.training.stage_checkpoints import StageCheckpoints
@@ -77,6 +78,7 @@ def ranks_of(context: StageContext) -> Ranks:
 class Start:
     """What a training stage begins with.
 
+    model    without its weights where it will be cut: they are to be read from `folder`
     folder   where `tokenizer.json` lies; the checkpoint, unless the model is new
     parent   digest of the weights, None for a new model;  family  of its prompts (`prompt_family`)
     """
@@ -94,7 +96,12 @@ class Start:
 def start_from(context: StageContext, init: str | None, stage: str, domains: Iterable[Domain]) -> Start:
     """The checkpoint `init`, or that of the stage before. Errors are those of its reading and its family."""
     folder = Path(init) if init else context.run.path / context.inputs[stage]["checkpoint"]
-    model, meta = load_checkpoint(folder)
+    if context.cfg.engine.kind == "fsdp":
+        from consilience.training.cut_loading import model_to_cut
+
+        model, meta = model_to_cut(folder, ranks_of(context))
+    else:
+        model, meta = load_checkpoint(folder)
     return Start(model, folder, meta.digest, prompt_family(context.cfg, folder, meta, domains))
 
 
@@ -111,7 +118,10 @@ def open_stage(context: StageContext, start: Start, lr: float):
         torch.set_num_threads(threads)
     context.folder.create()
     model = start.model
-    model.to(device_of(cfg)).quantize(Quantization.from_name(cfg.engine.quantization))
+    is_empty = next(model.parameters()).is_meta
+    if cfg.engine.kind != "fsdp":  # which never has all of it there
+        model.to(device_of(cfg))
+    model.quantize(Quantization.from_name(cfg.engine.quantization))
     set_recompute(model, recompute_policy(cfg.engine.recompute))
     settings = replace(
         optimizer_settings(cfg.optimizer, lr),
@@ -119,6 +129,9 @@ def open_stage(context: StageContext, start: Start, lr: float):
         has_bf16_exchange=cfg.engine.bf16_exchange,
     )
     engine = build_engine(cfg, model, settings, ranks)
+    if is_empty:
+        assert is_cut(engine)
+        engine.read_weights(start.folder)
     tokenizer = Tokenizer.load(start.tokenizer)
     meta = CheckpointMeta(
         stage=context.name,

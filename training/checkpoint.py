@@ -174,7 +174,7 @@ def _write(
             disk.write_tensors(beside / file_name, shard)
             weight_map |= dict.fromkeys(shard, file_name)
     disk.write_text(beside / INDEX, index_text(weight_map, sum(t.nbytes for t in tensors.values())))
-    config = model_format.config_dict(model) | {"torch_dtype": _main_dtype(tensors)}
+    config = model_format.config_dict(model) | {"torch_dtype": main_dtype(tensors)}
     disk.write_text(beside / CONFIG, json.dumps(config, indent=1))
     if tokenizer_path is not None:
         disk.copy(Path(tokenizer_path), beside / TOKENIZER)
@@ -246,13 +246,14 @@ def load_checkpoint(
     model = _read(folder, config, model_format)
     if verify:
         found = model_format.digest(model_format.to_official(model))
-        _check_digest(folder, meta, found)
-        _verify_files(folder, {n: d for n, d in meta.files.items() if not n.startswith(f"{STATE}/")})
+        check_digest(folder, meta, found)
+        verify_files(folder, {n: d for n, d in meta.files.items() if not n.startswith(f"{STATE}/")})
     model_format.check(model)
     return model, meta
 
 
-def _check_digest(folder: Path, meta: CheckpointMeta, found: str) -> None:
+def check_digest(folder: Path, meta: CheckpointMeta, found: str) -> None:
+    """CheckpointError unless `found` is the digest that the meta gives the weights."""
     if found != meta.digest:
         raise CheckpointError(
             f"{folder}: the weights have digest {found[:16]}…, {META} says "
@@ -265,7 +266,7 @@ def _read(folder: Path, config: Mapping[str, Any], model_format: ModelFormat) ->
     """The model with the weights of the folder's shards, in their type. CheckpointError says what fails."""
     stored = read_folder(folder)
     with torch.random.fork_rng(devices=[]):
-        model = model_format.build(config, getattr(torch, _main_dtype(stored)))
+        model = model_format.build(config, getattr(torch, main_dtype(stored)))
     tensors = model_format.to_official(model)
     check_tensors(folder, stored, tensors)
     for name, tensor in tensors.items():
@@ -295,21 +296,10 @@ def load_weights(folder: Path, engine: TrainEngine) -> CheckpointMeta:
         model_format = format_for(engine.model)
         model_format.load_official(engine.model, model_format.to_official(model))
         return meta
-    from consilience.model.digest import weights_digest
-    from consilience.model.shards import read_index
-    from consilience.training.fsdp_checkpoint import StoredTensors
+    from consilience.training.cut_loading import check_weights
 
     meta = read_meta(folder)
-    found: str | CheckpointError = ""
-    if engine.ranks.is_first:
-        try:
-            found = weights_digest(StoredTensors(folder, read_index(folder / INDEX)))
-        except CheckpointError as error:
-            found = error
-    found = engine.ranks.broadcast(found)
-    if isinstance(found, CheckpointError):
-        raise found
-    _check_digest(folder, meta, found)
+    check_weights(folder, meta, engine.ranks)
     engine.read_weights(folder)
     return meta
 
@@ -323,7 +313,7 @@ def load_engine_state(folder: Path, engine: TrainEngine) -> None:
             f"{folder} has no {STATE}/ folder, so training cannot resume from it; start a stage from its "
             "weights instead, or resume from a checkpoint saved during training"
         )
-    _verify_files(folder, {name: sha for name, sha in meta.files.items() if name.startswith(f"{STATE}/")})
+    verify_files(folder, {name: sha for name, sha in meta.files.items() if name.startswith(f"{STATE}/")})
     engine.load(folder / STATE)
 
 
@@ -331,7 +321,7 @@ def read_stage_tensors(folder: Path) -> dict[str, Tensor]:
     """The `stage_tensors` of a checkpoint, {} where it was saved without any; verified."""
     name = f"{STATE}/{STAGE_FILE}"
     files = {n: sha for n, sha in read_meta(folder).files.items() if n == name}
-    _verify_files(Path(folder), files)
+    verify_files(Path(folder), files)
     return read_tensors(Path(folder) / name) if files else {}
 
 
@@ -361,7 +351,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(Path(folder) / CONFIG)
 
 
-def _verify_files(folder: Path, files: Mapping[str, str]) -> None:
+def verify_files(folder: Path, files: Mapping[str, str]) -> None:
+    """CheckpointError if one of the files is missing, or has another sha256 than is given for it."""
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
@@ -384,7 +375,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return row
 
 
-def _main_dtype(tensors: Mapping[str, Tensor] | Mapping[str, Stored]) -> str:
+def main_dtype(tensors: Mapping[str, Tensor] | Mapping[str, Stored]) -> str:
     """Type of the embedding: the one config.json calls torch_dtype (others may stay fp32)."""
     for name in ("embed.weight", "model.embed_tokens.weight"):
         if name in tensors:

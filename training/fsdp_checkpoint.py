@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from consilience.conf.errors import CheckpointError
-from consilience.model.checkpoint import official_parts
+from consilience.model.checkpoint import check_hash_tables, official_parts
 from consilience.model.ranks import Ranks
 from consilience.model.shards import ShardWriter, Stored, read_folder, read_rows
 from consilience.training.sharded_tensors import Piece, Sharded, cut_pieces, read_piece, write_sharded
@@ -103,7 +103,10 @@ class StoredTensors(Mapping[str, Tensor]):
 
 @torch.no_grad()
 def read_weights(folder: Path, model: nn.Module, ranks: Ranks) -> None:
-    """Each rank's rows of a checkpoint's weights into the cut model. CheckpointError names the tensor."""
+    """Each rank's rows of a checkpoint's weights into the cut model, one tensor's at a time.
+
+    CheckpointError names the tensor that does not fit.
+    """
     stored = read_folder(folder)
     weights = official_weights(model, ranks)
     check_tensors(folder, stored, as_meta(weights))
@@ -111,6 +114,7 @@ def read_weights(folder: Path, model: nn.Module, ranks: Ranks) -> None:
         rows = read_piece(stored[name], tensor, ranks.rank)
         if rows is not None and tensor.local is not None:
             tensor.local.copy_(rows)
+    check_hash_tables(model)  # type: ignore[arg-type]
 
 
 def check_state(expected: Mapping[str, Sharded], stored: Mapping[str, Stored]) -> None:

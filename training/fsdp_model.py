@@ -42,8 +42,10 @@ def check_version(part: type = FSDPModule) -> None:
 def cut_model(model: nn.Module, ranks: Ranks) -> None:
     """Cut the model's matrices over the ranks, in place; gradients are summed in fp32 (fp64 stays).
 
-    After it parameters are `DTensor`s, rows r · ceil(n / R) onward on rank r; a model's forward, `streams`
-    and prediction blocks gather what they read. EngineError with one rank, or a PyTorch that is too old.
+    After it parameters are `DTensor`s on the ranks' device, rows r · ceil(n / R) onward on rank r; a model's
+    forward, `streams` and prediction blocks gather what they read. The model may come from the host, a block
+    at a time of which is then whole on the device, or from the meta device: then its values are still to be
+    read. EngineError with one rank, or a PyTorch that is too old.
     """
     if ranks.group is None:
         raise EngineError("FSDP cuts a model over several ranks, this is one; take engine.kind=torch")
@@ -54,11 +56,15 @@ def cut_model(model: nn.Module, ranks: Ranks) -> None:
     mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
     main = next(iter(model.parameters())).dtype
     wide = None if main == torch.float64 else torch.float32
+    whole_ones = {p for n, p in model.named_parameters() if not is_cut(n, p, main)}
     given = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=wide, cast_forward_inputs=False),
-        "ignored_params": {p for n, p in model.named_parameters() if not is_cut(n, p, main)},
+        "ignored_params": whole_ones,
     }
+    is_empty = any(p.is_meta for p in model.parameters())
+    for parameter in whole_ones if not is_empty else ():
+        parameter.data = parameter.data.to(ranks.device)
     ahead = list(getattr(model, "mtp", ()))
     for block in ahead:  # these are read before the block's own forward
         fully_shard(block.e_proj, **given)
@@ -66,6 +72,8 @@ def cut_model(model: nn.Module, ranks: Ranks) -> None:
     for block in (*_layers(model), *ahead):
         fully_shard(block, **given)
     fully_shard(model, **given)
+    if is_empty:
+        model.to_empty(device=ranks.device)
     whole: Any = model
     whole.set_reduce_scatter_unused_params(True)
     for module in model.modules():

@@ -1,0 +1,73 @@
+"""Checkpoints for a model cut over ranks: none of them ever has all weights, on its host or its device.
+
+A model is made of shapes alone, then cut, then each rank reads from the files what it has of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from consilience.conf.errors import CheckpointError
+from consilience.model.dense import is_dense
+from consilience.model.digest import weights_digest
+from consilience.model.ranks import Ranks
+from consilience.model.shards import INDEX, read_folder, read_index
+from consilience.training.checkpoint import (
+    CONFIG,
+    META,
+    STATE,
+    CheckpointMeta,
+    check_digest,
+    load_checkpoint,
+    main_dtype,
+    read_config,
+    read_meta,
+    verify_files,
+)
+from consilience.training.fsdp_checkpoint import StoredTensors
+from consilience.training.model_format import format_of
+from consilience.training.tensor_files import check_tensors
+
+
+def model_to_cut(folder: Path, ranks: Ranks, *, verify: bool = True) -> tuple[nn.Module, CheckpointMeta]:
+    """A checkpoint's model without its weights (on the meta device, of their types), and its meta.
+
+    All ranks call it. `verify` checks what `load_checkpoint` does, the weights on the first rank alone;
+    CheckpointError on all. Weights are still to be read when the model is cut (`CutEngine.read_weights`).
+    A folder that was not saved here has its weights converted as they are read: its model comes whole.
+    """
+    folder = Path(folder)
+    if (folder / CONFIG).is_file() and not (folder / META).is_file():
+        return load_checkpoint(folder)
+    meta, config = read_meta(folder), read_config(folder)
+    if is_dense(config):
+        return load_checkpoint(folder, verify=verify)
+    stored, model_format = read_folder(folder), format_of(config)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = model_format.build(config, getattr(torch, main_dtype(stored)))
+    check_tensors(folder, stored, model_format.to_official(model))
+    if verify:
+        check_weights(folder, meta, ranks)
+        verify_files(folder, {n: d for n, d in meta.files.items() if not n.startswith(f"{STATE}/")})
+    return model, meta
+
+
+def check_weights(folder: Path, meta: CheckpointMeta, ranks: Ranks) -> None:
+    """CheckpointError on all ranks unless the weights have the digest that the meta says.
+
+    The first rank reads them, a tensor at a time; the others wait as long as that takes.
+    """
+    problem = ranks.first(_problem, folder, meta)
+    if problem is not None:
+        raise problem
+
+
+def _problem(folder: Path, meta: CheckpointMeta) -> CheckpointError | None:
+    try:
+        check_digest(folder, meta, weights_digest(StoredTensors(folder, read_index(folder / INDEX))))
+    except CheckpointError as error:
+        return error
+    return None
