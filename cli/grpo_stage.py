@@ -12,12 +12,12 @@ from consilience.cli.ray_session import ahead, domains_of, rollout_pool, worker_
 from consilience.cli.stage import StageContext
 from consilience.cli.training_stage import (
     curves_of,
-    device_of,
     health_of,
     micro_tokens,
     open_stage,
     own_domain,
     ranks_of,
+    reference_model,
     result_of,
     rollout_store,
     shared,
@@ -29,11 +29,9 @@ from consilience.conf.schema_training import GrpoConfig
 from consilience.grpo.async_train import train_grpo_ahead
 from consilience.grpo.corrections import Corrections
 from consilience.grpo.train import GrpoSettings, GrpoStage, train_grpo
-from consilience.model.quantization import Quantization
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.sleeping import SleepingSampler
 from consilience.rollout.tokenizer import Tokenizer
-from consilience.training.checkpoint import load_checkpoint
 from consilience.training.metrics import read_metrics
 from consilience.training.offload import OffloadedModels
 
@@ -57,9 +55,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         domains = {name: domains[name]}
         num_workers = worker_share(cfg.rollout.num_workers, cfg.run.parallel)
     start = start_from(context, settings.init, f"sft/{name}", domains.values())
-    reference, _ = load_checkpoint(start.folder, verify=False)
-    reference.requires_grad_(False).to(device_of(cfg))
-    reference.quantize(Quantization.from_name(cfg.engine.quantization))  # type: ignore[operator]
+    reference = reference_model(context, start)
     tokenizer = Tokenizer.load(start.tokenizer)
     pool: Any = None
     if ranks.is_first:

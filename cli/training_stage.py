@@ -105,6 +105,18 @@ def start_from(context: StageContext, init: str | None, stage: str, domains: Ite
     return Start(model, folder, meta.digest, prompt_family(context.cfg, folder, meta, domains))
 
 
+def reference_model(context: StageContext, start: Start) -> Any:
+    """The model that a stage starts from, as a reference that learns nothing; cut where the trained is."""
+    cfg = context.cfg
+    if cfg.engine.kind == "fsdp":
+        from consilience.training.cut_loading import cut_reference
+
+        return cut_reference(start.folder, ranks_of(context))
+    model: Any = load_checkpoint(start.folder, verify=False)[0].requires_grad_(False)
+    model.to(device_of(cfg)).quantize(Quantization.from_name(cfg.engine.quantization))
+    return model
+
+
 @contextmanager
 def open_stage(context: StageContext, start: Start, lr: float):
     """Engine, checkpoints, logs and clock of a stage, resumed where it was cut short.

@@ -27,7 +27,8 @@ from consilience.training.checkpoint import (
     read_meta,
     verify_files,
 )
-from consilience.training.fsdp_checkpoint import StoredTensors
+from consilience.training.fsdp_checkpoint import StoredTensors, read_weights
+from consilience.training.fsdp_model import cut_model
 from consilience.training.model_format import format_of
 from consilience.training.tensor_files import check_tensors
 
@@ -71,3 +72,16 @@ def _problem(folder: Path, meta: CheckpointMeta) -> CheckpointError | None:
     except CheckpointError as error:
         return error
     return None
+
+
+def cut_reference(folder: Path, ranks: Ranks) -> nn.Module:
+    """A checkpoint's model that learns nothing, cut over the ranks; they run its forwards together.
+
+    Embedding and head stay gathered from its first forward on. All ranks call it.
+    """
+    model, _ = model_to_cut(folder, ranks, verify=False)
+    is_empty = next(model.parameters()).is_meta
+    cut_model(model.requires_grad_(False), ranks)
+    if is_empty:
+        read_weights(folder, model, ranks)
+    return model

@@ -140,8 +140,13 @@ def grpo(
         replay_routing=replays,
         replay_kept_sets=replays,
     )
+    reference = small_model(3, AHEAD)
+    if kind == "fsdp":
+        from consilience.training.fsdp_model import cut_model
+
+        cut_model(reference.requires_grad_(False), ranks)
     stage = GrpoStage(
-        parts.engine, small_model(3, AHEAD), settings, RolloutStore(folder / "rollouts"), str, **parts.named()
+        parts.engine, reference, settings, RolloutStore(folder / "rollouts"), str, **parts.named()
     )
     sampler = RankSampler(replays) if ranks.is_first else None
     if mode == "sync":

@@ -13,11 +13,12 @@ from consilience.model.config import TINY
 from consilience.model.initialize import initialize
 from consilience.model.ranks import ALONE
 from consilience.model.transformer import Transformer
-from consilience.training.checkpoint import META, CheckpointMeta, save_checkpoint
+from consilience.training.checkpoint import META, CheckpointMeta, load_checkpoint, save_checkpoint
+from consilience.training.forward import hidden_at_loss
 from tests.model.peak_memory import peak, start
 from tests.rank_processes import on_ranks
 from tests.training.test_fsdp_engine import whole
-from tests.training.v4_ranks import SETTINGS, copies, v4_model
+from tests.training.v4_ranks import SETTINGS, copies, packed_rows, v4_model
 
 torch.set_num_threads(1)
 
@@ -78,6 +79,29 @@ def test_a_rank_reads_and_holds_its_own_part_of_a_checkpoint(tmp_path):
         assert all((weights[name] == value).all() for name, value in expected.items())
     assert second[0]["read"] < 0.52 * num_bytes
     assert num_bytes < first[0]["read"] < 1.52 * num_bytes  # it has looked at the digest
+
+
+def with_reference(ranks, folder):
+    from torch.distributed.tensor import DTensor
+
+    from consilience.training.cut_loading import cut_reference
+
+    reference = cut_reference(folder, ranks)
+    own = sum(isinstance(parameter, DTensor) for parameter in reference.parameters())
+    return own, log_probs(reference)
+
+
+@torch.no_grad()
+def log_probs(model):
+    at = hidden_at_loss(model, packed_rows())
+    return model.head(at.hidden).log_softmax(-1).numpy()
+
+
+def test_a_cut_reference_says_what_a_whole_one_does_to_the_bit(tmp_path):
+    folder = saved(tmp_path / "reference", v4_model())
+    expected = log_probs(load_checkpoint(folder)[0])
+    for num_cut, found in on_ranks(2, with_reference, folder, folder=tmp_path):
+        assert num_cut > 20 and (found == expected).all()
 
 
 def refused(ranks, folder):
