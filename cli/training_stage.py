@@ -111,7 +111,7 @@ def reference_model(context: StageContext, start: Start) -> Any:
     if cfg.engine.kind == "fsdp":
         from consilience.training.cut_loading import cut_reference
 
-        return cut_reference(start.folder, ranks_of(context))
+        return cut_reference(start.folder, ranks_of(context), cfg.engine.quantization)
     model: Any = load_checkpoint(start.folder, verify=False)[0].requires_grad_(False)
     model.to(device_of(cfg)).quantize(Quantization.from_name(cfg.engine.quantization))
     return model

@@ -13,6 +13,7 @@ from torch import nn
 from consilience.conf.errors import CheckpointError
 from consilience.model.dense import is_dense
 from consilience.model.digest import weights_digest
+from consilience.model.quantization import Quantization
 from consilience.model.ranks import Ranks
 from consilience.model.shards import INDEX, read_folder, read_index
 from consilience.training.checkpoint import (
@@ -74,13 +75,15 @@ def _problem(folder: Path, meta: CheckpointMeta) -> CheckpointError | None:
     return None
 
 
-def cut_reference(folder: Path, ranks: Ranks) -> nn.Module:
+def cut_reference(folder: Path, ranks: Ranks, quantization: str = "off") -> nn.Module:
     """A checkpoint's model that learns nothing, cut over the ranks; they run its forwards together.
 
+    quantization  how it computes, by `Quantization.from_name`
     Embedding and head stay gathered from its first forward on. All ranks call it.
     """
     model, _ = model_to_cut(folder, ranks, verify=False)
     is_empty = next(model.parameters()).is_meta
+    model.quantize(Quantization.from_name(quantization))  # type: ignore[operator]
     cut_model(model.requires_grad_(False), ranks)
     if is_empty:
         read_weights(folder, model, ranks)
