@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from consilience.conf.errors import CheckpointError, ConsilienceError
-from consilience.model.ranks import ALONE
-from consilience.model.shards import Stored, read_folder, read_into
+from consilience.model.ranks import ALONE, Ranks
+from consilience.model.shards import Stored, read_folder, read_index, read_into
 from consilience.training.disk import Disk, sha256_of, why_not_written
 from consilience.training.durable_files import (
     flush_folder,
@@ -246,14 +246,31 @@ def load_checkpoint(
     model = _read(folder, config, model_format)
     if verify:
         found = model_format.digest(model_format.to_official(model))
-        check_digest(folder, meta, found)
+        _check_digest(folder, meta, found)
         verify_files(folder, {n: d for n, d in meta.files.items() if not n.startswith(f"{STATE}/")})
     model_format.check(model)
     return model, meta
 
 
-def check_digest(folder: Path, meta: CheckpointMeta, found: str) -> None:
-    """CheckpointError unless `found` is the digest that the meta gives the weights."""
+def check_weights(folder: Path, meta: CheckpointMeta, ranks: Ranks) -> None:
+    """CheckpointError on all ranks unless the weights, read by the first one, have the meta's digest."""
+    problem = ranks.first(_problem, folder, meta)
+    if problem is not None:
+        raise problem
+
+
+def _problem(folder: Path, meta: CheckpointMeta) -> CheckpointError | None:
+    from consilience.model.digest import weights_digest
+    from consilience.training.fsdp_checkpoint import StoredTensors
+
+    try:
+        _check_digest(folder, meta, weights_digest(StoredTensors(folder, read_index(folder / INDEX))))
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def _check_digest(folder: Path, meta: CheckpointMeta, found: str) -> None:
     if found != meta.digest:
         raise CheckpointError(
             f"{folder}: the weights have digest {found[:16]}…, {META} says "
@@ -296,8 +313,6 @@ def load_weights(folder: Path, engine: TrainEngine) -> CheckpointMeta:
         model_format = format_for(engine.model)
         model_format.load_official(engine.model, model_format.to_official(model))
         return meta
-    from consilience.training.cut_loading import check_weights
-
     meta = read_meta(folder)
     check_weights(folder, meta, engine.ranks)
     engine.read_weights(folder)

@@ -10,25 +10,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from consilience.conf.errors import CheckpointError
 from consilience.model.dense import is_dense
-from consilience.model.digest import weights_digest
 from consilience.model.quantization import Quantization
 from consilience.model.ranks import Ranks
-from consilience.model.shards import INDEX, read_folder, read_index
+from consilience.model.shards import read_folder
 from consilience.training.checkpoint import (
     CONFIG,
     META,
     STATE,
     CheckpointMeta,
-    check_digest,
+    check_weights,
     load_checkpoint,
     main_dtype,
     read_config,
     read_meta,
     verify_files,
 )
-from consilience.training.fsdp_checkpoint import StoredTensors, read_weights
+from consilience.training.fsdp_checkpoint import read_weights
 from consilience.training.fsdp_model import cut_model
 from consilience.training.model_format import format_of
 from consilience.training.tensor_files import check_tensors
@@ -55,24 +53,6 @@ def model_to_cut(folder: Path, ranks: Ranks, *, verify: bool = True) -> tuple[nn
         check_weights(folder, meta, ranks)
         verify_files(folder, {n: d for n, d in meta.files.items() if not n.startswith(f"{STATE}/")})
     return model, meta
-
-
-def check_weights(folder: Path, meta: CheckpointMeta, ranks: Ranks) -> None:
-    """CheckpointError on all ranks unless the weights have the digest that the meta says.
-
-    The first rank reads them, a tensor at a time; the others wait as long as that takes.
-    """
-    problem = ranks.first(_problem, folder, meta)
-    if problem is not None:
-        raise problem
-
-
-def _problem(folder: Path, meta: CheckpointMeta) -> CheckpointError | None:
-    try:
-        check_digest(folder, meta, weights_digest(StoredTensors(folder, read_index(folder / INDEX))))
-    except CheckpointError as error:
-        return error
-    return None
 
 
 def cut_reference(folder: Path, ranks: Ranks, quantization: str = "off") -> nn.Module:
