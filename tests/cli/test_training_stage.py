@@ -82,7 +82,8 @@ def test_grpo_with_model_and_reference_cut_has_the_update_of_one_process(base, t
     # One phase: what a second one samples would hang on the last bits of the first one's update.
     grpo = {"steps": 1, "prompts_per_step": 4, "group_size": 4, "lr": 1e-3, "kl_beta": 0.1, "init": str(base)}
     (tmp_path / "ids.py").write_text(
-        "def is_even(completion, *, prompt, metadata, sandbox):\n    return float(sum(completion.token_ids) % 2 == 0)\n"
+        "def is_even(completion, *, prompt, metadata, sandbox):\n"
+        "    return float(sum(completion.token_ids) % 2 == 0)\n"
     )
     math = PLAIN["task"]["domains"]["math"] | {"reward": f"{tmp_path / 'ids.py'}:is_even"}
     task = PLAIN["task"] | {"domains": {"math": math}}
