@@ -5,6 +5,7 @@ is paid once. They stay together, rank by rank: DeepSpeed keeps what it once ran
 something else would wait for each other. A case that fails ends its processes: none meets what it has left.
 """
 
+import atexit
 import itertools
 import multiprocessing
 import os
@@ -71,6 +72,14 @@ def _end(workers):
         process.kill()
         process.join(LIMIT_S)
         pipe.close()
+
+
+@atexit.register
+def _end_all():
+    """A fork server that was started while signals were blocked has children that no SIGTERM ends, with which
+    multiprocessing's own way would wait for ever."""
+    for size in list(_idle):
+        _end(_idle.pop(size))
 
 
 def _hear(pipe, rank, limit_s):
