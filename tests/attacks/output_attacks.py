@@ -18,15 +18,15 @@ def _both(box, result):
 
 ATTACKS: list[Attack] = [
     shell(
-        "O01", "endless lines", "yes", expect="output_capped", timeout_s=0.5, within_s=1.5, check=_is_whole
+        "O01", "endless lines", "yes", expect="output_capped", timeout_s=2.0, within_s=3.0, check=_is_whole
     ),
     shell(
         "O01b",
         "endless bytes without a line",
         "tr '\\0' x </dev/zero",
         expect="output_capped",
-        timeout_s=0.5,
-        within_s=1.5,
+        timeout_s=2.0,
+        within_s=3.0,
         check=_is_whole,
     ),
     shell(
@@ -34,8 +34,8 @@ ATTACKS: list[Attack] = [
         "a flood on both streams",
         "yes & yes >&2",
         expect="output_capped",
-        timeout_s=0.5,
-        within_s=1.5,
+        timeout_s=2.0,
+        within_s=3.0,
         check=_both,
     ),
     python(
@@ -68,8 +68,8 @@ ATTACKS: list[Attack] = [
         while True: os.write(1, b'\\xe2\\x82' * 7001); os.write(2, b'\\xf0\\x9f\\x98' * 5003)
         """,
         expect="output_capped",
-        timeout_s=0.5,
-        within_s=1.5,
+        timeout_s=2.0,
+        within_s=3.0,
         check=_both,
     ),
     python(
@@ -80,8 +80,8 @@ ATTACKS: list[Attack] = [
         while True: os.sendfile(1, file, 0, 1 << 20)
         """,
         expect="output_capped",
-        timeout_s=0.5,
-        within_s=1.5,
+        timeout_s=2.0,
+        within_s=3.0,
         check=_is_whole,
     ),
     python(
