@@ -12,20 +12,13 @@ from consilience.conf.load import from_plain
 from consilience.training.metrics import read_metrics
 from consilience.training.progress import SilentProgress
 from consilience.training.run_folder import RunFolder
+from tests.small_stage import MODEL, SHORT
 
 torch.set_num_threads(1)
 
-SHORT = {"steps": 2, "tokens_per_step": 300, "row_tokens": 128, "num_examples": 6, "warmup": 1}
 PLAIN = {
     "task": {"domains": {"agent": {"kind": "agent", "max_tokens": 60}}, "vocab_size": 300},
-    "model": {
-        "preset": "tiny",
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "compress_ratios": [0, 4],
-        "n_routed_experts": 4,
-        "moe_intermediate_size": 8,
-    },
+    "model": MODEL,
     "engine": {"threads": 1, "device": "cpu"},
     "log": {"wandb": "disabled"},
     "base": {**SHORT, "episodes": 2, "prompt_weight": 0.1},

@@ -21,20 +21,13 @@ from consilience.training.progress import SilentProgress
 from consilience.training.run_folder import RunFolder
 from tests import ranks_table
 from tests.ranks_table import keep, off
+from tests.small_stage import MODEL, SHORT
 
 pytestmark = pytest.mark.row("base by the program", "torch")
 
 torch.set_num_threads(1)
 
-MODEL = {
-    "preset": "tiny",
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "compress_ratios": [0, 4],
-    "n_routed_experts": 4,
-    "moe_intermediate_size": 8,
-}
-STAGE = {"steps": 3, "tokens_per_step": 300, "row_tokens": 128, "num_examples": 6, "warmup": 1}
+STAGE = SHORT | {"steps": 3}
 
 
 def context(root, ranks, **engine):

@@ -15,25 +15,18 @@ from consilience.training.checkpoint import load_checkpoint
 from consilience.training.metrics import read_metrics
 from consilience.training.progress import SilentProgress
 from consilience.training.run_folder import RunFolder
+from tests.small_stage import MODEL, SHORT
 
 torch.set_num_threads(1)
 
-SHORT = {"steps": 2, "tokens_per_step": 300, "row_tokens": 128, "num_examples": 6, "warmup": 1}
 PLAIN = {
     "task": {"domains": {"math": {"kind": "math", "max_tokens": 24}}, "vocab_size": 300},
-    "model": {
-        "preset": "tiny",
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "compress_ratios": [0, 4],
-        "n_routed_experts": 4,
-        "moe_intermediate_size": 8,
-    },
+    "model": MODEL,
     "optimizer": {"kind": "adamw", "eps": 1e-4},
     "log": {"wandb": "disabled"},
     "base": SHORT,
     "sft": SHORT,
-    "rollout": {"num_workers": 1, "max_batch": 8, "max_length": 400, "proof": "off"},
+    "rollout": {"num_workers": 1, "max_batch": 8, "max_length": 400},
 }
 ONE, CUT = {"kind": "torch"}, {"kind": "fsdp", "ranks": 2}
 

@@ -21,18 +21,9 @@ from consilience.training.checkpoint import load_checkpoint, read_meta
 from consilience.training.metrics import MetricsLog, read_metrics
 from consilience.training.progress import SilentProgress
 from consilience.training.run_folder import RunFolder
+from tests.small_stage import MODEL, SHORT
 
 torch.set_num_threads(1)
-
-MODEL = {
-    "preset": "tiny",
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "compress_ratios": [0, 4],
-    "n_routed_experts": 4,
-    "moe_intermediate_size": 8,
-}
-TINY_STAGE = {"steps": 2, "tokens_per_step": 300, "row_tokens": 128, "num_examples": 6, "warmup": 1}
 
 
 def config(**groups):
@@ -41,8 +32,8 @@ def config(**groups):
         "model": MODEL,
         "engine": {"threads": 1, "device": "cpu"},
         "log": {"wandb": "disabled"},
-        "base": {**TINY_STAGE, "episodes": 2, "prompt_weight": 0.1},
-        "sft": TINY_STAGE,
+        "base": {**SHORT, "episodes": 2, "prompt_weight": 0.1},
+        "sft": SHORT,
     }
     return from_plain({**plain, **groups})
 
@@ -103,9 +94,7 @@ def test_prompts_are_split_by_share_and_none_is_lost(num, shares, expected):
 
 def small(num_train, base=30, sft=20):
     task = {"domains": {"fake": {"kind": "code"}}, "num_train": num_train}
-    return config(
-        task=task, base={**TINY_STAGE, "num_examples": base}, sft={**TINY_STAGE, "num_examples": sft}
-    )
+    return config(task=task, base={**SHORT, "num_examples": base}, sft={**SHORT, "num_examples": sft})
 
 
 def test_phases_draw_problems_that_base_and_sft_have_not_seen():

@@ -1,21 +1,14 @@
 """The stage as a whole on tiny checkpoints: sampling ahead, kills, publication."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from small_teachers import META, model, record, registry_of, samples, side
+from power_cut import PowerCut
+from small_teachers import Sampler, model, record, registry_of, run, samples, side
 
 from consilience.distill.samples import score_request
-from consilience.distill.train import DistillSettings, train_distill
 from consilience.model.checkpoint import to_official
 from consilience.model.digest import weights_digest
 from consilience.rollout.publishing import verify
-from consilience.rollout.store import RolloutStore
-from consilience.training.metrics import MemorySink
-from consilience.training.progress import SilentProgress
-from consilience.training.stage_checkpoints import StageCheckpoints
-from consilience.training.stage_clock import StageClock
 from consilience.training.torch_engine import OptimizerSettings, TorchEngine
 
 SEEDS = {"code": 1, "math": 2}
@@ -30,58 +23,21 @@ def answers(step):
     return [*samples(step), record(f"{step}/free", None, (5, 1))]
 
 
-class CountingSampler:
-    """Hands out the samples of a step; counts calls and publications."""
+class CountingSampler(Sampler):
+    """Counts publications too."""
 
     def __init__(self):
-        self.calls, self.announced = [], []
+        super().__init__(answers)
+        self.announced = []
 
     def publish(self, weights, announced, version):
         verify(weights, announced)
         self.announced.append((announced.digest, version))
 
-    def generate(self, jobs, on_progress=None, *, durable=None):
-        self.calls.append(jobs[0].step)
-        return answers(jobs[0].step)
 
-
-class PowerCut(MemorySink):
-    def __init__(self, at):
-        super().__init__()
-        self.at = at
-
-    def scalars(self, step, values):
-        super().scalars(step, values)
-        if step == self.at:
-            raise KeyboardInterrupt
-
-
-def run(folder, registry, sampler, *, seed=0, every_s=1e9, log=None, teachers=None, balance="weights", **how):
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer-source.json").write_text("{}")
+def stage(folder, registry, sampler, *, seed=0, **settings):
     engine = TorchEngine(model(seed), OptimizerSettings(lr=0.01))
-    checkpoints = StageCheckpoints(
-        folder / "checkpoints", engine, folder / "tokenizer-source.json", META, every_s=every_s
-    )
-    start, cursor = checkpoints.resume()
-    log = log or MemorySink()
-    result = train_distill(
-        engine,
-        sampler,
-        lambda step: [SimpleNamespace(uid=r.uid, step=step) for r in answers(step)],
-        teachers or side(registry, folder / "hidden"),
-        DistillSettings(3, seed=2, balance=balance),
-        store=RolloutStore(folder / "rollouts"),
-        decode=lambda ids: " ".join(map(str, ids)),
-        checkpoints=checkpoints,
-        log=log,
-        clock=StageClock(earlier=cursor.get("clock")),
-        progress=SilentProgress(),
-        start=start,
-        earlier=cursor.get("rows", ()),
-        **how,
-    )
-    return engine, log, result
+    return run(folder, side(registry, folder / "hidden"), sampler, engine=engine, **settings)
 
 
 class Ahead(CountingSampler):
@@ -101,12 +57,12 @@ class Ahead(CountingSampler):
 
 
 def test_a_student_may_sample_ahead_and_with_nothing_ahead_it_is_the_same_run(registry, tmp_path):
-    whole, log, result = run(tmp_path / "whole", registry, CountingSampler())
-    same, its_log, its_result = run(tmp_path / "same", registry, Ahead(), max_age=0)
+    whole, log, result = stage(tmp_path / "whole", registry, CountingSampler())
+    same, its_log, its_result = stage(tmp_path / "same", registry, Ahead(), ahead={"max_age": 0})
     a, b = whole.model.state_dict(), same.model.state_dict()
     assert all(torch.equal(a[n], b[n]) for n in a) and (its_log.rows, its_result) == (log.rows, result)
     sampler = Ahead()
-    _, log, _ = run(tmp_path / "ahead", registry, sampler, max_age=1, is_whole=True)
+    _, log, _ = stage(tmp_path / "ahead", registry, sampler, ahead={"max_age": 1, "is_whole": True})
     assert sampler.begun == [(0, 1), (1, 1), (2, 2)]  # (phase, publications before it)
     assert [row["step"] for row in log.rows] == [1, 2, 3] and all("age_max" in row for row in log.rows)
 
@@ -114,10 +70,10 @@ def test_a_student_may_sample_ahead_and_with_nothing_ahead_it_is_the_same_run(re
 @pytest.mark.parametrize("balance", ["weights", "update"])
 def test_a_killed_run_resumes_without_sampling_again_and_ends_bit_for_bit_equal(registry, tmp_path, balance):
     first, second = CountingSampler(), CountingSampler()
-    whole, log, result = run(tmp_path / "whole", registry, CountingSampler(), balance=balance)
+    whole, log, result = stage(tmp_path / "whole", registry, CountingSampler(), balance=balance)
     with pytest.raises(KeyboardInterrupt):  # a checkpoint of 1 update; phase 1 is sampled and not saved
-        run(tmp_path / "cut", registry, first, every_s=0.0, log=PowerCut(at=2), balance=balance)
-    resumed, rest, again = run(tmp_path / "cut", registry, second, seed=9, balance=balance)
+        stage(tmp_path / "cut", registry, first, every_s=0.0, log=PowerCut(at=2), balance=balance)
+    resumed, rest, again = stage(tmp_path / "cut", registry, second, seed=9, balance=balance)
     assert (first.calls, second.calls) == ([0, 1], [2])
     a, b = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(a[n], b[n]) for n in a)
@@ -135,13 +91,13 @@ def test_states_scored_before_a_kill_are_not_scored_again(registry, tmp_path):
     before = side(registry, tmp_path / "r" / "hidden")
     requests = [score_request(r) for r in samples(0)]
     assert before.scheduler.score(requests).num_scored == 4
-    _, log, _ = run(tmp_path / "r", registry, CountingSampler())
+    _, log, _ = stage(tmp_path / "r", registry, CountingSampler())
     assert [(row["reused"], row["teacher_loads"]) for row in log.rows] == [(4, 0), (0, 2), (0, 2)]
 
 
 def test_publication_announces_the_digest_of_the_student(registry, tmp_path):
     sampler = CountingSampler()
-    engine, _, _ = run(tmp_path / "r", registry, sampler)
+    engine, _, _ = stage(tmp_path / "r", registry, sampler)
     assert [version for _, version in sampler.announced] == [0, 1, 2, 3]
     assert sampler.announced[0][0] == weights_digest(to_official(model()))
     assert sampler.announced[-1][0] == weights_digest(to_official(engine.model))

@@ -280,9 +280,10 @@ def test_rows_and_model_are_cut_over_the_same_ranks(size, tmp_path):
 MODES = [{"exact": True}, {"quantization": "fp8"}, {"quantization": "fp4_fp8"}]
 
 
-def cut_modes(ranks, folder):
+def in_modes(ranks, folder, kind):
+    folder.mkdir(exist_ok=True)
     return [
-        run(ranks, folder / f"{run.__name__}-{number}", kind="fsdp", **mode)
+        run(ranks, folder / f"{run.__name__}-{number}", kind=kind, **mode)
         for number, mode in enumerate(MODES)
         for run in (sft, grpo)
     ]
@@ -292,13 +293,8 @@ def cut_modes(ranks, folder):
 @pytest.mark.timeout(400)
 @pytest.mark.row("exact mode, quantised weights: SFT, GRPO", "fsdp")
 def test_a_model_cut_over_two_ranks_computes_in_exact_mode_and_with_quantised_weights(tmp_path):
-    (folder := tmp_path / "two").mkdir()
-    several = zip(*on_ranks(2, cut_modes, folder, folder=tmp_path))
-    alone = [
-        run(ALONE, tmp_path / f"{run.__name__}-{number}", **mode)
-        for number, mode in enumerate(MODES)
-        for run in (sft, grpo)
-    ]
+    alone = in_modes(ALONE, tmp_path / "one", "torch")
+    several = zip(*on_ranks(2, in_modes, tmp_path / "two", "fsdp", folder=tmp_path))
     ends = [next(iter(one["weights"].values())).tobytes() for one in alone]
     assert len(set(ends)) == len(ends)  # every mode does something
     for one, more in zip(alone, several, strict=True):
@@ -311,6 +307,7 @@ def cut_warmup(ranks, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.row("SFT, indexers warm up", "fsdp")
 def test_indexers_warm_up_in_a_model_cut_over_ranks_as_in_one_process(size, tmp_path):
     one = sft(ALONE, tmp_path / "one", indexer_warmup=2)
     several = on_ranks(size, cut_warmup, tmp_path / "more", folder=tmp_path)

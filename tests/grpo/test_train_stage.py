@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from graded_records import engine_of, record
+from power_cut import PowerCut
 from small_trainer import small_model
 
 from consilience.grpo.train import GrpoSettings, GrpoStage, publish, train_grpo
@@ -49,17 +50,6 @@ class CountingSampler:
         ]
         version = self.announced[-1][1]
         return [replace(r, weight_version=(version,) * len(r.token_ids)) for r in records]
-
-
-class PowerCut(MemorySink):
-    def __init__(self, at):
-        super().__init__()
-        self.at = at
-
-    def scalars(self, step, values):
-        super().scalars(step, values)
-        if step == self.at:
-            raise KeyboardInterrupt
 
 
 def jobs_ab(step):

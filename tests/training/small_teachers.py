@@ -119,8 +119,11 @@ class Sampler:
         return self.answers(jobs[0].step)
 
 
-def run(folder, teachers, sampler, *, steps=3, engine=None, log=None, every_s=1e9, **settings):
-    """A whole stage in `folder`, resumed where it was cut short: (engine, log, result)."""
+def run(folder, teachers, sampler, *, steps=3, engine=None, log=None, every_s=1e9, ahead=None, **settings):
+    """A whole stage in `folder`, resumed where it was cut short: (engine, log, result).
+
+    ahead  how its student samples ahead, if it does: arguments of `train_distill`
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer-source.json").write_text("{}")
     engine = engine or TorchEngine(model(), OptimizerSettings(lr=0.01))
@@ -142,5 +145,6 @@ def run(folder, teachers, sampler, *, steps=3, engine=None, log=None, every_s=1e
         progress=SilentProgress(),
         start=start,
         earlier=cursor.get("rows", ()),
+        **(ahead or {}),
     )
     return engine, log, result
