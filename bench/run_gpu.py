@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 480
-EITHER = ("opd_step",)
+EITHER = ("opd_step", "opd_end_to_end")
 """Benches for both kinds of machine, which take the GPU where there is one."""
 
 
