@@ -1,4 +1,4 @@
-"""What must hold where routed experts are divided over ranks (`engine.expert_ranks`). Standard library only."""
+"""What must hold where experts are divided over ranks (`engine.expert_ranks`). Standard library only."""
 
 from __future__ import annotations
 

@@ -323,8 +323,8 @@ class EngineConfig:
     )
     expert_ranks: int = setting(
         1,
-        "kind=torch: neighbouring ranks that divide the routed experts of every layer among them; a divisor of "
-        "ranks and of the number of experts",
+        "kind=torch: neighbouring ranks that divide the routed experts of every layer among them; a divisor "
+        "of ranks and of the number of experts",
         unit="processes",
         low=1,
         high=65_536,

@@ -8,7 +8,14 @@ import pytest
 import torch
 from graded_records import record
 from small_trainer import AHEAD, small_model
-from stage_ranks import SETTINGS, StageParts, assert_cut_same, assert_ranks_agree, assert_same
+from stage_ranks import (
+    SETTINGS,
+    StageParts,
+    assert_cut_same,
+    assert_divided_same,
+    assert_ranks_agree,
+    assert_same,
+)
 
 from consilience.grpo.async_train import train_grpo_ahead
 from consilience.grpo.corrections import Corrections
@@ -238,3 +245,13 @@ def test_grpo_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
     more = grpo(ALONE, tmp_path / "more", "async", Corrections(token_truncate=2.0))
     for several, alone in ((plain, one), (corrected, more)):
         assert_cut_same(several, alone)
+
+
+def divided_sft(ranks, folder):
+    return sft(ranks, folder, kind="experts2")
+
+
+def test_sft_with_experts_divided_over_two_ranks_is_that_of_one_process(tmp_path):
+    two = on_ranks(2, divided_sft, tmp_path / "two", folder=tmp_path)
+    assert len(two[0]["gradients"]) == 3
+    assert_divided_same(two, sft(ALONE, tmp_path / "one"), 2)
