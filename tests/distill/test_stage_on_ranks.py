@@ -9,7 +9,14 @@ import small_trainer
 import torch
 from graded_records import record
 from small_trainer import small_model
-from stage_ranks import META, StageParts, assert_cut_same, assert_ranks_agree, assert_same
+from stage_ranks import (
+    META,
+    StageParts,
+    assert_cut_same,
+    assert_divided_same,
+    assert_ranks_agree,
+    assert_same,
+)
 
 from consilience.distill.train import DistillSettings, TeacherSide, train_distill
 from consilience.model.ranks import ALONE
@@ -131,3 +138,18 @@ def cut_distill(ranks, folder, root):
 def test_distillation_with_a_model_cut_over_two_ranks_is_that_of_one_process(teachers, tmp_path):
     one = distill(ALONE, tmp_path / "one", teachers, "update")
     assert_cut_same(on_ranks(2, cut_distill, tmp_path / "two", teachers, folder=tmp_path), one)
+
+
+def divided_distill(ranks, folder, root, context):
+    return distill(ranks, folder, root, "update", context=context, kind="experts2")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("size", "context"), [(2, 1), (4, 1), (2, 2), (4, 2)])
+def test_distillation_with_experts_divided_over_pairs_is_that_of_one_process(
+    size, context, teachers, tmp_path
+):
+    one = distill(ALONE, tmp_path / "one", teachers, "update")
+    given = (tmp_path / "more", teachers, context)
+    assert_divided_same(on_ranks(size, divided_distill, *given, folder=tmp_path), one, 2)

@@ -29,6 +29,7 @@ from consilience.rollout.publishing import verify
 from consilience.rollout.store import RolloutStore
 from consilience.rollout.token_routing import TokenRouting
 from consilience.training.anticipatory_routing import AnticipatoryRouting, AnticipatorySettings
+from consilience.training.expert_engine import divide_like
 from tests.rank_processes import on_ranks
 
 torch.set_num_threads(1)
@@ -116,9 +117,9 @@ def grpo(ranks, folder, mode="sync", corrections=None, context=1, replays=False,
         replay_routing=replays,
         replay_kept_sets=replays,
     )
-    stage = GrpoStage(
-        parts.engine, small_model(3, AHEAD), settings, RolloutStore(folder / "rollouts"), str, **parts.named()
-    )
+    divide_like(reference := small_model(3, AHEAD), parts.engine)
+    store = RolloutStore(folder / "rollouts")
+    stage = GrpoStage(parts.engine, reference, settings, store, str, **parts.named())
     sampler = RankSampler(replays) if ranks.is_first else None
     if mode == "sync":
         result = train_grpo(stage, sampler, jobs_of, start=parts.start)
@@ -255,3 +256,29 @@ def test_sft_with_experts_divided_over_two_ranks_is_that_of_one_process(tmp_path
     two = on_ranks(2, divided_sft, tmp_path / "two", folder=tmp_path)
     assert len(two[0]["gradients"]) == 3
     assert_divided_same(two, sft(ALONE, tmp_path / "one"), 2)
+
+
+def divided(ranks, folder):
+    """Several stages in one group of processes, experts over pairs of ranks."""
+    return [
+        sft(ranks, folder / "ahead", "always", kind="experts2"),
+        grpo(ranks, folder / "plain", kind="experts2"),
+        grpo(ranks, folder / "corrected", "async", ALL, kind="experts2"),
+        grpo(ranks, folder / "replayed", replays=True, kind="experts2"),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("size", [2, 4])
+def test_stages_with_experts_divided_over_pairs_of_ranks_are_those_of_one_process(size, tmp_path):
+    (folder := tmp_path / "more").mkdir()
+    several = list(zip(*on_ranks(size, divided, folder, folder=tmp_path)))
+    alone = [
+        sft(ALONE, tmp_path / "a", "always"),
+        grpo(ALONE, tmp_path / "b"),
+        grpo(ALONE, tmp_path / "c", "async", ALL),
+        grpo(ALONE, tmp_path / "d", replays=True),
+    ]
+    for one, more in zip(alone, several):
+        assert_divided_same(more, one, 2)
