@@ -59,7 +59,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         num_workers = worker_share(cfg.rollout.num_workers, cfg.run.parallel)
     start = start_from(context, settings.init, f"sft/{name}", domains.values())
     reference, _ = load_checkpoint(start.folder, verify=False)
-    reference.requires_grad_(False).to(device_of(cfg))
+    reference.requires_grad_(False)
     reference.quantize(Quantization.from_name(cfg.engine.quantization))  # type: ignore[operator]
     tokenizer = Tokenizer.load(start.tokenizer)
     pool: Any = None
@@ -98,6 +98,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
     )
     with open_stage(context, start, settings.lr) as parts:
         divide_like(reference, parts["engine"])
+        reference.to(device_of(cfg))
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         store = rollout_store(context)

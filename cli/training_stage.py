@@ -111,7 +111,9 @@ def open_stage(context: StageContext, start: Start, lr: float):
         torch.set_num_threads(threads)
     context.folder.create()
     model = start.model
-    model.to(device_of(cfg)).quantize(Quantization.from_name(cfg.engine.quantization))
+    if cfg.engine.expert_ranks == 1:  # else the engine brings what this rank keeps of it
+        model.to(device_of(cfg))
+    model.quantize(Quantization.from_name(cfg.engine.quantization))
     set_recompute(model, recompute_policy(cfg.engine.recompute))
     settings = replace(
         optimizer_settings(cfg.optimizer, lr),

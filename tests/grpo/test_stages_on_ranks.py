@@ -258,27 +258,32 @@ def test_sft_with_experts_divided_over_two_ranks_is_that_of_one_process(tmp_path
     assert_divided_same(two, sft(ALONE, tmp_path / "one"), 2)
 
 
-def divided(ranks, folder):
-    """Several stages in one group of processes, experts over pairs of ranks."""
+def divided(ranks, folder, experts, context):
+    """Several stages in one group of processes, experts over neighbours."""
+    sharded, kind = replace(SETTINGS, is_sharded=True), f"experts{experts}"
     return [
-        sft(ranks, folder / "ahead", "always", kind="experts2"),
-        grpo(ranks, folder / "plain", kind="experts2"),
-        grpo(ranks, folder / "corrected", "async", ALL, kind="experts2"),
-        grpo(ranks, folder / "replayed", replays=True, kind="experts2"),
+        sft(ranks, folder / "ahead", "always", context, kind=kind),
+        sft(ranks, folder / "sharded", "off", context, sharded, kind=kind),
+        grpo(ranks, folder / "plain", context=context, kind=kind),
+        grpo(ranks, folder / "corrected", "async", ALL, context, kind=kind),
+        grpo(ranks, folder / "replayed", context=context, replays=True, kind=kind),
     ]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("size", [2, 4])
-def test_stages_with_experts_divided_over_pairs_of_ranks_are_those_of_one_process(size, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "experts", "context"), [(2, 2, 1), (4, 2, 1), (2, 2, 2), (4, 2, 2), (4, 4, 2)]
+)
+def test_stages_with_divided_experts_are_those_of_one_process(size, experts, context, tmp_path):
     (folder := tmp_path / "more").mkdir()
-    several = list(zip(*on_ranks(size, divided, folder, folder=tmp_path)))
+    several = list(zip(*on_ranks(size, divided, folder, experts, context, folder=tmp_path)))
     alone = [
         sft(ALONE, tmp_path / "a", "always"),
-        grpo(ALONE, tmp_path / "b"),
-        grpo(ALONE, tmp_path / "c", "async", ALL),
-        grpo(ALONE, tmp_path / "d", replays=True),
+        sft(ALONE, tmp_path / "b"),
+        grpo(ALONE, tmp_path / "c"),
+        grpo(ALONE, tmp_path / "d", "async", ALL),
+        grpo(ALONE, tmp_path / "e", replays=True),
     ]
     for one, more in zip(alone, several):
-        assert_divided_same(more, one, 2)
+        assert_divided_same(more, one, experts)
