@@ -84,6 +84,17 @@ class ExpertEngine:
             return gather_sharded(official_weights(self.model, self.split), self.ranks)
 
     @torch.no_grad()
+    def put_weights(self, weights: Mapping[str, Tensor] | None) -> None:
+        """Inverse of `gather_weights`: the first rank gives every tensor, the others None; one at a time."""
+        for name, tensor in official_weights(self.model, self.split).items():
+            here = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.ranks.device)
+            if weights is not None:
+                here.copy_(weights[name])
+            self.ranks.spread_(here, 0)
+            if tensor.local is not None:
+                tensor.local.copy_(here)
+
+    @torch.no_grad()
     def read_weights(self, folder: Path) -> None:
         """This rank's part of a checkpoint's weights, whoever wrote it. CheckpointError names the tensor."""
         stored, weights = read_folder(folder), official_weights(self.model, self.split)
