@@ -1,6 +1,7 @@
 """A model whose experts are divided over ranks trains, clips, saves and goes on as on one process."""
 
 import functools
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +10,16 @@ import torch
 
 from consilience.conf.errors import CheckpointError, ConfigError
 from consilience.model.checkpoint import to_official
+from consilience.model.exact import exact_mode
 from consilience.model.expert_parallel import each_expert
+from consilience.model.indexer import warming_up
+from consilience.model.quantization import Quantization
 from consilience.model.ranks import ALONE, Ranks
+from consilience.model.recompute import recompute_policy, set_recompute
 from consilience.training.checkpoint import load_engine_state, load_weights, save_checkpoint
 from consilience.training.engine import is_cut
 from consilience.training.expert_engine import ExpertEngine, divide_like
+from consilience.training.forward import hidden_at_loss
 from consilience.training.tensor_files import read_tensors
 from consilience.training.torch_engine import OPTIMIZER_FILE, TorchEngine
 from tests.rank_processes import on_ranks
@@ -156,3 +162,49 @@ def test_other_engines_have_whole_experts_and_leave_a_reference_whole():
     engine = TorchEngine(v4_model(), SETTINGS, ranks=ALONE)
     divide_like(reference := v4_model(), engine)
     assert not is_cut(engine) and len(reference.layers[0].ffn.experts.w1) == 4
+
+
+MODES = (
+    {"exact": True},
+    {"quantization": "fp4_fp8"},
+    {"recompute": "cheap"},
+    {"recompute": "block"},
+    {"warms": True},
+)
+
+
+def in_modes(build):
+    """Gradients of a first step, in each of the modes in which a stage may run."""
+    found = []
+    for mode in MODES:
+        model = v4_model(torch.float32)
+        model.quantize(Quantization.from_name(mode.get("quantization", "off")))
+        set_recompute(model, recompute_policy(mode.get("recompute", "none")))
+        engine = build(model, mode.get("exact", False))
+        with warming_up(engine.model) if "warms" in mode else nullcontext():
+            supervised(engine, packed_rows())
+            gradients = engine.gradients()
+            found.append(whole(engine, gradients) if is_cut(engine) else copies(gradients))
+    return found
+
+
+def divided_in_modes(ranks):
+    found = in_modes(
+        lambda model, exact: ExpertEngine(model, SETTINGS, ranks=ranks, expert_ranks=2, exact=exact)
+    )
+    engine = ExpertEngine(v4_model(), SETTINGS, ranks=ranks, expert_ranks=2)
+    with torch.no_grad(), exact_mode():
+        own, alone = (hidden_at_loss(model, packed_rows()).hidden for model in (engine.model, v4_model()))
+    assert torch.equal(own, alone)  # in exact mode to the bit
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_every_way_to_compute_goes_with_divided_experts(tmp_path):
+    found = on_ranks(2, divided_in_modes, folder=tmp_path)
+    alone = in_modes(lambda model, exact: TorchEngine(model, SETTINGS, exact=exact))
+    assert len({len(one) for one in alone}) > 1  # indexers alone learn in their warm-up
+    for own in found:
+        for gradients, expected in zip(own, alone, strict=True):
+            assert_close(gradients, expected, 1e-5)
