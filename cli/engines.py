@@ -39,6 +39,17 @@ def build_engine(cfg: Config, model: Any, settings: OptimizerSettings, ranks: Ra
         from consilience.training.fsdp_engine import FsdpEngine
 
         return FsdpEngine(model, settings, ranks=ranks)
+    if engine.expert_ranks > 1:
+        from consilience.training.expert_engine import ExpertEngine
+
+        return ExpertEngine(
+            model,
+            settings,
+            ranks=ranks,
+            expert_ranks=engine.expert_ranks,
+            exact=engine.exact,
+            timeout_s=engine.rank_limit_s,
+        )
     return TorchEngine(model, settings, exact=engine.exact, ranks=ranks)
 
 

@@ -32,6 +32,7 @@ from consilience.grpo.train import GrpoSettings, GrpoStage, train_grpo
 from consilience.rollout.records import RolloutRecord
 from consilience.rollout.sleeping import SleepingSampler
 from consilience.rollout.tokenizer import Tokenizer
+from consilience.training.expert_engine import divide_like
 from consilience.training.metrics import read_metrics
 from consilience.training.offload import OffloadedModels
 
@@ -92,6 +93,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         seed=cfg.run.seed,
     )
     with open_stage(context, start, settings.lr) as parts:
+        divide_like(reference, parts["engine"])
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         store = rollout_store(context)

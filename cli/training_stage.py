@@ -106,14 +106,19 @@ def start_from(context: StageContext, init: str | None, stage: str, domains: Ite
 
 
 def reference_model(context: StageContext, start: Start) -> Any:
-    """The model that a stage starts from, as a reference that learns nothing; cut where the trained is."""
+    """The model that a stage starts from, as a reference that learns nothing; cut where the trained is.
+
+    Where experts are divided it is whole, in the host's memory: the engine divides it (`divide_like`).
+    """
     cfg = context.cfg
     if cfg.engine.kind == "fsdp":
         from consilience.training.cut_loading import cut_reference
 
         return cut_reference(start.folder, ranks_of(context), cfg.engine.quantization)
     model: Any = load_checkpoint(start.folder, verify=False)[0].requires_grad_(False)
-    model.to(device_of(cfg)).quantize(Quantization.from_name(cfg.engine.quantization))
+    if cfg.engine.expert_ranks == 1:
+        model.to(device_of(cfg))
+    model.quantize(Quantization.from_name(cfg.engine.quantization))
     return model
 
 
@@ -131,7 +136,7 @@ def open_stage(context: StageContext, start: Start, lr: float):
     context.folder.create()
     model = start.model
     is_empty = next(model.parameters()).is_meta
-    if cfg.engine.kind != "fsdp":  # which never has all of it there
+    if cfg.engine.kind != "fsdp" and cfg.engine.expert_ranks == 1:  # else the engine brings this rank's part
         model.to(device_of(cfg))
     model.quantize(Quantization.from_name(cfg.engine.quantization))
     set_recompute(model, recompute_policy(cfg.engine.recompute))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from consilience.conf.cut_rules import check_cut
 from consilience.conf.errors import ConfigError
+from consilience.conf.expert_rules import check_experts
 from consilience.conf.fields import nearest, read_record
 from consilience.conf.placement_rules import check_placement
 from consilience.conf.schema import KINDS, Config, DomainConfig, GrpoConfig, SftConfig
@@ -37,6 +38,7 @@ def check_rules(cfg: Config) -> Config:
     _check_ranks(cfg)
     check_cut(cfg)
     check_zero(cfg)
+    check_experts(cfg)
     check_placement(cfg)
     _check_vllm(cfg)
     _check_files(cfg)

@@ -321,6 +321,15 @@ class EngineConfig:
         high=65_536,
         speed_only=True,
     )
+    expert_ranks: int = setting(
+        1,
+        "kind=torch: neighbouring ranks that divide the routed experts of every layer among them; a divisor "
+        "of ranks and of the number of experts",
+        unit="processes",
+        low=1,
+        high=65_536,
+        speed_only=True,
+    )
     shard_state: bool = setting(
         False,
         "kind=torch: each rank keeps and updates its part of the optimiser's state, Muon by whole matrices",

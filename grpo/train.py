@@ -223,11 +223,10 @@ def _mini_batch(
             sampler_logprob=sampler,
             share=at.arrays.get("share"),
         )
-        if not at.hidden.shape[0] and context_ranks().size == 1:  # nothing to learn from, nor to report
-            return out.loss, {}
-        sums = combine(sums, out.sums) if sums else dict(out.sums)
-        if wants_mismatch:
-            sums = combine(sums, batch.mismatch(logprob.detach() - sampler, micro, routing))
+        if at.hidden.shape[0] or context_ranks().size > 1:  # else there is nothing to report
+            sums = combine(sums, out.sums) if sums else dict(out.sums)
+            if wants_mismatch:
+                sums = combine(sums, batch.mismatch(logprob.detach() - sampler, micro, routing))
         if not at.ahead:
             return out.loss, {}
         # The blocks follow the trunk: its own samples are their targets, and nothing else learns from it.

@@ -1,16 +1,13 @@
-"""Gradients and optimiser state of a model whose experts are split over ranks: who sums what, how long
-gradients are together, and state that does not tell how many ranks there were."""
+"""Gradients of a model whose experts are split over ranks: who sums what, and how long they are together."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from consilience.model.expert_exchange import Shard
-from consilience.model.expert_parallel import each_expert
 from consilience.model.ranks import Ranks
 
 
@@ -32,30 +29,3 @@ def whole_norms(norms: Mapping[str, float], shards: Mapping[str, Shard]) -> dict
     for shard in list(shards.values())[:1]:
         found |= {name: math.sqrt(square) for name, square in shard.ranks.sums(own).items()}
     return found
-
-
-def whole_state(state: Mapping[str, Tensor], shards: Mapping[str, Shard]) -> dict[str, Tensor]:
-    """Optimiser tensors with those of split stacks whole [E, …], on every rank; all ranks call it.
-
-    Keys as `V4Optimizer.state_tensors` makes them: "muon.momentum.<name>", "adamw.exp_avg.<name>".
-    """
-    return {
-        key: tensor if shard is None else torch.stack(list(each_expert(tensor, shard)))
-        for key, tensor, shard in _with_shards(state, shards)
-    }
-
-
-def own_state(state: Mapping[str, Tensor], shards: Mapping[str, Shard]) -> dict[str, Tensor]:
-    """What `whole_state` was made of on this rank: its rows of the split stacks."""
-    return {
-        key: tensor if shard is None else tensor[shard.own.start : shard.own.stop]
-        for key, tensor, shard in _with_shards(state, shards)
-    }
-
-
-def _with_shards(
-    state: Mapping[str, Tensor], shards: Mapping[str, Shard]
-) -> Iterator[tuple[str, Tensor, Shard | None]]:
-    for key, tensor in state.items():
-        name = key.split(".", 2)[-1]
-        yield key, tensor, shards.get(name) if tensor.ndim else None  # a count of steps has no rows

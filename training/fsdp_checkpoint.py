@@ -8,7 +8,7 @@ R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from consilience.model.ranks import Ranks
 from consilience.model.shards import ShardWriter, Stored, read_folder, read_rows
 from consilience.training.sharded_tensors import Piece, Sharded, cut_pieces, read_piece, write_sharded
 from consilience.training.tensor_files import check_tensors, shards
+
+Filled = Callable[[Mapping[str, Sharded]], Iterable[tuple[str, Sharded]]]
 
 
 def official_weights(model: nn.Module, ranks: Ranks) -> dict[str, Sharded]:
@@ -48,10 +50,14 @@ def as_meta(tensors: Mapping[str, Sharded]) -> dict[str, Tensor]:
 
 
 def stream_files(
-    folder: Path | None, files: Mapping[str, Mapping[str, Sharded]], ranks: Ranks
+    folder: Path | None,
+    files: Mapping[str, Mapping[str, Sharded]],
+    ranks: Ranks,
+    filled: Filled = lambda tensors: tensors.items(),
 ) -> dict[str, str] | None:
     """Write files, name -> tensors, into `folder`, which the first rank gives; tensor -> file.
 
+    filled  the tensors of a file in their order with this rank's rows, which may be made as they are written
     None if nothing was written, on all ranks: the first one has given none, or raises why.
     """
     writer: ShardWriter | None = None
@@ -66,7 +72,7 @@ def stream_files(
             writer, error = None, failure
     if ranks.broadcast(writer is not None):
         for tensors in files.values():
-            error = write_sharded(writer if error is None else None, tensors, ranks) or error
+            error = write_sharded(writer if error is None else None, filled(tensors), ranks) or error
     is_done = ranks.broadcast(writer is not None and error is None)
     if error is not None:
         raise error

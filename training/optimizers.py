@@ -14,19 +14,22 @@ no scale to shrink (our reading; the report names one weight decay and no exempt
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from consilience.conf.errors import CheckpointError, EngineError
+from consilience.model.expert_exchange import Shard
 from consilience.model.ranks import ALONE, Ranks
-from consilience.training.muon import Muon, MuonParameter
+from consilience.training.expert_gradients import sum_gradients, whole_norms
+from consilience.training.logical_matrices import COMPRESSOR, LAYER, row_blocks
+from consilience.training.muon import Muon, MuonParameter, work_dtype
 from consilience.training.sharded_adamw import MOMENTS, ShardedAdamW
 from consilience.training.sharded_muon import ShardedMuon
 from consilience.training.shards import Shards, norms_of
@@ -42,25 +45,23 @@ class Owner(StrEnum):
     FROZEN = "frozen"
 
 
-_LAYER = r"(layers|mtp)\.\d+\."
-_COMPRESSOR = rf"{_LAYER}attn\.(indexer\.)?compressor\."
 OWNERS: tuple[tuple[str, Owner], ...] = (
     (r"(embed|head)\.weight", Owner.ADAMW_DECAYED),
     (r"norm\.weight", Owner.ADAMW),
-    (rf"{_LAYER}(attn_norm|ffn_norm|enorm|hnorm|norm|attn\.q_norm|attn\.kv_norm)\.weight", Owner.ADAMW),
-    (rf"{_COMPRESSOR}norm\.weight", Owner.ADAMW),
-    (rf"{_COMPRESSOR}ape", Owner.ADAMW),
-    (rf"{_COMPRESSOR}(wkv|wgate)\.weight", Owner.MUON),
-    (rf"{_LAYER}attn\.attn_sink", Owner.ADAMW),
-    (rf"{_LAYER}attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b|indexer\.weights_proj)\.weight", Owner.MUON),
-    (rf"({_LAYER})?hc_(attn|ffn|head)[._]fn", Owner.MUON),
-    (rf"({_LAYER})?hc_(attn|ffn|head)[._](base|scale)", Owner.ADAMW),
-    (rf"{_LAYER}ffn\.gate\.weight", Owner.MUON),
-    (rf"{_LAYER}ffn\.gate\.bias", Owner.RULE),
-    (rf"{_LAYER}ffn\.gate\.tid2eid", Owner.FROZEN),
-    (rf"{_LAYER}ffn\.experts\.w[123]", Owner.MUON),
-    (rf"{_LAYER}ffn\.experts\.\d+\.w[123]\.weight", Owner.MUON),
-    (rf"{_LAYER}ffn\.shared_experts\.w[123]\.weight", Owner.MUON),
+    (rf"{LAYER}(attn_norm|ffn_norm|enorm|hnorm|norm|attn\.q_norm|attn\.kv_norm)\.weight", Owner.ADAMW),
+    (rf"{COMPRESSOR}norm\.weight", Owner.ADAMW),
+    (rf"{COMPRESSOR}ape", Owner.ADAMW),
+    (rf"{COMPRESSOR}(wkv|wgate)\.weight", Owner.MUON),
+    (rf"{LAYER}attn\.attn_sink", Owner.ADAMW),
+    (rf"{LAYER}attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b|indexer\.weights_proj)\.weight", Owner.MUON),
+    (rf"({LAYER})?hc_(attn|ffn|head)[._]fn", Owner.MUON),
+    (rf"({LAYER})?hc_(attn|ffn|head)[._](base|scale)", Owner.ADAMW),
+    (rf"{LAYER}ffn\.gate\.weight", Owner.MUON),
+    (rf"{LAYER}ffn\.gate\.bias", Owner.RULE),
+    (rf"{LAYER}ffn\.gate\.tid2eid", Owner.FROZEN),
+    (rf"{LAYER}ffn\.experts\.w[123]", Owner.MUON),
+    (rf"{LAYER}ffn\.experts\.\d+\.w[123]\.weight", Owner.MUON),
+    (rf"{LAYER}ffn\.shared_experts\.w[123]\.weight", Owner.MUON),
     (r"mtp\.\d+\.(e_proj|h_proj)\.weight", Owner.MUON),
     (r"(model\.embed_tokens|lm_head)\.weight", Owner.ADAMW_DECAYED),  # from here on: dense models
     (r"model\.(layers\.\d+\.(\w+\.)?)?\w*norm\.weight", Owner.ADAMW),
@@ -115,7 +116,7 @@ def parameter_groups(
         if owner is Owner.MUON and not use_muon:
             owner = Owner.ADAMW_DECAYED
         if owner is Owner.MUON:
-            muon.append(MuonParameter(name, parameter, _row_blocks(name, shapes, o_groups)))
+            muon.append(MuonParameter(name, parameter, row_blocks(name, shapes, o_groups)))
         by_owner[owner][name] = parameter
     rule: dict[str, Tensor] = dict(by_owner[Owner.RULE])
     rule |= {n: b for n, b in model.named_buffers() if n.endswith(".ffn.gate.bias")}
@@ -126,39 +127,6 @@ def parameter_groups(
         rule=rule,
         frozen=dict(by_owner[Owner.FROZEN]),
     )
-
-
-def _row_blocks(name: str, shapes: Mapping[str, tuple[int, ...]], o_groups: int | None) -> tuple[int, ...]:
-    """Heights of the independent matrices stacked in the rows of one weight."""
-    rows = shapes[name][-2]
-    if name.endswith("attn.wo_a.weight"):
-        groups = o_groups or _output_groups(name, shapes)
-        return _equal(name, rows, groups)
-    if re.fullmatch(rf"{_COMPRESSOR}(wkv|wgate)\.weight", name):
-        entry_width = shapes.get(re.sub(r"(wkv|wgate)\.weight$", "norm.weight", name), (rows,))[0]
-        return _equal(name, rows, max(1, rows // entry_width))  # 2 where windows overlap (CSA), else 1
-    if re.search(r"hc_(attn|ffn)[._]fn$", name):
-        streams = math.isqrt(rows + 1) - 1
-        if streams * (streams + 2) != rows:
-            raise EngineError(
-                f"{name} has {rows} rows; N streams need N·(N + 2) of them (pre N, post N, comb N·N)"
-            )
-        return (streams, streams, streams * streams)
-    return (rows,)
-
-
-def _output_groups(name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """wq_b makes all heads' channels, wo_a reads one group's: their ratio counts the groups."""
-    queries = shapes.get(name.replace("wo_a", "wq_b"))
-    if queries is None:
-        raise EngineError(f"{name}: the number of output groups is unknown; pass o_groups")
-    return max(1, queries[0] // shapes[name][1])
-
-
-def _equal(name: str, rows: int, parts: int) -> tuple[int, ...]:
-    if rows % parts:
-        raise EngineError(f"{name} has {rows} rows, which do not fall into {parts} equal blocks")
-    return (rows // parts,) * parts
 
 
 @torch.no_grad()
@@ -207,6 +175,8 @@ class V4Optimizer:
     ranks              who holds the same weights; all of them make the same calls
     is_sharded         momentum and moments are divided among the ranks; state goes in and out whole
     has_bf16_exchange  sharded only: experts' gradients travel as bf16, rounded by chance
+    split              weights of which this rank has some experts (`sharded_names`): only those who have the
+                       same add their gradients, and divide their state
     """
 
     def __init__(
@@ -223,19 +193,21 @@ class V4Optimizer:
         ranks: Ranks = ALONE,
         is_sharded: bool = False,
         has_bf16_exchange: bool = False,
+        split: Mapping[str, Shard] = MappingProxyType({}),
     ) -> None:
         self.groups = groups
         self.lr = lr
         self.bias_speed = bias_speed
-        self.ranks = ranks
+        self.ranks, self.split = ranks, split
         self._adamw_names = [*groups.adamw_decayed, *groups.adamw]
         self.shards: Shards | None = None
         self.muon: Muon | ShardedMuon
         rates: Any = {"momentum": momentum, "weight_decay": weight_decay, "update_rms": update_rms}
         if is_sharded:
-            self.muon = ShardedMuon(groups.muon, ranks, has_bf16_exchange, **rates)
-            decays = groups.adamw_decayed, groups.adamw
-            adamw = ShardedAdamW(*decays, ranks=ranks, weight_decay=weight_decay, betas=betas, eps=eps)
+            copies = next((shard.copies for shard in split.values()), None)
+            self.muon = ShardedMuon(groups.muon, ranks, has_bf16_exchange, copies=copies, **rates)
+            how: Any = {"weight_decay": weight_decay, "betas": betas, "eps": eps}
+            adamw = ShardedAdamW(groups.adamw_decayed, groups.adamw, ranks=ranks, copies=copies, **how)
             self.shards = Shards(self.muon, adamw, ranks)
             return
         self.muon = Muon(groups.muon, **rates)
@@ -287,7 +259,7 @@ class V4Optimizer:
                 parameters[name].grad = torch.zeros_like(parameters[name])
         gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
         if self.shards is None:
-            self.ranks.sum_(gradients.values())
+            sum_gradients(gradients, self.ranks, self.split)
             return
         self.shards.sum_gradients(gradients, step)
         for parameter in parameters.values():
@@ -297,7 +269,7 @@ class V4Optimizer:
         """name -> norm of the parameter's gradient, the same on every rank; after `sum_gradients`."""
         if self.shards is not None:
             return self.shards.gradient_norms()
-        return norms_of(self.gradients())
+        return whole_norms(norms_of(self.gradients()), self.split)
 
     def scale_gradients(self, factors: Mapping[str, float]) -> None:
         """Gradients times the factors of their parameters, in place; after `sum_gradients`."""
@@ -309,8 +281,8 @@ class V4Optimizer:
             torch._foreach_mul_(scaled, list(factors.values()))  # pyright: ignore[reportPrivateImportUsage]
 
     def gradients(self) -> dict[str, Tensor]:
-        """name -> gradient, those there are; after `sum_gradients`. From shards they are gathered, whole, by
-        all ranks together: to be looked at, not to be changed."""
+        """name -> gradient, those there are, of experts this rank's; after `sum_gradients`. From shards they
+        are gathered, whole, by all ranks together: to be looked at, not to be changed."""
         if self.shards is not None:
             return self.shards.whole_gradients()
         return {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
@@ -333,7 +305,7 @@ class V4Optimizer:
 
     def each_state_tensor(self) -> Iterator[tuple[str, Tensor]]:
         """What `state_tensors` gives, one at a time. Where state is sharded every rank iterates, and each
-        gets the whole tensors."""
+        gets the whole tensors, of experts this rank's."""
         for name, value in self.muon.each_state_tensor():
             yield f"muon.momentum.{name}", value
         if self.shards is not None:
@@ -349,13 +321,13 @@ class V4Optimizer:
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Inverse of `state_tensors`. CheckpointError on a missing, unexpected or wrongly shaped tensor."""
-        expected = self._state_shapes()
+        expected = self.state_types()
         for name in sorted(set(expected) ^ set(tensors)):
             problem = "is missing" if name in expected else "is not a state of this model's optimiser"
             raise CheckpointError(
                 f"optimiser state: {name} {problem}; resume with the model and optimiser that wrote it"
             )
-        for name, shape in expected.items():
+        for name, (_, shape) in expected.items():
             if tensors[name].shape != shape:
                 raise CheckpointError(
                     f"optimiser state: {name} has shape {list(tensors[name].shape)}, expected {list(shape)}"
@@ -379,12 +351,16 @@ class V4Optimizer:
                     for key, value in state.items()
                 }
 
-    def _state_shapes(self) -> dict[str, torch.Size]:
-        shapes = {f"muon.momentum.{owned.name}": owned.parameter.shape for owned in self.groups.muon}
-        for name, parameter in (*self.groups.adamw_decayed.items(), *self.groups.adamw.items()):
-            shapes |= {f"adamw.{moment}.{name}": parameter.shape for moment in MOMENTS}
-            shapes[f"adamw.step.{name}"] = torch.Size()
-        return shapes
+    def state_types(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Type and shape of what `each_state_tensor` gives, in its order."""
+        parameters = self.parameters
+        names = [owned.name for owned in self.groups.muon]
+        found = {f"muon.momentum.{n}": (work_dtype(parameters[n]), parameters[n].shape) for n in names}
+        for name in self._adamw_names:
+            own = parameters[name]
+            found |= {f"adamw.{moment}.{name}": (own.dtype, own.shape) for moment in MOMENTS}
+            found[f"adamw.step.{name}"] = torch.float32, torch.Size()
+        return found
 
     def _adamw_state(self, name: str) -> dict[str, Tensor]:
         parameter = self.parameters[name]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.model.ranks import ALONE, Ranks
+from consilience.training.matrix_assignment import is_expert
 from consilience.training.offload import held_by
 from consilience.training.owned_parts import OwnedParts
 from consilience.training.ownership import Range
@@ -47,6 +48,8 @@ class ShardedAdamW:
     """torch's AdamW over ranks that hold the same weights; every call needs all ranks.
 
     decayed, plain  name -> weight with and without weight decay
+    copies  who has the same experts, where ranks have different ones; None: all ranks
+    sides   this rank's parts of the weights that all ranks have, and of experts that only `copies` have
     """
 
     def __init__(
@@ -55,15 +58,17 @@ class ShardedAdamW:
         plain: Mapping[str, nn.Parameter],
         *,
         ranks: Ranks = ALONE,
+        copies: Ranks | None = None,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-20,
     ) -> None:
         whole = {**decayed, **plain}
-        cut = cut_evenly({name: weight.numel() for name, weight in whole.items()}, ranks.size)
-        shapes = [{item: (item.stop - item.start,) for item in own} for own in cut]
-        self.owned = OwnedParts(whole, shapes, ranks)
-        parts = self.owned.parts
+        self._names = list(whole)
+        own = {name: weight for name, weight in whole.items() if copies is not None and is_expert(name)}
+        shared = {name: weight for name, weight in whole.items() if name not in own}
+        self.sides = (_owned_parts(shared, ranks), _owned_parts(own, copies or ALONE))
+        parts = {item: part for side in self.sides for item, part in side.parts.items()}
         groups = [
             {"params": [part for item, part in parts.items() if item.name in names], "weight_decay": decay}
             for names, decay in ((decayed, weight_decay), (plain, 0.0))
@@ -73,12 +78,14 @@ class ShardedAdamW:
 
     def step(self, lr: float) -> None:
         """One update, learning rate `lr`; of which gradients, as `ShardedMuon.step` says."""
-        self.owned.before_update()
+        for side in self.sides:
+            side.before_update()
         if self._adamw is not None:
             for group in self._adamw.param_groups:
                 group["lr"] = lr
             self._adamw.step()
-        self.owned.after_update()
+        for side in self.sides:
+            side.after_update()
 
     def held(self) -> list[Tensor]:
         """This rank's state itself, not copies."""
@@ -87,16 +94,19 @@ class ShardedAdamW:
     def each_state_tensor(self) -> Iterator[tuple[str, Tensor]]:
         """exp_avg.<name>, exp_avg_sq.<name> and step.<name> with the whole tensor, one at a time, the same on
         every rank; zeros before a first step."""
-        for name, weight in self.owned.whole.items():
+        for name in self._names:
+            side = self.sides[name not in self.sides[0].whole]
+            states = self._states(side, name)
             for moment in MOMENTS:
-                own = {item: state[moment] for item, state in self._states(name).items()}
-                yield f"{moment}.{name}", self.owned.gathered(name, own, weight.dtype)
-            yield f"step.{name}", self._steps(name)
+                own = {item: state[moment] for item, state in states.items()}
+                yield f"{moment}.{name}", side.gathered(name, own, side.whole[name].dtype)
+            counted = side.ownership.ranks.gather([float(state["step"]) for state in states.values()])
+            yield f"step.{name}", torch.tensor(max((max(c) for c in counted if c), default=0.0))
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take this rank's share of `each_state_tensor`; names and shapes were checked by the caller."""
-        for item, part in self.owned.parts.items():
+        for item, part in ((i, p) for side in self.sides for i, p in side.parts.items()):
             assert self._adamw is not None
             moments = {
                 key: tensors[f"{key}.{item.name}"].reshape(-1)[item.start : item.stop].to(part, copy=True)
@@ -105,15 +115,14 @@ class ShardedAdamW:
             step = tensors[f"step.{item.name}"].to(part.device, torch.float32, copy=True)
             self._adamw.state[part] = {"step": step, **moments}
 
-    def _states(self, name: str) -> dict[Range, dict[str, Tensor]]:
+    def _states(self, side: OwnedParts, name: str) -> dict[Range, dict[str, Tensor]]:
         """This rank's states of a weight; none before a first step."""
         if self._adamw is None:
             return {}
-        states = {item: self._adamw.state.get(part) for item, part in self.owned.parts.items()}
+        states = {item: self._adamw.state.get(part) for item, part in side.parts.items()}
         return {item: state for item, state in states.items() if item.name == name and state}
 
-    def _steps(self, name: str) -> Tensor:
-        """Updates of a weight so far, as its owners count them: a scalar, fp32."""
-        ranks = self.owned.ownership.ranks
-        counted = [float(state["step"]) for state in self._states(name).values()]
-        return torch.tensor(max((max(c) for c in ranks.gather(counted) if c), default=0.0))
+
+def _owned_parts(whole: Mapping[str, nn.Parameter], ranks: Ranks) -> OwnedParts:
+    cut = cut_evenly({name: weight.numel() for name, weight in whole.items()}, ranks.size)
+    return OwnedParts(whole, [{item: (item.stop - item.start,) for item in own} for own in cut], ranks)

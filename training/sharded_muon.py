@@ -30,6 +30,7 @@ class ShardedMuon:
     """`Muon`'s interface over ranks that hold the same weights; every call needs all ranks.
 
     dense, experts     this rank's parts of the two kinds of weights
+    copies             who has the same experts, where ranks have different ones; None: all ranks
     has_bf16_exchange  gradients of experts travel as bf16, rounded by chance from `seed`, step and rank
     Result and state are those of `Muon` on the sums of the ranks' gradients.
     """
@@ -41,6 +42,7 @@ class ShardedMuon:
         has_bf16_exchange: bool = False,
         seed: int = 0,
         *,
+        copies: Ranks | None = None,
         momentum: float = 0.95,
         weight_decay: float = 0.1,
         update_rms: float = 0.18,
@@ -49,10 +51,11 @@ class ShardedMuon:
         self.ranks, self.has_bf16_exchange, self.seed = ranks, has_bf16_exchange, seed
         whole = {p.name: p.parameter for p in parameters}
         dense = assign_dense([p for p in parameters if not is_expert(p.name)], ranks.size)
-        experts = assign_experts([p for p in parameters if is_expert(p.name)], ranks.size)
+        copies = ranks if copies is None else copies
+        experts = assign_experts([p for p in parameters if is_expert(p.name)], copies.size)
         within, across = ranks.split(len(dense.pieces))
         self.dense = _owned_parts(whole, dense.pieces, within, across)
-        self.experts = _owned_parts(whole, experts.pieces, ranks, ALONE)
+        self.experts = _owned_parts(whole, experts.pieces, copies, ALONE)
         self.sides = (self.dense, self.experts)
         blocks = {_range(p): p.row_blocks for own in (*dense.pieces, *experts.pieces) for p in own}
         self._muon = Muon(

@@ -9,7 +9,7 @@ R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,14 +52,14 @@ def cut_pieces(shape: tuple[int, ...], size: int) -> tuple[Piece, ...]:
 
 
 def write_sharded(
-    writer: ShardWriter | None, tensors: Mapping[str, Sharded], ranks: Ranks
+    writer: ShardWriter | None, tensors: Iterable[tuple[str, Sharded]], ranks: Ranks
 ) -> Exception | None:
     """Every piece into the files that the first rank's `writer` has laid out; the others have None.
 
     The first error in writing comes back when all pieces have passed.
     """
     error: Exception | None = None
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         for piece in tensor.pieces:
             rows = _to_first(tensor, piece, ranks)
             if writer is None or rows is None or error is not None:

@@ -25,12 +25,13 @@ class Shards:
 
     def __init__(self, muon: ShardedMuon, adamw: ShardedAdamW, ranks: Ranks) -> None:
         self.muon, self.adamw, self.ranks = muon, adamw, ranks
-        self._sides = (*muon.sides, adamw.owned)
+        self._sides = (*muon.sides, *adamw.sides)
 
     def sum_gradients(self, gradients: Mapping[str, Tensor], step: int) -> None:
         """Gradients to their owners, summed; on every rank the same names."""
         self.muon.sum_gradients(gradients, step)
-        self.adamw.owned.sum_gradients(gradients)
+        for side in self.adamw.sides:
+            side.sum_gradients(gradients)
 
     def scale_gradients(self, factors: Mapping[str, float]) -> None:
         """Gradients times the factors of their weights, in place."""

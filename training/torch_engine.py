@@ -7,6 +7,7 @@ gradients summed, in the same order on every run; all ranks then take the same u
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.conf.errors import CheckpointError, EngineError
+from consilience.model.expert_parallel import sharded_names
 from consilience.model.host_copies import HostCopies
 from consilience.model.ranks import ALONE, Ranks
 from consilience.training.accumulation import accumulate
@@ -62,6 +64,9 @@ class TorchEngine:
     exact: losses are computed in exact mode, in which the trainer's log-probabilities are the sampler's.
     ranks: who shares the work; all make the same calls with the same arguments, but for `expert_load`, which
     each gives for what it ran itself.
+
+    Where the model's experts are split over ranks (`shard_experts`), gradients and state are of this rank's;
+    `ExpertEngine` saves and publishes such a model.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class TorchEngine:
             ranks=ranks,
             is_sharded=s.is_sharded,
             has_bf16_exchange=s.has_bf16_exchange,
+            split=sharded_names(model),
         )
         self._bias_names = gate_bias_names(model)
         self._is_summed = False
@@ -112,6 +118,7 @@ class TorchEngine:
                 ranks=self.ranks,
                 num_steps=self.num_steps,
                 is_exact=self.exact,
+                is_in_step=bool(self.optimizer.split),
             )
         except BaseException:
             self._clear()
@@ -131,7 +138,8 @@ class TorchEngine:
     ) -> dict[str, float]:
         """Clip, update, clear; see `TrainEngine`."""
         self._sum_gradients()
-        norms = self.optimizer.gradient_norms()
+        with self._in_step():
+            norms = self.optimizer.gradient_norms()
         try:
             grad_norm = checked_norm(norms, self.num_steps)
         except EngineError:
@@ -139,7 +147,8 @@ class TorchEngine:
             raise
         self.optimizer.scale_gradients(clip_factors(norms, self.settings.grad_clip))
         loads = loads_by_bias(self._bias_names, self.optimizer.groups.rule, expert_load, self.ranks)
-        lr = self.optimizer.step(lr_scale, loads)
+        with self._in_step():
+            lr = self.optimizer.step(lr_scale, loads)
         self._clear()
         self.num_steps += 1
         return {"grad_norm": grad_norm, "lr": lr}
@@ -183,19 +192,28 @@ class TorchEngine:
             raise CheckpointError(
                 f"{folder / OPTIMIZER_FILE}: tensor num_steps is missing; remake the checkpoint"
             )
-        num_steps = int(tensors.pop("num_steps"))
         try:
-            self.optimizer.load_state_tensors(tensors)
+            self.restore(tensors, random_tensors)
         except CheckpointError as error:
             raise CheckpointError(f"{folder / OPTIMIZER_FILE}: {error}") from error
+
+    def restore(self, tensors: Mapping[str, Tensor], random_tensors: Mapping[str, Tensor]) -> None:
+        """Go on from the optimiser's tensors, `num_steps` among them, and the random state."""
+        own = {name: tensor for name, tensor in tensors.items() if name != "num_steps"}
+        self.optimizer.load_state_tensors(own)
         restore_random_state(random_tensors)
-        self.num_steps = num_steps
+        self.num_steps = int(tensors["num_steps"])
         self._clear()
 
     def _sum_gradients(self) -> None:
         if not self._is_summed:
-            self.optimizer.sum_gradients(self.num_steps)
+            with self._in_step():
+                self.optimizer.sum_gradients(self.num_steps)
             self._is_summed = True
+
+    def _in_step(self) -> AbstractContextManager[None]:
+        """Around what those who share experts, or copies of them, wait for each other in."""
+        return self.ranks.in_step() if self.optimizer.split else nullcontext()
 
     def _clear(self) -> None:
         for parameter in self.model.parameters():

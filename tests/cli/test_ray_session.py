@@ -71,14 +71,15 @@ def stage_of(root, name, domain, **groups):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_roles_that_take_turns_with_their_memory_end_with_the_bits_of_roles_that_do_not(tmp_path):
+@pytest.mark.parametrize("experts", [1, 2])
+def test_roles_that_take_turns_with_their_memory_end_with_the_bits_of_roles_that_do_not(experts, tmp_path):
     base = run_base(stage_of(tmp_path / "base", "base", None))
     grpo = {"steps": 2, "prompts_per_step": 2, "group_size": 2, "lr": 1e-2}
     grpo["init"] = str(tmp_path / "base" / base["checkpoint"])
     ends = {}
     for placement in ("free", "colocated"):
         groups = {"grpo": grpo, "cluster": {"placement": placement}}
-        groups["engine"] = PLAIN["engine"] | {"ranks": 2, "threads": 2}
+        groups["engine"] = PLAIN["engine"] | {"ranks": 2, "threads": 2, "expert_ranks": experts}
         stage = stage_of(tmp_path / placement, "grpo/math", "math", **groups)
         try:
             result = on_ranks(run_grpo, stage)

@@ -91,6 +91,7 @@ def assert_same_weights(*folders):
         {"kind": "deepspeed", "zero_stage": 2, "offload": True},
         {"kind": "deepspeed", "zero_stage": 3},
         {"kind": "fsdp", "recompute": ["block"]},
+        {"expert_ranks": 2, "recompute": ["block"]},
     ],
 )
 @pytest.mark.row("base by the program", "{engine}")
@@ -106,10 +107,13 @@ def test_other_engines_end_where_one_process_does(engine, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.row("base by the program, resumed", "fsdp")
-def test_a_stage_cut_over_two_ranks_goes_on_on_two_to_the_bit_and_on_one(tmp_path):
-    whole = on_ranks(supervised.run_base, context(tmp_path / "whole", 2, kind="fsdp"))
-    cut = context(tmp_path / "two", 2, kind="fsdp")
+@pytest.mark.parametrize(
+    "engine", [{"kind": "fsdp"}, {"expert_ranks": 2}, {"expert_ranks": 2, "shard_state": True}]
+)
+@pytest.mark.row("base by the program, resumed", "{engine}")
+def test_a_stage_cut_over_two_ranks_goes_on_on_two_to_the_bit_and_on_one(engine, tmp_path):
+    whole = on_ranks(supervised.run_base, context(tmp_path / "whole", 2, **engine))
+    cut = context(tmp_path / "two", 2, **engine)
     with pytest.raises(EngineError, match="SIGKILL"):
         on_ranks(functools.partial(killed_in_step, 2), cut)
     assert not (cut.folder.checkpoints / "step-000003").exists()

@@ -9,7 +9,14 @@ import small_trainer
 import torch
 from graded_records import record
 from small_trainer import small_model
-from stage_ranks import META, StageParts, assert_cut_same, assert_ranks_agree, assert_same
+from stage_ranks import (
+    META,
+    StageParts,
+    assert_cut_same,
+    assert_divided_same,
+    assert_ranks_agree,
+    assert_same,
+)
 
 from consilience.distill.train import DistillSettings, TeacherSide, train_distill
 from consilience.model.ranks import ALONE
@@ -138,3 +145,19 @@ def test_distillation_with_a_model_cut_over_ranks_is_that_of_one_process(
     one = distill(ALONE, tmp_path / "one", teachers, "update")
     given = (tmp_path / "more", teachers, kind, context)
     assert_cut_same(on_ranks(size, cut_distill, *given, folder=tmp_path), one)
+
+
+def divided_distill(ranks, folder, root, context):
+    return distill(ranks, folder, root, "update", context=context, kind="experts2")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("size", "context"), [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.row("distillation, {context} a row", "experts over 2 ranks")
+def test_distillation_with_experts_divided_over_pairs_is_that_of_one_process(
+    size, context, teachers, tmp_path
+):
+    one = distill(ALONE, tmp_path / "one", teachers, "update")
+    given = (tmp_path / "more", teachers, context)
+    assert_divided_same(on_ranks(size, divided_distill, *given, folder=tmp_path), one, 2)

@@ -9,7 +9,14 @@ import pytest
 import torch
 from graded_records import record
 from small_trainer import AHEAD, small_model
-from stage_ranks import SETTINGS, StageParts, assert_cut_same, assert_ranks_agree, assert_same
+from stage_ranks import (
+    SETTINGS,
+    StageParts,
+    assert_cut_same,
+    assert_divided_same,
+    assert_ranks_agree,
+    assert_same,
+)
 
 from consilience.grpo.async_train import train_grpo_ahead
 from consilience.grpo.corrections import Corrections
@@ -24,6 +31,7 @@ from consilience.rollout.publishing import verify
 from consilience.rollout.store import RolloutStore
 from consilience.rollout.token_routing import TokenRouting
 from consilience.training.anticipatory_routing import AnticipatoryRouting, AnticipatorySettings
+from consilience.training.expert_engine import divide_like
 from tests.rank_processes import on_ranks
 
 pytestmark = pytest.mark.row("SFT", "torch")
@@ -145,9 +153,9 @@ def grpo(
         from consilience.training.fsdp_model import cut_model
 
         cut_model(reference.requires_grad_(False), ranks)
-    stage = GrpoStage(
-        parts.engine, reference, settings, RolloutStore(folder / "rollouts"), str, **parts.named()
-    )
+    divide_like(reference, parts.engine)
+    store = RolloutStore(folder / "rollouts")
+    stage = GrpoStage(parts.engine, reference, settings, store, str, **parts.named())
     sampler = RankSampler(replays) if ranks.is_first else None
     if mode == "sync":
         result = train_grpo(stage, sampler, jobs_of, start=parts.start)
@@ -390,3 +398,46 @@ def test_a_stage_under_zero_3_goes_on_to_the_bit_and_with_a_whole_model(tmp_path
     once, again, plain = on_ranks(2, resumed_under_zero_3, tmp_path / "two", folder=tmp_path)[0]
     assert once and all(np.array_equal(again[name], value) for name, value in once.items())
     assert_same(plain, once, tolerance=1e-6)
+
+
+def divided_sft(ranks, folder):
+    return sft(ranks, folder, kind="experts2")
+
+
+@pytest.mark.row("SFT", "experts over 2 ranks")
+def test_sft_with_experts_divided_over_two_ranks_is_that_of_one_process(tmp_path):
+    two = on_ranks(2, divided_sft, tmp_path / "two", folder=tmp_path)
+    assert len(two[0]["gradients"]) == 3
+    assert_divided_same(two, sft(ALONE, tmp_path / "one"), 2)
+
+
+def divided(ranks, folder, experts, context):
+    """Several stages in one group of processes, experts over neighbours."""
+    sharded, kind = replace(SETTINGS, is_sharded=True), f"experts{experts}"
+    return [
+        sft(ranks, folder / "ahead", "always", context, kind=kind),
+        sft(ranks, folder / "sharded", "off", context, sharded, kind=kind),
+        grpo(ranks, folder / "plain", context=context, kind=kind),
+        grpo(ranks, folder / "corrected", "async", ALL, context, kind=kind),
+        grpo(ranks, folder / "replayed", context=context, replays=True, kind=kind),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("size", "experts", "context"), [(2, 2, 1), (4, 2, 1), (2, 2, 2), (4, 2, 2), (4, 4, 2)]
+)
+@pytest.mark.row("SFT, GRPO, {context} a row", "experts over {experts} ranks")
+def test_stages_with_divided_experts_are_those_of_one_process(size, experts, context, tmp_path):
+    (folder := tmp_path / "more").mkdir()
+    several = list(zip(*on_ranks(size, divided, folder, experts, context, folder=tmp_path)))
+    alone = [
+        sft(ALONE, tmp_path / "a", "always"),
+        sft(ALONE, tmp_path / "b"),
+        grpo(ALONE, tmp_path / "c"),
+        grpo(ALONE, tmp_path / "d", "async", ALL),
+        grpo(ALONE, tmp_path / "e", replays=True),
+    ]
+    for one, more in zip(alone, several):
+        assert_divided_same(more, one, experts)

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 
 from consilience.model.checkpoint import to_official
+from consilience.model.expert_parallel import each_expert
 from consilience.training.checkpoint import CheckpointMeta
 from consilience.training.engine import is_cut, official_weights
+from consilience.training.expert_engine import ExpertEngine
 from consilience.training.metrics import MemorySink
 from consilience.training.progress import SilentProgress
 from consilience.training.stage_checkpoints import StageCheckpoints
@@ -34,6 +36,24 @@ class Keeper(TorchEngine):
         return super().step(lr_scale, expert_load)
 
 
+class DividedKeeper(ExpertEngine):
+    """Keeps the summed gradients of every step, those of experts gathered."""
+
+    def __init__(self, model, settings, **given):
+        super().__init__(model, settings, **given)
+        self.kept, take_step = [], self.step
+
+        def step(lr_scale=1.0, expert_load=None):
+            self.kept.append({name: self._whole(name, grad) for name, grad in self.gradients().items()})
+            return take_step(lr_scale, expert_load)
+
+        self.step = step
+
+    def _whole(self, name, grad):
+        shard = self.split.get(name)
+        return (grad if shard is None else torch.stack(list(each_expert(grad, shard)))).numpy().copy()
+
+
 def engine_of(kind, model, ranks, settings, exact):
     if kind == "fsdp":
         from consilience.training.fsdp_engine import FsdpEngine
@@ -43,6 +63,9 @@ def engine_of(kind, model, ranks, settings, exact):
         from consilience.training.deepspeed_engine import DeepSpeedEngine
 
         return DeepSpeedEngine(model, settings, ranks=ranks, zero_stage=3)
+    if kind.startswith("experts"):
+        size = int(kind.removeprefix("experts"))
+        return DividedKeeper(model, settings, ranks=ranks, expert_ranks=size, exact=exact)
     return Keeper(model, ranks, settings, exact)
 
 
@@ -73,7 +96,10 @@ class StageParts:
         """Gradients by step, weights and router biases at the end, and what was logged."""
         rows = [{k: v for k, v in row.items() if k not in OF_CLOCKS} for row in self.log.rows]
         weights = {name: value.numpy().copy() for name, value in self._weights().items()}
-        return {"gradients": getattr(self.engine, "kept", []), "weights": weights, "rows": rows}
+        held = self.engine.model.named_parameters() if isinstance(self.engine, ExpertEngine) else ()
+        own = {name: value.detach().numpy().copy() for name, value in held}
+        left = {"gradients": getattr(self.engine, "kept", []), "weights": weights, "rows": rows}
+        return left | ({"own": own} if own else {})
 
 
 GAPS = ("mismatch_max", "sampler_gap_max")
@@ -132,3 +158,13 @@ def assert_cut_same(left, expected):
         {name: value for name, value in left[0].items() if name != "gradients"},
         {name: value for name, value in expected.items() if name != "gradients"},
     )
+
+
+def assert_divided_same(left, expected, expert_ranks):
+    """What ranks with a part of the experts each left is what one process did; all have the same bits."""
+    for rank, other in enumerate(left):
+        assert bool(other["weights"]) == (rank == 0) and repr(other["rows"]) == repr(left[0]["rows"])
+        for name, value in other["own"].items():
+            first = rank % expert_ranks if ".experts." in name else 0
+            assert np.array_equal(value, left[first]["own"][name]), name
+    assert_same({name: value for name, value in left[0].items() if name != "own"}, expected)

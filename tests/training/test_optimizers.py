@@ -112,15 +112,6 @@ def test_weights_fall_into_their_logical_matrices():
     assert blocks["layers.0.attn.wkv.weight"] == (4,)
 
 
-def test_the_number_of_output_groups_can_be_given():
-    shapes = {"layers.0.attn.wo_a.weight": (12, 4)}
-    assert parameter_groups(module(shapes), o_groups=3).muon[0].row_blocks == (4, 4, 4)
-    with pytest.raises(EngineError, match="pass o_groups"):
-        parameter_groups(module(shapes))
-    with pytest.raises(EngineError, match="do not fall into 5 equal blocks"):
-        parameter_groups(module(shapes), o_groups=5)
-
-
 def test_matrices_of_dense_models_are_muons_and_all_else_is_adamws():
     inner = "model.layers.3."
     assert {owner_of(f"{inner}self_attn.{n}_proj.weight") for n in "qkvo"} == {Owner.MUON}

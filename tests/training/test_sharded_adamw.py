@@ -88,9 +88,9 @@ def sharded(ranks, steps, state=None, first=0):
             weight.data = weights_before[name].clone()
         adamw.load_state_tensors(state)
     for step in range(first, steps):
-        adamw.owned.sum_gradients(gradients_of(step, ranks.rank))
+        adamw.sides[0].sum_gradients(gradients_of(step, ranks.rank))
         adamw.step(0.01)
-    held = sum(part.numel() for part in adamw.owned.parts.values())
+    held = sum(part.numel() for part in adamw.sides[0].parts.values())
     found = {name: weight.detach() for name, weight in {**decayed, **plain}.items()}
     return found, dict(adamw.each_state_tensor()), held, zeros
 
