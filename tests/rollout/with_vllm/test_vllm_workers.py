@@ -6,6 +6,8 @@ The worker is the one of `cli/worker_factory.py`; its interpreter is named, as f
 import os
 import signal
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -72,6 +74,10 @@ def jobs(name, num=24):
     ]
 
 
+def logged_bytes(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*.log"))
+
+
 def worst(folder, weights, records):
     """Largest |log-probability − transformers'| over the sampled tokens of all records."""
     streams = [[*r.prompt_ids, *r.token_ids] for r in records]
@@ -87,17 +93,21 @@ def test_a_killed_worker_is_replaced_and_its_episodes_go_on_under_proven_weights
     folder, weights = checkpoint
     new = other_weights(weights, 1)
     pool.publish(new, weights_digest(new), 1)
-    killed = []
+    (victim,) = pool.pids
 
-    def kill_once(done, total, tokens):
-        if not killed and tokens:  # some are in the log
-            killed.append(pool.pids[0])
-            os.kill(killed[0], signal.SIGKILL)
+    def kill_in_the_midst():
+        until = time.monotonic() + 100
+        while logged_bytes(tmp_path / "log") < 4000 and time.monotonic() < until:  # of 36,000
+            time.sleep(1e-3)
+        os.kill(victim, signal.SIGKILL)
 
     kept = {}
     durable = Durable(tmp_path / "log", lambda records: kept.update({r.uid: r for r in records}))
-    records = pool.generate(jobs("killed"), kill_once, durable=durable)
-    assert pool.num_replaced == 1 and pool.pids[0] != killed[0]
+    killer = threading.Thread(target=kill_in_the_midst)
+    killer.start()
+    records = pool.generate(jobs("killed"), durable=durable)
+    killer.join(timeout=10)
+    assert pool.num_replaced == 1 and pool.pids != [victim]
     assert [r.uid for r in records] == [j.uid for j in jobs("killed")] and set(kept) == {
         r.uid for r in records
     }
