@@ -30,6 +30,6 @@ def check_experts(cfg: Config) -> None:
     if cfg.rollout.quantization not in (None, engine.quantization):
         raise ConfigError(
             f"rollout.quantization is {cfg.rollout.quantization}, and a model with "
-            f"engine.expert_ranks={size} proves its samplers as it trains itself; set rollout.quantization={engine.quantization}, or "
-            "engine.expert_ranks=1"
+            f"engine.expert_ranks={size} proves its samplers as it trains itself; set "
+            f"rollout.quantization={engine.quantization}, or engine.expert_ranks=1"
         )

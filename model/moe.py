@@ -20,7 +20,7 @@ from consilience.model.kernels import gpu_moe
 from consilience.model.kernels.decode_moe import decode_moe, is_available
 from consilience.model.linear import StoredLinear, project
 from consilience.model.pieces import Work, in_pieces, piece_of
-from consilience.model.quantization import OFF, fake_mxfp4
+from consilience.model.quantization import OFF, fake_mxfp4, is_passing
 from consilience.model.recompute import named
 from consilience.model.routing import Routing
 from consilience.model.row_sums import add_rows_, take_rows
@@ -199,7 +199,6 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(e, i, d, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(e, d, i, dtype=dtype))
         self.w3 = nn.Parameter(torch.empty(e, i, d, dtype=dtype))
-        self.keeps_rounded = True  # False where weights come and go past autograd's version counters
         self._rounded: tuple[tuple[Tensor, ...], tuple, tuple[Tensor, ...]] | None = None
 
     def forward(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,10 +210,10 @@ class Experts(nn.Module):
 
         Rounded once while no gradient is wanted, and again after any change of the masters that autograd's
         version counters show. A forward with gradients forgets what was kept: optimizers that write past
-        those counters (`.data`, flat buffers) come after one.
+        those counters (`.data`, flat buffers) come after one. Of weights marked as passing nothing is kept.
         """
         masters = (self.w1, self.w2, self.w3)
-        if not self.quantization.experts or torch.is_grad_enabled() or not self.keeps_rounded:
+        if not self.quantization.experts or torch.is_grad_enabled() or is_passing(self.w1):
             self._rounded = None
             return tuple(fake_mxfp4(w) for w in masters) if self.quantization.experts else masters  # type: ignore[return-value]
         versions = tuple((w.data_ptr(), w._version) for w in masters)

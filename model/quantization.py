@@ -62,6 +62,18 @@ class Quantization:
 
 
 KV_BLOCK, GEMM_BLOCK = 64, FP8_TILE[1]
+
+
+def mark_passing(weight: Tensor) -> None:
+    """Say of a weight that its values come and go past autograd's version counters, as gathered ones do: what
+    is made of it under no gradient is then never kept."""
+    weight.is_passing = True  # type: ignore[attr-defined]
+
+
+def is_passing(weight: Tensor) -> bool:
+    return getattr(weight, "is_passing", False)
+
+
 OFF = Quantization()
 FP4 = Quantization(experts=True, indexer=True, index_scores=True, kv=True)
 FP8 = Quantization(linears=True)

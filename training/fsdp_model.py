@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from consilience.conf.errors import EngineError
-from consilience.model.moe import Experts
+from consilience.model.quantization import mark_passing
 from consilience.model.ranks import Ranks
 
 _WHOLE = re.compile(r"(.*\.)?(hc_\w+\.\w+|ape|bias)")
@@ -50,9 +50,6 @@ def cut_model(model: nn.Module, ranks: Ranks) -> None:
     if ranks.group is None:
         raise EngineError("FSDP cuts a model over several ranks, this is one; take engine.kind=torch")
     check_version()
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.keeps_rounded = False  # gathered weights look unchanged, and would be kept whole
     mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
     main = next(iter(model.parameters())).dtype
     wide = None if main == torch.float64 else torch.float32
@@ -87,6 +84,8 @@ def cut_model(model: nn.Module, ranks: Ranks) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.unshard()
+            for parameter in module.parameters():
+                mark_passing(parameter)  # gathered weights look unchanged, at the same address even
             module.reshard()
 
 

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from consilience.model import exact
 from consilience.model.kernels.choice import uses_triton
-from consilience.model.quantization import GEMM_BLOCK, fake_fp8, fake_fp8_tiles
+from consilience.model.quantization import GEMM_BLOCK, fake_fp8, fake_fp8_tiles, is_passing
 
 _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -62,7 +62,10 @@ def _keep(weight: Tensor, kind: str, make: Callable[[Tensor], Any]) -> Any:
     """make(weight), once until autograd's version counter shows a change of the weight.
 
     Optimizers that write past that counter come after a forward with gradients, which forgets what was kept.
+    Of a weight marked as passing nothing is kept.
     """
+    if is_passing(weight):
+        return make(weight.detach())
     now = (weight._version, weight.data_ptr())
     kept = _kept.get(weight)
     if kept is None or kept[0] != now:

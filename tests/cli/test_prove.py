@@ -21,6 +21,7 @@ from consilience.rollout.proof import decoded_logprobs, fixed_prompts
 from consilience.rollout.publication_log import read_publications
 from consilience.rollout.store import RolloutStore
 from consilience.training.checkpoint import CheckpointMeta, save_checkpoint
+from consilience.training.expert_engine import ExpertEngine
 from consilience.training.progress import SilentProgress
 from consilience.training.run_folder import RunFolder
 from consilience.training.torch_engine import OptimizerSettings, TorchEngine
@@ -124,35 +125,39 @@ def test_the_command_proves_real_workers_of_a_checkpoint(tmp_path, capsys):
     assert "252 log-probabilities are the trainer's to the last bit, under changed weights too" in said
 
 
-QUANTIZATIONS = {"fsdp": "off", "zero 3": "off", "fsdp, quantised": "fp4_fp8"}
+CUT = [("fsdp", "off"), ("fsdp", "fp4_fp8"), ("experts", "off"), ("experts", "fp4_fp8"), ("zero 3", "off")]
 
 
-def cut_engine(kind, ranks):
-    if kind != "zero 3":
+def cut_engine(kind, quantization, ranks):
+    model = policy(quantization=quantization)
+    if kind == "fsdp":
         from consilience.training.fsdp_engine import FsdpEngine
 
-        return FsdpEngine(policy(quantization=kind), ranks=ranks)
+        return FsdpEngine(model, ranks=ranks)
+    if kind == "experts":
+        return ExpertEngine(model, ranks=ranks, expert_ranks=ranks.size)
     from consilience.training.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(policy(), OptimizerSettings(kind="adamw"), ranks=ranks, zero_stage=3)
+    return DeepSpeedEngine(model, OptimizerSettings(kind="adamw"), ranks=ranks, zero_stage=3)
 
 
-def proven_cut(ranks, root, kind):
+def proven_cut(ranks, root, kind, quantization):
     """A proof of a model cut over the ranks, and the weights after it."""
-    quantization = QUANTIZATIONS[kind]
     given = context(root, engine={"quantization": quantization, "device": "cpu", "threads": 1})
-    engine = cut_engine(quantization if kind.startswith("fsdp") else kind, ranks)
+    engine = cut_engine(kind, quantization, ranks)
     sampler = NativeSampler(policy(3, quantization)) if ranks.is_first else None
     found = proving.prove_start(given, sampler, engine, 6, RolloutStore(given.folder.rollouts).publications)
     return found["proof"], {n: t.numpy() for n, t in (engine.gather_weights() or {}).items()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_a_model_cut_over_ranks_proves_what_a_whole_one_does_and_keeps_its_weights(kind, tmp_path):
-    (proof, weights), (other, nothing) = on_ranks(2, proven_cut, tmp_path / "cut", kind, folder=tmp_path)
+@pytest.mark.parametrize(("kind", "quantization"), CUT)
+def test_a_model_cut_over_ranks_proves_what_a_whole_one_does_and_keeps_its_weights(
+    kind, quantization, tmp_path
+):
+    cut = (tmp_path / "cut", kind, quantization)
+    (proof, weights), (other, nothing) = on_ranks(2, proven_cut, *cut, folder=tmp_path)
     assert proof == other and not nothing
-    quantization = QUANTIZATIONS[kind]
     given = context(tmp_path / "whole", engine={"quantization": quantization, "device": "cpu", "threads": 1})
     log = RolloutStore(given.folder.rollouts).publications
     sampler, engine = NativeSampler(policy(3, quantization)), TorchEngine(policy(quantization=quantization))
@@ -168,7 +173,7 @@ def fooled_cut(ranks, root):
     given = context(root)
     sampler = NativeSampler(policy(3, "fp8")) if ranks.is_first else None
     log = RolloutStore(given.folder.rollouts).publications
-    proving.prove_start(given, sampler, cut_engine("off", ranks), 0, log)
+    proving.prove_start(given, sampler, cut_engine("fsdp", "off", ranks), 0, log)
 
 
 @pytest.mark.slow

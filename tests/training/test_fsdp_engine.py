@@ -9,6 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from consilience.conf.errors import EngineError
+from consilience.model.quantization import is_passing
 from consilience.model.ranks import ALONE
 from consilience.training.forward import hidden_at_loss
 from consilience.training.packing import split_micro_batches
@@ -65,6 +66,36 @@ def check(size, dtype, micro_tokens, tolerance, folder):
 def test_two_ranks_with_five_micro_batches_train_like_one_process(tmp_path):
     held, num_bytes = check(2, torch.float64, 160, 1e-12, tmp_path)
     assert sum(held) >= num_bytes > max(held)  # cut; what is small is whole on each
+
+
+def gathered_weights(ranks):
+    """Of the matrices that layers have whole in two forwards of a cut model: whether they are marked."""
+    from consilience.training.fsdp_model import cut_model
+
+    seen = {}
+
+    def note(name):
+        def look(module, _given):
+            for own, weight in module.named_parameters():
+                if f"{name}.{own}" in cut and not isinstance(weight, DTensor):
+                    seen.setdefault(f"{name}.{own}", []).append(is_passing(weight))
+
+        return look
+
+    cut_model(model := v4_model(torch.float32), ranks)
+    cut = {name for name, weight in model.named_parameters() if isinstance(weight, DTensor)}
+    for number, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(note(f"layers.{number}"))
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.arange(2, 34)[None])
+    return seen
+
+
+def test_gathered_weights_are_marked_as_passing(tmp_path):
+    for seen in on_ranks(2, gathered_weights, folder=tmp_path):
+        assert {name.rsplit(".", 1)[-1] for name in seen} >= {"weight", "w1", "w2", "w3"}
+        assert all(marks == [True, True] for marks in seen.values()), seen
 
 
 @pytest.mark.slow

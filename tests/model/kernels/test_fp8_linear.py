@@ -7,6 +7,7 @@ from consilience.model.exact import exact_mode
 from consilience.model.kernels import fp8_linear
 from consilience.model.kernels.fp8_linear import by_kernels, fp8_linears, is_available, stored_tiles
 from consilience.model.number_formats import decode_fp8, encode_fp8
+from consilience.model.quantization import mark_passing
 
 torch.set_num_threads(1)
 
@@ -110,6 +111,18 @@ def test_rounded_weights_are_kept_until_the_weight_changes():
         weight.mul_(3)
         assert torch.equal(stored_tiles(weight).double(), stored(weight, (128, 128)))
     assert stored_tiles(weight).requires_grad
+
+
+def test_of_a_weight_that_passes_nothing_is_kept():
+    """Its values change where no version counter shows it, and at the same address."""
+    weight = torch.nn.Parameter(draw(130, 40))
+    mark_passing(weight)
+    with torch.no_grad():
+        stored_tiles(weight)
+        version = weight._version
+        weight.data.mul_(3)
+        assert weight._version == version
+        assert torch.equal(stored_tiles(weight).double(), stored(weight, (128, 128)))
 
 
 # ---- kernels ------------------------------------------------------------------------------------
