@@ -184,6 +184,8 @@ def measure_leaks(spec: SandboxSpec, num: int) -> bool:
         print(f"  left until a host looks: {what}")
     reap_leftovers()
     reaped, left = len(left), leftovers(marks)
+    for what in left[:10]:
+        print(f"  left by the host's reaper: {what}")
     said = f"{num} owners killed; {reaped} processes, groups and containers left for the host's reaper, then"
     return verdict(f"{said} {len(left)}", "none", not left)
 

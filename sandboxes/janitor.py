@@ -3,7 +3,8 @@
 A box ends by itself when its owner does (its runner's stdin ends), with two exceptions. A bubblewrap
 whose owner dies while it is still making namespaces is killed and orphans a child that waits for it
 for ever: so every bubblewrap carries its owner's mark as an argument, and the janitor kills what still
-carries it. And control groups are folders, which no process's end removes.
+carries it; its grep reads the mark, or a host would take it for a leftover. And control groups are
+folders, which no process's end removes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ while read -r _; do :; done
 tries=0
 while [ $tries -lt 100 ]; do
   left=0
-  for path in $(grep -lsF -- "$MARK" /proc/[0-9]*/cmdline); do
+  for path in $(printf '%s\\n' "$MARK" | grep -lsFf - /proc/[0-9]*/cmdline); do
     pid=${path#/proc/}; kill -s KILL "${pid%/cmdline}" 2>/dev/null
   done
   for prefix; do

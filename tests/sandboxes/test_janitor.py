@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from consilience.sandboxes.cgroups import Hierarchy
 from consilience.sandboxes.janitor import janitor
 
+ROOT = Path(__file__).parents[2]
 OWNER = """
 import pathlib, subprocess, sys, time
 from consilience.sandboxes import cgroups
@@ -40,7 +42,7 @@ def test_after_the_owner_is_killed_what_carries_its_mark_dies_and_its_folders_go
     for name in ("m", "p"):
         (tmp_path / name).mkdir()
     command = [sys.executable, "-c", OWNER, str(tmp_path)]
-    owner = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
     assert owner.stdout is not None
     ours, other = int(owner.stdout.readline()), int(owner.stdout.readline())
     owner.kill()
@@ -55,6 +57,27 @@ def test_after_the_owner_is_killed_what_carries_its_mark_dies_and_its_folders_go
     finally:
         os.killpg(other, 9)
         os.killpg(ours, 9)
+
+
+def test_a_janitor_at_work_is_never_taken_for_a_leftover():
+    """What carries a dead owner's mark is killed by a host that looks for leftovers, and counted."""
+    program = "import time; from consilience.sandboxes.janitor import janitor; "
+    program += "print(janitor(None).mark, flush=True); time.sleep(100)"
+    owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT)
+    assert owner.stdout is not None
+    mark = owner.stdout.readline().strip()
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    # The janitor looks eleven times, 0.1 s apart.
+    carried, until, num_looks = set(), time.monotonic() + 1.0, 0
+    while time.monotonic() < until:
+        num_looks += 1
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):
+                if mark in (words := path.read_bytes()):
+                    carried.add(words)
+    assert num_looks > 10 and not carried
 
 
 def test_a_process_has_one_janitor_whatever_it_asks_for(tmp_path):
