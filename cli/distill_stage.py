@@ -108,7 +108,7 @@ def run_distill(context: StageContext) -> Mapping[str, Any]:
         store = rollout_store(context)
         if ranks.is_first and settings.replay:
             replay_phases(Path(settings.replay), store, settings.steps)
-        proven = prove_start(context, pool, parts["engine"], parts["start"], store.publications)
+        proven = prove_start(context, pool, parts["engine"], parts["start"], store)
         turns = pool if (level := sleep_level(cfg)) is None else SleepingSampler(pool, level)
         with nullcontext((turns, {})) if settings.mode == "sync" else ahead(pool, settings) as (sampler, how):
             result = train_distill(

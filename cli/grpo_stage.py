@@ -97,7 +97,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         store = rollout_store(context)
-        proven = prove_start(context, pool, parts["engine"], parts["start"], store.publications)
+        proven = prove_start(context, pool, parts["engine"], parts["start"], store)
         places = shared(parts)
         first = places.pop("start")
         aside = while_sampling(cfg, parts["engine"], OffloadedModels([reference]))

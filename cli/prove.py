@@ -40,9 +40,9 @@ from consilience.rollout.proof import (
     fixed_prompts,
 )
 from consilience.rollout.proof import prove as prove_sampler
-from consilience.rollout.publication_log import PublicationLog
 from consilience.rollout.publishing import Publication, announce
 from consilience.rollout.ray_workers import RolloutPool
+from consilience.rollout.store import RolloutStore
 from consilience.rollout.vllm_proof import FOLLOWED
 from consilience.training.checkpoint import load_checkpoint
 from consilience.training.engine import CutEngine, TrainEngine, is_cut
@@ -113,7 +113,7 @@ def prove_start(
     pool: ProvableSampler | None,
     engine: TrainEngine,
     version: int,
-    log: PublicationLog,
+    store: RolloutStore,
 ) -> Mapping[str, Any]:
     """The proof before a stage samples, if `rollout.proof` asks for it; what the stage's result says of it.
 
@@ -123,7 +123,7 @@ def prove_start(
         return {}
     whole = cast("Transformer", engine.model)
     trainer = CutTrainer(engine) if is_cut(engine) else WholeTrainer(whole, trainer_logprobs)
-    proof = _prove(context.cfg, pool, trainer, whole.config, version, log)
+    proof = _prove(context.cfg, pool, trainer, whole.config, version, store)
     row = {"version": version, **dataclasses.asdict(proof)}
     row["quantization"] = [context.cfg.engine.quantization, sampler_quantization(context.cfg)]
     if engine.ranks.is_first:
@@ -138,14 +138,14 @@ def _prove(
     trainer: ProvingTrainer,
     config: ModelConfig,
     version: int,
-    log: PublicationLog | None = None,
+    store: RolloutStore | None = None,
 ) -> Proof:
     def announced() -> Publication:
         weights = trainer.weights()
         assert weights is not None  # the first rank has them
         publication = announce(weights, version, sampler_quantization(cfg))
-        if log is not None:
-            log.record(publication)
+        if store is not None:  # opened here: it is the first rank's alone
+            store.publications.record(publication)
         return publication
 
     prompts = fixed_prompts(config.vocab_size, cfg.rollout.max_length)

@@ -28,7 +28,7 @@ _idle = {}
 
 
 def on_ranks(size, function, *arguments, folder, limit_s=LIMIT_S, is_apart=False):
-    """[function(ranks, *arguments) of rank 0, 1, …]; raises the first rank's error that there was.
+    """[function(ranks, *arguments) of rank 0, 1, …]; raises all ranks' errors.
 
     The function must be a module's. `folder` is where the ranks meet; a rank runs with one thread.
     is_apart: the function changes its process for good: processes of its own, which end with this case.
@@ -45,9 +45,9 @@ def on_ranks(size, function, *arguments, folder, limit_s=LIMIT_S, is_apart=False
         _end(workers)
         raise
     ran(size, time.perf_counter() - began)
-    for error in (value for is_ok, value in found if not is_ok):
+    if errors := [value for is_ok, value in found if not is_ok]:
         _end(workers)
-        raise AssertionError(error)
+        raise AssertionError("\n".join(errors))
     if is_apart:
         _end(workers)
     else:

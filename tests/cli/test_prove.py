@@ -62,7 +62,7 @@ def test_packed_rows_and_decoding_agree_to_the_last_bit_in_exact_mode(quantizati
 def test_a_stage_records_what_it_proved(tmp_path):
     given = context(tmp_path)
     store = RolloutStore(given.folder.rollouts)
-    found = proving.prove_start(given, NativeSampler(policy(3)), TorchEngine(policy()), 6, store.publications)
+    found = proving.prove_start(given, NativeSampler(policy(3)), TorchEngine(policy()), 6, store)
     row = found["proof"]
     assert (row["num_workers"], row["num_tensors"]) == (1, len(to_official(policy())))
     assert row["quantization"] == ["off", "off"] and 0 <= row["mismatch_max"] < 1e-4
@@ -70,28 +70,26 @@ def test_a_stage_records_what_it_proved(tmp_path):
     (publication,) = read_publications(given.folder.rollouts / "publications.log")
     assert publication.version == 6  # the changed weights are no version that a token can have
     off = context(tmp_path / "off", rollout={"proof": "off", "max_length": 64})
-    assert (
-        proving.prove_start(off, NativeSampler(policy(3)), TorchEngine(policy()), 6, store.publications) == {}
-    )
+    assert proving.prove_start(off, NativeSampler(policy(3)), TorchEngine(policy()), 6, store) == {}
 
 
 def test_a_stage_whose_worker_computes_with_something_else_does_not_go_on(tmp_path):
     given = context(tmp_path)
-    log = RolloutStore(given.folder.rollouts).publications
+    store = RolloutStore(given.folder.rollouts)
     with pytest.raises(WeightsRefused, match="the worker: version 0: prompt 0, position"):
-        proving.prove_start(given, NativeSampler(policy(3, "fp8")), TorchEngine(policy()), 0, log)
+        proving.prove_start(given, NativeSampler(policy(3, "fp8")), TorchEngine(policy()), 0, store)
     assert not (given.folder.path / proving.PROOFS).exists()
 
 
 def test_a_quantised_sampler_under_an_unquantised_trainer_is_proven_and_its_mismatch_written_down(tmp_path):
     given = context(tmp_path, rollout={"quantization": "fp4_fp8", "max_length": 64})
-    log = RolloutStore(given.folder.rollouts).publications
-    row = proving.prove_start(given, NativeSampler(policy(3, "fp4_fp8")), TorchEngine(policy()), 0, log)[
+    store = RolloutStore(given.folder.rollouts)
+    row = proving.prove_start(given, NativeSampler(policy(3, "fp4_fp8")), TorchEngine(policy()), 0, store)[
         "proof"
     ]
     assert row["quantization"] == ["off", "fp4_fp8"]
     assert row["mismatch_max"] > 1e-3 and row["mismatch_mean"] > 1e-4
-    assert log.trace(0).quantization == "fp4_fp8"
+    assert store.publications.trace(0).quantization == "fp4_fp8"
 
 
 def test_samples_of_another_model_than_the_trained_one_are_refused_unless_they_are_measured(tmp_path):
@@ -146,7 +144,9 @@ def proven_cut(ranks, root, kind, quantization):
     given = context(root, engine={"quantization": quantization, "device": "cpu", "threads": 1})
     engine = cut_engine(kind, quantization, ranks)
     sampler = NativeSampler(policy(3, quantization)) if ranks.is_first else None
-    found = proving.prove_start(given, sampler, engine, 6, RolloutStore(given.folder.rollouts).publications)
+    store = RolloutStore(given.folder.rollouts)
+    found = proving.prove_start(given, sampler, engine, 6, store)
+    assert ("publications" in vars(store)) == ranks.is_first  # the others leave its files alone
     return found["proof"], {n: t.numpy() for n, t in (engine.gather_weights() or {}).items()}
 
 
@@ -159,9 +159,9 @@ def test_a_model_cut_over_ranks_proves_what_a_whole_one_does_and_keeps_its_weigh
     (proof, weights), (other, nothing) = on_ranks(2, proven_cut, *cut, folder=tmp_path)
     assert proof == other and not nothing
     given = context(tmp_path / "whole", engine={"quantization": quantization, "device": "cpu", "threads": 1})
-    log = RolloutStore(given.folder.rollouts).publications
+    store = RolloutStore(given.folder.rollouts)
     sampler, engine = NativeSampler(policy(3, quantization)), TorchEngine(policy(quantization=quantization))
-    whole = proving.prove_start(given, sampler, engine, 6, log)
+    whole = proving.prove_start(given, sampler, engine, 6, store)
     assert proof == whole["proof"] and proof["num_tokens"] > 0
     assert all(
         np.array_equal(weights[name], tensor.numpy()) for name, tensor in to_official(policy()).items()
@@ -172,8 +172,8 @@ def test_a_model_cut_over_ranks_proves_what_a_whole_one_does_and_keeps_its_weigh
 def fooled_cut(ranks, root):
     given = context(root)
     sampler = NativeSampler(policy(3, "fp8")) if ranks.is_first else None
-    log = RolloutStore(given.folder.rollouts).publications
-    proving.prove_start(given, sampler, cut_engine("fsdp", "off", ranks), 0, log)
+    store = RolloutStore(given.folder.rollouts)
+    proving.prove_start(given, sampler, cut_engine("fsdp", "off", ranks), 0, store)
 
 
 @pytest.mark.slow
