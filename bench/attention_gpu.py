@@ -41,6 +41,7 @@ from consilience.model.kernels import (
     triton_attention_backward,
     triton_attention_gluon,
     triton_attention_keys,
+    triton_attention_parts_gluon,
 )
 from consilience.model.kernels.attention_keys import Keys
 from consilience.model.kernels.attention_problem import Problem, problem_of
@@ -123,7 +124,7 @@ def choose(arm: str) -> None:
 
 
 def serves(arm: str, call: Call) -> bool:
-    return arm == "triton" or triton_attention_gluon.is_available(problem(call))
+    return arm == "triton" or triton_attention_parts_gluon.is_available(problem(call))
 
 
 def forward(arm: str, given: Problem) -> tuple[Tensor, Tensor]:

@@ -28,9 +28,9 @@ def _forward(query: Tensor, keys: Keys, sink: Tensor, scale: float) -> tuple[Ten
 
     problem = problem_of(query, keys, sink, scale)
     if attention_problem.HAND_PLACED:
-        from consilience.model.kernels import triton_attention_gluon
+        from consilience.model.kernels import triton_attention_gluon, triton_attention_parts_gluon
 
-        if triton_attention_gluon.is_available(problem):
+        if triton_attention_parts_gluon.is_available(problem):
             return triton_attention_gluon.forward(problem)
     return triton_attention.forward(problem)
 

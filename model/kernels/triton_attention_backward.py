@@ -228,9 +228,9 @@ def _chunks(problem: Problem, budget: int) -> Iterator[tuple[int, int]]:
 
 
 def _is_by_hand(problem: Problem) -> bool:
-    from consilience.model.kernels import triton_attention_gluon
+    from consilience.model.kernels.triton_attention_parts_gluon import is_available
 
-    return triton_attention_gluon.is_available(problem)
+    return is_available(problem)
 
 
 def _weigh(

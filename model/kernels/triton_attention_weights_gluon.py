@@ -26,12 +26,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from consilience.model.kernels.attention_problem import Problem
-from consilience.model.kernels.triton_attention_gluon import (
+from consilience.model.kernels.triton_attention_parts_gluon import (
     COPIED,
     HEADS,
     LENGTHS,
@@ -39,10 +40,9 @@ from consilience.model.kernels.triton_attention_gluon import (
     NONE,
     WARPS,
     WIDTH,
-    _copy_keys,
-    _copy_query,
-    _seen,
+    bounds_of,
     chip_of,
+    copy_keys,
     flat,
     tensors_of,
 )
@@ -72,6 +72,12 @@ PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 32, 16
 LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
 # [key, P or dS, head]: a warp writes two keys' 256 bytes.
 STORED = gl.constexpr(gl.BlockedLayout([1, 1, 8], [2, 2, 8], [WARPS, 1, 1], [2, 1, 0]))
+
+
+@gluon.jit
+def _copy_query(buffer, query, block, is_full):
+    mbarrier.expect(is_full, HEADS * WIDTH * 2)
+    tma.async_copy_global_to_shared(query, [block * HEADS, 0], is_full, buffer)
 
 
 @gluon.jit
@@ -139,6 +145,48 @@ def _rows_ahead(
     return rows, is_far, is_next
 
 
+@gluon.jit
+def _weigh_two(
+    stacked, ring, turn, window, entries, bottom, delta, own_near, own_far, index, tiles, near_tiles,
+    window_start, next_start, low, begin, count, size, batch, next_batch, num_window, num_entries, num_far,
+    factor, scale, padded, MODE: gl.constexpr,
+):  # fmt: skip
+    """P and dS of two tiles written; those four further are copied over them."""
+    row = gl.arange(0, TILE, layout=gl.SliceLayout(1, COPIED))
+    async_copy.wait_group(RING - 2)
+    fence_async_shared()
+    even = _multiply(stacked, ring.index(turn))
+    odd = _multiply(stacked, ring.index(turn + 1))
+    rows, is_far, is_next = _rows_ahead(
+        index + RING, tiles, near_tiles, row, window_start, next_start, begin, num_window,
+        num_entries, MODE,
+    )  # fmt: skip
+    more, is_far_more, is_next_more = _rows_ahead(
+        index + 1 + RING, tiles, near_tiles, row, window_start, next_start, begin, num_window,
+        num_entries, MODE,
+    )  # fmt: skip
+    product = warpgroup_mma_wait(1, deps=(even,))
+    gl.thread_barrier()
+    copy_keys(
+        ring.index(turn), window, entries, rows, is_far, gl.where(is_next, next_batch, batch),
+        num_window, num_entries,
+    )  # fmt: skip
+    _store(
+        product, index, bottom, delta, own_near, own_far, low, count, window_start,
+        near_tiles, num_far, size, factor, scale, padded, MODE,
+    )  # fmt: skip
+    product = warpgroup_mma_wait(0, deps=(odd,))
+    gl.thread_barrier()
+    copy_keys(
+        ring.index(turn + 1), window, entries, more, is_far_more,
+        gl.where(is_next_more, next_batch, batch), num_window, num_entries,
+    )  # fmt: skip
+    _store(
+        product, index + 1, bottom, delta, own_near, own_far, low, count, window_start,
+        near_tiles, num_far, size, factor, scale, padded, MODE,
+    )  # fmt: skip
+
+
 # Heads' padding stays special: a multiple of 16 lets stores be wide.
 @gluon.jit(do_not_specialize=[*LENGTHS, "size", "start", "end", "num_far", "num_blocks"])
 def _weigh(
@@ -163,19 +211,19 @@ def _weigh(
     block = num_blocks - 1 - gl.program_id(0)
     batch, token = block // num_shares // (end - start), start + block // num_shares % (end - start)
     at = (batch * num_queries + token) * num_shares + block % num_shares
-    low, begin, count = _seen(at, oldest, first, stop, num_queries, num_picks, num_shares, MODE)
+    low, begin, count = bounds_of(at, oldest, first, stop, num_queries, num_picks, num_shares, MODE)
     _copy_query(staging, query, at, is_full)
     for tile in gl.static_range(RING):
         rows = token + (offset + 1 - size) + tile * TILE + row
         rows = gl.minimum(gl.maximum(rows, 0), num_window - 1)
-        _copy_keys(ring.index(tile), window, entries, rows, False, batch, num_window, num_entries)
+        copy_keys(ring.index(tile), window, entries, rows, False, batch, num_window, num_entries)
     turn, phase = 0, 0
     for _ in range(gl.program_id(0), num_blocks, gl.num_programs(0)):
         following = gl.maximum(block - gl.num_programs(0), 0)
         next_batch = following // num_shares // (end - start)
         next_token = start + following // num_shares % (end - start)
         next_at = (next_batch * num_queries + next_token) * num_shares + following % num_shares
-        next_low, next_begin, next_count = _seen(
+        next_low, next_begin, next_count = bounds_of(
             next_at, oldest, first, stop, num_queries, num_picks, num_shares, MODE
         )
         # Q, dO and O of this query.
@@ -208,37 +256,10 @@ def _weigh(
         # The weights of an entry lie at its column.
         own_far += begin.to(gl.int64) * (2 * padded)
         for index in range(0, tiles, 2):
-            async_copy.wait_group(RING - 2)
-            fence_async_shared()
-            even = _multiply(stacked, ring.index(turn))
-            odd = _multiply(stacked, ring.index(turn + 1))
-            rows, is_far, is_next = _rows_ahead(
-                index + RING, tiles, near_tiles, row, window_start, next_start, begin, num_window,
-                num_entries, MODE,
-            )  # fmt: skip
-            more, is_far_more, is_next_more = _rows_ahead(
-                index + 1 + RING, tiles, near_tiles, row, window_start, next_start, begin, num_window,
-                num_entries, MODE,
-            )  # fmt: skip
-            product = warpgroup_mma_wait(1, deps=(even,))
-            gl.thread_barrier()
-            _copy_keys(
-                ring.index(turn), window, entries, rows, is_far, gl.where(is_next, next_batch, batch),
-                num_window, num_entries,
-            )  # fmt: skip
-            _store(
-                product, index, bottom, delta, own_near, own_far, low, count, window_start,
-                near_tiles, num_far, size, factor, scale, padded, MODE,
-            )  # fmt: skip
-            product = warpgroup_mma_wait(0, deps=(odd,))
-            gl.thread_barrier()
-            _copy_keys(
-                ring.index(turn + 1), window, entries, more, is_far_more,
-                gl.where(is_next_more, next_batch, batch), num_window, num_entries,
-            )  # fmt: skip
-            _store(
-                product, index + 1, bottom, delta, own_near, own_far, low, count, window_start,
-                near_tiles, num_far, size, factor, scale, padded, MODE,
+            _weigh_two(
+                stacked, ring, turn, window, entries, bottom, delta, own_near, own_far, index, tiles,
+                near_tiles, window_start, next_start, low, begin, count, size, batch, next_batch, num_window,
+                num_entries, num_far, factor, scale, padded, MODE,
             )  # fmt: skip
             turn = RING - 2 - turn
         block, token, batch, at = following, next_token, next_batch, next_at
@@ -255,7 +276,7 @@ def weigh(
     rows, _, num_heads, _ = problem.query.shape
     num_blocks = rows * (end - begin) * (num_heads // HEADS.value)
     _weigh[(min(num_blocks, chip_of(grad).multi_processor_count),)](
-        *tensors_of(problem), flat(grad), *results, d_sink, *weights, problem.scale,
+        flat(problem.query), *tensors_of(problem), flat(grad), *results, d_sink, *weights, problem.scale,
         *problem.lengths, problem.size, begin, end, weights[1].shape[2], num_blocks, weights[0].shape[4],
         MODE=problem.mode, num_warps=WARPS,
     )  # fmt: skip

@@ -12,7 +12,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from consilience.model.kernels.triton_attention_gluon import GATHER, HEADS, NONE, TILE, WIDTH, _seen
+from consilience.model.kernels.triton_attention_parts_gluon import (
+    GATHER,
+    HEADS,
+    NONE,
+    TILE,
+    WIDTH,
+    bounds_of,
+)
 
 ADDER_WARPS = gl.constexpr(4)
 CHUNK = gl.constexpr(64)  # channels of a tile's gradients at a time
@@ -29,7 +36,6 @@ ADDED = gl.constexpr(
 )
 LISTED = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [ADDER_WARPS.value, 1], [1, 0]))
 WINDOW = gl.constexpr(32)  # blocks of which one is measured
-NOWHERE = gl.constexpr(-1073741824)  # an offset that stays negative for all channels of a row
 
 
 @gluon.jit
@@ -64,13 +70,14 @@ def _largest(part):
 
 
 @gluon.jit
-def _multiply(p_buffer, s_buffer, grads, queries, chunk):
-    """Pᵀ dO + dSᵀ Q of a chunk of channels, begun."""
+def _multiply(p_buffer, s_buffer, grads, queries, part_index):
+    """Pᵀ dO + dSᵀ Q of 64 channels."""
     part = warpgroup_mma(
-        p_buffer.permute([1, 0]), grads.index(chunk),
+        p_buffer.permute([1, 0]), grads.index(part_index),
         gl.zeros([TILE, CHUNK], gl.float32, PART), use_acc=False, is_async=True,
     )  # fmt: skip
-    return warpgroup_mma(s_buffer.permute([1, 0]), queries.index(chunk), part, is_async=True)
+    part = warpgroup_mma(s_buffer.permute([1, 0]), queries.index(part_index), part, is_async=True)
+    return warpgroup_mma_wait(0, deps=(part,))
 
 
 @gluon.jit
@@ -81,17 +88,32 @@ def _whole(x, scale):
 
 
 @gluon.jit
-def _add(part, target, offsets, scale):
-    """Add part [TILE, CHUNK] · scale, as integers, to the target's rows at `offsets`; none at NOWHERE."""
-    pairs = part.reshape([TILE, CHUNK // 2, 2])
-    low, high = gl.split(pairs)
+def _add(part, sums, offsets, scale):
+    """Add part [TILE, CHUNK] · scale, as integers, to pairs of channels from each key's offset on."""
+    low, high = gl.split(part.reshape([TILE, CHUNK // 2, 2]))
     low, high = _whole(low, scale), _whole(high, scale)
-    both = (high.to(gl.int64) << 32) + low.to(gl.int64)
-    both = gl.convert_layout(both, ADDED)
+    both = gl.convert_layout((high.to(gl.int64) << 32) + low.to(gl.int64), ADDED)
     column = gl.arange(0, CHUNK // 2, layout=gl.SliceLayout(0, ADDED))
-    gl.atomic_add(
-        target + (offsets[:, None] + column[None, :]), both, mask=(offsets >= 0)[:, None], sem="relaxed"
+    gl.atomic_add(sums + (offsets[:, None] + column[None, :]), both, sem="relaxed")
+
+
+@gluon.jit
+def _rows_of(
+    index, near_tiles, window_start, begin, count, own_picks, num_window, num_entries, MODE: gl.constexpr
+):
+    """Whether tile `index` is of entries, and rows of its keys; some row for those that are not seen."""
+    is_far = index >= near_tiles
+    slot = gl.where(is_far, index - near_tiles, index) * TILE + gl.arange(
+        0, TILE, layout=gl.SliceLayout(1, ADDED)
     )
+    rows = gl.minimum(gl.maximum(window_start + slot, 0), num_window - 1)
+    if MODE != NONE:
+        far = gl.minimum(begin + slot, num_entries - 1)
+        if MODE == GATHER:
+            far = gl.load(own_picks + 2 * slot, mask=(slot < count) & is_far, other=-1)
+            far = gl.where(far < 0, gl.minimum(slot, num_entries - 1), far)
+        rows = gl.where(is_far, far, rows)
+    return is_far, rows
 
 
 @gluon.jit
@@ -102,13 +124,11 @@ def add_tiles(
     first_block, end_block, num_indices,
     MODE: gl.constexpr, MEASURES: gl.constexpr,
 ):  # fmt: skip
-    """All tiles of a program's queries: multiplied, added, their largest parts noted.
+    """Adds all tiles of a program's queries; measuring, only finds their largest part.
 
-    queries, grads  the query's Q and dO as chunks [WIDTH / CHUNK, HEADS, CHUNK]; told by `is_released` when
-                    they may be overwritten
-    p_buffers, s_buffers  P and dS of two tiles: told when full, tells when empty
+    queries, grads [8, 64 heads, 64 channels]: each is given back with is_released after a query's last tile.
+    p_buffers, s_buffers [2, 64 heads, 64 keys]: P and dS of a tile, in turns, with is_full and is_empty.
     """
-    added = gl.arange(0, TILE, layout=gl.SliceLayout(1, ADDED))
     num_shares = num_heads // HEADS
     near_tiles = gl.cdiv(size, TILE)
     near_scale, far_scale = gl.load(scales), gl.load(scales + 1)
@@ -121,47 +141,38 @@ def add_tiles(
             MODE, MEASURES, LISTED,
         )  # fmt: skip
         token, batch = block // num_shares % num_queries, block // num_shares // num_queries
-        low, begin, count = _seen(block, oldest, first, stop, num_queries, num_picks, num_shares, MODE)
+        _, begin, count = bounds_of(block, oldest, first, stop, num_queries, num_picks, num_shares, MODE)
         tiles = near_tiles
         if MODE != NONE:
             tiles += gl.cdiv(count, TILE)
-        window_start = token + (offset + 1 - size)
         own_picks = picks + (block // num_shares).to(gl.int64) * (2 * num_picks)
         mbarrier.wait(is_loaded, phase)
         phase = 1 - phase
         for index in range(tiles):
-            is_far = index >= near_tiles
-            goal = gl.where(is_far, (index - near_tiles) * TILE, index * TILE) + added
-            goes = (window_start + goal >= low) & (goal < size)
-            target_row = gl.maximum(window_start + goal, 0)
+            is_far, rows = _rows_of(
+                index, near_tiles, token + (offset + 1 - size), begin, count, own_picks, num_window,
+                num_entries, MODE,
+            )  # fmt: skip
             sums = near_sums + batch.to(gl.int64) * num_window * (WIDTH // 2)
-            factor = near_scale
+            scale = near_scale
             if MODE != NONE:
-                goes_far = goal < count
-                far_row = begin + goal
-                if MODE == GATHER:
-                    far_row = gl.load(own_picks + 2 * goal, mask=goes_far & is_far, other=-1)
-                    goes_far = far_row >= 0
-                goes = (goes & (index < near_tiles)) | (goes_far & is_far)
-                target_row = gl.where(is_far, far_row, target_row)
                 sums = gl.where(is_far, far_sums + batch.to(gl.int64) * num_entries * (WIDTH // 2), sums)
-                factor = gl.where(is_far, far_scale, near_scale)
+                scale = gl.where(is_far, far_scale, near_scale)
+            offsets = rows * (WIDTH // 2)
             slot = done % 2
-            p_buffer, s_buffer = p_buffers.index(slot), s_buffers.index(slot)
             mbarrier.wait(is_full.index(slot), done // 2 % 2)
-            offsets = gl.where(goes, target_row * (WIDTH // 2), NOWHERE)
             top = _largest(gl.zeros([TILE, CHUNK], gl.float32, PART))
-            for chunk in range(WIDTH // CHUNK):
-                part = _multiply(p_buffer, s_buffer, grads, queries, chunk)
-                part = warpgroup_mma_wait(0, deps=(part,))
-                gl.thread_barrier()
-                is_last = chunk + 1 == WIDTH // CHUNK
-                mbarrier.arrive(is_empty.index(slot), count=1, pred=is_last)
-                mbarrier.arrive(is_released, count=1, pred=is_last & (index + 1 == tiles))
+            for part_index in range(WIDTH // CHUNK):
+                part = _multiply(p_buffers.index(slot), s_buffers.index(slot), grads, queries, part_index)
+                if index + 1 == tiles:
+                    gl.thread_barrier()
+                    mbarrier.arrive(is_released.index(part_index), count=1)
                 top = gl.maximum(top, _largest(part))
                 if not MEASURES:
-                    _add(part, sums, offsets, factor)
+                    _add(part, sums, offsets, scale)
                     offsets += CHUNK // 2
+            gl.thread_barrier()
+            mbarrier.arrive(is_empty.index(slot), count=1)
             far_top = gl.where(is_far, gl.maximum(far_top, top), far_top)
             near_top = gl.where(is_far, near_top, gl.maximum(near_top, top))
             done += 1

@@ -31,6 +31,7 @@ from consilience.model.number_formats import E2M1, E4M3, FP4_BLOCK, MiniFloat
 FAKE = {"values": 4096, "num_warps": 4}
 INDEX = {"values": 2048, "num_warps": 4}
 CODES = {"num_warps": 8, "maxnreg": 128}  # two programs an SM
+TURNED = {"WIDE": 64, "num_warps": 4, "maxnreg": 128}  # four programs an SM
 SIDE = 128  # of a tile of weights, and of a block of a GEMM's input
 
 
@@ -176,19 +177,18 @@ def _turned_codes(v, scale, inverse, FORMAT: tl.constexpr):
 @triton.jit
 def write_codes(
     v, codes, scales, turned, turned_scales, r, c, num_columns, padded_rows,
-    FORMAT: tl.constexpr, HAS_CODES: tl.constexpr, HAS_TURNED: tl.constexpr,
+    FORMAT: tl.constexpr, HAS_TURNED: tl.constexpr,
 ):  # fmt: skip
     """A 128 × 128 tile v, fp32, of this program: codes in blocks along rows and, turned, along columns.
 
     r, c its rows and columns; program axes 1 and 0 count tiles down and across.
     """
     size = _magnitude(v)
-    if HAS_CODES:
-        amax = tl.max(size, 1)
-        scale, inverse = _inverse(_scale_bits(amax, FORMAT), amax)
-        q = (v * inverse[:, None]).to(tl.float8e4nv)
-        tl.store(codes + r[:, None] * num_columns + c[None, :], q)
-        tl.store(scales + tl.program_id(0) * padded_rows + r, scale)
+    amax = tl.max(size, 1)
+    scale, inverse = _inverse(_scale_bits(amax, FORMAT), amax)
+    q = (v * inverse[:, None]).to(tl.float8e4nv)
+    tl.store(codes + r[:, None] * num_columns + c[None, :], q)
+    tl.store(scales + tl.program_id(0) * padded_rows + r, scale)
     if HAS_TURNED:
         amax = tl.max(size, 0)
         bits = _scale_bits(amax, FORMAT)
@@ -198,20 +198,81 @@ def write_codes(
         tl.store(turned_scales + tl.program_id(1) * num_columns + c, scale)
 
 
+@triton.jit
+def _largest(v, AXIS: tl.constexpr):
+    """Bits of the largest magnitudes along an axis, as of float32; bfloat16 is not made wider for that."""
+    if v.dtype == tl.bfloat16:
+        amax = tl.max((v.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32), AXIS) << 16
+    else:
+        amax = tl.max(_magnitude(v.to(tl.float32)), AXIS)
+    return amax
+
+
+@triton.jit
+def columns_of(HALF: tl.constexpr, SIDE: tl.constexpr):
+    """Columns of a half of this program's tile."""
+    return tl.program_id(0).to(tl.int64) * SIDE + HALF * (SIDE // 2) + tl.arange(0, SIDE // 2)
+
+
+@triton.jit
+def write_codes_by_halves(
+    left, right, codes, scales, turned, turned_scales, num_columns, padded_rows,
+    FORMAT: tl.constexpr, HAS_CODES: tl.constexpr, HAS_TURNED: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """`write_codes` of a tile in two halves of its columns, which stay as narrow as they come until they are
+    coded, one after the other: for a kernel that holds more than one tile."""
+    r = tl.program_id(1).to(tl.int64) * SIDE + tl.arange(0, SIDE)
+    if HAS_CODES:
+        amax = tl.maximum(_largest(left, 1), _largest(right, 1))
+        scale, inverse = _inverse(_scale_bits(amax, FORMAT), amax)
+        tl.store(scales + tl.program_id(0) * padded_rows + r, scale)
+    for half in tl.static_range(2):
+        narrow = right if half else left
+        v, c = narrow.to(tl.float32), columns_of(half, SIDE)
+        if HAS_CODES:
+            tl.store(codes + r[:, None] * num_columns + c[None, :], (v * inverse[:, None]).to(tl.float8e4nv))
+        if HAS_TURNED:
+            top = _largest(narrow, 0)
+            bits = _scale_bits(top, FORMAT)
+            turned_scale, turned_inverse = _inverse(bits, top)
+            q = _turned_codes(v, bits[None, :], turned_inverse[None, :], FORMAT)
+            tl.store(turned + c[:, None] * padded_rows + r[None, :], q)
+            tl.store(turned_scales + tl.program_id(1) * num_columns + c, turned_scale)
+
+
 # A single row would be a constant, its tile's other rows zeros at compile time, and ptxas 12.8 converts these
 # into a register with a half that was never written.
 @triton.jit(do_not_specialize=["num_rows"])
 def _codes(
     x, codes, scales, turned, turned_scales, num_rows, num_columns, padded_rows,
-    FORMAT: tl.constexpr, HAS_CODES: tl.constexpr, HAS_TURNED: tl.constexpr, SIDE: tl.constexpr,
+    FORMAT: tl.constexpr, HAS_TURNED: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(1).to(tl.int64) * SIDE + tl.arange(0, SIDE)
     c = tl.program_id(0).to(tl.int64) * SIDE + tl.arange(0, SIDE)
     at, here = r[:, None] * num_columns + c[None, :], (r < num_rows)[:, None]
     v = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
-    write_codes(
-        v, codes, scales, turned, turned_scales, r, c, num_columns, padded_rows, FORMAT, HAS_CODES, HAS_TURNED
+    write_codes(v, codes, scales, turned, turned_scales, r, c, num_columns, padded_rows, FORMAT, HAS_TURNED)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _turned(
+    x, turned, turned_scales, num_rows, num_columns, padded_rows,
+    FORMAT: tl.constexpr, SIDE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Turned codes alone, from tiles of 128 rows × WIDE columns: a scale belongs to 128 rows of a column."""
+    r = tl.program_id(1).to(tl.int64) * SIDE + tl.arange(0, SIDE)
+    c = tl.program_id(0).to(tl.int64) * WIDE + tl.arange(0, WIDE)
+    v = tl.load(x + r[:, None] * num_columns + c[None, :], mask=(r < num_rows)[:, None], other=0.0).to(
+        tl.float32
     )
+    amax = tl.max(_magnitude(v), 0)
+    bits = _scale_bits(amax, FORMAT)
+    scale, inverse = _inverse(bits, amax)
+    tl.store(
+        turned + c[:, None] * padded_rows + r[None, :],
+        _turned_codes(v, bits[None, :], inverse[None, :], FORMAT),
+    )
+    tl.store(turned_scales + tl.program_id(1) * num_columns + c, scale)
 
 
 @triton.jit
@@ -265,11 +326,16 @@ def encode_rows(x: Tensor, *, has_codes: bool = True, has_turned: bool = True) -
     """
     num_rows, width = x.shape
     x, made = x.contiguous(), room_for_codes(x, has_codes=has_codes, has_turned=has_turned)
-    if num_rows:
-        _codes[width // SIDE, triton.cdiv(num_rows, SIDE)](
-            x, *made, num_rows, width, triton.cdiv(num_rows, SIDE) * SIDE, FORMAT=NUMBERS[E4M3],
-            HAS_CODES=has_codes, HAS_TURNED=has_turned, SIDE=SIDE, **CODES,
+    tall = triton.cdiv(num_rows, SIDE)
+    if num_rows and has_codes:
+        _codes[width // SIDE, tall](
+            x, *made, num_rows, width, tall * SIDE,
+            FORMAT=NUMBERS[E4M3], HAS_TURNED=has_turned, SIDE=SIDE, **CODES,
         )  # fmt: skip
+    elif num_rows and has_turned:
+        _turned[width // TURNED["WIDE"], tall](
+            x, *made[2:], num_rows, width, tall * SIDE, FORMAT=NUMBERS[E4M3], SIDE=SIDE, **TURNED
+        )
     return made
 
 

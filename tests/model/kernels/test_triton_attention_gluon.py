@@ -31,9 +31,10 @@ class Emulated:
 
 @pytest.fixture
 def modules(monkeypatch):
-    """The three modules; three programs share the work where there is no GPU."""
+    """Forward, weights, backward and their parts; three programs share the work where there is no GPU."""
     from consilience.model.kernels import triton_attention_backward_gluon as backward
     from consilience.model.kernels import triton_attention_gluon as forward
+    from consilience.model.kernels import triton_attention_parts_gluon as parts
     from consilience.model.kernels import triton_attention_weights_gluon as weights
 
     if not HAS_HOPPER:
@@ -41,10 +42,10 @@ def modules(monkeypatch):
         monkeypatch.setattr(weights, "_weigh", Emulated(weights._weigh))
         monkeypatch.setattr(backward, "_backward", Emulated(backward._backward))
         chip = types.SimpleNamespace(major=9, multi_processor_count=3)
-        for module in (forward, weights, backward):
+        for module in (forward, weights, backward, parts):
             monkeypatch.setattr(module, "chip_of", lambda x: chip)
             monkeypatch.setattr(module, "flat", lambda x, width=512: Descriptor(x.view(-1, 512), [64, width]))
-    return forward, weights, backward
+    return forward, weights, backward, parts
 
 
 def make(
@@ -123,7 +124,7 @@ KINDS = ["window", "range", "picks"]
 @pytest.mark.parametrize(("heads", "size", "offset"), [(64, 128, 0), (128, 100, 130)])
 def test_forward_equals_dense_attention(kind, heads, size, offset, modules):
     problem = make(kind, heads=heads, size=size, offset=offset)
-    assert modules[0].is_available(problem)
+    assert modules[3].is_available(problem)
     out, denominator = modules[0].forward(problem)
     wanted, full, _ = solve(problem)
     assert out.dtype == torch.bfloat16 and error(out, wanted) < ROUNDING
@@ -236,7 +237,7 @@ def test_sums_of_parts_that_were_not_finite_are_not_a_number(modules):
 
 
 def test_other_shapes_stay_with_the_plain_kernels(modules):
-    is_available = modules[0].is_available
+    is_available = modules[3].is_available
     problem = make("range")
     assert problem.mode == RANGE and is_available(problem)
     mask = torch.zeros(2, 5, 150, dtype=torch.uint8)
