@@ -71,8 +71,9 @@ def _multiply(q_buffers, k_buffers, zero, SIDE: gl.constexpr):
 
 
 @gluon.jit
-def _is_seen(tile, near_tiles, window_start, low, count, size, own_picks, MODE: gl.constexpr):
+def _is_seen(tile, place, MODE: gl.constexpr):
     """Which keys of a tile its query sees."""
+    near_tiles, window_start, low, count, size, own_picks = place
     slot = tile * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(0, LOGITS))
     seen = (window_start + slot >= low) & (slot < size)
     if MODE != NONE:
@@ -104,17 +105,17 @@ def _add_other(
 
 @gluon.jit
 def _add_pair(
-    q_buffers, k_buffers, p_buffers, tops, q_empty, k_full, k_empty, p_full, own_picks, top, sums, acc,
-    pair, done, near_tiles, window_start, low, count, size, factor, is_last,
-    MODE: gl.constexpr, SIDE: gl.constexpr,
+    q_buffers, k_buffers, p_buffers, tops, q_empty, k_full, k_empty, p_full, top, sums, acc,
+    pair, done, place, factor, is_last, IS_SEEN: gl.constexpr, MODE: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
-    """Two tiles, of which a side makes the probabilities of one: (top, sums, acc)."""
+    """Two tiles, of which a side makes the probabilities of one: (top, sums, acc). Which keys are seen says
+    IS_SEEN(tile, place, MODE)."""
     parity = done % 2
     # Zero, unseen by the compiler, which would keep the products' addresses in registers.
     zero = done >> 31
     mbarrier.wait(k_full.index(SIDE), parity)
     product = _multiply(q_buffers, k_buffers, zero, SIDE)
-    seen = _is_seen(2 * pair + SIDE, near_tiles, window_start, low, count, size, own_picks, MODE)
+    seen = IS_SEEN(2 * pair + SIDE, place, MODE)
     if SIDE == 1:
         top, sums, acc = _add_other(p_buffers, k_buffers, tops, p_full, top, sums, acc, zero, parity, 0, 1)
         logits = warpgroup_mma_wait(1, deps=(product,))
@@ -174,6 +175,7 @@ def _attend(
         own = block // num_shares * num_heads + block % num_shares * HEADS
         window_start = token + (offset + 1 - size)
         own_picks = picks + (block // num_shares).to(gl.int64) * (2 * num_picks)
+        place = (near_tiles, window_start, low, count, size, own_picks)
         sink_logit = gl.load(sink + block % num_shares * HEADS + head).to(gl.float32) * LOG2_E
         top = sink_logit
         sums = _sum_own(gl.zeros([HEADS, TILE], gl.float32, LOGITS))
@@ -182,9 +184,8 @@ def _attend(
         phase = 1 - phase
         for pair in range(pairs):
             top, sums, acc = _add_pair(
-                q_buffers, k_buffers, p_buffers, tops, q_empty, k_full, k_empty, p_full, own_picks,
-                top, sums, acc, pair, done, near_tiles, window_start, low, count, size, factor,
-                pair + 1 == pairs, MODE, SIDE,
+                q_buffers, k_buffers, p_buffers, tops, q_empty, k_full, k_empty, p_full, top, sums, acc,
+                pair, done, place, factor, pair + 1 == pairs, _is_seen, MODE, SIDE,
             )  # fmt: skip
             done += 1
         part = gl.convert_layout(gl.sum(sums, 1), gl.SliceLayout(1, LOGITS))

@@ -22,11 +22,16 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _stretch(position, size, ratio, num_picks, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Window keys and all keys of a query at `position`, and the keys of one stretch, whole tiles."""
+def _stretch(
+    position, size, ratio, num_picks, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, PADS: tl.constexpr
+):
+    """Window keys and all keys of a query at `position`, and the keys of one stretch, whole tiles. PADS:
+    entries begin with a tile of their own."""
     near = tl.minimum(position + 1, size)
-    far = tl.minimum((position + 1) // ratio, num_picks)
-    return near, near + far, tl.cdiv(tl.cdiv(near + far, SPLITS), BLOCK_N) * BLOCK_N
+    total = tl.minimum((position + 1) // ratio, num_picks) + (
+        tl.cdiv(near, BLOCK_N) * BLOCK_N if PADS else near
+    )
+    return near, total, tl.cdiv(tl.cdiv(total, SPLITS), BLOCK_N) * BLOCK_N
 
 
 @triton.jit
@@ -39,7 +44,7 @@ def _attend(
     number, split = tl.program_id(0), tl.program_id(1)
     row = number // num_tokens
     here = tl.load(position + number).to(tl.int32)
-    near, total, each = _stretch(here, size, ratio, num_picks, SPLITS, BLOCK_N)
+    near, total, each = _stretch(here, size, ratio, num_picks, SPLITS, BLOCK_N, False)
     begin = split * each
     stop = tl.minimum(begin + each, total)
     if begin >= stop:
@@ -95,11 +100,11 @@ def _attend(
 def _combine_splits(
     partial, stats, position, sink, out, num_heads, width, size, ratio, num_picks,
     SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, PADS: tl.constexpr,
 ):  # fmt: skip
     number, head = tl.program_id(0), tl.program_id(1)
     here = tl.load(position + number).to(tl.int32)
-    _, total, each = _stretch(here, size, ratio, num_picks, SPLITS, BLOCK_N)
+    _, total, each = _stretch(here, size, ratio, num_picks, SPLITS, BLOCK_N, PADS)
     used = tl.cdiv(total, each)
     split = tl.arange(0, BLOCK_S)
     first = number * SPLITS * num_heads + head
@@ -182,6 +187,7 @@ def attend(
         _combine_splits[(numbers, num_heads, triton.cdiv(width, columns))](
             partial, stats, position, sink, out, num_heads, width, size, ratio, num_picks,
             SPLITS=num_splits, BLOCK_S=triton.next_power_of_2(num_splits), BLOCK_N=block_n, BLOCK_C=columns,
-            TILE=min(COMBINE["splits"], triton.next_power_of_2(num_splits)), num_warps=COMBINE["num_warps"],
+            TILE=min(COMBINE["splits"], triton.next_power_of_2(num_splits)), PADS=False,
+            num_warps=COMBINE["num_warps"],
         )  # fmt: skip
     return out
