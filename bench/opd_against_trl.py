@@ -285,6 +285,8 @@ def main() -> None:
     if not (given.trl / "trl").is_dir():
         print(f"no TRL in {given.trl}: the first line of `{Path(__file__).name} --help` installs it")
         return
+    if given.folder:
+        given.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         compare(given, Path(folder))
 
