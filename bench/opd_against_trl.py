@@ -92,6 +92,7 @@ def trl(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """TRL's trainer over transformers' twins of our checkpoints."""
     sys.path.insert(0, str(ROOT / "tests" / "model"))
     from datasets import Dataset
+    from datasets.table import InMemoryTable
     from opd_step import SIZES, peak, random_prompts, reset_peak
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -164,12 +165,15 @@ def trl(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         save_strategy="no",
         disable_tqdm=True,
     )
+    # Without a fingerprint its bytes are hashed by dill, which takes all of pyarrow along where that is
+    # installed in a folder that is neither Python's nor called site-packages, and cannot.
+    numbers = InMemoryTable.from_pydict({"prompt": [str(i) for i in range(num)]})
     clock = Clock()
     trainer = Trainer(
         twin("t00").train(),
         twin("t01"),
         settings,
-        train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(num)]}),
+        train_dataset=Dataset(numbers, fingerprint="numbers"),
         processing_class=tokenizer,
         callbacks=[clock],
     )
@@ -285,6 +289,8 @@ def main() -> None:
     if not (given.trl / "trl").is_dir():
         print(f"no TRL in {given.trl}: the first line of `{Path(__file__).name} --help` installs it")
         return
+    if given.folder:
+        given.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         compare(given, Path(folder))
 

@@ -276,6 +276,8 @@ def main() -> None:
         found = measure(preset, torch.device(given.device), given.folder, given.arm, given.rounds)
         print(json.dumps(found))
         return
+    if given.folder:
+        given.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         compare(given, preset, Path(folder))
 

@@ -112,20 +112,20 @@ def cut_at(record: RolloutRecord, horizon: float) -> RolloutRecord:
     return replace(record, **cut, routing=None, kept=None)
 
 
-def token_factors(record: RolloutRecord, settings: GuardSettings) -> list[float]:
+def token_factors(record: RolloutRecord, settings: GuardSettings) -> np.ndarray:
     """[N] factor of each token's weight, 0 where it was not sampled; the mean over sampled tokens is 1.
 
     So a sample's share of the loss stays what the normalisation says, and only its tokens' shares change.
     """
     mask = np.asarray(record.loss_mask, np.float64)
     if settings.late_weight == 1 and settings.eos_weight == 1:
-        return mask.tolist()
+        return mask
     place = np.cumsum(mask) - 1
     factor = 1 + (settings.late_weight - 1) * place / max(mask.sum() - 1, 1)
     if settings.eos is not None:
         factor[np.asarray(record.token_ids) == settings.eos] *= settings.eos_weight
     factor *= mask
-    return (factor * mask.sum() / factor.sum()).tolist() if mask.any() else mask.tolist()
+    return factor * mask.sum() / factor.sum() if mask.any() else mask
 
 
 def length_share(step: int, settings: GuardSettings) -> float:

@@ -7,7 +7,7 @@ run cuts them as an undisturbed one does, and scores in the same batches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from consilience.distill.samples import by_teacher, score_request
 from consilience.model.ranks import Ranks
 from consilience.rollout.records import RolloutRecord
 from consilience.teachers.hidden_store import HiddenStore
-from consilience.teachers.scheduler import ScoreReport, TeacherScheduler
+from consilience.teachers.scheduler import ScoreReport, ScoreRequest, TeacherScheduler
 from consilience.training.stage_clock import StageClock
 
 NOTHING = ScoreReport({}, (), 0, 0, 0)
@@ -68,10 +68,10 @@ class PhaseScores:
     ) -> None:
         self._scheduler, self._ranks, self._clock = scheduler, ranks, clock
         self._requests = [[score_request(copy) for r in batch for copy in by_teacher(r)] for batch in batches]
-        self._keys = [list(scheduler.keys(own).values()) for own in self._requests]
+        self._keys = [scheduler.keys(own) for own in self._requests]
         # A store that keeps what was used never has room again: all of the phase has to fit.
         budget = None if store.keeps else store.budget_bytes
-        self._firsts = cut_parts([self._sizes(own) for own in self._requests], budget)
+        self._firsts = cut_parts([self._sizes(*own) for own in zip(self._requests, self._keys)], budget)
 
     @property
     def num_parts(self) -> int:
@@ -88,8 +88,8 @@ class PhaseScores:
 
     def _score(self, first: int, last: int) -> None:
         requests = [request for own in self._requests[first:last] for request in own]
-        done = {key for own in self._keys[:last] for key in own}
-        later = [key for own in self._keys[last:] for key in own]
+        done = {key for own in self._keys[:last] for key in own.values()}
+        later = [key for own in self._keys[last:] for key in own.values()]
         later.sort(key=lambda key: key not in done)  # of these, what this phase has scored is the last to go
         found = self._scheduler.score(requests, later, self._ranks)
         before = self.report
@@ -103,7 +103,6 @@ class PhaseScores:
             bad=before.bad | found.bad,
         )
 
-    def _sizes(self, requests: Sequence) -> dict[str, int]:
-        keys = self._scheduler.keys(requests)
+    def _sizes(self, requests: Sequence[ScoreRequest], keys: Mapping[str, str]) -> dict[str, int]:
         size = lambda r: len(r.positions) * self._scheduler.digests(r.teacher).state_bytes
         return {keys[r.uid]: size(r) for r in requests}

@@ -9,6 +9,8 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from consilience.model.context_parallel import own_tokens
 from consilience.rollout.records import FinishReason, RolloutRecord
 from consilience.teachers.scheduler import ScoreRequest
@@ -23,9 +25,9 @@ def training_samples(records: Sequence[RolloutRecord]) -> list[RolloutRecord]:
 
 def score_request(record: RolloutRecord) -> ScoreRequest:
     """Positions whose next token the student sampled: the state at t predicts token t + 1."""
-    first = len(record.prompt_ids)
-    positions = tuple(first + i - 1 for i, sampled in enumerate(record.loss_mask) if sampled)
-    return ScoreRequest(record.uid, record.teacher or "", (*record.prompt_ids, *record.token_ids), positions)
+    positions = np.flatnonzero(record.loss_mask) + len(record.prompt_ids) - 1
+    ids = (*record.prompt_ids, *record.token_ids)
+    return ScoreRequest(record.uid, record.teacher or "", ids, tuple(positions.tolist()))
 
 
 def by_teacher(record: RolloutRecord) -> list[RolloutRecord]:
@@ -74,7 +76,7 @@ def pack_records(
     records: Sequence[RolloutRecord],
     row_tokens: int,
     weights: Sequence[float] | None = None,
-    factors: Sequence[Sequence[float]] | None = None,
+    factors: Sequence[Sequence[float] | np.ndarray] | None = None,
     arrays: Mapping[str, Sequence[Sequence[float]]] | None = None,
 ) -> PackedRows:
     """Prompt and episode of each record as one sample; each sampled token has the sample's weight, or 1.
@@ -87,7 +89,7 @@ def pack_records(
     return pack_episodes(
         [r.prompt_ids for r in records],
         [r.token_ids for r in records],
-        [[factor * weight for factor in own] for own, weight in zip(factors, weights, strict=True)],
+        [np.asarray(own, np.float64) * weight for own, weight in zip(factors, weights, strict=True)],
         row_tokens,
         arrays,
     )

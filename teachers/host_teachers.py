@@ -1,15 +1,19 @@
-"""Our own models as teachers: one on the device, the next one read meanwhile."""
+"""Our own models as teachers: one on the device, the next one read meanwhile.
+
+On a GPU a teacher is copied to the device layer by layer, and scores from the first layer on: while a layer
+computes, the next ones arrive. So there are never the weights of two in its memory.
+"""
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from consilience.model.quantization import Quantization
 from consilience.model.transformer import Transformer
@@ -42,9 +46,9 @@ class HostTeachers:
         teacher = teachers.load(code)  # there already
 
     On a GPU what was read stays in pinned host memory, the longest unused going first beyond `host_bytes`; of
-    a load the copy to the device is left. On a CPU the host is the device: the next teacher is in memory
-    beside the present one, and nothing stays. One heavier than `host_bytes` is not read before its turn,
-    only its files are warmed.
+    a load the copy to the device is left, of which the first layer is waited for. On a CPU the host is the
+    device: the next teacher is in memory beside the present one, and nothing stays. One heavier than
+    `host_bytes` is not read before its turn, only its files are warmed.
     quantization  "fp4" where the teachers were trained so (`Transformer.quantize`)
     row_tokens, batch_tokens  as in `ModelTeacher`
     """
@@ -94,7 +98,7 @@ class HostTeachers:
         model = found.model
         if self._device.type != "cpu":
             self._keep(folder, found)
-            model = twin_on(self._device, model)
+            model = twin_of(model, CopyStream(self._device))
         model.quantize(self._quantization)
         return ModelTeacher(
             record.name,
@@ -116,6 +120,7 @@ class HostTeachers:
     def _read(self, folder: Path) -> _Read:
         model, meta = load_checkpoint(folder)
         transformer = cast(Transformer, model.eval().requires_grad_(False))
+        transformer.mtp = nn.ModuleList()  # no teacher is asked for tokens further ahead
         digest = head_digest(transformer.head.weight)
         tensors = [*transformer.parameters(), *transformer.buffers()]
         if self._device.type != "cpu":
@@ -129,12 +134,83 @@ class HostTeachers:
             self._kept.popitem(last=False)
 
 
-def twin_on(device: torch.device, model: Transformer) -> Transformer:
-    """A model of its own with copies of the tensors of `model` on `device`; nothing is built or drawn."""
-    twins: dict[int, object] = {}
-    for parameter in model.parameters():
-        moved = parameter.data.to(device, non_blocking=True)
-        twins[id(parameter)] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        twins[id(buffer)] = buffer.to(device, non_blocking=True)
-    return copy.deepcopy(model, twins)
+class Copies(Protocol):
+    """Copies of tensors, in the order asked for, beside whatever computes."""
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Where the copy will be; not to be used before a later mark is waited for."""
+        ...
+
+    def mark(self) -> Callable[[], None]:
+        """What waits, in the stream that computes, for all copies asked for so far."""
+        ...
+
+
+class CopyStream:
+    """Copies from pinned host memory to a GPU, on a stream beside the one that computes.
+
+    Memory is the computing stream's. The first copy begins when what was computed so far is done, as it may
+    have used that memory; memory freed early is not used again before the copy to it is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        found = torch.empty_like(tensor, device=self._device)
+        with torch.cuda.stream(self._stream):
+            found.copy_(tensor, non_blocking=True)
+        found.record_stream(self._stream)
+        return found
+
+    def mark(self) -> Callable[[], None]:
+        event = self._stream.record_event()
+        return lambda: torch.cuda.current_stream(self._device).wait_event(event)
+
+
+def twin_of(model: Transformer, copies: Copies) -> Transformer:
+    """A model of its own with copies of the tensors of `model`; nothing is built or drawn.
+
+    What lies outside of the layers is there when this returns, head included. Each layer waits for its own
+    tensors when it is called.
+    """
+    twins: dict[int, Any] = {}
+    twin = cast(Transformer, _shell(model, twins))
+    in_layer = {id(module) for layer in twin.layers for module in layer.modules()}
+    _fill([module for module in twin.modules() if id(module) not in in_layer], copies, twins)
+    wait = copies.mark()
+    for layer in twin.layers:
+        _fill(list(layer.modules()), copies, twins)
+        layer.register_forward_pre_hook(_waiting(copies.mark()))
+    wait()
+    return twin
+
+
+def _waiting(wait: Callable[[], None]) -> Callable[..., None]:
+    return lambda *_: wait()
+
+
+def _shell(module: nn.Module, twins: dict[int, Any]) -> nn.Module:
+    """A module with modules and hooks of its own, and the tensors of this one."""
+    if id(module) not in twins:
+        twins[id(module)] = twin = module.__class__.__new__(module.__class__)
+        own = {n: value.copy() if isinstance(value, dict) else value for n, value in vars(module).items()}
+        vars(twin).update(own)
+        twin._modules.update({n: _shell(m, twins) for n, m in module._modules.items() if m is not None})
+    return twins[id(module)]
+
+
+def _fill(modules: list[nn.Module], copies: Copies, twins: dict[int, Any]) -> None:
+    """Copies in the place of the modules' tensors; one tensor in two places stays one."""
+    for module in modules:
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in twins:
+                    moved = copies.copy(tensor.detach())
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    twins[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
+                tensors[name] = twins[id(tensor)]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -269,7 +269,8 @@ class TeacherScheduler:
         for request in requests:
             if request.uid in keys:
                 raise ValueError(f"two requests have the uid '{request.uid}'; uids must differ")
-            if any(not 0 <= t < len(request.token_ids) for t in request.positions):
+            ends = (min(request.positions), max(request.positions)) if request.positions else ()
+            if any(not 0 <= t < len(request.token_ids) for t in ends):
                 raise ValueError(f"{request.uid}: positions outside its {len(request.token_ids)} tokens")
             digests = self.digests(request.teacher)
             weights = " ".join(filter(None, [digests.weights, self._arithmetic]))
@@ -305,27 +306,37 @@ class TeacherScheduler:
                 raise EngineError(
                     f"teacher '{record.name}' returned {len(states)} tensors for {len(batch)} samples"
                 )
-            wrong = {k: self._fault(record.name, queue.samples[k], state) for k, state in zip(keys, states)}
-            faults |= {key: fault for key, fault in wrong.items() if fault}
-            good = {key: state.detach().cpu() for key, state in zip(keys, states) if not wrong[key]}
-            self._writer.put(good, self._origin(record.name, stated))
+            wrong = self._faults(record.name, dict(zip(keys, batch)), states)
+            faults |= wrong
+            good = {key: state for key, state in zip(keys, states) if key not in wrong}
+            self._writer.put(dict(zip(good, on_host(good.values()))), self._origin(record.name, stated))
         _check_some_good(queue, faults)
         del teacher
         self._check_released(None)
         return faults
 
-    def _fault(self, name: str, request: ScoreRequest, state: Tensor) -> str:
-        """What is wrong with the states of a sample, "" if nothing is."""
+    def _faults(
+        self, name: str, requests: Mapping[str, ScoreRequest], states: Sequence[Tensor]
+    ) -> dict[str, str]:
+        """Key -> what is wrong with the states of a sample, of those with which something is."""
         dtype, width = self._digests[name].dtype, self._digests[name].width
-        num, shape = len(request.positions), list(state.shape)
-        if len(shape) != 2 or shape != [num, width or shape[1]] or state.dtype != dtype:
-            return (
+        faults: dict[str, str] = {}
+        fitting: dict[str, Tensor] = {}
+        for (key, request), state in zip(requests.items(), states):
+            num, shape = len(request.positions), list(state.shape)
+            if len(shape) == 2 and shape == [num, width or shape[1]] and state.dtype == dtype:
+                fitting[key] = state.isfinite().all()
+                continue
+            faults[key] = (
                 f"teacher '{name}', {request.uid}: states {shape} {state.dtype}; "
                 f"[{num}, {width or 'D'}] {dtype} was expected"
             )
-        if not torch.isfinite(state).all():
-            return f"teacher '{name}', {request.uid}: hidden states are not finite"
-        return ""
+        if fitting:
+            for key, is_finite in zip(fitting, torch.stack(list(fitting.values())).tolist()):
+                if not is_finite:
+                    uid = requests[key].uid
+                    faults[key] = f"teacher '{name}', {uid}: hidden states are not finite"
+        return faults
 
     def _origin(self, name: str, digests: TeacherDigests) -> str:
         """Whose states they are, in words for messages."""
@@ -343,6 +354,16 @@ class TeacherScheduler:
             raise EngineError(
                 f"teacher '{resident.name}' is still in memory while {wanted}; the loader must not keep it"
             )
+
+
+def on_host(states: Iterable[Tensor]) -> list[Tensor]:
+    """The states in host memory; those of a GPU in pinned memory, all copied before the one wait."""
+    given = [state.detach() for state in states]
+    pinned = lambda s: torch.empty_like(s, device="cpu", pin_memory=True).copy_(s, non_blocking=True)
+    found = [pinned(state) if state.is_cuda else state.cpu() for state in given]
+    for device in {state.device for state in given if state.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return found
 
 
 @contextmanager

@@ -147,7 +147,7 @@ def pack(
 def pack_episodes(
     prompts: Sequence[Sequence[int]],
     episodes: Sequence[Sequence[int]],
-    loss_mask: Sequence[Sequence[float]],
+    loss_mask: Sequence[Sequence[float] | np.ndarray],
     row_tokens: int,
     arrays: Mapping[str, Sequence[Sequence[float]]] | None = None,
 ) -> PackedRows:

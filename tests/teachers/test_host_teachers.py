@@ -14,8 +14,8 @@ from consilience.model.config import TINY
 from consilience.model.initialize import initialize
 from consilience.model.transformer import Transformer
 from consilience.teachers.hidden_store import HiddenStore
-from consilience.teachers.host_teachers import HostTeachers, twin_on
-from consilience.teachers.model_teacher import load_model_teacher
+from consilience.teachers.host_teachers import HostTeachers, twin_of
+from consilience.teachers.model_teacher import ModelTeacher, load_model_teacher
 from consilience.teachers.registry import TeacherRecord, TeacherRegistry
 from consilience.teachers.scheduler import ScoreRequest, TeacherScheduler
 from consilience.training.checkpoint import CheckpointMeta, save_checkpoint
@@ -84,11 +84,67 @@ def test_what_goes_wrong_in_reading_ahead_is_raised_when_it_is_loaded(records):
         teachers.load(records[1])
 
 
-def test_a_twin_has_the_models_values_in_tensors_of_its_own(records):
+class LateCopies:
+    """Copies that arrive no earlier than somebody waits for them; until then their values are wrong."""
+
+    def __init__(self):
+        self.coming, self.arrived = [], 0
+
+    def copy(self, tensor):
+        found = torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 0)
+        self.coming.append((found, tensor))
+        return found
+
+    def mark(self):
+        last = len(self.coming)
+        return lambda: self.arrive(last)
+
+    def arrive(self, last):
+        for found, tensor in self.coming[self.arrived : last]:
+            found.copy_(tensor)
+        self.arrived = max(self.arrived, last)
+
+
+def test_a_twin_computes_with_each_tensor_once_it_has_arrived(records):
+    model = initialize(Transformer(CONFIG), 0).eval().requires_grad_(False)
+    copies = LateCopies()
+    twin = twin_of(model, copies)
+    assert 0 < copies.arrived < len(copies.coming) == len(model.state_dict())
+    assert torch.equal(twin.head.weight, model.head.weight)
+    seen = []
+    for layer in model.layers:  # hooks of the host's model are not the twin's, nor the other way round
+        layer.register_forward_pre_hook(lambda *_: seen.append(copies.arrived))
+    teachers = [ModelTeacher(name, own, "digest") for name, own in (("twin", twin), ("host", model))]
+    one, other = (teacher.score([IDS], [range(36)])[0] for teacher in teachers)
+    assert torch.equal(one, other) and one.isfinite().all()
+    assert seen == [len(copies.coming)] * len(model.layers)
+    tensor = weakref.ref(twin.layers[1].attn_norm.weight)
+    del twin, teachers
+    assert tensor() is None  # at once: nothing holds it in a circle
+
+
+def test_a_twin_has_tensors_and_modules_of_its_own_and_shares_those_that_its_model_shares(records):
     model = initialize(Transformer(CONFIG), 0)
-    twin = twin_on(torch.device("meta"), model)
-    assert {n: (p.shape, p.device.type) for n, p in twin.state_dict().items()} == {
-        n: (p.shape, "meta") for n, p in model.state_dict().items()
-    }
-    assert all(p.device.type == "cpu" for p in model.state_dict().values())
-    assert twin.layers[0] is not model.layers[0] and twin.config == model.config
+    model.norm.weight = model.layers[0].attn_norm.weight
+    copies = LateCopies()
+    twin = twin_of(model, copies)
+    copies.arrive(len(copies.coming))
+    assert twin.norm.weight is twin.layers[0].attn_norm.weight
+    own, copied = model.state_dict(), twin.state_dict()
+    assert list(own) == list(copied) and all(torch.equal(own[name], copied[name]) for name in own)
+    assert not {t.data_ptr() for t in own.values()} & {t.data_ptr() for t in copied.values()}
+    assert not {id(module) for module in model.modules()} & {id(module) for module in twin.modules()}
+    assert twin.config == model.config
+
+
+def test_what_predicts_further_ahead_is_not_kept_of_a_teacher(records):
+    ahead = replace(CONFIG, num_nextn_predict_layers=1, mtp_compress_ratios=(0,))
+    folder = records[0].checkpoint.with_name("ahead")
+    meta = CheckpointMeta(stage="sft", seed=0, step=0)
+    save_checkpoint(folder, initialize(Transformer(ahead), 0), folder.parent / "tokenizer.json", meta)
+    record = TeacherRecord("ahead", folder, ("ahead",))
+    found, expected = HostTeachers().load(record), load_model_teacher(record)
+    assert len(found._model.mtp) == 0 < len(expected._model.mtp)
+    assert found.digest == expected.digest
+    states, wanted = (t.score([IDS], [range(36)])[0] for t in (found, expected))
+    assert torch.equal(states, wanted)
