@@ -14,7 +14,7 @@ from torch import nn
 
 from consilience.conf.errors import EngineError
 from consilience.model.ranks import Ranks
-from consilience.training.deepspeed_stage3 import mark_blocks, number_alike
+from consilience.training.deepspeed_stage3 import mark_blocks
 
 BUCKET_ELEMENTS = 1 << 26
 VERSION = "0.19.8"
@@ -71,7 +71,6 @@ def open_deepspeed(
     }
     if zero_stage == 3:
         mark_blocks(model)
-        number_alike(ranks)
     logger.setLevel(logging.ERROR)  # it warns of every optimiser that is not its own
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False

@@ -27,17 +27,6 @@ def mark_blocks(model: nn.Module) -> None:
         set_z3_leaf_module(block, True)
 
 
-def number_alike(ranks: Ranks) -> None:
-    """Before DeepSpeed sees the model: it numbers modules and parameters on through all models of a process,
-    and compares the numbers between ranks, of which one may have had other models in its process."""
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-    from deepspeed.runtime.zero.partition_parameters import Init
-
-    (module_count,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
-    numbers = ranks.gather((Init.param_id, module_count[0]))
-    Init.param_id, module_count[0] = (max(of_ranks) for of_ranks in zip(*numbers))
-
-
 class DividedModel:
     """What `OrderedGradients` is to stages 1 and 2, and access to weights that no rank holds whole."""
 
