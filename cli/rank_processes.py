@@ -39,7 +39,8 @@ from consilience.rollout.deadlines import ENDED, REPLACED, STALLS, Stall, StallL
 
 LOOK_S = 0.25
 LEAVE_S = 3.0  # what a rank may take to notice that the others are gone
-_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")  # code in which a thread waits for other ranks
+# Code in which a thread waits for other ranks; in the last, DeepSpeed's handles do.
+_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "deepspeed/utils/nvtx.py")
 _A_RANK = re.compile(r"\brank \d")
 _ADVICE = "the same command goes on where the stage stopped"
 

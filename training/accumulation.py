@@ -39,7 +39,9 @@ def accumulate(
                 finite: they wait for each other in each. Whoever has too few runs one without loss
 
     Every rank gets the same report and, where any of them fails, an error: EngineError names the first
-    micro-batch that failed. Gradients lie where `backward` left them, those of other ranks are not in them.
+    micro-batch that failed. Where ranks wait for each other within a forward, what one raises there it raises
+    alone: it cannot join the others to tell them. Gradients lie where `backward` left them, those of other
+    ranks are not in them.
     """
     check_denominators(denominators, num_steps)
     micro_batches = list(batch) if isinstance(batch, list | tuple) else [batch]
@@ -49,10 +51,10 @@ def accumulate(
     found: dict[str, float] = {"loss": 0.0}
     failed: tuple[int, Exception] | None = None
     index: int | None = 0
+    is_together = is_in_step or context.size > 1
     try:
         for number, index in enumerate([*own, *[None] * num_blank], 1):
             micro_batch = blank(micro_batches[0]) if index is None else micro_batches[index]
-            is_together = is_in_step or context.size > 1
             with ranks.in_step() if is_together else nullcontext():
                 with exact_mode(is_exact), context_parallel(context):
                     loss, reported = loss_fn(model, micro_batch)
@@ -66,6 +68,8 @@ def accumulate(
             if index is not None:
                 add_report(found, {"loss": value, **reported})
     except Exception as error:
+        if is_together:
+            raise
         failed = (index or 0, error)
     reports = _shared(ranks, found, failed, num_steps)
     total: dict[str, float] = {}

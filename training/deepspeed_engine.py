@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +104,14 @@ class DeepSpeedEngine:
         found: dict[str, float] = {"loss": 0.0}
         for first in range(0, len(micro_batches), self.ranks.num_parts):
             index = first + self.ranks.part_number
-            is_filler = index >= len(micro_batches)
-            loss, failure = None, None
-            try:
-                if not is_filler:
-                    loss = self._loss(loss_fn, micro_batches[index], index, found)
-                elif self.is_divided:  # the blocks are gathered together, so all ranks must run them
-                    loss = self._loss(loss_fn, blank(micro_batches[0]), index, {})
-            except Exception as error:
-                failure = error
+            with self.ranks.in_step() if self._is_together else nullcontext():
+                loss, failure = self._forward(loss_fn, micro_batches, index, found)
             fail_together(self.ranks, index, failure, self.num_steps)
-            if isinstance(self._gradients, DividedModel):
-                self._gradients.end_forward()
-            self._gradients.backward(self._engine, self._reaching(loss), is_filler=is_filler)
+            with self.ranks.in_step():
+                if isinstance(self._gradients, DividedModel):
+                    self._gradients.end_forward()
+                is_filler = index >= len(micro_batches)
+                self._gradients.backward(self._engine, self._reaching(loss), is_filler=is_filler)
         total: dict[str, float] = {}
         for report in self.ranks.gather(found):
             add_report(total, report)
@@ -128,18 +124,41 @@ class DeepSpeedEngine:
         outer = [p for name, p in self._parameters.items() if not name.startswith("layers.")]
         return 0.0 * min(outer or self._parameters.values(), key=Tensor.numel).sum()
 
-    def _loss(self, loss_fn: LossFn, micro_batch: Any, index: int, found: dict[str, float]) -> Tensor:
-        self._gradients.begin()
-        with exact_mode(self.exact), context_parallel(self.ranks.context or ALONE):
-            loss, reported = loss_fn(self.model, micro_batch)
-        value = float(loss.detach())
+    @property
+    def _is_together(self) -> bool:
+        """Whether ranks wait for each other within a forward: blocks are gathered, or rows are cut."""
+        return self.is_divided or self.ranks.context is not None
+
+    def _forward(
+        self, loss_fn: LossFn, micro_batches: list[Any], index: int, found: dict[str, float]
+    ) -> tuple[Tensor | None, Exception | None]:
+        """(the loss of micro-batch `index`, what failed in it), its report added to `found`.
+
+        There is no loss of a micro-batch too many, but under ZeRO-3 its blocks run all the same. Where ranks
+        wait for each other within, an error is raised: this rank cannot join the others to tell them.
+        """
+        is_filler = index >= len(micro_batches)
+        if is_filler and not self.is_divided:
+            return None, None
+        try:
+            self._gradients.begin()
+            with exact_mode(self.exact), context_parallel(self.ranks.context or ALONE):
+                loss, reported = loss_fn(
+                    self.model, blank(micro_batches[0]) if is_filler else micro_batches[index]
+                )
+            value = float(loss.detach())
+        except Exception as error:
+            if self._is_together:
+                raise
+            return None, error
         if not math.isfinite(value):
-            raise EngineError(
+            return None, EngineError(
                 f"step {self.num_steps}: the loss of micro-batch {index} is {value}; no parameter "
                 "was changed. Lower the learning rate or resume from the last checkpoint"
             )
-        add_report(found, {"loss": value} | dict(reported))
-        return loss
+        if not is_filler:
+            add_report(found, {"loss": value} | dict(reported))
+        return loss, None
 
     def gradients(self) -> dict[str, Tensor]:
         """The step's gradients by name, whole, fp32, summed over the ranks; `step` is what follows.

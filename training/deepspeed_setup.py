@@ -71,6 +71,7 @@ def open_deepspeed(
     }
     if zero_stage == 3:
         mark_blocks(model)
+        _number_from_zero()
     logger.setLevel(logging.ERROR)  # it warns of every optimiser that is not its own
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False
@@ -137,3 +138,15 @@ def _join(ranks: Ranks) -> None:
     comm.init_distributed(
         dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False, verbose=False
     )
+
+
+def _number_from_zero() -> None:
+    """ZeRO-3 counts modules and parameters over all engines of a process; ranks compare the numbers.
+
+    A first rank that has trained a stage before and ranks that are new would disagree.
+    """
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__ = ([0],)

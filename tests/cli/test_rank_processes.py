@@ -18,6 +18,7 @@ from consilience.conf.errors import CheckpointError, ConfigError, EngineError
 from consilience.conf.load import from_plain
 from consilience.model.ranks import open_ranks
 from consilience.rollout.deadlines import STALLS, read_stalls
+from consilience.training.accumulation import accumulate
 from consilience.training.progress import SilentProgress
 from consilience.training.run_folder import RunFolder
 
@@ -76,7 +77,22 @@ def second_fails_while_the_first_works(context):
     time.sleep(60)
 
 
-@pytest.mark.parametrize("run", [second_fails, second_fails_while_the_first_works])
+def second_fails_where_the_first_waits_in_a_forward(context):
+    """As where blocks are gathered or rows are cut: of the engine's collectives the board knows nothing."""
+
+    def loss_fn(_model, number):
+        if context.ranks.rank == 1:
+            raise CheckpointError("step-000003/model.safetensors is torn; restore it")
+        torch.distributed.all_reduce(torch.ones(1))
+        return torch.tensor(float(number)), {}
+
+    accumulate(loss_fn, torch.nn.Identity(), [1, 2], {}, ranks=context.ranks, num_steps=0, is_in_step=True)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [second_fails, second_fails_while_the_first_works, second_fails_where_the_first_waits_in_a_forward],
+)
 def test_what_one_rank_raises_is_raised_with_its_name(start, run):
     began = time.monotonic()
     with pytest.raises(CheckpointError, match=r"^rank 1 of 2: step-000003/model.safetensors is torn"):

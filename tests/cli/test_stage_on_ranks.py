@@ -4,24 +4,31 @@ import functools
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
 from consilience.cli import supervised_stages as supervised
+from consilience.cli.engines import build_engine
 from consilience.cli.rank_processes import on_ranks
 from consilience.cli.stage import StageContext
-from consilience.conf.errors import EngineError
+from consilience.conf.errors import CheckpointError, EngineError
 from consilience.conf.load import from_plain
 from consilience.model.checkpoint import to_official
+from consilience.model.initialize import initialize
+from consilience.model.transformer import Transformer
 from consilience.training.checkpoint import load_checkpoint
+from consilience.training.forward import hidden_at_loss
 from consilience.training.metrics import read_metrics
+from consilience.training.packing import split_micro_batches
 from consilience.training.progress import SilentProgress
 from consilience.training.run_folder import RunFolder
 from tests import ranks_table
 from tests.ranks_table import keep, off
 from tests.small_stage import MODEL, SHORT
+from tests.training.v4_ranks import CONFIG, SETTINGS, packed_rows
 
 pytestmark = pytest.mark.row("base by the program", "torch")
 
@@ -108,7 +115,13 @@ def test_other_engines_end_where_one_process_does(engine, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    "engine", [{"kind": "fsdp"}, {"expert_ranks": 2}, {"expert_ranks": 2, "shard_state": True}]
+    "engine",
+    [
+        {"kind": "fsdp"},
+        {"kind": "deepspeed", "zero_stage": 3},
+        {"expert_ranks": 2},
+        {"expert_ranks": 2, "shard_state": True},
+    ],
 )
 @pytest.mark.row("base by the program, resumed", "{engine}")
 def test_a_stage_cut_over_two_ranks_goes_on_on_two_to_the_bit_and_on_one(engine, tmp_path):
@@ -126,3 +139,47 @@ def test_a_stage_cut_over_two_ranks_goes_on_on_two_to_the_bit_and_on_one(engine,
     for name, value in to_official(load_checkpoint(tmp_path / "two" / again["checkpoint"])[0]).items():
         torch.testing.assert_close(one[name], value, rtol=1e-6, atol=1e-6, msg=name)
         keep(off(one[name], value))
+
+
+def with_a_second_rank_that(fails, context):
+    """One micro-batch a rank; in the second's, `fails` is called instead of the model."""
+    model = initialize(Transformer(CONFIG), 0)
+    engine = build_engine(context.cfg, model, replace(SETTINGS, kind="adamw"), context.ranks)
+
+    def loss_fn(model, micro):
+        if context.ranks.rank == 1:
+            fails()
+        return hidden_at_loss(model, micro).hidden.sum(), {}
+
+    engine.forward_backward(loss_fn, split_micro_batches(packed_rows(), 160), {})
+    return {}
+
+
+def torn():
+    raise CheckpointError("the second's own error")
+
+
+CUT = [{"kind": "deepspeed", "zero_stage": 3}, {"kind": "fsdp"}, {"expert_ranks": 2}, {"context_ranks": 2}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", CUT)
+@pytest.mark.row("one rank fails where others wait for it", "{engine}")
+def test_what_one_rank_raises_where_others_wait_in_its_forward_is_said_at_once(engine, tmp_path):
+    began = time.monotonic()
+    with ranks_table.on(2), pytest.raises(CheckpointError, match=r"^rank 1 of 2: the second's own error"):
+        on_ranks(functools.partial(with_a_second_rank_that, torn), context(tmp_path, 2, **engine))
+    assert time.monotonic() - began < 60  # engine.rank_limit_s is 600
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", CUT[:2])
+@pytest.mark.row("one rank hangs where others wait for it", "{engine}")
+def test_a_rank_that_hangs_where_others_wait_in_its_forward_is_named(engine, tmp_path):
+    limited = context(tmp_path, 2, rank_limit_s=5.0, **engine)
+    hangs = functools.partial(time.sleep, 100)
+    with (
+        ranks_table.on(2),
+        pytest.raises(EngineError, match=r"^rank 1 of 2 \(process \d+\) kept the others waiting"),
+    ):
+        on_ranks(functools.partial(with_a_second_rank_that, hangs), limited)
