@@ -80,7 +80,7 @@ test: setup
 	@$(BIN)/python -m pytest -m 'not slow and not triton' $(if $(ROOM),tests/$(ROOM)) $(ARGS)
 
 test-ranks: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'ranks and not triton' tests/model tests/training tests/grpo tests/distill tests/cli/test_stage_on_ranks.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'ranks and not triton' tests/model tests/training tests/grpo tests/distill tests/cli/test_stage_on_ranks.py tests/cli/test_training_stage.py $(ARGS)
 
 test-all: setup $(STAMP)-triton
 	@$(BIN)/python -m pytest $(if $(ROOM),tests/$(ROOM)) $(ARGS)

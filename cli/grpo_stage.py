@@ -93,7 +93,7 @@ def run_grpo(context: StageContext) -> Mapping[str, Any]:
         seed=cfg.run.seed,
     )
     with open_stage(context, start, settings.lr) as parts:
-        divide_like(reference, parts["engine"])
+        divide_like(reference, parts["engine"], start.folder)
         context.progress.start(context.name, settings.steps, "phase")
         context.progress.advance(parts["start"])
         store = rollout_store(context)

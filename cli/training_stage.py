@@ -96,10 +96,11 @@ class Start:
 def start_from(context: StageContext, init: str | None, stage: str, domains: Iterable[Domain]) -> Start:
     """The checkpoint `init`, or that of the stage before. Errors are those of its reading and its family."""
     folder = Path(init) if init else context.run.path / context.inputs[stage]["checkpoint"]
-    if context.cfg.engine.kind == "fsdp":
+    engine = context.cfg.engine
+    if engine.kind == "fsdp" or engine.expert_ranks > 1:
         from consilience.training.cut_loading import model_to_cut
 
-        model, meta = model_to_cut(folder, ranks_of(context))
+        model, meta = model_to_cut(folder, ranks_of(context), reads_released=engine.expert_ranks > 1)
     else:
         model, meta = load_checkpoint(folder)
     return Start(model, folder, meta.digest, prompt_family(context.cfg, folder, meta, domains))
@@ -108,16 +109,21 @@ def start_from(context: StageContext, init: str | None, stage: str, domains: Ite
 def reference_model(context: StageContext, start: Start) -> Any:
     """The model that a stage starts from, as a reference that learns nothing; cut where the trained is.
 
-    Where experts are divided it is whole, in the host's memory: the engine divides it (`divide_like`).
+    Where experts are divided it has no weights yet: the engine divides it, and reads them (`divide_like`).
     """
     cfg = context.cfg
     if cfg.engine.kind == "fsdp":
         from consilience.training.cut_loading import cut_reference
 
         return cut_reference(start.folder, ranks_of(context), cfg.engine.quantization)
-    model: Any = load_checkpoint(start.folder, verify=False)[0].requires_grad_(False)
-    if cfg.engine.expert_ranks == 1:
-        model.to(device_of(cfg))
+    model: Any
+    if cfg.engine.expert_ranks > 1:
+        from consilience.training.cut_loading import model_to_cut
+
+        model, _ = model_to_cut(start.folder, ranks_of(context), verify=False, reads_released=True)
+    else:
+        model = load_checkpoint(start.folder, verify=False)[0].to(device_of(cfg))
+    model.requires_grad_(False)
     model.quantize(Quantization.from_name(cfg.engine.quantization))
     return model
 

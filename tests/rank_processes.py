@@ -1,13 +1,12 @@
 """Several ranks as processes of this machine, for tests: each runs one function, all results come back.
 
 Processes that have answered well wait for the next case on as many ranks: what starting and importing costs
-is paid once. They stay together, rank by rank: DeepSpeed keeps what it once ran, and those that had run
-something else would wait for each other. A case that fails ends its processes: none meets what it has left.
+is paid once. They stay together, rank by rank: what libraries keep of an earlier case, all of them have. A
+case that fails ends its processes: none meets what it has left.
 """
 
 import atexit
 import itertools
-import multiprocessing
 import os
 import pickle
 import time
@@ -17,6 +16,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
+from consilience.cli.stage_process import PRELOAD, PROCESSES, warm_up
 from consilience.model.ranks import open_ranks
 from tests.ranks_table import ran
 
@@ -58,10 +58,9 @@ def on_ranks(size, function, *arguments, folder, limit_s=LIMIT_S, is_apart=False
 
 
 def _start():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "tests.rank_processes"])
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there,), daemon=True)
+    warm_up((*PRELOAD, "tests.rank_processes"))  # the program's ranks are forked from the same server
+    here, there = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=_serve, args=(there,), daemon=True)
     process.start()
     there.close()
     return here, process

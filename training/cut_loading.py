@@ -13,6 +13,7 @@ from torch import nn
 from consilience.model.dense import is_dense
 from consilience.model.quantization import Quantization
 from consilience.model.ranks import Ranks
+from consilience.model.released_checkpoint import open_checkpoint
 from consilience.model.shards import read_folder
 from consilience.training.checkpoint import (
     CONFIG,
@@ -29,19 +30,28 @@ from consilience.training.checkpoint import (
 from consilience.training.fsdp_checkpoint import read_weights
 from consilience.training.fsdp_model import cut_model
 from consilience.training.model_format import format_of
+from consilience.training.released_weights import empty_model, released_digest
 from consilience.training.tensor_files import check_tensors
 
 
-def model_to_cut(folder: Path, ranks: Ranks, *, verify: bool = True) -> tuple[nn.Module, CheckpointMeta]:
+def model_to_cut(
+    folder: Path, ranks: Ranks, *, verify: bool = True, reads_released: bool = False
+) -> tuple[nn.Module, CheckpointMeta]:
     """A checkpoint's model without its weights (on the meta device, of their types), and its meta.
 
     All ranks call it. `verify` checks what `load_checkpoint` does, the weights on the first rank alone;
     CheckpointError on all. Weights are still to be read when the model is cut (`CutEngine.read_weights`).
-    A folder that was not saved here has its weights converted as they are read: its model comes whole.
+    A folder that was not saved here has its weights converted as they are read: its model comes whole, unless
+    the engine `reads_released` ones part by part, too. Dense models come whole.
     """
     folder = Path(folder)
     if (folder / CONFIG).is_file() and not (folder / META).is_file():
-        return load_checkpoint(folder)
+        if not reads_released or is_dense(read_config(folder)):
+            return load_checkpoint(folder)
+        digest = ranks.first(released_digest, folder) if verify else ""
+        return empty_model(open_checkpoint(folder)), CheckpointMeta(
+            "released", 0, 0, family=None, digest=digest
+        )
     meta, config = read_meta(folder), read_config(folder)
     if is_dense(config):
         return load_checkpoint(folder, verify=verify)

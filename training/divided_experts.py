@@ -9,14 +9,21 @@ E experts of a layer, e of them on this rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from consilience.model.checkpoint import official_parts
+from consilience.model.checkpoint import check_hash_tables, official_parts
 from consilience.model.expert_exchange import Shard
+from consilience.model.expert_parallel import load_own, sharded_names
+from consilience.model.released_checkpoint import open_checkpoint
 from consilience.model.released_loading import Rank
+from consilience.model.shards import read_folder, read_rows
+from consilience.training.checkpoint import META
+from consilience.training.fsdp_checkpoint import as_meta
 from consilience.training.sharded_tensors import Piece, Sharded, cut_pieces
+from consilience.training.tensor_files import check_tensors
 
 
 def official_weights(model: nn.Module, split: Mapping[str, Shard]) -> dict[str, Sharded]:
@@ -55,3 +62,19 @@ def stored_state(
         pieces = tuple(Piece(rank, experts.start, experts.stop) for rank, experts in ranks)
         found[key] = Sharded(dtype, (shard.num_experts, *own[1:]), pieces, None)
     return found
+
+
+@torch.no_grad()
+def read_own(folder: Path, model: nn.Module) -> None:
+    """What this rank has of a folder's weights, saved here or released: no other expert is read.
+
+    CheckpointError names the tensor, before anything is changed.
+    """
+    if not (folder / META).is_file():
+        return load_own(model, open_checkpoint(folder))  # type: ignore[arg-type]
+    stored, weights = read_folder(folder), official_weights(model, sharded_names(model))
+    check_tensors(folder, stored, as_meta(weights))
+    for name, tensor in weights.items():
+        if tensor.local is not None:
+            tensor.local.copy_(read_rows(stored[name]))
+    check_hash_tables(model)  # type: ignore[arg-type]

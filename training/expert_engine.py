@@ -22,12 +22,12 @@ from consilience.conf.errors import CheckpointError, ConfigError
 from consilience.model.expert_parallel import shard_experts, sharded_names
 from consilience.model.moe import Experts
 from consilience.model.ranks import Ranks
-from consilience.model.shards import read_folder, read_header, read_rows
-from consilience.training.divided_experts import official_weights, stored_state
-from consilience.training.fsdp_checkpoint import as_meta, check_state, stream_files, weight_files
+from consilience.model.shards import read_header, read_rows
+from consilience.training.divided_experts import official_weights, read_own, stored_state
+from consilience.training.fsdp_checkpoint import check_state, stream_files, weight_files
 from consilience.training.random_state import random_state_tensors
 from consilience.training.sharded_tensors import Sharded, cut_pieces, gather_sharded
-from consilience.training.tensor_files import check_tensors, read_tensors, write_tensors
+from consilience.training.tensor_files import read_tensors, write_tensors
 from consilience.training.torch_engine import OPTIMIZER_FILE, RANDOM_FILE, OptimizerSettings, TorchEngine
 
 
@@ -69,11 +69,13 @@ class ExpertEngine:
     def divide(self, model: nn.Module) -> None:
         """Keep this rank's experts of another whole model of the kind, as a reference, on this rank's device.
 
-        It then runs on all ranks together as the trained one does.
+        It then runs on all ranks together as the trained one does. One without weights (on the meta device)
+        gets room for its part of them, for `read_own`.
         """
         within, across = self._groups
+        is_empty = next(model.parameters()).is_meta
         shard_experts(model, within, copies=across)
-        model.to(self.ranks.device)
+        model.to_empty(device=self.ranks.device) if is_empty else model.to(self.ranks.device)
 
     def write_weights(self, folder: Path | None, max_shard_bytes: int) -> dict[str, str] | None:
         """The weights into official files in `folder`, which the first rank gives; see `stream_files`."""
@@ -97,14 +99,9 @@ class ExpertEngine:
             if tensor.local is not None:
                 tensor.local.copy_(here)
 
-    @torch.no_grad()
     def read_weights(self, folder: Path) -> None:
         """This rank's part of a checkpoint's weights, whoever wrote it. CheckpointError names the tensor."""
-        stored, weights = read_folder(folder), official_weights(self.model, self.split)
-        check_tensors(folder, stored, as_meta(weights))
-        for name, tensor in weights.items():
-            if tensor.local is not None:
-                tensor.local.copy_(read_rows(stored[name]))
+        read_own(folder, self.model)
 
     def save(self, folder: Path | None) -> None:
         """optimizer.safetensors and random.safetensors, as one process writes them; see `stream_files`."""
@@ -142,10 +139,18 @@ class ExpertEngine:
         yield "num_steps", replace(layout["num_steps"], local=steps)
 
 
-def divide_like(reference: nn.Module, engine: Any) -> None:
-    """Divide the experts of a model that only computes as the engine's are; nothing with other engines."""
-    if isinstance(engine, ExpertEngine):
-        engine.divide(reference)
+def divide_like(reference: nn.Module, engine: Any, folder: Path | None = None) -> None:
+    """Divide the experts of a model that only computes as the engine's are; nothing with other engines.
+
+    folder  where a model without weights finds its part of them
+    """
+    if not isinstance(engine, ExpertEngine):
+        return
+    is_empty = next(reference.parameters()).is_meta
+    engine.divide(reference)
+    if is_empty:
+        assert folder is not None
+        read_own(folder, reference)
 
 
 def _check(model: nn.Module, expert_ranks: int) -> None:

@@ -20,7 +20,7 @@ def read_released(folder: Path) -> tuple[Transformer, str]:
     CheckpointError as `open_checkpoint`.
     """
     checkpoint = open_checkpoint(folder)
-    model = _empty_model(checkpoint)
+    model = empty_model(checkpoint)
     load_released(model, checkpoint)
     return model, weights_digest(to_official(model))
 
@@ -28,11 +28,12 @@ def read_released(folder: Path) -> tuple[Transformer, str]:
 def released_digest(folder: Path) -> str:
     """The digest alone: all weights are read, one tensor in memory at a time. CheckpointError as above."""
     checkpoint = open_checkpoint(folder)
-    model = _empty_model(checkpoint)
+    model = empty_model(checkpoint)
     return weights_digest(TensorsOnDisk(checkpoint, {n: t.dtype for n, t in to_official(model).items()}))
 
 
-def _empty_model(checkpoint: ReleasedCheckpoint) -> Transformer:
+def empty_model(checkpoint: ReleasedCheckpoint) -> Transformer:
+    """The model without its weights, on the meta device."""
     with torch.device("meta"):
         config = replace(checkpoint.config, expert_dtype=None)  # what is in memory is not quantised
         return Transformer(config, checkpoint.entries["embed.weight"].payload.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,17 @@ import pytest
 from consilience.cli import pipeline
 from consilience.cli.generate import find_checkpoint
 from consilience.cli.stages import build_graph, chosen
-from consilience.conf.errors import RunError
+from consilience.conf.errors import EngineError, RunError
 from consilience.conf.load import from_plain, load_resolved
 from consilience.conf.schema import Config
 
 MODELS = ("base", "sft/math", "sft/code", "grpo/math", "grpo/code", "student")
 
 
-def config(folder: Path, **run) -> Config:
+def config(folder: Path, engine: dict | None = None, **run) -> Config:
     return from_plain(
         {
+            "engine": engine or {},
             "task": {"domains": {"math": {"kind": "math"}, "code": {"kind": "code"}}},
             "evaluate": {"num_problems": 40, "num_resamples": 200},
             "log": {"progress": "off"},
@@ -115,14 +117,27 @@ def test_a_folder_in_use_is_refused(tmp_path):
         pipeline.run(cfg, {**FUNCTIONS, "base": runs_again})
 
 
+def must_not_run(context) -> dict:
+    raise AssertionError(context.name)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_missing_deepspeed_is_one_error_before_anything_is_made(ranks, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # to imports, it is not installed
+    cfg = config(tmp_path, {"kind": "deepspeed", "ranks": ranks, "device": "cpu"})
+    with pytest.raises(EngineError) as found:
+        pipeline.run(cfg, dict.fromkeys(FUNCTIONS, must_not_run))
+    assert str(found.value) == (
+        "engine.kind=deepspeed needs DeepSpeed, which is not installed; pip install 'deepspeed==0.19.8', "
+        "or use engine.kind=torch"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_folder_may_be_moved_and_still_stands(tmp_path):
     pipeline.run(config(tmp_path), FUNCTIONS)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "r").rename(tmp_path / "elsewhere" / "r")
-
-    def must_not_run(context) -> dict:
-        raise AssertionError(context.name)
-
     assert pipeline.run(config(tmp_path / "elsewhere"), dict.fromkeys(FUNCTIONS, must_not_run)) == 0
 
 

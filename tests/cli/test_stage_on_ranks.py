@@ -176,7 +176,7 @@ def test_what_one_rank_raises_where_others_wait_in_its_forward_is_said_at_once(e
 @pytest.mark.parametrize("engine", CUT[:2])
 @pytest.mark.row("one rank hangs where others wait for it", "{engine}")
 def test_a_rank_that_hangs_where_others_wait_in_its_forward_is_named(engine, tmp_path):
-    limited = context(tmp_path, 2, rank_limit_s=5.0, **engine)
+    limited = context(tmp_path, 2, rank_limit_s=4.0, **engine)
     hangs = functools.partial(time.sleep, 100)
     with (
         ranks_table.on(2),

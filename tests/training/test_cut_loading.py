@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,11 +15,14 @@ from consilience.model.initialize import initialize
 from consilience.model.ranks import ALONE
 from consilience.model.transformer import Transformer
 from consilience.training.checkpoint import META, CheckpointMeta, load_checkpoint, save_checkpoint
+from consilience.training.expert_engine import ExpertEngine, divide_like
 from consilience.training.forward import hidden_at_loss
 from tests.model.peak_memory import peak, start
 from tests.rank_processes import on_ranks
 from tests.training.test_fsdp_engine import whole
 from tests.training.v4_ranks import SETTINGS, copies, packed_rows, v4_model
+
+pytestmark = pytest.mark.row("weights read part by part", "fsdp")
 
 torch.set_num_threads(1)
 
@@ -102,6 +106,47 @@ def test_a_cut_reference_says_what_a_whole_one_does_to_the_bit(tmp_path):
     expected = log_probs(load_checkpoint(folder)[0])
     for num_cut, found in on_ranks(2, with_reference, folder, folder=tmp_path):
         assert num_cut > 20 and (found == expected).all()
+
+
+def with_experts_divided(ranks, folders):
+    """Of the second of two folders: what a rank reads and holds of it, its digest, what two models say."""
+    from consilience.training.cut_loading import model_to_cut
+
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    for folder in folders:
+        before, num_read = start(), bytes_read()
+        model, meta = model_to_cut(folder, ranks, reads_released=True)
+        assert all(tensor.is_meta for tensor in model.state_dict().values())
+        adamw = replace(SETTINGS, kind="adamw")  # which has no state before its first step
+        engine = ExpertEngine(model, adamw, ranks=ranks, expert_ranks=2)
+        engine.read_weights(folder)
+        held = sum(parameter.nbytes for parameter in model.parameters())
+        found = {"beside": peak() - before - held, "held": held, "read": bytes_read() - num_read}
+        ranks.barrier()
+    reference, _ = model_to_cut(folder, ranks, verify=False, reads_released=True)
+    divide_like(reference, engine, folder)
+    return found, meta.digest, [log_probs(each) for each in (model, reference)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_released", [False, True])
+@pytest.mark.row("weights read part by part", "experts over 2 ranks")
+def test_a_rank_reads_and_holds_its_own_experts(is_released, tmp_path):
+    large = initialize(Transformer(LARGE), 0)
+    folders = [saved(tmp_path / "small", v4_model()), saved(tmp_path / "large", large)]
+    for folder in folders if is_released else ():
+        (folder / META).unlink()
+    found = on_ranks(2, with_experts_divided, folders, folder=tmp_path)
+    num_bytes = sum(p.nbytes for p in large.parameters())
+    dense = sum(p.nbytes for name, p in large.named_parameters() if ".experts." not in name)
+    own = dense + (num_bytes - dense) / 2
+    expected, digest = log_probs(large), load_checkpoint(folders[1])[1].digest
+    for rank, (one, own_digest, said) in enumerate(found):
+        assert one["held"] == own and own_digest == digest
+        assert one["beside"] < 0.1 * num_bytes, one  # the other rank's experts would be 0.5
+        assert own <= one["read"] - num_bytes * (rank == 0) < 1.05 * own, one  # the first looks at the digest
+        for each in said:
+            np.testing.assert_allclose(each, expected, rtol=0, atol=1e-5)
 
 
 def refused(ranks, folder):
