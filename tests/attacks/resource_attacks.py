@@ -5,7 +5,19 @@ from neighbour import Neighbour
 
 from consilience.sandboxes.protocol import Isolation
 
-SPINS = Neighbour()
+SPINNING = """
+began, until = time.monotonic(), time.monotonic() + <seconds>
+for _ in range(16):
+    if os.fork() == 0:
+        while time.monotonic() < until: pass
+        os._exit(0)
+while True:
+    try: os.wait()
+    except ChildProcessError: break
+used = os.times()
+print(used.children_user + used.children_system, time.monotonic() - began)
+"""
+SPINS = Neighbour(SPINNING)
 LATE = "timeout output_capped pids nonzero ok"  # a shell whose forks fail may also give up
 ATTACKS: list[Attack] = [
     shell(
@@ -152,18 +164,7 @@ ATTACKS: list[Attack] = [
     python(
         "R10",
         "spinning processes, more than there are processors, beside another box that works",
-        """
-        began, until = time.monotonic(), time.monotonic() + <seconds>
-        for _ in range(16):
-            if os.fork() == 0:
-                while time.monotonic() < until: pass
-                os._exit(0)
-        while True:
-            try: os.wait()
-            except ChildProcessError: break
-        used = os.times()
-        print(used.children_user + used.children_system, time.monotonic() - began)
-        """,
+        SPINNING,
         level=Isolation.BWRAP_ROOT,
         arrange=SPINS.arrange,
         check=SPINS.check,
