@@ -61,9 +61,11 @@ def sft(
     kind="torch",
     exact=False,
     quantization="off",
+    saves=True,
     **given,
 ):
-    parts = StageParts(policy(quantization), ranks.with_context(context), folder, optimizer, kind, exact)
+    model = policy(quantization)
+    parts = StageParts(model, ranks.with_context(context), folder, optimizer, kind, exact, saves)
     settings = SupervisedSettings(
         3, 128, row_tokens=32, micro_tokens=64, warmup=0, balance_weight=0.01, indexer_weight=0.1, **given
     )
@@ -135,9 +137,10 @@ def grpo(
     kind="torch",
     exact=False,
     quantization="off",
+    saves=True,
 ):
     model = policy(quantization)
-    parts = StageParts(model, ranks.with_context(context), folder, kind=kind, exact=exact)
+    parts = StageParts(model, ranks.with_context(context), folder, kind=kind, exact=exact, saves=saves)
     settings = GrpoSettings(
         2,
         row_tokens=32,
@@ -264,8 +267,8 @@ def test_sft_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
 def cut_with_context(ranks, folder):
     return [
         sft(ranks, folder / "ahead", "always", 2, kind="fsdp"),
-        grpo(ranks, folder / "corrected", "sync", ALL, 2, kind="fsdp"),
-        grpo(ranks, folder / "replayed", context=2, replays=True, kind="fsdp"),
+        grpo(ranks, folder / "corrected", "sync", ALL, 2, kind="fsdp", saves=False),
+        grpo(ranks, folder / "replayed", context=2, replays=True, kind="fsdp", saves=False),
     ]
 
 
@@ -291,7 +294,7 @@ MODES = [{"exact": True}, {"quantization": "fp8"}, {"quantization": "fp4_fp8"}]
 def in_modes(ranks, folder, kind):
     folder.mkdir(exist_ok=True)
     return [
-        run(ranks, folder / f"{run.__name__}-{number}", kind=kind, **mode)
+        run(ranks, folder / f"{run.__name__}-{number}", kind=kind, saves=False, **mode)
         for number, mode in enumerate(MODES)
         for run in (sft, grpo)
     ]
@@ -337,7 +340,7 @@ def test_anticipatory_routing_with_a_model_cut_over_two_ranks_is_that_of_one_pro
 def cut_grpo(ranks, folder):
     return [
         grpo(ranks, folder / "plain", kind="fsdp"),
-        grpo(ranks, folder / "corrected", "async", Corrections(token_truncate=2.0), kind="fsdp"),
+        grpo(ranks, folder / "more", "async", Corrections(token_truncate=2.0), kind="fsdp", saves=False),
     ]
 
 
@@ -356,9 +359,9 @@ def test_grpo_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
 def under_zero_3(ranks, folder):
     return [
         sft(ranks, folder / "plain", kind="zero3"),
-        sft(ranks, folder / "ahead", "always", kind="zero3"),
+        sft(ranks, folder / "ahead", "always", kind="zero3", saves=False),
         grpo(ranks, folder / "sync", kind="zero3"),
-        grpo(ranks, folder / "async", "async", Corrections(token_truncate=2.0), kind="zero3"),
+        grpo(ranks, folder / "async", "async", Corrections(token_truncate=2.0), kind="zero3", saves=False),
     ]
 
 
@@ -416,10 +419,10 @@ def divided(ranks, folder, experts, context):
     sharded, kind = replace(SETTINGS, is_sharded=True), f"experts{experts}"
     return [
         sft(ranks, folder / "ahead", "always", context, kind=kind),
-        sft(ranks, folder / "sharded", "off", context, sharded, kind=kind),
+        sft(ranks, folder / "sharded", "off", context, sharded, kind=kind, saves=False),
         grpo(ranks, folder / "plain", context=context, kind=kind),
-        grpo(ranks, folder / "corrected", "async", ALL, context, kind=kind),
-        grpo(ranks, folder / "replayed", context=context, replays=True, kind=kind),
+        grpo(ranks, folder / "corrected", "async", ALL, context, kind=kind, saves=False),
+        grpo(ranks, folder / "replayed", context=context, replays=True, kind=kind, saves=False),
     ]
 
 
