@@ -1,7 +1,10 @@
 """SFT and GRPO on 2 and 4 ranks end where one process does: gradients, weights and reports to 1e-5."""
 
+import functools
 import shutil
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,9 +64,11 @@ def sft(
     kind="torch",
     exact=False,
     quantization="off",
+    saves=True,
     **given,
 ):
-    parts = StageParts(policy(quantization), ranks.with_context(context), folder, optimizer, kind, exact)
+    model = policy(quantization)
+    parts = StageParts(model, ranks.with_context(context), folder, optimizer, kind, exact, saves)
     settings = SupervisedSettings(
         3, 128, row_tokens=32, micro_tokens=64, warmup=0, balance_weight=0.01, indexer_weight=0.1, **given
     )
@@ -135,9 +140,10 @@ def grpo(
     kind="torch",
     exact=False,
     quantization="off",
+    saves=True,
 ):
     model = policy(quantization)
-    parts = StageParts(model, ranks.with_context(context), folder, kind=kind, exact=exact)
+    parts = StageParts(model, ranks.with_context(context), folder, kind=kind, exact=exact, saves=saves)
     settings = GrpoSettings(
         2,
         row_tokens=32,
@@ -173,8 +179,15 @@ def without_health(row):
     return {k: v for k, v in row.items() if k.startswith(shared) or k in ("step", "train_tokens", "mtp_loss")}
 
 
+@functools.cache
+def alone(stage, *given, **named):
+    """What one process leaves of a stage; several tests compare with the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        return stage(ALONE, Path(folder) / "one", *given, **named)
+
+
 def test_two_ranks_train_sft_as_one_process_does(tmp_path):
-    one = sft(ALONE, tmp_path / "one")
+    one = alone(sft)
     two = assert_ranks_agree(on_ranks(2, sft, tmp_path / "two", folder=tmp_path))
     assert len(one["gradients"]) == 3 and len(one["rows"]) == 3
     assert_same(two, one)
@@ -185,7 +198,7 @@ def test_two_ranks_train_sft_as_one_process_does(tmp_path):
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.row("SFT, anticipatory", "torch")
 def test_sft_under_anticipatory_routing_is_that_of_one_process(size, tmp_path):
-    one = sft(ALONE, tmp_path / "one", "always")
+    one = alone(sft, "always")
     several = assert_ranks_agree(on_ranks(size, sft, tmp_path / "more", "always", folder=tmp_path))
     assert_same(several, one)
     again = on_ranks(size, sft, tmp_path / "again", "always", folder=tmp_path)
@@ -200,7 +213,7 @@ def test_sft_under_anticipatory_routing_is_that_of_one_process(size, tmp_path):
 )
 @pytest.mark.row("GRPO, {mode}", "torch")
 def test_grpo_is_that_of_one_process(size, mode, corrections, tmp_path):
-    one = grpo(ALONE, tmp_path / "one", mode, corrections)
+    one = alone(grpo, mode, corrections)
     several = assert_ranks_agree(on_ranks(size, grpo, tmp_path / "more", mode, corrections, folder=tmp_path))
     assert len(one["gradients"]) == 4 and one["rows"][0]["sampler_gap_max"] > 0.01
     assert_same(several, one)
@@ -208,7 +221,7 @@ def test_grpo_is_that_of_one_process(size, mode, corrections, tmp_path):
 
 @pytest.mark.row("rows cut over ranks: SFT", "torch")
 def test_two_ranks_that_cut_rows_train_sft_as_one_process_does(tmp_path):
-    one = sft(ALONE, tmp_path / "one")
+    one = alone(sft)
     two = assert_ranks_agree(on_ranks(2, sft, tmp_path / "two", "off", 2, folder=tmp_path))
     assert_same(two, one)
 
@@ -238,14 +251,14 @@ def test_stages_whose_rows_are_cut_in_two_are_those_of_one_process(size, tmp_pat
     (folder := tmp_path / "more").mkdir()
     found = list(zip(*on_ranks(size, with_context, folder, folder=tmp_path)))
     several = [assert_ranks_agree(left) for left in found]
-    alone = [
-        sft(ALONE, tmp_path / "a", "always"),
-        sft(ALONE, tmp_path / "b"),
-        grpo(ALONE, tmp_path / "c"),
-        grpo(ALONE, tmp_path / "d", "sync", ALL),
-        grpo(ALONE, tmp_path / "e", replays=True),
+    one_by_one = [
+        alone(sft, "always"),
+        alone(sft),
+        alone(grpo),
+        alone(grpo, "sync", ALL),
+        alone(grpo, replays=True),
     ]
-    for one, more in zip(alone, several):
+    for one, more in zip(one_by_one, several):
         assert_same(more, one)
 
 
@@ -255,7 +268,7 @@ def cut_sft(ranks, folder):
 
 @pytest.mark.row("SFT", "fsdp")
 def test_sft_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
-    one = sft(ALONE, tmp_path / "one")
+    one = alone(sft)
     two = on_ranks(2, cut_sft, tmp_path / "two", folder=tmp_path)
     assert len(two[0]["rows"]) == 3
     assert_cut_same(two, one)
@@ -264,8 +277,8 @@ def test_sft_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
 def cut_with_context(ranks, folder):
     return [
         sft(ranks, folder / "ahead", "always", 2, kind="fsdp"),
-        grpo(ranks, folder / "corrected", "sync", ALL, 2, kind="fsdp"),
-        grpo(ranks, folder / "replayed", context=2, replays=True, kind="fsdp"),
+        grpo(ranks, folder / "corrected", "sync", ALL, 2, kind="fsdp", saves=False),
+        grpo(ranks, folder / "replayed", context=2, replays=True, kind="fsdp", saves=False),
     ]
 
 
@@ -276,12 +289,12 @@ def cut_with_context(ranks, folder):
 def test_rows_and_model_are_cut_over_the_same_ranks(size, tmp_path):
     (folder := tmp_path / "more").mkdir()
     several = zip(*on_ranks(size, cut_with_context, folder, folder=tmp_path))
-    alone = [
-        sft(ALONE, tmp_path / "a", "always"),
-        grpo(ALONE, tmp_path / "b", "sync", ALL),
-        grpo(ALONE, tmp_path / "c", replays=True),
+    one_by_one = [
+        alone(sft, "always"),
+        alone(grpo, "sync", ALL),
+        alone(grpo, replays=True),
     ]
-    for one, more in zip(alone, several, strict=True):
+    for one, more in zip(one_by_one, several, strict=True):
         assert_cut_same(more, one)
 
 
@@ -291,7 +304,7 @@ MODES = [{"exact": True}, {"quantization": "fp8"}, {"quantization": "fp4_fp8"}]
 def in_modes(ranks, folder, kind):
     folder.mkdir(exist_ok=True)
     return [
-        run(ranks, folder / f"{run.__name__}-{number}", kind=kind, **mode)
+        run(ranks, folder / f"{run.__name__}-{number}", kind=kind, saves=False, **mode)
         for number, mode in enumerate(MODES)
         for run in (sft, grpo)
     ]
@@ -301,11 +314,11 @@ def in_modes(ranks, folder, kind):
 @pytest.mark.timeout(400)
 @pytest.mark.row("exact mode, quantised weights: SFT, GRPO", "fsdp")
 def test_a_model_cut_over_two_ranks_computes_in_exact_mode_and_with_quantised_weights(tmp_path):
-    alone = in_modes(ALONE, tmp_path / "one", "torch")
+    one_by_one = in_modes(ALONE, tmp_path / "one", "torch")
     several = zip(*on_ranks(2, in_modes, tmp_path / "two", "fsdp", folder=tmp_path))
-    ends = [next(iter(one["weights"].values())).tobytes() for one in alone]
+    ends = [next(iter(one["weights"].values())).tobytes() for one in one_by_one]
     assert len(set(ends)) == len(ends)  # every mode does something
-    for one, more in zip(alone, several, strict=True):
+    for one, more in zip(one_by_one, several, strict=True):
         assert_cut_same(more, one)
 
 
@@ -317,7 +330,7 @@ def cut_warmup(ranks, folder):
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.row("SFT, indexers warm up", "fsdp")
 def test_indexers_warm_up_in_a_model_cut_over_ranks_as_in_one_process(size, tmp_path):
-    one = sft(ALONE, tmp_path / "one", indexer_warmup=2)
+    one = alone(sft, indexer_warmup=2)
     several = on_ranks(size, cut_warmup, tmp_path / "more", folder=tmp_path)
     assert one["gradients"][0].keys() < one["gradients"][2].keys()  # indexers alone, then everything
     assert_cut_same(several, one)
@@ -331,13 +344,13 @@ def cut_ahead(ranks, folder):
 @pytest.mark.row("SFT, anticipatory", "fsdp")
 def test_anticipatory_routing_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
     two = on_ranks(2, cut_ahead, tmp_path / "two", folder=tmp_path)
-    assert_cut_same(two, sft(ALONE, tmp_path / "one", "always"))
+    assert_cut_same(two, alone(sft, "always"))
 
 
 def cut_grpo(ranks, folder):
     return [
         grpo(ranks, folder / "plain", kind="fsdp"),
-        grpo(ranks, folder / "corrected", "async", Corrections(token_truncate=2.0), kind="fsdp"),
+        grpo(ranks, folder / "more", "async", Corrections(token_truncate=2.0), kind="fsdp", saves=False),
     ]
 
 
@@ -347,18 +360,18 @@ def cut_grpo(ranks, folder):
 def test_grpo_with_a_model_cut_over_two_ranks_is_that_of_one_process(tmp_path):
     (tmp_path / "two").mkdir()
     plain, corrected = zip(*on_ranks(2, cut_grpo, tmp_path / "two", folder=tmp_path))
-    one = grpo(ALONE, tmp_path / "one")
-    more = grpo(ALONE, tmp_path / "more", "async", Corrections(token_truncate=2.0))
-    for several, alone in ((plain, one), (corrected, more)):
-        assert_cut_same(several, alone)
+    one = alone(grpo)
+    more = alone(grpo, "async", Corrections(token_truncate=2.0))
+    for several, single in ((plain, one), (corrected, more)):
+        assert_cut_same(several, single)
 
 
 def under_zero_3(ranks, folder):
     return [
         sft(ranks, folder / "plain", kind="zero3"),
-        sft(ranks, folder / "ahead", "always", kind="zero3"),
+        sft(ranks, folder / "ahead", "always", kind="zero3", saves=False),
         grpo(ranks, folder / "sync", kind="zero3"),
-        grpo(ranks, folder / "async", "async", Corrections(token_truncate=2.0), kind="zero3"),
+        grpo(ranks, folder / "async", "async", Corrections(token_truncate=2.0), kind="zero3", saves=False),
     ]
 
 
@@ -368,13 +381,13 @@ def under_zero_3(ranks, folder):
 def test_stages_under_zero_3_are_those_of_one_process(tmp_path):
     (tmp_path / "two").mkdir()
     found = zip(*on_ranks(2, under_zero_3, tmp_path / "two", folder=tmp_path))
-    alone = [
-        sft(ALONE, tmp_path / "a"),
-        sft(ALONE, tmp_path / "b", "always"),
-        grpo(ALONE, tmp_path / "c"),
-        grpo(ALONE, tmp_path / "d", "async", Corrections(token_truncate=2.0)),
+    one_by_one = [
+        alone(sft),
+        alone(sft, "always"),
+        alone(grpo),
+        alone(grpo, "async", Corrections(token_truncate=2.0)),
     ]
-    for several, one in zip(found, alone):
+    for several, one in zip(found, one_by_one):
         assert_cut_same(several, one)
 
 
@@ -408,7 +421,7 @@ def divided_sft(ranks, folder):
 def test_sft_with_experts_divided_over_two_ranks_is_that_of_one_process(tmp_path):
     two = on_ranks(2, divided_sft, tmp_path / "two", folder=tmp_path)
     assert len(two[0]["gradients"]) == 3
-    assert_divided_same(two, sft(ALONE, tmp_path / "one"), 2)
+    assert_divided_same(two, alone(sft), 2)
 
 
 def divided(ranks, folder, experts, context):
@@ -416,10 +429,10 @@ def divided(ranks, folder, experts, context):
     sharded, kind = replace(SETTINGS, is_sharded=True), f"experts{experts}"
     return [
         sft(ranks, folder / "ahead", "always", context, kind=kind),
-        sft(ranks, folder / "sharded", "off", context, sharded, kind=kind),
+        sft(ranks, folder / "sharded", "off", context, sharded, kind=kind, saves=False),
         grpo(ranks, folder / "plain", context=context, kind=kind),
-        grpo(ranks, folder / "corrected", "async", ALL, context, kind=kind),
-        grpo(ranks, folder / "replayed", context=context, replays=True, kind=kind),
+        grpo(ranks, folder / "corrected", "async", ALL, context, kind=kind, saves=False),
+        grpo(ranks, folder / "replayed", context=context, replays=True, kind=kind, saves=False),
     ]
 
 
@@ -432,12 +445,12 @@ def divided(ranks, folder, experts, context):
 def test_stages_with_divided_experts_are_those_of_one_process(size, experts, context, tmp_path):
     (folder := tmp_path / "more").mkdir()
     several = list(zip(*on_ranks(size, divided, folder, experts, context, folder=tmp_path)))
-    alone = [
-        sft(ALONE, tmp_path / "a", "always"),
-        sft(ALONE, tmp_path / "b"),
-        grpo(ALONE, tmp_path / "c"),
-        grpo(ALONE, tmp_path / "d", "async", ALL),
-        grpo(ALONE, tmp_path / "e", replays=True),
+    one_by_one = [
+        alone(sft, "always"),
+        alone(sft),
+        alone(grpo),
+        alone(grpo, "async", ALL),
+        alone(grpo, replays=True),
     ]
-    for one, more in zip(alone, several):
+    for one, more in zip(one_by_one, several):
         assert_divided_same(more, one, experts)

@@ -70,18 +70,20 @@ def engine_of(kind, model, ranks, settings, exact):
 
 
 class StageParts:
-    """Engine, checkpoints, log and clock of a stage in `folder`, which all ranks see."""
+    """Engine, checkpoints, log and clock of a stage in `folder`, which all ranks see.
 
-    def __init__(self, model, ranks, folder, settings=SETTINGS, kind="torch", exact=False):
+    saves: after every step, which takes a cut model longer than the step
+    """
+
+    def __init__(self, model, ranks, folder, settings=SETTINGS, kind="torch", exact=False, saves=True):
         torch.set_num_threads(1)
         if ranks.is_first:
             folder.mkdir(exist_ok=True)
             (folder / "tokenizer.json").write_text("{}")
         ranks.barrier()
         self.engine, self.log = engine_of(kind, model, ranks, settings, exact), MemorySink()
-        self.checkpoints = StageCheckpoints(
-            folder / "checkpoints", self.engine, folder / "tokenizer.json", META, every_s=0.0
-        )
+        given = (folder / "checkpoints", self.engine, folder / "tokenizer.json", META)
+        self.checkpoints = StageCheckpoints(*given, every_s=0.0 if saves else math.inf)
         self.start, self.cursor = self.checkpoints.resume()
         ranks.barrier()
         self.clock, self.progress = StageClock(), SilentProgress()
